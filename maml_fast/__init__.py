@@ -1,0 +1,8 @@
+"""maml_fast: task-batched kernels for MAML and its relatives."""
+
+from . import nn
+from .adapted import Adapted
+from .maml import MAML
+
+__version__ = "0.1.0"
+__all__ = ["MAML", "Adapted", "__version__", "nn"]

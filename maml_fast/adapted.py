@@ -1,0 +1,49 @@
+"""Per-task parameters after adaptation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .plan import Mode, Tensors
+
+if TYPE_CHECKING:
+    from .maml import MAML
+
+
+class Adapted:
+    """T copies of the model, one adapted to each task.
+
+    Attributes:
+        parameters: name -> (T, *shape), without a graph.
+    """
+
+    def __init__(self, maml: MAML, parameters: dict[str, Tensor]) -> None:
+        self._maml = maml
+        self.parameters = parameters
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Outputs of each task's parameters on that task's inputs.
+
+        Args:
+            x: (T, N, *in), the model's dtype and device.
+
+        Returns:
+            (T, N, *out), without a graph.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, device, shape or number of tasks.
+        """
+        values = list(self.parameters.values())
+        checks.inputs("x", x, values[0].dtype, values[0].device)
+        if x.shape[0] != values[0].shape[0]:
+            raise ValueError(f"x: expected {values[0].shape[0]} tasks, got {x.shape[0]}")
+        tensors = self._maml._tensors(None, None, x)
+        tensors.adapted = values
+        outputs = self._maml._run(Mode.APPLY, tensors).outputs
+        assert outputs is not None
+        return outputs

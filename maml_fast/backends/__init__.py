@@ -1,0 +1,1 @@
+"""The machines that run a `Plan`. Add one here and in `dispatch.py`."""

@@ -1,0 +1,25 @@
+"""What every backend offers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..plan import Plan, Result, Tensors
+
+
+class Backend(Protocol):
+    """A machine that runs plans.
+
+    Attributes:
+        name: what the user writes in `backend=`.
+        fused: whether it runs all tasks in fused kernels of this package.
+    """
+
+    name: str
+    fused: bool
+
+    def why_not(self, plan: Plan) -> list[str]:
+        """Every reason why it cannot run the plan; empty where it can."""
+
+    def run(self, plan: Plan, tensors: Tensors) -> Result:
+        """Run the plan. The tensors have been checked."""

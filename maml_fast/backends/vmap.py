@@ -1,0 +1,106 @@
+"""All tasks at once through torch.func: any vmappable module on any torch device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from ..plan import Plan, Result, Tensors
+from .autograd import differentiate
+
+
+class VmapBackend:
+    """Any module that torch.func.vmap can batch."""
+
+    name = "vmap"
+    fused = False
+
+    def why_not(self, plan: Plan) -> list[str]:
+        reason = plan.state.get("vmap")
+        if reason is None:
+            reason = plan.state["vmap"] = _probe(plan)
+        return [str(reason)] if reason else []
+
+    def run(self, plan: Plan, tensors: Tensors) -> Result:
+        return differentiate(plan, tensors, _query_outputs, _losses, _adapt, _apply)
+
+
+def _probe(plan: Plan) -> str:
+    """Batch the model once on the meta device; the error text is the reason."""
+    model = plan.model
+
+    def on_meta(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.empty_like(v, device="meta") for name, v in values.items()}
+
+    parameters = on_meta(dict(zip(model.names, model.parameters(), strict=True)))
+    buffers = on_meta(model.buffers(copies=2))
+    x = torch.empty((2, max(plan.query, plan.support, 2), *plan.in_shape), dtype=plan.dtype, device="meta")
+    try:
+        with torch.no_grad():
+            vmap(model.call, in_dims=(None, 0, 0), randomness="different")(parameters, buffers, x)
+    except Exception as error:  # whatever the user's forward raises is the reason
+        return f"torch.func.vmap cannot batch the model: {str(error).strip().splitlines()[0]}"
+    return ""
+
+
+def _adapt_task(
+    plan: Plan, theta: list[Tensor], rates: Sequence[Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor
+) -> list[Tensor]:
+    model = plan.model
+    adapted = [i for i, adapts in enumerate(model.adapts) if adapts]
+
+    def support_loss(fast: list[Tensor], all_parameters: list[Tensor]) -> Tensor:
+        values = list(all_parameters)
+        for i, p in zip(adapted, fast, strict=True):
+            values[i] = p
+        # torch.func forbids writing captured tensors, which BatchNorm would do to its buffers
+        fresh = {name: b.clone() for name, b in buffers.items()}
+        return plan.inner.loss.function(model.call(model.named(values), fresh, x), y)
+
+    for _ in range(plan.inner.steps if adapted else 0):
+        gradients = grad(support_loss)([theta[i] for i in adapted], theta)
+        theta = list(theta)
+        for i, g in zip(adapted, gradients, strict=True):
+            step = g.detach() if plan.inner.first_order else g
+            theta[i] = theta[i] - rates[plan.rates.of_parameter[i]] * step
+    return theta
+
+
+def _batched(plan: Plan, t: Tensors, query: bool) -> Tensor | list[Tensor]:
+    """Query outputs (T, Nq, *out), or the adapted parameters."""
+
+    def task(buffers: dict[str, Tensor], x_s: Tensor, y_s: Tensor, x_q: Tensor | None) -> Tensor | list[Tensor]:
+        theta = _adapt_task(plan, list(t.parameters), t.rates, buffers, x_s, y_s)
+        return plan.model.call(plan.model.named(theta), buffers, x_q) if x_q is not None else theta
+
+    buffers = plan.model.buffers(copies=plan.tasks)
+    in_dims = (0, 0, 0, 0 if query else None)
+    return vmap(task, in_dims=in_dims, randomness="different")(buffers, t.x_s, t.y_s, t.x_q if query else None)
+
+
+def _query_outputs(plan: Plan, t: Tensors) -> Tensor:
+    outputs = _batched(plan, t, query=True)
+    assert isinstance(outputs, Tensor)
+    return outputs
+
+
+def _losses(plan: Plan, t: Tensors) -> Tensor:
+    return vmap(plan.inner.loss.function)(_query_outputs(plan, t), t.y_q)
+
+
+def _adapt(plan: Plan, t: Tensors) -> list[Tensor]:
+    adapted = _batched(plan, t, query=False)
+    assert isinstance(adapted, list)
+    return [a.expand(plan.tasks, *shape) if a.shape == shape else a for a, shape in zip(adapted, plan.model.shapes, strict=True)]
+
+
+def _apply(plan: Plan, t: Tensors) -> Tensor:
+    model = plan.model
+
+    def task(parameters: list[Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        return model.call(model.named(parameters), buffers, x)
+
+    return vmap(task, randomness="different")(list(t.adapted), model.buffers(copies=plan.tasks), t.x_q)

@@ -1,0 +1,91 @@
+"""Checks of the user's tensors, made before any kernel runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .losses import Loss
+
+_FLOATS = (torch.float32, torch.float64)
+
+
+def inputs(name: str, x: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Check a batch of inputs (T, N, *in) with at least one task and one sample."""
+    _tensor(name, x)
+    if x.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype} like the model's parameters, got {x.dtype}")
+    _on(name, x, device)
+    if x.dim() < 2:
+        raise ValueError(f"{name}: expected shape (tasks, samples, *in), got {tuple(x.shape)}")
+    if 0 in x.shape:
+        raise ValueError(f"{name}: expected at least one task and one sample, got shape {tuple(x.shape)}")
+    return x
+
+
+def targets(name: str, y: Any, of: str, x: Tensor, loss: Loss) -> Tensor:
+    """Check targets: labels (T, N) int64 or values (T, N, *out) of the inputs' dtype."""
+    _tensor(name, y)
+    if loss.takes_labels and y.dtype != torch.int64 and not (y.is_floating_point() and y.dim() > 2):
+        raise TypeError(f"{name}: expected int64 class labels for {loss.name}, got {y.dtype}")
+    if not loss.takes_labels and loss.name != "custom" and y.dtype != x.dtype:
+        raise TypeError(f"{name}: expected {x.dtype} targets for {loss.name}, got {y.dtype}")
+    _on(name, y, x.device)
+    if tuple(y.shape[:2]) != tuple(x.shape[:2]):
+        raise ValueError(
+            f"{name}: expected leading shape {tuple(x.shape[:2])} (tasks, samples) like {of}, got {tuple(y.shape)}"
+        )
+    if y.requires_grad:
+        raise ValueError(f"{name}: expected targets without requires_grad; gradients w.r.t. targets are not computed")
+    return y
+
+
+def labels_in_range(name: str, y: Tensor, classes: int) -> None:
+    """Raise ValueError unless every label is in [0, classes)."""
+    low, high = torch.aminmax(y)
+    if low < 0 or high >= classes:
+        raise ValueError(f"{name}: expected labels in [0, {classes}), got {int(low)}..{int(high)}")
+
+
+def same_tasks(x_s: Tensor, x_q: Tensor) -> None:
+    """Raise ValueError unless support and query agree in everything but the number of samples."""
+    if x_s.shape[0] != x_q.shape[0] or x_s.shape[2:] != x_q.shape[2:]:
+        raise ValueError(
+            "x_q: expected the tasks and the sample shape of x_s "
+            f"{(x_s.shape[0], '*', *x_s.shape[2:])}, got {tuple(x_q.shape)}"
+        )
+
+
+def model_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Raise TypeError unless the model is real floating point."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"model: expected floating-point parameters, got {dtype}")
+    return dtype
+
+
+def steps(value: Any) -> int:
+    """Check the number of inner steps: an int ≥ 0."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"steps: expected an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"steps: expected 0 or more, got {value}")
+    return value
+
+
+def reduction(value: Any) -> str:
+    """Check a reduction's name."""
+    if value not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {value!r}")
+    return str(value)
+
+
+def _tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def _on(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} like the model's parameters, got one on {value.device}")

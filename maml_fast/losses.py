@@ -1,0 +1,92 @@
+"""The losses every backend knows, and how a user's argument names one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LossLike = str | nn.Module | Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A mean loss over one task's samples.
+
+    Attributes:
+        name: one of `NAMES`, or `"custom"` for a callable that the fused backends do not know.
+        function: `(outputs, targets) -> scalar`, the PyTorch definition.
+        parameter: label smoothing of `cross_entropy`, delta of `huber`, otherwise 0.
+        why_not: why the fused backends cannot run it; empty where they can.
+    """
+
+    name: str
+    function: Callable[[Tensor, Tensor], Tensor]
+    parameter: float = 0.0
+    why_not: str = ""
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the targets are int64 class labels rather than values shaped like the output."""
+        return self.name == "cross_entropy"
+
+
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "mse": F.mse_loss,
+    "cross_entropy": F.cross_entropy,
+    "bce_with_logits": F.binary_cross_entropy_with_logits,
+    "l1": F.l1_loss,
+    "huber": F.huber_loss,
+}
+NAMES = tuple(_FUNCTIONS)
+
+_MODULES: dict[type[nn.Module], str] = {
+    nn.MSELoss: "mse",
+    nn.CrossEntropyLoss: "cross_entropy",
+    nn.BCEWithLogitsLoss: "bce_with_logits",
+    nn.L1Loss: "l1",
+    nn.HuberLoss: "huber",
+}
+
+
+def resolve(loss: LossLike) -> Loss:
+    """Turn a name, a `torch.nn` loss module, or a function into a `Loss`.
+
+    Raises:
+        ValueError: an unknown name, or a module whose reduction is not `"mean"`.
+        TypeError: neither a name nor a callable.
+    """
+    if isinstance(loss, str):
+        if loss not in _FUNCTIONS:
+            raise ValueError(f"loss: expected one of {', '.join(NAMES)}, got {loss!r}")
+        return Loss(loss, _FUNCTIONS[loss], 1.0 if loss == "huber" else 0.0)
+    if type(loss) in _MODULES:
+        return _from_module(loss, _MODULES[type(loss)])  # type: ignore[arg-type,index]
+    for name, function in _FUNCTIONS.items():
+        if loss is function:
+            return resolve(name)
+    if not callable(loss):
+        raise TypeError(f"loss: expected a name, a torch.nn loss or a callable, got {type(loss).__name__}")
+    return Loss("custom", loss, why_not=f"loss {_describe(loss)} is not one of {', '.join(NAMES)}")
+
+
+def _from_module(module: nn.Module, name: str) -> Loss:
+    reduction: Any = getattr(module, "reduction", "mean")
+    if reduction != "mean":
+        raise ValueError(f"loss: expected reduction='mean', got {type(module).__name__}(reduction={reduction!r})")
+    why_not = [
+        f"loss {type(module).__name__} has {option}"
+        for option in ("weight", "pos_weight")
+        if getattr(module, option, None) is not None
+    ]
+    if getattr(module, "ignore_index", -100) != -100:
+        why_not.append(f"loss {type(module).__name__} has ignore_index")
+    parameter = float(getattr(module, "label_smoothing", getattr(module, "delta", 0.0)))
+    return Loss("custom" if why_not else name, module, parameter, "; ".join(why_not))
+
+
+def _describe(loss: Any) -> str:
+    return getattr(loss, "__name__", type(loss).__name__)

@@ -1,0 +1,138 @@
+"""A `Plan`: everything about one call that is known before its numbers are."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .losses import Loss
+from .model import Model
+
+if TYPE_CHECKING:
+    from .graph import Graph
+    from .program import Program
+
+
+class Mode(enum.Enum):
+    """What a call computes."""
+
+    LOSS = "loss"  # query losses (T,)
+    META_GRADIENT = "meta_gradient"  # query losses and the gradient of Σ_t w_t L_t
+    LOGITS = "logits"  # query outputs (T, Nq, *out)
+    PULLBACK = "pullback"  # the gradient of ⟨c, query outputs⟩ for a given cotangent c
+    ADAPT = "adapt"  # adapted parameters, each (T, *shape)
+    APPLY = "apply"  # outputs of given per-task parameters
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The inner loop: θ_{k+1} = θ_k − α ∘ ∇L(θ_k) for k = 0 … steps − 1."""
+
+    loss: Loss
+    steps: int
+    first_order: bool
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients a call must return."""
+
+    parameters: tuple[bool, ...]
+    rates: tuple[bool, ...]
+    x_s: bool
+    x_q: bool
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How the learning-rate tensors map to the parameters.
+
+    Attributes:
+        shapes: shape of each rate tensor: `()` or that of its parameter.
+        of_parameter: index of each parameter's rate.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    of_parameter: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Shapes, dtype, device, model and algorithm of one call.
+
+    Attributes:
+        tasks: T. support, query: samples a task (0 where the mode has none).
+        in_shape: shape of one sample. target_shapes: per-sample shapes of `y_s` and `y_q`.
+        tape_bytes: how much memory a thread may spend on saved activations.
+    """
+
+    mode: Mode
+    model: Model
+    inner: Inner
+    rates: Rates
+    needs: Needs
+    tasks: int
+    support: int
+    query: int
+    in_shape: tuple[int, ...]
+    target_shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
+    dtype: torch.dtype
+    device: torch.device
+    tape_bytes: int = 1 << 28
+    state: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def trace(self) -> tuple[Graph | None, list[str]]:
+        """The model's graph, or the reasons why it has none."""
+        from .trace import trace
+
+        return trace(self.model.module, self.in_shape, self.dtype)
+
+    @cached_property
+    def program(self) -> Program:
+        """The algorithm's instructions for this mode."""
+        from .algorithms import maml
+
+        return maml.emit(self)
+
+
+@dataclass
+class Tensors:
+    """The numbers of one call; absent ones are None (or empty).
+
+    Attributes:
+        parameters: the model's parameters θ_0, in `Model.names` order.
+        rates: the learning-rate tensors, in `Rates` order.
+        weights: (T,) weight of each task's loss in the meta-objective.
+        cotangent: dL/d(query outputs), (T, Nq, *out).
+        adapted: per-task parameters for `Mode.APPLY`, each (T, *shape).
+    """
+
+    parameters: Sequence[Tensor]
+    rates: Sequence[Tensor] = ()
+    x_s: Tensor | None = None
+    y_s: Tensor | None = None
+    x_q: Tensor | None = None
+    y_q: Tensor | None = None
+    weights: Tensor | None = None
+    cotangent: Tensor | None = None
+    adapted: Sequence[Tensor] = ()
+
+
+@dataclass
+class Result:
+    """What a backend returns; gradients stand in the order of `Tensors`, None where not needed."""
+
+    losses: Tensor | None = None
+    outputs: Tensor | None = None
+    adapted: list[Tensor] = field(default_factory=list)
+    parameters: list[Tensor | None] = field(default_factory=list)
+    rates: list[Tensor | None] = field(default_factory=list)
+    x_s: Tensor | None = None
+    x_q: Tensor | None = None

@@ -1,0 +1,93 @@
+"""Learning rates of the inner loop: one number, or learnable tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .model import Model
+from .plan import Rates
+
+RateLike = float | Tensor | Mapping[str, float | Tensor]
+
+
+class LearningRates:
+    """The inner loop's α: one for all parameters, or a mapping with one per parameter.
+
+    A number is a constant. A tensor is a scalar `()` or has its parameter's shape (one rate per
+    element); it is learnable if it requires grad.
+
+    Raises:
+        TypeError: neither a number, a tensor nor a mapping of them.
+        ValueError: a number that is not finite, a wrong shape, a missing or unknown name.
+    """
+
+    def __init__(self, lr: RateLike, model: Model) -> None:
+        adapted = [i for i, adapts in enumerate(model.adapts) if adapts]
+        of_parameter = [0] * len(model.names)
+        if isinstance(lr, Mapping):
+            names = [model.names[i] for i in adapted]
+            _check_names(lr, names)
+            self.values = [_check(f"lr[{n!r}]", lr[n], model.shapes[i]) for n, i in zip(names, adapted, strict=True)]
+            for index, i in enumerate(adapted):
+                of_parameter[i] = index
+            self.values = self.values or [0.0]
+        else:
+            self.values = [_check("lr", lr, ())]
+        self.shapes = Rates(
+            tuple(tuple(v.shape) if isinstance(v, Tensor) else () for v in self.values), tuple(of_parameter)
+        )
+        self._constants: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        self.all_constant = not any(isinstance(v, Tensor) for v in self.values)
+
+    def learnable(self) -> tuple[bool, ...]:
+        return tuple([isinstance(v, Tensor) and v.requires_grad for v in self.values])
+
+    def tensors(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """The rates as tensors of the model's dtype and device."""
+        if self.all_constant:
+            key = (dtype, device)
+            if key not in self._constants:
+                self._constants[key] = [torch.tensor(v, dtype=dtype, device=device) for v in self.values]
+            return self._constants[key]
+        return [_like_model(v, dtype, device) for v in self.values]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those to register in the `MAML` module, under names without dots."""
+        named = {f"lr{i}" if len(self.values) > 1 else "lr": v for i, v in enumerate(self.values)}
+        return {name: v for name, v in named.items() if isinstance(v, nn.Parameter)}
+
+
+def _check_names(lr: Mapping[str, Any], names: list[str]) -> None:
+    if missing := [n for n in names if n not in lr]:
+        raise ValueError(f"lr: expected a rate for every adapted parameter, got none for {missing[0]!r}")
+    if unknown := [n for n in lr if n not in names]:
+        raise ValueError(f"lr: got a rate for {unknown[0]!r}, which is not an adapted parameter")
+
+
+def _check(name: str, value: Any, shape: tuple[int, ...]) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+        if tuple(value.shape) not in ((), shape):
+            raise ValueError(f"{name}: expected a scalar or shape {shape}, got {tuple(value.shape)}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return float(value)
+
+
+def _like_model(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=dtype, device=device)
+    if value.dtype != dtype:
+        raise TypeError(f"lr: expected {dtype} like the model's parameters, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"lr: expected a tensor on {device} like the model's parameters, got one on {value.device}")
+    return value
