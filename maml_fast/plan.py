@@ -92,7 +92,7 @@ class Plan:
         """The model's graph, or the reasons why it has none."""
         from .trace import trace
 
-        return trace(self.model.module, self.in_shape, self.dtype)
+        return trace(self.model.module, self.in_shape)
 
     @cached_property
     def program(self) -> Program:

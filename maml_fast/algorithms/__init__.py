@@ -1,0 +1,1 @@
+"""Meta-learning algorithms: each is one file that emits a `Program`."""

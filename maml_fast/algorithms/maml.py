@@ -1,0 +1,126 @@
+"""MAML and first-order MAML (Finn et al., arXiv 1703.03400) as a `Program`.
+
+    θ_{k+1} = θ_k − α ∘ g_k,  g_k = ∇L_s(θ_k)
+    λ_K = ∇L_q(θ_K),  λ_k = λ_{k+1} − H_k (α ∘ λ_{k+1})
+    dL/dθ_0 = λ_0,    dL/dα = − Σ_k g_k ∘ λ_{k+1}
+"""
+
+from __future__ import annotations
+
+from ..plan import Mode, Plan
+from ..program import (
+    Accumulate,
+    Backward,
+    Batch,
+    Cotangent,
+    Forward,
+    Hvp,
+    Instruction,
+    Load,
+    Program,
+    QueryLoss,
+    RateGradient,
+    Scale,
+    StoreOutputs,
+    StoreParameters,
+    Subtract,
+    SupportLoss,
+    Update,
+)
+
+
+def emit(plan: Plan, save: bool = True) -> Program:
+    """The plan's mode as a program.
+
+    Args:
+        plan: what to compute.
+        save: keep every inner step's tape; otherwise recompute it in the reverse sweep.
+    """
+    return _Emitter(plan, save).program()
+
+
+class _Emitter:
+    def __init__(self, plan: Plan, save: bool) -> None:
+        self.plan = plan
+        self.code: list[Instruction] = []
+        self.slots = 1
+        self.tapes: list[Batch] = []
+        self.steps = plan.inner.steps if any(plan.model.adapts) else 0
+        self.reverse = plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
+        self.second_order = self.reverse and not plan.inner.first_order
+        self.rate_gradients = self.reverse and any(plan.needs.rates)
+        self.save = save or not self.second_order
+
+    def program(self) -> Program:
+        if self.plan.mode is Mode.APPLY:
+            self._apply()
+        elif self.plan.mode is Mode.ADAPT:
+            self.code.append(StoreParameters(self._inner_loop()[-1]))
+        else:
+            self._query(self._inner_loop())
+        return Program(tuple(self.code), self.slots, tuple(self.tapes))
+
+    def _slot(self) -> int:
+        self.slots += 1
+        return self.slots - 1
+
+    def _tape(self, batch: Batch) -> int:
+        self.tapes.append(batch)
+        return len(self.tapes) - 1
+
+    def _apply(self) -> None:
+        theta, tape = self._slot(), self._tape(Batch.QUERY)
+        self.code += [Load(theta), Forward(theta, Batch.QUERY, tape), StoreOutputs(tape)]
+
+    def _inner_loop(self) -> list[int]:
+        """θ_0 … θ_K; fills `self.support_tapes` and `self.gradients`, one a step."""
+        thetas, self.support_tapes, self.gradients = [0], [], []
+        keep_tapes = self.second_order and self.save
+        for k in range(self.steps):
+            tape = self._tape(Batch.SUPPORT) if keep_tapes or k == 0 else self.support_tapes[0]
+            gradient = self._slot() if self.rate_gradients or k == 0 else self.gradients[0]
+            self._support_pass(thetas[k], tape, gradient)
+            following = self._slot() if self.second_order or k == 0 else thetas[1]
+            self.code.append(Update(following, thetas[k], gradient))
+            thetas.append(following)
+            self.support_tapes.append(tape)
+            self.gradients.append(gradient)
+        return thetas
+
+    def _support_pass(self, theta: int, tape: int, gradient: int | None) -> None:
+        self.code += [
+            Forward(theta, Batch.SUPPORT, tape),
+            SupportLoss(tape),
+            Backward(theta, Batch.SUPPORT, tape, gradient),
+        ]
+
+    def _query(self, thetas: list[int]) -> None:
+        plan, tape = self.plan, self._tape(Batch.QUERY)
+        self.code.append(Forward(thetas[-1], Batch.QUERY, tape))
+        if plan.mode is Mode.LOGITS:
+            self.code.append(StoreOutputs(tape))
+        elif plan.mode is Mode.PULLBACK:
+            self.code.append(Cotangent(tape))
+        else:
+            self.code.append(QueryLoss(tape, seed=self.reverse))
+        if self.reverse:
+            adjoint = self._slot()
+            self.code.append(Backward(thetas[-1], Batch.QUERY, tape, adjoint, inputs=plan.needs.x_q))
+            self._reverse_sweep(thetas, adjoint)
+            self.code.append(Accumulate(adjoint))
+
+    def _reverse_sweep(self, thetas: list[int], adjoint: int) -> None:
+        if self.second_order and self.steps:
+            vector, product = self._slot(), self._slot()
+        for k in reversed(range(self.steps)):
+            if self.rate_gradients:
+                self.code.append(RateGradient(self.gradients[k], adjoint))
+            if not self.second_order:
+                continue
+            if not self.save and k < self.steps - 1:
+                self._support_pass(thetas[k], self.support_tapes[k], None)
+            self.code += [
+                Scale(vector, adjoint),
+                Hvp(thetas[k], self.support_tapes[k], vector, product, inputs=self.plan.needs.x_s),
+                Subtract(adjoint, product),
+            ]

@@ -1,0 +1,60 @@
+"""`Graph`: what a network computes, as a straight-line list of layer operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One layer: `output = kind(inputs; parameters, attributes)`.
+
+    Attributes:
+        kind: the layer's name in `trace.py`'s table.
+        inputs, output: indices of values in `Graph.shapes`.
+        parameters: indices into `Model.names`; None for an absent bias or weight.
+        attributes: numbers that belong to the layer, such as `eps`.
+        constants: names of buffers the layer reads, such as running statistics.
+    """
+
+    kind: str
+    inputs: tuple[int, ...]
+    output: int
+    parameters: tuple[int | None, ...] = ()
+    attributes: Mapping[str, float] = field(default_factory=dict)
+    constants: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Operations in topological order over values; value 0 is the input.
+
+    Attributes:
+        shapes: per-sample shape of each value.
+        output: index of the value that the network returns.
+    """
+
+    ops: tuple[Op, ...]
+    shapes: tuple[Shape, ...]
+    output: int
+
+    def features(self, value: int) -> int:
+        """Numbers a sample has in this value."""
+        return math.prod(self.shapes[value])
+
+    def used_parameters(self) -> set[int]:
+        """Indices of the parameters that the output depends on."""
+        return {p for op in self.live_ops() for p in op.parameters if p is not None}
+
+    def live_ops(self) -> tuple[Op, ...]:
+        """The operations that the output depends on, in order."""
+        needed, live = {self.output}, []
+        for op in reversed(self.ops):
+            if op.output in needed:
+                needed.update(op.inputs)
+                live.append(op)
+        return tuple(reversed(live))
