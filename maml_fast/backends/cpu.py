@@ -1,18 +1,312 @@
-"""The C++ core."""
+"""The C++ core: describes a plan to it once, then hands it raw pointers."""
 
 from __future__ import annotations
 
-from ..plan import Plan, Result, Tensors
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..graph import Graph, Op
+from ..losses import NAMES
+from ..plan import Mode, Plan, Result, Tensors
+from ..program import (
+    Accumulate,
+    Backward,
+    Batch,
+    Cotangent,
+    Forward,
+    Hvp,
+    Instruction,
+    Load,
+    Program,
+    QueryLoss,
+    RateGradient,
+    Scale,
+    StoreOutputs,
+    StoreParameters,
+    Subtract,
+    SupportLoss,
+    Update,
+)
+
+try:
+    from .. import _core
+except ImportError as error:
+    _core = None  # type: ignore[assignment]
+    _WHY_NO_CORE = f"maml_fast._core is not built ({error})"
+
+_KINDS = ("linear", "activation", "batch_norm", "running_norm", "layer_norm", "affine", "add", "cat")
+_ACTIVATIONS = {
+    "relu": (),
+    "leaky_relu": ("negative_slope",),
+    "elu": ("alpha",),
+    "gelu": (),
+    "gelu_tanh": (),
+    "silu": (),
+    "tanh": (),
+    "sigmoid": (),
+    "softplus": ("beta", "threshold"),
+    "sine": ("w0",),
+}
+_DTYPES = (torch.float32, torch.float64)
+
+
+def info() -> dict[str, Any]:
+    """Whether the core is built, its instruction sets and the number of threads."""
+    return {
+        "built": _core is not None,
+        "isa": None if _core is None else _core.choose(),
+        "available": [] if _core is None else _core.available(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 class CpuBackend:
-    """Fused kernels for many tasks on the CPU."""
+    """Fused kernels for many tasks on the CPU, float32 and float64."""
 
     name = "cpu"
     fused = True
 
     def why_not(self, plan: Plan) -> list[str]:
-        return ["maml_fast._core is not built"]
+        reasons = [] if _core is not None else [_WHY_NO_CORE]
+        if plan.device.type != "cpu":
+            reasons.append(f"the tensors are on {plan.device}")
+        if plan.dtype not in _DTYPES:
+            reasons.append(f"dtype {plan.dtype} is neither float32 nor float64")
+        if plan.inner.loss.why_not:
+            reasons.append(plan.inner.loss.why_not)
+        graph, untraceable = plan.trace
+        reasons += untraceable
+        if graph is not None:
+            reasons += _unsupported(plan, graph)
+        return reasons
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
-        raise NotImplementedError
+        call = plan.state.get("cpu")
+        if call is None:
+            call = plan.state["cpu"] = _Call(plan)
+        return call(tensors)  # type: ignore[operator,no-any-return]
+
+
+def _unsupported(plan: Plan, graph: Graph) -> list[str]:
+    reasons = []
+    for op in graph.live_ops():
+        if op.kind not in _KINDS and op.kind not in _ACTIVATIONS and op.kind != "reshape":
+            reasons.append(f"layer {op.kind} has no kernel")
+        if op.kind == "batch_norm":
+            positions = math.prod(graph.shapes[op.output][1:])
+            if 1 in [n * positions for n in (plan.support, plan.query)]:
+                reasons.append("BatchNorm in training mode over a single value per channel")
+    if plan.inner.loss.takes_labels and len(graph.shapes[graph.output]) != 1:
+        reasons.append(f"cross_entropy over outputs of shape {graph.shapes[graph.output]}, not (classes,)")
+    return reasons
+
+
+class _Call:
+    """A plan in the core, and the tensors each run of it needs."""
+
+    def __init__(self, plan: Plan) -> None:
+        graph = plan.trace[0]
+        assert graph is not None
+        self.plan = plan
+        self.constants = _constants(graph)
+        self.out_shape = graph.shapes[graph.output]
+        self.used = graph.used_parameters()
+        spec = _Spec(plan, graph).as_dict()
+        self.core = _core.Plan(spec, plan.dtype == torch.float64, _core.choose())
+        self.reverse = plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
+        self.sizes = [math.prod(s) for s in plan.model.shapes]
+        self.rate_sizes = [math.prod(s) for s in plan.rates.shapes]
+
+    def __call__(self, t: Tensors) -> Result:
+        plan, result = self.plan, Result()
+        shape = (plan.tasks, plan.query, *self.out_shape)
+        parameters = [p.contiguous() for p in t.parameters]
+        buffers = dict(plan.model.module.named_buffers()) if self.constants else {}
+        constants = [buffers[name].to(plan.dtype).contiguous() for name in self.constants]
+        rates = [r.contiguous() for r in t.rates]
+        inputs = [None if v is None else v.contiguous() for v in (t.x_s, t.y_s, t.x_q, t.y_q)]
+        adapted = [a.contiguous() for a in t.adapted]
+        like = parameters[0]
+        if plan.mode in (Mode.LOSS, Mode.META_GRADIENT):
+            result.losses = like.new_empty(plan.tasks)
+        if plan.mode in (Mode.LOGITS, Mode.APPLY):
+            result.outputs = like.new_empty(shape)
+        if plan.mode is Mode.ADAPT:
+            result.adapted = [like.new_empty(plan.tasks, *s) for s in plan.model.shapes]
+        rate_gradient = None
+        if self.reverse:
+            self._allocate_gradients(result, t)
+            if any(plan.needs.rates):
+                rate_gradient = like.new_zeros(sum(self.rate_sizes))
+        self.core.run(
+            _pointers(parameters),
+            _pointers(constants),
+            _pointers(rates),
+            *[_pointer(v) for v in inputs],
+            _pointer(t.weights),
+            _pointer(t.cotangent),
+            _pointers(adapted),
+            _pointer(result.losses),
+            _pointer(result.outputs),
+            [_pointer(g) for g in result.parameters],
+            _pointer(rate_gradient),
+            _pointer(result.x_s),
+            _pointer(result.x_q),
+            _pointers(result.adapted),
+            False,
+            torch.get_num_threads(),
+        )
+        if rate_gradient is not None:
+            pieces = zip(rate_gradient.split(self.rate_sizes), plan.rates.shapes, plan.needs.rates, strict=True)
+            result.rates = [g.view(s) if need else None for g, s, need in pieces]
+        return result
+
+    def _allocate_gradients(self, result: Result, t: Tensors) -> None:
+        needs = self.plan.needs
+        result.parameters = [
+            None if not need else torch.empty_like(p) if i in self.used else torch.zeros_like(p)
+            for i, (p, need) in enumerate(zip(t.parameters, needs.parameters, strict=True))
+        ]
+        result.rates = [None] * len(needs.rates)
+        result.x_s = torch.zeros_like(t.x_s, memory_format=torch.contiguous_format) if needs.x_s else None
+        result.x_q = torch.zeros_like(t.x_q, memory_format=torch.contiguous_format) if needs.x_q else None
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _pointers(tensors: Sequence[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+def _constants(graph: Graph) -> list[str]:
+    return list(dict.fromkeys(name for op in graph.live_ops() for name in op.constants))
+
+
+class _Spec:
+    """A plan as numbers for the core; reshapes become other names for the same buffer."""
+
+    def __init__(self, plan: Plan, graph: Graph) -> None:
+        self.plan, self.graph = plan, graph
+        self.buffer = {0: 0}
+        self.features = [graph.features(0)]
+        self.constants = _constants(graph)
+        self.ops = [self._op(op) for op in graph.live_ops() if not self._alias(op)]
+
+    def _alias(self, op: Op) -> bool:
+        if op.kind == "reshape":
+            self.buffer[op.output] = self.buffer[op.inputs[0]]
+        return op.kind == "reshape"
+
+    def _op(self, op: Op) -> dict[str, Any]:
+        shape, attributes = self.graph.shapes[op.output], op.attributes
+        self.buffer[op.output] = len(self.features)
+        self.features.append(math.prod(shape))
+        weight, bias = (*op.parameters, None, None)[:2]
+        spec = {
+            "kind": _KINDS.index("activation" if op.kind in _ACTIVATIONS else op.kind),
+            "act": 0,
+            "inputs": [self.buffer[i] for i in op.inputs],
+            "out": self.buffer[op.output],
+            "w": -1 if weight is None else weight,
+            "b": -1 if bias is None else bias,
+            "c0": -1,
+            "c1": -1,
+            "rows": 1,
+            "width": 0,
+            "out_width": 0,
+            "length": 1,
+            "f0": attributes.get("eps", 0.0),
+            "f1": 0.0,
+        }
+        if op.kind == "linear":
+            in_shape = self.graph.shapes[op.inputs[0]]
+            spec |= {"rows": math.prod(shape[:-1]), "width": in_shape[-1], "out_width": shape[-1]}
+        elif op.kind in _ACTIVATIONS:
+            values = [attributes[name] for name in _ACTIVATIONS[op.kind]]
+            spec |= {"act": list(_ACTIVATIONS).index(op.kind)} | dict(zip(("f0", "f1"), values, strict=False))
+        elif op.kind == "layer_norm":
+            width = int(attributes["size"])
+            spec |= {"rows": math.prod(shape) // width, "width": width}
+        elif op.kind in ("batch_norm", "running_norm"):
+            spec |= {"width": shape[0], "length": math.prod(shape[1:])}
+            spec |= dict(zip(("c0", "c1"), map(self.constants.index, op.constants), strict=False))
+        elif op.kind == "affine":
+            spec |= {"f0": attributes["factor"], "f1": attributes["shift"]}
+        elif op.kind == "add":
+            spec |= {"f0": attributes["alpha"]}
+        elif op.kind == "cat":
+            spec |= {"rows": int(attributes["outer"])}
+        return spec
+
+    def as_dict(self) -> dict[str, Any]:
+        plan, graph = self.plan, self.graph
+        used, loss = graph.used_parameters(), plan.inner.loss
+        loads = plan.mode is Mode.APPLY
+        reverse = plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
+        program = plan.program
+        return {
+            "ops": self.ops,
+            "features": self.features,
+            "out": self.buffer[graph.output],
+            "params": [
+                {
+                    "size": math.prod(shape),
+                    "adapts": adapts or loads,
+                    "active": (trainable or loads) and i in used,
+                    "rate": plan.rates.of_parameter[i],
+                    "elementwise": plan.rates.shapes[plan.rates.of_parameter[i]] != (),
+                }
+                for i, (shape, adapts, trainable) in enumerate(
+                    zip(plan.model.shapes, plan.model.adapts, plan.model.trainable, strict=True)
+                )
+            ],
+            "code": [_encode(i) for i in program.instructions],
+            "tapes": [int(batch) for batch in program.tapes],
+            "slots": program.slots,
+            "support": plan.support,
+            "query": plan.query,
+            "rate_sizes": [math.prod(s) for s in plan.rates.shapes],
+            "loss": 1 + NAMES.index(loss.name),
+            "loss_parameter": loss.parameter,
+            "input_gradients": reverse and (plan.needs.x_s or plan.needs.x_q),
+            "reverse": reverse,
+            "second_order": reverse and not plan.inner.first_order,
+            "tasks": plan.tasks,
+        }
+
+
+# The core's instruction numbers, and which fields are its operands a, b, c, d.
+_CODES: dict[type[Instruction], tuple[int, tuple[str, ...]]] = {
+    Load: (0, ("slot",)),
+    Forward: (1, ("theta", "tape")),
+    SupportLoss: (2, ("tape",)),
+    QueryLoss: (3, ("tape", "seed")),
+    Cotangent: (4, ("tape",)),
+    Backward: (5, ("theta", "tape", "out")),
+    Update: (6, ("out", "theta", "gradient")),
+    Scale: (7, ("out", "vector")),
+    Hvp: (8, ("theta", "tape", "vector", "out")),
+    Subtract: (9, ("out", "vector")),
+    RateGradient: (10, ("gradient", "adjoint")),
+    Accumulate: (11, ("vector",)),
+    StoreParameters: (12, ("theta",)),
+    StoreOutputs: (13, ("tape",)),
+}
+
+
+def _encode(instruction: Instruction) -> dict[str, Any]:
+    code, fields = _CODES[type(instruction)]
+    operands = [getattr(instruction, name) for name in fields]
+    padded = [-1 if v is None else int(v) for v in operands] + [-1] * (4 - len(operands))
+    return {
+        "code": code,
+        **dict(zip("abcd", padded, strict=True)),
+        "inputs": getattr(instruction, "inputs", False),
+        "batch": int(getattr(instruction, "batch", Batch.SUPPORT)),
+    }

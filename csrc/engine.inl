@@ -1,0 +1,657 @@
+// Runs a plan's program for a few tasks in lockstep: every instruction for all of them, then the next.
+// Included once per instruction set, inside that file's own unnamed namespace: nothing here may be a
+// symbol that another instruction set could link against.
+
+#include "primitives/vector.inl"
+#include "primitives/gemm.inl"
+#include "primitives/math.inl"
+#include "primitives/reduce.inl"
+#include "layers/activation.inl"
+#include "layers/linear.inl"
+#include "layers/losses.inl"
+#include "layers/norms.inl"
+#include "layers/running_norm.inl"
+
+// A parameter-sized piece of memory for every task of the block; stride 0 where they share it.
+template <class S>
+struct PerTask {
+    S* p;
+    long stride;
+    explicit operator bool() const { return p != nullptr; }
+    S* of(long b) const { return p ? p + b * stride : nullptr; }
+};
+
+template <class S>
+class Engine {
+  public:
+    Engine(const PlanView& plan, const Call& call, const S* arena, S* workspace, S* partial)
+        : plan_(plan), call_(call), arena_(arena), ws_(workspace), partial_(partial) {}
+
+    void run(long first, long count) {
+        for (long done = 0; done < count; done += plan_.lockstep) {
+            t0_ = first + done;
+            B_ = least(plan_.lockstep, count - done);
+            for (int i = 0; i < plan_.n_code; ++i) execute(plan_.code[i]);
+        }
+    }
+
+  private:
+    void execute(const Instr& in) {
+        switch (in.code) {
+            case Code::load: return load_parameters(in.a);
+            case Code::forward: return forward(in.a, in.b);
+            case Code::support_loss: return loss(in.a, 0, nullptr, true);
+            case Code::query_loss: return loss(in.a, 1, static_cast<S*>(call_.losses) + t0_, in.b != 0);
+            case Code::cotangent: return cotangent(in.a);
+            case Code::backward: return backward(in.a, in.b, in.c, in.inputs);
+            case Code::update: return update(in.a, in.b, in.c);
+            case Code::scale: return scale(in.a, in.b);
+            case Code::hvp: return hvp(in.a, in.b, in.c, in.d, in.inputs);
+            case Code::subtract: return subtract(in.a, in.b);
+            case Code::rate_gradient: return rate_gradient(in.a, in.b);
+            case Code::accumulate: return accumulate(in.a);
+            case Code::store_parameters: return store_parameters(in.a);
+            case Code::store_outputs: return store_outputs(in.a);
+        }
+    }
+
+    // ---- where things are --------------------------------------------------------------------
+
+    long samples(const TapeView& tape) const { return plan_.samples[tape.batch]; }
+    long per_task(const TapeView& tape, int buffer) const { return samples(tape) * plan_.features[buffer]; }
+
+    const S* value(const TapeView& tape, int buffer) const {
+        if (tape.value[buffer] >= 0) return ws_ + tape.value[buffer];
+        return static_cast<const S*>(call_.x[tape.batch]) + t0_ * per_task(tape, buffer);
+    }
+    S* output(const TapeView& tape, int buffer) const { return ws_ + tape.value[buffer]; }
+
+    S* at(long offset) const { return offset < 0 ? nullptr : ws_ + offset; }
+
+    // θ_k of a parameter: the caller's own in slot 0 or where it does not adapt.
+    PerTask<const S> weight(int slot, int param) const {
+        if (param < 0) return {nullptr, 0};
+        const Param& p = plan_.params[param];
+        if (slot == 0 || !p.adapts) return {static_cast<const S*>(call_.params[param]), 0};
+        return {ws_ + plan_.slots[slot] + p.offset, plan_.parameters};
+    }
+
+    // Where the inner loop's direction for a parameter stands; absent where it does not adapt.
+    PerTask<const S> direction(int slot, int param) const {
+        if (param < 0 || !plan_.params[param].adapts) return {nullptr, 0};
+        return {ws_ + plan_.slots[slot] + plan_.params[param].offset, plan_.parameters};
+    }
+
+    // Where a parameter's gradient goes; absent where none is wanted.
+    PerTask<S> gradient(int slot, int param, bool adapted_only) const {
+        if (slot < 0 || param < 0) return {nullptr, 0};
+        const Param& p = plan_.params[param];
+        if (p.offset < 0 || (adapted_only && !p.adapts)) return {nullptr, 0};
+        return {ws_ + plan_.slots[slot] + p.offset, plan_.parameters};
+    }
+
+    // ---- the network -------------------------------------------------------------------------
+
+    void forward(int slot, int tape_index) {
+        const TapeView& tape = plan_.tapes[tape_index];
+        long N = samples(tape);
+        for (int i = 0; i < plan_.n_ops; ++i) {
+            const Op& op = plan_.ops[i];
+            const S* x = value(tape, op.in[0]);
+            S* y = output(tape, op.out);
+            long size = per_task(tape, op.out);
+            S *aux1 = at(tape.aux1[i]), *aux2 = at(tape.aux2[i]);
+            switch (op.kind) {
+                case OpKind::linear: linear_values(op, slot, N, x, y); break;
+                case OpKind::activation: activation_forward<S>(op, B_ * size, x, y, aux1, aux2); break;
+                case OpKind::affine: {
+                    S f = S(op.f0), c = S(op.f1);
+                    put(true, y, B_ * size, [=](long j) { return f * x[j] + c; });
+                    break;
+                }
+                case OpKind::add: {
+                    const S* z = value(tape, op.in[1]);
+                    S f = S(op.f0);
+                    put(true, y, B_ * size, [=](long j) { return x[j] + f * z[j]; });
+                    break;
+                }
+                case OpKind::cat: join(op, N, y, [&](int b) { return value(tape, b); }); break;
+                default: norm_forward(op, slot, N, size, x, y, aux1, aux2);
+            }
+        }
+    }
+
+    void linear_values(const Op& op, int slot, long N, const S* x, S* y) {
+        PerTask<const S> w = weight(slot, op.w), bias = weight(slot, op.b);
+        linear_product(op, w, N, x, bias, false, y);
+    }
+
+    // y (+)= x Wᵀ + bias, in one product where all tasks share W and bias.
+    void linear_product(const Op& op, PerTask<const S> w, long N, const S* x, PerTask<const S> bias, bool add, S* y) {
+        long rows = N * op.rows;
+        if (w.stride == 0 && bias.stride == 0)
+            return linear_forward<S>(op, B_ * rows, x, arena_ + op.pack_forward, bias.p, add, y, gemm_scratch());
+        for (long b = 0; b < B_; ++b) {
+            const S* panels = arena_ + op.pack_forward;
+            if (w.stride != 0) {
+                pack_transposed(op.width, op.out_width, w.of(b), scratch());
+                panels = scratch();
+            }
+            linear_forward<S>(op, rows, x + b * rows * op.width, panels, bias.of(b), add,
+                              y + b * rows * op.out_width, gemm_scratch());
+        }
+    }
+
+    // dx (+)= dy W.
+    void linear_transposed_product(const Op& op, PerTask<const S> w, bool first, long N, const S* dy, S* dx) {
+        long rows = N * op.rows;
+        if (w.stride == 0)
+            return linear_backward<S>(op, first, B_ * rows, dy, arena_ + op.pack_backward, true, dx, gemm_scratch());
+        for (long b = 0; b < B_; ++b)
+            linear_backward<S>(op, first, rows, dy + b * rows * op.out_width, w.of(b), false,
+                               dx + b * rows * op.width, gemm_scratch());
+    }
+
+    void norm_forward(const Op& op, int slot, long N, long size, const S* x, S* y, S* xhat, S* inv) {
+        PerTask<const S> w = weight(slot, op.w), bias = weight(slot, op.b);
+        long groups = norm_groups(op, N);
+        for (long b = 0; b < B_; ++b) {
+            const S *wb = w.of(b), *bb = bias.of(b), *xb = x + b * size;
+            S *yb = y + b * size, *hb = xhat + b * size, *ib = inv + b * groups;
+            if (op.kind == OpKind::batch_norm)
+                batch_norm_forward<S>(op, N, xb, wb, bb, yb, hb, ib, scratch());
+            else if (op.kind == OpKind::running_norm)
+                running_norm_forward<S>(op, N, constant(op.c0), constant(op.c1), xb, wb, bb, yb, hb, ib);
+            else
+                layer_norm_forward<S>(op, groups, xb, wb, bb, yb, hb, ib);
+        }
+    }
+
+    static long norm_groups(const Op& op, long N) { return op.kind == OpKind::layer_norm ? N * op.rows : op.width; }
+    const S* constant(int c) const { return static_cast<const S*>(call_.constants[c]); }
+
+    // Concatenates the inputs' runs of features, `op.rows` runs a sample.
+    template <class F>
+    void join(const Op& op, long N, S* y, F input) {
+        long runs = B_ * N * op.rows, stride = plan_.features[op.out] / op.rows, offset = 0;
+        for (int j = 0; j < op.n_in; ++j) {
+            long run = plan_.features[op.in[j]] / op.rows;
+            const S* x = input(op.in[j]);
+            for (long r = 0; r < runs; ++r) {
+                if (x)
+                    copy(x + r * run, y + r * stride + offset, run);
+                else
+                    fill(y + r * stride + offset, run, S(0));
+            }
+            offset += run;
+        }
+    }
+
+    // The transpose of `join` for input j.
+    void split(const Op& op, int j, bool first, long N, const S* dy, S* dx) {
+        long runs = B_ * N * op.rows, stride = plan_.features[op.out] / op.rows, offset = 0;
+        for (int i = 0; i < j; ++i) offset += plan_.features[op.in[i]] / op.rows;
+        long run = plan_.features[op.in[j]] / op.rows;
+        for (long r = 0; r < runs; ++r) {
+            const S* from = dy + r * stride + offset;
+            put(first, dx + r * run, run, [=](long i) { return from[i]; });
+        }
+    }
+
+    // ---- losses ------------------------------------------------------------------------------
+
+    void loss(int tape_index, int batch, S* losses, bool slope) {
+        const TapeView& tape = plan_.tapes[tape_index];
+        long N = samples(tape), F = plan_.features[plan_.out], size = N * F;
+        S d = S(plan_.loss_parameter);
+        for (long b = 0; b < B_; ++b) {
+            const S* z = value(tape, plan_.out) + b * size;
+            S* dz = slope ? ws_ + tape.delta[plan_.out] + b * size : nullptr;
+            S weight = batch == 1 && slope ? static_cast<const S*>(call_.weights)[t0_ + b] : S(1);
+            S value;
+            if (plan_.loss == LossKind::cross_entropy) {
+                const std::int64_t* y = static_cast<const std::int64_t*>(call_.y[batch]) + (t0_ + b) * N;
+                S* p = ws_ + tape.loss + b * size;
+                value = cross_entropy_value(N, F, d, z, y, p) / S(N);
+                if (dz) cross_entropy_slope(N, F, d, weight / S(N), y, p, dz);
+            } else {
+                const S* y = static_cast<const S*>(call_.y[batch]) + (t0_ + b) * size;
+                LossKind kind = plan_.loss;
+                value = losses ? sum_of<S>(size, [=](long i) { return pointwise_value(kind, z[i], y[i], d); }) / S(size)
+                               : S(0);
+                S scale = weight / S(size);
+                if (dz) put(true, dz, size, [=](long i) { return scale * pointwise_slope(kind, z[i], y[i], d); });
+            }
+            if (losses) losses[b] = value;
+        }
+    }
+
+    void loss_tangent(const TapeView& tape) {
+        long N = samples(tape), F = plan_.features[plan_.out], size = N * F;
+        S d = S(plan_.loss_parameter);
+        for (long b = 0; b < B_; ++b) {
+            const S* tz = ws_ + plan_.tangent[plan_.out] + b * size;
+            S* ez = ws_ + plan_.tangent_delta[plan_.out] + b * size;
+            if (plan_.loss == LossKind::cross_entropy) {
+                cross_entropy_tangent(N, F, S(1) / S(N), ws_ + tape.loss + b * size, tz, ez);
+            } else {
+                const S* z = value(tape, plan_.out) + b * size;
+                const S* y = static_cast<const S*>(call_.y[0]) + (t0_ + b) * size;
+                LossKind kind = plan_.loss;
+                S scale = S(1) / S(size);
+                put(true, ez, size,
+                    [=](long i) { return scale * pointwise_curvature(kind, z[i], y[i], d) * tz[i]; });
+            }
+        }
+    }
+
+    void cotangent(int tape_index) {
+        const TapeView& tape = plan_.tapes[tape_index];
+        long size = per_task(tape, plan_.out);
+        copy(static_cast<const S*>(call_.cotangent) + t0_ * size, ws_ + tape.delta[plan_.out], B_ * size);
+    }
+
+    // ---- reverse -----------------------------------------------------------------------------
+
+    // The delta of an input; null where it is not wanted.
+    S* input_delta(const TapeView& tape, const Op& op, int j, bool inputs) const {
+        int buffer = op.in[j];
+        if (!op.wants_delta[j]) return nullptr;
+        if (tape.value[buffer] >= 0) return ws_ + tape.delta[buffer];
+        return inputs ? static_cast<S*>(call_.dx[tape.batch]) + t0_ * per_task(tape, buffer) : nullptr;
+    }
+
+    void backward(int slot, int tape_index, int out, bool inputs) {
+        const TapeView& tape = plan_.tapes[tape_index];
+        long N = samples(tape);
+        bool adapted_only = tape.batch == 0;
+        for (int i = plan_.n_ops - 1; i >= 0; --i) {
+            const Op& op = plan_.ops[i];
+            if (!op.out_wants_delta) continue;
+            const S* dy = ws_ + tape.delta[op.out];
+            long size = B_ * per_task(tape, op.out);
+            S* dx = input_delta(tape, op, 0, inputs);
+            bool first = op.delta_first[0];
+            switch (op.kind) {
+                case OpKind::linear: {
+                    PerTask<S> gw = gradient(out, op.w, adapted_only), gb = gradient(out, op.b, adapted_only);
+                    if (dx) linear_transposed_product(op, weight(slot, op.w), first, N, dy, dx);
+                    linear_gradients(op, N, value(tape, op.in[0]), dy, gw, gb);
+                    break;
+                }
+                case OpKind::activation:
+                    if (dx) activation_backward<S>(first, size, ws_ + tape.aux1[i], dy, dx);
+                    break;
+                case OpKind::affine: {
+                    S f = S(op.f0);
+                    if (dx) put(first, dx, size, [=](long j) { return f * dy[j]; });
+                    break;
+                }
+                case OpKind::add:
+                    for (int j = 0; j < 2; ++j) {
+                        S f = j ? S(op.f0) : S(1);
+                        if (S* dj = input_delta(tape, op, j, inputs))
+                            put(op.delta_first[j], dj, size, [=](long k) { return f * dy[k]; });
+                    }
+                    break;
+                case OpKind::cat:
+                    for (int j = 0; j < op.n_in; ++j)
+                        if (S* dj = input_delta(tape, op, j, inputs)) split(op, j, op.delta_first[j], N, dy, dj);
+                    break;
+                default: norm_backward(op, i, slot, tape, out, adapted_only, dy, dx);
+            }
+        }
+    }
+
+    void linear_gradients(const Op& op, long N, const S* x, const S* dy, PerTask<S> gw, PerTask<S> gb) {
+        long rows = N * op.rows;
+        for (long b = 0; b < B_; ++b) {
+            const S* db = dy + b * rows * op.out_width;
+            if (gw)
+                linear_weight_gradient<S>(op, op.w_first, rows, db, x + b * rows * op.width, gw.of(b), gemm_scratch());
+            if (gb) column_sums(op.b_first, rows, op.out_width, db, gb.of(b));
+        }
+    }
+
+    void norm_backward(const Op& op, int i, int slot, const TapeView& tape, int out, bool adapted_only, const S* dy,
+                       S* dx) {
+        PerTask<S> gw = gradient(out, op.w, adapted_only), gb = gradient(out, op.b, adapted_only);
+        PerTask<const S> w = weight(slot, op.w);
+        long N = samples(tape), size = per_task(tape, op.out), groups = norm_groups(op, N), C = op.width;
+        bool first = op.delta_first[0];
+        S* sums = scratch();
+        for (long b = 0; b < B_; ++b) {
+            const S *hb = ws_ + tape.aux1[i] + b * size, *ib = ws_ + tape.aux2[i] + b * groups, *db = dy + b * size;
+            S* xb = dx ? dx + b * size : nullptr;
+            if (op.kind == OpKind::layer_norm) {
+                if (xb) layer_norm_backward<S>(op, first, groups, hb, ib, w.of(b), db, xb);
+                if (gw || gb) row_norm_sums(C, groups, hb, db, sums);
+            } else {
+                batch_norm_sums<S>(op, N, hb, db, sums, sums + C);
+                if (xb && op.kind == OpKind::batch_norm)
+                    batch_norm_backward<S>(op, first, N, hb, ib, w.of(b), sums, sums + C, db, xb);
+                else if (xb)
+                    running_norm_backward<S>(op, first, N, ib, w.of(b), db, xb);
+            }
+            if (gw) put(op.w_first, gw.of(b), C, [=](long c) { return sums[c]; });
+            if (gb) put(op.b_first, gb.of(b), C, [=](long c) { return sums[C + c]; });
+        }
+    }
+
+    // Σ_rows δy x̂ and Σ_rows δy, for norms whose weights run along the row.
+    static void row_norm_sums(long C, long rows, const S* xhat, const S* dy, S* sums) {
+        fill(sums, 2 * C, S(0));
+        for (long r = 0; r < rows; ++r)
+            for (long c = 0; c < C; ++c) {
+                sums[c] += dy[r * C + c] * xhat[r * C + c];
+                sums[C + c] += dy[r * C + c];
+            }
+    }
+
+    // ---- Hessian-vector product: the tangent of forward and backward ---------------------------
+
+    void hvp(int slot, int tape_index, int vector, int out, bool inputs) {
+        const TapeView& tape = plan_.tapes[tape_index];
+        if (!plan_.moves) return fill(ws_ + plan_.slots[out], B_ * plan_.parameters, S(0));
+        forward_tangent(slot, tape, vector);
+        loss_tangent(tape);
+        backward_tangent(slot, tape, vector, out, inputs);
+        if (!inputs) return;
+        long size = per_task(tape, 0);
+        const S* ex = ws_ + plan_.tangent_delta[0];
+        S* dx = static_cast<S*>(call_.dx[0]) + t0_ * size;
+        for (long i = 0; i < B_ * size; ++i) dx[i] -= ex[i];
+    }
+
+    S* tangent(const Op& op, int j) const { return op.has_tangent[j] ? ws_ + plan_.tangent[op.in[j]] : nullptr; }
+
+    void forward_tangent(int slot, const TapeView& tape, int vector) {
+        long N = samples(tape);
+        for (int i = 0; i < plan_.n_ops; ++i) {
+            const Op& op = plan_.ops[i];
+            if (!op.out_has_tangent) {
+                clear_tangent_aux(op, i, tape);
+                continue;
+            }
+            S* ty = ws_ + plan_.tangent[op.out];
+            const S* tx = tangent(op, 0);
+            long size = B_ * per_task(tape, op.out);
+            switch (op.kind) {
+                case OpKind::linear: linear_tangent(op, slot, vector, tape, tx, ty); break;
+                case OpKind::activation: activation_tangent<S>(size, ws_ + tape.aux1[i], tx, ty); break;
+                case OpKind::affine: {
+                    S f = S(op.f0);
+                    put(true, ty, size, [=](long j) { return f * tx[j]; });
+                    break;
+                }
+                case OpKind::add: {
+                    const S* tz = tangent(op, 1);
+                    S f = S(op.f0);
+                    if (tx && tz)
+                        put(true, ty, size, [=](long j) { return tx[j] + f * tz[j]; });
+                    else if (tx)
+                        copy(tx, ty, size);
+                    else
+                        put(true, ty, size, [=](long j) { return f * tz[j]; });
+                    break;
+                }
+                case OpKind::cat: {
+                    int j = 0;
+                    join(op, N, ty, [&](int) { return tangent(op, j++); });
+                    break;
+                }
+                default: norm_tangent(op, i, slot, vector, tape, tx, ty);
+            }
+        }
+    }
+
+    // The backward tangent of a norm reads these even where nothing upstream moves.
+    void clear_tangent_aux(const Op& op, int i, const TapeView& tape) {
+        if (plan_.tangent_aux1[i] >= 0) fill(ws_ + plan_.tangent_aux1[i], B_ * per_task(tape, op.out), S(0));
+        if (plan_.tangent_aux2[i] >= 0) fill(ws_ + plan_.tangent_aux2[i], B_ * norm_groups(op, samples(tape)), S(0));
+    }
+
+    void linear_tangent(const Op& op, int slot, int vector, const TapeView& tape, const S* tx, S* ty) {
+        long N = samples(tape);
+        PerTask<const S> v = direction(vector, op.w), vb = direction(vector, op.b), none{nullptr, 0};
+        if (tx) linear_product(op, weight(slot, op.w), N, tx, v ? none : vb, false, ty);
+        if (v)
+            linear_product(op, v, N, value(tape, op.in[0]), vb, tx != nullptr, ty);
+        else if (!tx)
+            spread(N * op.rows, op.out_width, vb, ty);
+    }
+
+    // Every row of a task ← its bias direction.
+    void spread(long rows, long width, PerTask<const S> v, S* y) {
+        for (long b = 0; b < B_; ++b)
+            for (long r = 0; r < rows; ++r) copy(v.of(b), y + (b * rows + r) * width, width);
+    }
+
+    void norm_tangent(const Op& op, int i, int slot, int vector, const TapeView& tape, const S* tx, S* ty) {
+        PerTask<const S> w = weight(slot, op.w), vw = direction(vector, op.w), vb = direction(vector, op.b);
+        long N = samples(tape), size = per_task(tape, op.out), groups = norm_groups(op, N);
+        for (long b = 0; b < B_; ++b) {
+            const S *hb = ws_ + tape.aux1[i] + b * size, *ib = ws_ + tape.aux2[i] + b * groups;
+            const S* txb = tx ? tx + b * size : nullptr;
+            S *tyb = ty + b * size, *thb = ws_ + plan_.tangent_aux1[i] + b * size,
+              *sb = ws_ + plan_.tangent_aux2[i] + b * groups;
+            if (op.kind == OpKind::batch_norm)
+                batch_norm_tangent<S>(op, N, hb, ib, w.of(b), vw.of(b), vb.of(b), txb, tyb, thb, sb, scratch());
+            else if (op.kind == OpKind::running_norm)
+                running_norm_tangent<S>(op, N, hb, ib, w.of(b), vw.of(b), vb.of(b), txb, tyb, thb);
+            else
+                layer_norm_tangent<S>(op, groups, hb, ib, w.of(b), vw.of(b), vb.of(b), txb, tyb, thb, sb);
+        }
+    }
+
+    // The tangent of an input's delta; null where it is not wanted.
+    S* input_tangent_delta(const TapeView& tape, const Op& op, int j, bool inputs) const {
+        if (!op.wants_delta[j] || (tape.value[op.in[j]] < 0 && !inputs)) return nullptr;
+        return ws_ + plan_.tangent_delta[op.in[j]];
+    }
+
+    void backward_tangent(int slot, const TapeView& tape, int vector, int out, bool inputs) {
+        long N = samples(tape);
+        for (int i = plan_.n_ops - 1; i >= 0; --i) {
+            const Op& op = plan_.ops[i];
+            if (!op.out_wants_delta) continue;
+            const S *dy = ws_ + tape.delta[op.out], *ey = ws_ + plan_.tangent_delta[op.out];
+            long size = B_ * per_task(tape, op.out);
+            S* ex = input_tangent_delta(tape, op, 0, inputs);
+            const S* tx = tangent(op, 0);
+            bool first = op.delta_first[0];
+            switch (op.kind) {
+                case OpKind::linear: linear_backward_tangent(op, slot, vector, tape, out, tx, dy, ey, ex); break;
+                case OpKind::activation:
+                    if (ex)
+                        activation_backward_tangent<S>(first, size, ws_ + tape.aux1[i], at(tape.aux2[i]), tx, dy, ey,
+                                                       ex);
+                    break;
+                case OpKind::affine: {
+                    S f = S(op.f0);
+                    if (ex) put(first, ex, size, [=](long j) { return f * ey[j]; });
+                    break;
+                }
+                case OpKind::add:
+                    for (int j = 0; j < 2; ++j) {
+                        S f = j ? S(op.f0) : S(1);
+                        if (S* ej = input_tangent_delta(tape, op, j, inputs))
+                            put(op.delta_first[j], ej, size, [=](long k) { return f * ey[k]; });
+                    }
+                    break;
+                case OpKind::cat:
+                    for (int j = 0; j < op.n_in; ++j)
+                        if (S* ej = input_tangent_delta(tape, op, j, inputs))
+                            split(op, j, op.delta_first[j], N, ey, ej);
+                    break;
+                default: norm_backward_tangent(op, i, slot, vector, tape, out, dy, ey, ex);
+            }
+        }
+    }
+
+    void linear_backward_tangent(const Op& op, int slot, int vector, const TapeView& tape, int out, const S* tx,
+                                 const S* dy, const S* ey, S* ex) {
+        long N = samples(tape), rows = N * op.rows;
+        PerTask<const S> v = direction(vector, op.w);
+        if (ex) {
+            linear_transposed_product(op, weight(slot, op.w), op.delta_first[0], N, ey, ex);
+            if (v) linear_transposed_product(op, v, false, N, dy, ex);
+        }
+        PerTask<S> hw = gradient(out, op.w, false), hb = gradient(out, op.b, false);
+        linear_gradients(op, N, value(tape, op.in[0]), ey, hw, hb);
+        if (!hw || !tx) return;
+        Op more = op;
+        more.w_first = false;
+        for (long b = 0; b < B_; ++b)
+            linear_weight_gradient<S>(more, false, rows, dy + b * rows * op.out_width, tx + b * rows * op.width,
+                                      hw.of(b), gemm_scratch());
+    }
+
+    void norm_backward_tangent(const Op& op, int i, int slot, int vector, const TapeView& tape, int out, const S* dy,
+                               const S* ey, S* ex) {
+        PerTask<const S> w = weight(slot, op.w), vw = direction(vector, op.w);
+        PerTask<S> hw = gradient(out, op.w, false), hb = gradient(out, op.b, false);
+        long N = samples(tape), size = per_task(tape, op.out), groups = norm_groups(op, N), C = op.width;
+        bool first = op.delta_first[0];
+        S* sums = scratch();
+        for (long b = 0; b < B_; ++b) {
+            const S *xh = ws_ + tape.aux1[i] + b * size, *ib = ws_ + tape.aux2[i] + b * groups;
+            const S *th = ws_ + plan_.tangent_aux1[i] + b * size, *sb = ws_ + plan_.tangent_aux2[i] + b * groups;
+            const S *db = dy + b * size, *eb = ey + b * size;
+            S* xb = ex ? ex + b * size : nullptr;
+            if (op.kind == OpKind::layer_norm)
+                row_norm_tangent_sums(C, groups, xh, th, db, eb, sums);
+            else
+                batch_norm_tangent_sums<S>(op, N, xh, th, db, eb, sums);
+            if (xb && op.kind == OpKind::batch_norm)
+                batch_norm_backward_tangent<S>(op, first, N, xh, ib, th, sb, w.of(b), vw.of(b), sums, db, eb, xb);
+            else if (xb && op.kind == OpKind::running_norm)
+                running_norm_backward_tangent<S>(op, first, N, ib, w.of(b), vw.of(b), db, eb, xb);
+            else if (xb)
+                layer_norm_backward_tangent<S>(op, first, groups, xh, ib, th, sb, w.of(b), vw.of(b), db, eb, xb);
+            if (hw) put(op.w_first, hw.of(b), C, [=](long c) { return sums[2 * C + c]; });
+            if (hb) put(op.b_first, hb.of(b), C, [=](long c) { return sums[3 * C + c]; });
+        }
+    }
+
+    static void row_norm_tangent_sums(long C, long rows, const S* xhat, const S* txhat, const S* dy, const S* ey,
+                                      S* sums) {
+        fill(sums + 2 * C, 2 * C, S(0));
+        for (long r = 0; r < rows; ++r)
+            for (long c = 0; c < C; ++c) {
+                long i = r * C + c;
+                sums[2 * C + c] += ey[i] * xhat[i] + dy[i] * txhat[i];
+                sums[3 * C + c] += ey[i];
+            }
+    }
+
+    // ---- parameter-sized vectors -------------------------------------------------------------
+
+    template <class F>
+    void each_adapted(F f) {
+        for (int p = 0; p < plan_.n_params; ++p)
+            if (plan_.params[p].adapts)
+                for (long b = 0; b < B_; ++b) f(p, plan_.params[p], b);
+    }
+
+    S* slot(int index, const Param& p, long b) const {
+        return ws_ + plan_.slots[index] + b * plan_.parameters + p.offset;
+    }
+
+    const S* rate(const Param& p) const { return static_cast<const S*>(call_.rates[p.rate]); }
+
+    void update(int out, int theta, int grad) {
+        each_adapted([&](int index, const Param& p, long b) {
+            const S *from = weight(theta, index).of(b), *g = slot(grad, p, b), *a = rate(p);
+            S *to = slot(out, p, b), alpha = *a;
+            if (p.elementwise)
+                for (long i = 0; i < p.size; ++i) to[i] = from[i] - a[i] * g[i];
+            else
+                for (long i = 0; i < p.size; ++i) to[i] = from[i] - alpha * g[i];
+        });
+    }
+
+    void scale(int out, int vector) {
+        each_adapted([&](int, const Param& p, long b) {
+            const S *from = slot(vector, p, b), *a = rate(p);
+            S *to = slot(out, p, b), alpha = *a;
+            if (p.elementwise)
+                for (long i = 0; i < p.size; ++i) to[i] = a[i] * from[i];
+            else
+                for (long i = 0; i < p.size; ++i) to[i] = alpha * from[i];
+        });
+    }
+
+    void subtract(int out, int vector) {
+        S *to = ws_ + plan_.slots[out], *from = ws_ + plan_.slots[vector];
+        for (long i = 0; i < B_ * plan_.parameters; ++i) to[i] -= from[i];
+    }
+
+    void accumulate(int vector) {
+        for (long b = 0; b < B_; ++b) {
+            const S* from = ws_ + plan_.slots[vector] + b * plan_.parameters;
+            put(false, partial_, plan_.parameters, [=](long i) { return from[i]; });
+        }
+    }
+
+    void rate_gradient(int grad, int adjoint) {
+        each_adapted([&](int, const Param& p, long b) {
+            const S *g = slot(grad, p, b), *l = slot(adjoint, p, b);
+            S* to = partial_ + plan_.parameters + plan_.rate_offset[p.rate];
+            if (p.elementwise)
+                for (long i = 0; i < p.size; ++i) to[i] -= g[i] * l[i];
+            else
+                *to -= sum_of<S>(p.size, [=](long i) { return g[i] * l[i]; });
+        });
+    }
+
+    void load_parameters(int index) {
+        each_adapted([&](int param, const Param& p, long b) {
+            copy(static_cast<const S*>(call_.adapted[param]) + (t0_ + b) * p.size, slot(index, p, b), p.size);
+        });
+    }
+
+    void store_parameters(int theta) {
+        for (int p = 0; p < plan_.n_params; ++p)
+            for (long b = 0; b < B_; ++b) {
+                long size = plan_.params[p].size;
+                copy(weight(theta, p).of(b), static_cast<S*>(call_.adapted_out[p]) + (t0_ + b) * size, size);
+            }
+    }
+
+    void store_outputs(int tape_index) {
+        const TapeView& tape = plan_.tapes[tape_index];
+        long size = per_task(tape, plan_.out);
+        copy(value(tape, plan_.out), static_cast<S*>(call_.outputs) + t0_ * size, B_ * size);
+    }
+
+    S* scratch() const { return ws_ + plan_.scratch; }
+    S* gemm_scratch() const { return ws_ + plan_.gemm_scratch; }
+
+    const PlanView& plan_;
+    const Call& call_;
+    const S* arena_;
+    S* ws_;
+    S* partial_;
+    long t0_ = 0, B_ = 0;
+};
+
+template <class S>
+void pack_op(const PlanView& plan, const Call& call, int index, S* arena) {
+    const Op& op = plan.ops[index];
+    if (op.kind != OpKind::linear) return;
+    const S* w = static_cast<const S*>(call.params[op.w]);
+    if (op.pack_forward >= 0) pack_transposed(op.width, op.out_width, w, arena + op.pack_forward);
+    if (op.pack_backward >= 0) pack(op.out_width, op.width, w, op.width, arena + op.pack_backward);
+}
+
+template <class S>
+void run_block(const PlanView& plan, const Call& call, const S* arena, S* workspace, S* partial, long first,
+               long count) {
+    Engine<S>(plan, call, arena, workspace, partial).run(first, count);
+}
+
+template <class S>
+constexpr KernelsOf<S> kernels_of() {
+    return {lanes<S>, kBlockDepth, pack_op<S>, run_block<S>};
+}

@@ -1,0 +1,16 @@
+#include "../plan.h"
+
+#define MAML_FAST_BYTES 32
+#define MAML_FAST_ROWS 6
+
+namespace maml_fast {
+namespace {
+#include "../engine.inl"
+}  // namespace
+
+const Kernels& kernels_avx2() {
+    static constexpr Kernels kernels{kernels_of<float>(), kernels_of<double>()};
+    return kernels;
+}
+
+}  // namespace maml_fast

@@ -1,0 +1,127 @@
+// y = f(x), element by element. The forward pass leaves f' and f'' on the tape, so that the other
+// three functions are the same for every f:
+//   δx = f' δy      ẏ = f' ẋ      δ̇x = f' δ̇y + f'' ẋ δy
+
+template <class S>
+struct Point {
+    S y, d1, d2;
+};
+
+template <Act A, class S>
+inline Point<S> activate(S x, S p0, S p1) {
+    if constexpr (A == Act::relu) {
+        return {x < S(0) ? S(0) : x, x <= S(0) ? S(0) : S(1), S(0)};
+    } else if constexpr (A == Act::leaky_relu) {
+        bool positive = x > S(0);
+        return {positive ? x : p0 * x, positive ? S(1) : p0, S(0)};
+    } else if constexpr (A == Act::elu) {
+        S e = p0 * expm1_(x < S(0) ? x : S(0));
+        bool negative = x < S(0);
+        return {negative ? e : x, negative ? e + p0 : S(1), negative ? e + p0 : S(0)};
+    } else if constexpr (A == Act::gelu) {
+        S cdf = S(0.5) * (S(1) + erf_(x * S(0.70710678118654752440)));
+        S pdf = S(0.39894228040143267794) * exp_(S(-0.5) * x * x);
+        return {x * cdf, cdf + x * pdf, pdf * (S(2) - x * x)};
+    } else if constexpr (A == Act::gelu_tanh) {
+        const S c = S(0.79788456080286535588), a = S(0.044715);
+        S u1 = c * (S(1) + S(3) * a * x * x), u2 = S(6) * c * a * x;
+        S t = tanh_(c * (x + a * x * x * x)), s = S(1) - t * t;
+        return {S(0.5) * x * (S(1) + t), S(0.5) * (S(1) + t + x * s * u1),
+                s * u1 + S(0.5) * x * s * (u2 - S(2) * t * u1 * u1)};
+    } else if constexpr (A == Act::silu) {
+        S s = S(1) / (S(1) + exp_(-x)), ds = s * (S(1) - s);
+        return {x * s, s + x * ds, ds * (S(2) + x * (S(1) - S(2) * s))};
+    } else if constexpr (A == Act::tanh) {
+        S t = tanh_(x), s = S(1) - t * t;
+        return {t, s, S(-2) * t * s};
+    } else if constexpr (A == Act::sigmoid) {
+        S s = S(1) / (S(1) + exp_(-x)), ds = s * (S(1) - s);
+        return {s, ds, ds * (S(1) - S(2) * s)};
+    } else if constexpr (A == Act::softplus) {
+        S t = p0 * x, m = abs_(t);
+        bool linear = t > p1;
+        S s = S(1) / (S(1) + exp_(-t));
+        S y = ((t > S(0) ? t : S(0)) + log1p_unit(exp_(-m))) / p0;
+        return {linear ? x : y, linear ? S(1) : s, linear ? S(0) : p0 * s * (S(1) - s)};
+    } else {
+        S sine, cosine;
+        sincos_(p0 * x, sine, cosine);
+        return {sine, p0 * cosine, -p0 * p0 * sine};
+    }
+}
+
+template <Act A, class S>
+inline void activation_map(long n, S p0, S p1, const S* __restrict x, S* __restrict y, S* __restrict d1,
+                           S* __restrict d2) {
+    if (!d1) {
+        for (long i = 0; i < n; ++i) y[i] = activate<A>(x[i], p0, p1).y;
+    } else if (!d2) {
+        for (long i = 0; i < n; ++i) {
+            Point<S> p = activate<A>(x[i], p0, p1);
+            y[i] = p.y;
+            d1[i] = p.d1;
+        }
+    } else {
+        for (long i = 0; i < n; ++i) {
+            Point<S> p = activate<A>(x[i], p0, p1);
+            y[i] = p.y;
+            d1[i] = p.d1;
+            d2[i] = p.d2;
+        }
+    }
+}
+
+// The polynomial reduction of float angles loses digits beyond kLargeAngle; libm does not.
+inline void large_angles(long n, float w0, const float* x, float* y, float* d1, float* d2) {
+    bool large = false;
+    for (long i = 0; i < n; ++i) large |= abs_(w0 * x[i]) > kLargeAngle;
+    if (!large) return;
+    for (long i = 0; i < n; ++i) {
+        if (!(abs_(w0 * x[i]) > kLargeAngle)) continue;
+        float sine = __builtin_sinf(w0 * x[i]), cosine = __builtin_cosf(w0 * x[i]);
+        y[i] = sine;
+        if (d1) d1[i] = w0 * cosine;
+        if (d2) d2[i] = -w0 * w0 * sine;
+    }
+}
+inline void large_angles(long, double, const double*, double*, double*, double*) {}
+
+template <class S>
+void activation_forward(const Op& op, long n, const S* x, S* y, S* d1, S* d2) {
+    S p0 = S(op.f0), p1 = S(op.f1);
+    switch (op.act) {
+        case Act::relu: return activation_map<Act::relu>(n, p0, p1, x, y, d1, d2);
+        case Act::leaky_relu: return activation_map<Act::leaky_relu>(n, p0, p1, x, y, d1, d2);
+        case Act::elu: return activation_map<Act::elu>(n, p0, p1, x, y, d1, d2);
+        case Act::gelu: return activation_map<Act::gelu>(n, p0, p1, x, y, d1, d2);
+        case Act::gelu_tanh: return activation_map<Act::gelu_tanh>(n, p0, p1, x, y, d1, d2);
+        case Act::silu: return activation_map<Act::silu>(n, p0, p1, x, y, d1, d2);
+        case Act::tanh: return activation_map<Act::tanh>(n, p0, p1, x, y, d1, d2);
+        case Act::sigmoid: return activation_map<Act::sigmoid>(n, p0, p1, x, y, d1, d2);
+        case Act::softplus: return activation_map<Act::softplus>(n, p0, p1, x, y, d1, d2);
+        case Act::sine:
+            activation_map<Act::sine>(n, p0, p1, x, y, d1, d2);
+            return large_angles(n, p0, x, y, d1, d2);
+    }
+}
+
+template <class S>
+void activation_backward(bool first, long n, const S* __restrict d1, const S* __restrict dy, S* __restrict dx) {
+    put(first, dx, n, [=](long i) { return d1[i] * dy[i]; });
+}
+
+template <class S>
+void activation_tangent(long n, const S* __restrict d1, const S* __restrict tx, S* __restrict ty) {
+    put(true, ty, n, [=](long i) { return d1[i] * tx[i]; });
+}
+
+// d2 or tx null: f'' = 0 or ẋ = 0.
+template <class S>
+void activation_backward_tangent(bool first, long n, const S* __restrict d1, const S* __restrict d2,
+                                 const S* __restrict tx, const S* __restrict dy, const S* __restrict ey,
+                                 S* __restrict ex) {
+    if (d2 && tx)
+        put(first, ex, n, [=](long i) { return d1[i] * ey[i] + d2[i] * tx[i] * dy[i]; });
+    else
+        activation_backward(first, n, d1, ey, ex);
+}

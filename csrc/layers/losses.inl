@@ -1,0 +1,83 @@
+// L = mean over a task's samples; δ = ∂L/∂z and its tangent δ̇ = (∂²L/∂z²) ż for outputs z.
+//   mse            (z − y)²              cross_entropy   −Σ_c q_c log softmax(z)_c
+//   bce_with_logits  max(z,0) − z y + log(1 + e^−|z|)
+//   l1             |z − y|               huber           r²/2 within d, d(|r| − d/2) beyond
+// Label smoothing s: q = (1 − s) onehot + s / classes.
+
+template <class S>
+inline S sign_of(S r) {
+    return r > S(0) ? S(1) : r < S(0) ? S(-1) : r;  // keeps 0 and NaN
+}
+
+template <class S>
+inline S pointwise_value(LossKind kind, S z, S y, S d) {
+    S r = z - y;
+    switch (kind) {
+        case LossKind::mse: return r * r;
+        case LossKind::bce_with_logits: return (z < S(0) ? S(0) : z) - z * y + log1p_unit(exp_(-abs_(z)));
+        case LossKind::l1: return abs_(r);
+        default: return abs_(r) > d ? d * (abs_(r) - S(0.5) * d) : S(0.5) * r * r;
+    }
+}
+
+template <class S>
+inline S pointwise_slope(LossKind kind, S z, S y, S d) {
+    S r = z - y;
+    switch (kind) {
+        case LossKind::mse: return S(2) * r;
+        case LossKind::bce_with_logits: return S(1) / (S(1) + exp_(-z)) - y;
+        case LossKind::l1: return sign_of(r);
+        default: return abs_(r) > d ? d * sign_of(r) : r;
+    }
+}
+
+template <class S>
+inline S pointwise_curvature(LossKind kind, S z, S y, S d) {
+    switch (kind) {
+        case LossKind::mse: return S(2);
+        case LossKind::bce_with_logits: {
+            S s = S(1) / (S(1) + exp_(-z));
+            return s * (S(1) - s);
+        }
+        case LossKind::l1: return S(0);
+        default: return abs_(z - y) > d ? S(0) : S(1);
+    }
+}
+
+// softmax of each row into p; returns Σ_rows of the cross entropy.
+template <class S>
+S cross_entropy_value(long N, long C, S smoothing, const S* z, const std::int64_t* labels, S* p) {
+    S total = S(0);
+    for (long n = 0; n < N; ++n, z += C, p += C) {
+        S top = z[0], sum = S(0), all = S(0);
+        for (long c = 1; c < C; ++c) top = z[c] > top ? z[c] : top;
+        for (long c = 0; c < C; ++c) {
+            p[c] = exp_(z[c] - top);
+            sum += p[c];
+            all += z[c];
+        }
+        S log_sum = top + log_(sum), inverse = S(1) / sum;
+        for (long c = 0; c < C; ++c) p[c] *= inverse;
+        total += log_sum - (S(1) - smoothing) * z[labels[n]] - smoothing / S(C) * all;
+    }
+    return total;
+}
+
+template <class S>
+void cross_entropy_slope(long N, long C, S smoothing, S scale, const std::int64_t* labels, const S* p, S* dz) {
+    S floor = smoothing / S(C);
+    for (long n = 0; n < N; ++n)
+        for (long c = 0; c < C; ++c) {
+            S q = floor + (labels[n] == c ? S(1) - smoothing : S(0));
+            dz[n * C + c] = scale * (p[n * C + c] - q);
+        }
+}
+
+template <class S>
+void cross_entropy_tangent(long N, long C, S scale, const S* p, const S* tz, S* ez) {
+    for (long n = 0; n < N; ++n, p += C, tz += C, ez += C) {
+        S dot = S(0);
+        for (long c = 0; c < C; ++c) dot += p[c] * tz[c];
+        for (long c = 0; c < C; ++c) ez[c] = scale * p[c] * (tz[c] - dot);
+    }
+}

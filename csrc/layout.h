@@ -1,0 +1,73 @@
+// From a plan's description to offsets: which buffers exist, where they stand, who writes them first.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "plan.h"
+
+namespace maml_fast {
+
+struct OpSpec {
+    int kind, act;
+    std::vector<int> inputs;
+    int out, w, b, c0, c1;
+    long rows, width, out_width, length;
+    double f0, f1;
+};
+
+struct ParamSpec {
+    long size;
+    bool adapts, active;
+    int rate;
+    bool elementwise;
+};
+
+struct Spec {
+    std::vector<OpSpec> ops;
+    std::vector<long> features;  // per buffer; buffer 0 is the input
+    int out;
+    std::vector<ParamSpec> params;
+    std::vector<Instr> code;
+    std::vector<int> tapes;  // batch of each tape
+    int slots;
+    long samples[2];
+    std::vector<long> rate_sizes;
+    int loss;
+    double loss_parameter;
+    bool input_gradients;
+    bool reverse, second_order;
+    long tasks;
+};
+
+// Numbers that depend on the instruction set and scalar type.
+struct Machine {
+    long lanes, gemm_depth, scalar_bytes;
+};
+
+class Layout {
+  public:
+    Layout(Spec spec, const Machine& machine);
+    const PlanView& view() const { return view_; }
+
+  private:
+    void find_flags();
+    void place_panels();
+    void place_buffers(long lockstep);
+    long take(long size);
+    long scratch_size() const;
+    long gemm_scratch_size() const;
+
+    Spec spec_;
+    Machine machine_;
+    PlanView view_{};
+    long used_ = 0;
+    std::vector<Op> ops_;
+    std::vector<std::unique_ptr<bool[]>> flags_;
+    std::vector<Param> params_;
+    std::vector<TapeView> tapes_;
+    std::vector<std::vector<long>> tables_;
+    std::vector<long> slots_, rate_offsets_;
+};
+
+}  // namespace maml_fast

@@ -1,0 +1,153 @@
+// The Python face of the core: plans in, raw pointers in, nothing of torch.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "run.h"
+
+namespace py = pybind11;
+using namespace maml_fast;
+
+namespace {
+
+using Pointer = std::uintptr_t;
+
+const void* address(Pointer p) {
+    return reinterpret_cast<const void*>(p);
+}
+void* writable(Pointer p) {
+    return reinterpret_cast<void*>(p);
+}
+
+std::vector<void*> addresses(const std::vector<Pointer>& pointers) {
+    std::vector<void*> out;
+    out.reserve(pointers.size());
+    for (Pointer p : pointers) out.push_back(writable(p));
+    return out;
+}
+
+Spec parse(const py::dict& d) {
+    Spec s;
+    for (auto item : d["ops"]) {
+        auto o = item.cast<py::dict>();
+        s.ops.push_back({o["kind"].cast<int>(), o["act"].cast<int>(), o["inputs"].cast<std::vector<int>>(),
+                         o["out"].cast<int>(), o["w"].cast<int>(), o["b"].cast<int>(), o["c0"].cast<int>(),
+                         o["c1"].cast<int>(), o["rows"].cast<long>(), o["width"].cast<long>(),
+                         o["out_width"].cast<long>(), o["length"].cast<long>(), o["f0"].cast<double>(),
+                         o["f1"].cast<double>()});
+    }
+    s.features = d["features"].cast<std::vector<long>>();
+    s.out = d["out"].cast<int>();
+    for (auto item : d["params"]) {
+        auto p = item.cast<py::dict>();
+        s.params.push_back({p["size"].cast<long>(), p["adapts"].cast<bool>(), p["active"].cast<bool>(),
+                            p["rate"].cast<int>(), p["elementwise"].cast<bool>()});
+    }
+    for (auto item : d["code"]) {
+        auto c = item.cast<py::dict>();
+        s.code.push_back({Code(c["code"].cast<int>()), c["a"].cast<int>(), c["b"].cast<int>(), c["c"].cast<int>(),
+                          c["d"].cast<int>(), c["inputs"].cast<bool>(), c["batch"].cast<int>()});
+    }
+    s.tapes = d["tapes"].cast<std::vector<int>>();
+    s.slots = d["slots"].cast<int>();
+    s.samples[0] = d["support"].cast<long>();
+    s.samples[1] = d["query"].cast<long>();
+    s.rate_sizes = d["rate_sizes"].cast<std::vector<long>>();
+    s.loss = d["loss"].cast<int>();
+    s.loss_parameter = d["loss_parameter"].cast<double>();
+    s.input_gradients = d["input_gradients"].cast<bool>();
+    s.reverse = d["reverse"].cast<bool>();
+    s.second_order = d["second_order"].cast<bool>();
+    s.tasks = d["tasks"].cast<long>();
+    return s;
+}
+
+Isa isa_named(const std::string& wanted) {
+    for (Isa isa : available())
+        if (wanted == name(isa)) return isa;
+    throw py::value_error("isa: this processor cannot run '" + wanted + "'");
+}
+
+class Plan {
+  public:
+    Plan(const py::dict& spec, bool float64, const std::string& isa) {
+        Spec parsed = parse(spec);
+        tasks_ = parsed.tasks;
+        if (float64)
+            f64_ = std::make_unique<Runner<double>>(std::move(parsed), isa_named(isa));
+        else
+            f32_ = std::make_unique<Runner<float>>(std::move(parsed), isa_named(isa));
+    }
+
+    void run(const std::vector<Pointer>& params, const std::vector<Pointer>& constants,
+             const std::vector<Pointer>& rates, Pointer x_s, Pointer y_s, Pointer x_q, Pointer y_q, Pointer weights,
+             Pointer cotangent, const std::vector<Pointer>& adapted, Pointer losses, Pointer outputs,
+             const std::vector<Pointer>& gradients, Pointer rate_gradient, Pointer dx_s, Pointer dx_q,
+             const std::vector<Pointer>& adapted_out, bool add, int threads) {
+        auto p = addresses(params), c = addresses(constants), r = addresses(rates), a = addresses(adapted),
+             g = addresses(gradients), o = addresses(adapted_out);
+        Call call{};
+        call.tasks = tasks_;
+        call.params = p.data();
+        call.constants = c.data();
+        call.rates = r.data();
+        call.x[0] = address(x_s);
+        call.x[1] = address(x_q);
+        call.y[0] = address(y_s);
+        call.y[1] = address(y_q);
+        call.weights = address(weights);
+        call.cotangent = address(cotangent);
+        call.adapted = a.data();
+        call.losses = writable(losses);
+        call.outputs = writable(outputs);
+        call.gradients = gradients.empty() ? nullptr : g.data();
+        call.rate_gradient = writable(rate_gradient);
+        call.dx[0] = writable(dx_s);
+        call.dx[1] = writable(dx_q);
+        call.adapted_out = o.data();
+        call.add = add;
+        call.threads = threads;
+        py::gil_scoped_release release;
+        f64_ ? f64_->run(call) : f32_->run(call);
+    }
+
+    long bytes(int threads) const { return f64_ ? f64_->bytes(threads) : f32_->bytes(threads); }
+
+  private:
+    long tasks_;
+    std::unique_ptr<Runner<float>> f32_;
+    std::unique_ptr<Runner<double>> f64_;
+};
+
+// Whether every label is in [0, classes).
+bool labels_in_range(Pointer labels, long count, long classes) {
+    auto p = static_cast<const std::int64_t*>(address(labels));
+    bool ok = true;
+    for (long i = 0; i < count; ++i) ok &= p[i] >= 0 && p[i] < classes;
+    return ok;
+}
+
+std::vector<std::string> available_names() {
+    std::vector<std::string> names;
+    for (Isa isa : available()) names.emplace_back(name(isa));
+    return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "Task-batched kernels for meta-learning.";
+    py::class_<Plan>(m, "Plan")
+        .def(py::init<const py::dict&, bool, const std::string&>(), py::arg("spec"), py::arg("float64"),
+             py::arg("isa"))
+        .def("run", &Plan::run)
+        .def("bytes", &Plan::bytes, py::arg("threads"));
+    m.def("labels_in_range", &labels_in_range);
+    m.def("available", &available_names);
+    m.def("choose", [] { return std::string(name(choose())); });
+}

@@ -1,0 +1,168 @@
+// A plan as the kernels see it: plain old data, offsets into a workspace, no ownership.
+//
+// Index legend: t task, b task of a block, n sample, i feature in, o feature out, k inner step.
+#pragma once
+
+#include <cstdint>
+
+namespace maml_fast {
+
+enum class OpKind : int { linear, activation, batch_norm, running_norm, layer_norm, affine, add, cat };
+
+enum class Act : int { relu, leaky_relu, elu, gelu, gelu_tanh, silu, tanh, sigmoid, softplus, sine };
+
+enum class LossKind : int { none, mse, cross_entropy, bce_with_logits, l1, huber };
+
+enum class Code : int {
+    load,
+    forward,
+    support_loss,
+    query_loss,
+    cotangent,
+    backward,
+    update,
+    scale,
+    hvp,
+    subtract,
+    rate_gradient,
+    accumulate,
+    store_parameters,
+    store_outputs
+};
+
+struct Param {
+    long size;
+    long offset;       // in a slot; -1 where the parameter has no gradient
+    int rate;          // index of its learning rate
+    bool elementwise;  // the rate has one number per element
+    bool adapts;
+};
+
+// One layer. Which fields mean something depends on the kind.
+struct Op {
+    OpKind kind;
+    Act act;
+    const int* in;  // buffer indices
+    int n_in;
+    int out;
+    int w, b;    // parameters, or -1
+    int c0, c1;  // constants, or -1
+    long rows;   // independent rows a sample has (linear, layer_norm); outer size (cat)
+    long width;  // features in (linear), normalised size (layer_norm), channels (norms)
+    long out_width;
+    long length;               // values a channel has in one sample (norms)
+    double f0, f1;             // attributes
+    bool w_first, b_first;     // first to write the parameter's gradient in a reverse sweep
+    const bool* delta_first;   // per input: first to write that input's delta
+    const bool* wants_delta;   // per input
+    const bool* has_tangent;   // per input
+    bool out_has_tangent;
+    bool out_wants_delta;
+    long pack_forward;   // offset of the shared weight's panels, or -1
+    long pack_backward;
+};
+
+struct Instr {
+    Code code;
+    int a, b, c, d;
+    bool inputs;  // also the gradient w.r.t. the batch's inputs
+    int batch;
+};
+
+// Offsets of one tape's buffers; -1 where absent (or, for the input, the caller's memory).
+struct TapeView {
+    const long* value;  // per buffer: activations
+    const long* delta;  // per buffer
+    const long* aux1;   // per op: f' (activation), normalised input (norms)
+    const long* aux2;   // per op: f'' (activation), 1/σ (norms)
+    long loss;          // probabilities, or -1
+    int batch;
+};
+
+struct PlanView {
+    const Op* ops;
+    int n_ops;
+    const long* features;  // per buffer: numbers a sample has
+    int n_buffers;
+    int out;
+    const Param* params;
+    int n_params;
+    const Instr* code;
+    int n_code;
+    const TapeView* tapes;
+    const long* tangent;        // per buffer: offset of ẋ
+    const long* tangent_delta;  // per buffer: offset of δ̇
+    const long* tangent_aux1;   // per op
+    const long* tangent_aux2;
+    const long* slots;  // offset of each slot
+    const long* rate_offset;  // per rate: offset in the rate gradient
+    const long* rate_size;
+    int n_rates;
+    long samples[2];  // support, query
+    long parameters;  // numbers in a slot
+    long rates;       // numbers in the rate gradient
+    long scratch;     // offset of the scratch for packed weights and channel sums
+    long gemm_scratch;
+    long workspace;   // numbers a thread needs
+    long packed;      // numbers in the shared panels
+    long lockstep;    // tasks a thread works on at once
+    long block;       // tasks whose gradients are summed before the ordered reduction
+    LossKind loss;
+    double loss_parameter;
+    long classes;
+    bool moves;  // the output depends on a parameter that adapts
+};
+
+// The caller's memory for one call; element type is the plan's scalar unless said otherwise.
+struct Call {
+    long tasks;
+    const void* const* params;
+    const void* const* constants;
+    const void* const* rates;
+    const void* x[2];
+    const void* y[2];  // int64 labels or values
+    const void* weights;
+    const void* cotangent;
+    const void* const* adapted;
+    void* losses;
+    void* outputs;
+    void* const* gradients;  // per parameter, or null
+    void* rate_gradient;
+    void* dx[2];
+    void* const* adapted_out;
+    bool add;  // add to `gradients` rather than overwrite
+    int threads;
+};
+
+// The kernels of one instruction set for one scalar type.
+template <class S>
+struct KernelsOf {
+    long lanes;  // numbers a vector register holds
+    long gemm_depth;  // rows of B that a GEMM packs at once
+    // Packs op's shared weight into `arena`, once a call.
+    void (*pack)(const PlanView&, const Call&, int op, S* arena);
+    // Runs the program for tasks [first, first + count); adds their gradients to `partial`.
+    void (*block)(const PlanView&, const Call&, const S* arena, S* workspace, S* partial, long first, long count);
+};
+
+struct Kernels {
+    KernelsOf<float> f32;
+    KernelsOf<double> f64;
+};
+
+const Kernels& kernels_baseline();
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+
+// Width of the packed panel that starts at column `j` of `columns`.
+inline long panel_width(long columns, long j, long lanes) {
+    return columns - j > lanes ? 2 * lanes : lanes;
+}
+
+// Numbers a packed matrix takes: full double-width panels and a last one padded to one or two vectors.
+inline long packed_size(long rows, long columns, long lanes) {
+    long full = columns / (2 * lanes) * (2 * lanes);
+    return rows * (full + (full < columns ? panel_width(columns, full, lanes) : 0));
+}
+
+}  // namespace maml_fast

@@ -1,0 +1,217 @@
+#include "run.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <limits>
+#include <new>
+#include <thread>
+
+#include "pool.h"
+
+namespace maml_fast {
+
+namespace {
+
+const Kernels& kernels_for(Isa isa) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return kernels_avx512();
+    if (isa == Isa::avx2) return kernels_avx2();
+#else
+    (void)isa;
+#endif
+    return kernels_baseline();
+}
+
+template <class S>
+const KernelsOf<S>& kernels_of(Isa isa);
+template <>
+const KernelsOf<float>& kernels_of<float>(Isa isa) {
+    return kernels_for(isa).f32;
+}
+template <>
+const KernelsOf<double>& kernels_of<double>(Isa isa) {
+    return kernels_for(isa).f64;
+}
+
+constexpr std::size_t kLine = 64;
+constexpr long kParallelPack = 1 << 15;  // numbers from which packing is worth waking the threads
+
+template <class S>
+struct Free {
+    void operator()(S* p) const { std::free(p); }
+};
+template <class S>
+using Buffer = std::unique_ptr<S[], Free<S>>;
+
+template <class S>
+Buffer<S> allocate(long count) {
+    std::size_t bytes = (std::size_t(count) * sizeof(S) + kLine) / kLine * kLine;
+    S* p = static_cast<S*>(std::aligned_alloc(kLine, bytes));
+    if (!p) throw std::bad_alloc();
+    return Buffer<S>(p);
+}
+
+}  // namespace
+
+template <class S>
+struct Memory {
+    Buffer<S> arena, total;
+    std::vector<Buffer<S>> workspaces, partials;
+};
+
+namespace {
+
+// What the threads of one call share.
+template <class S>
+struct Job {
+    const KernelsOf<S>& kernels;
+    const PlanView& plan;
+    const Call& call;
+    Memory<S>& memory;
+    long blocks, sums;
+    std::atomic<long> next{0};
+    std::atomic<long> turn{0};
+
+    void work(int worker) {
+        S *workspace = memory.workspaces[worker].get(), *partial = memory.partials[worker].get();
+        for (long block; (block = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
+            long first = block * call.tasks / blocks, last = (block + 1) * call.tasks / blocks;
+            for (long i = 0; i < sums; ++i) partial[i] = S(0);
+            kernels.block(plan, call, memory.arena.get(), workspace, partial, first, last - first);
+            add_in_order(block, partial);
+        }
+    }
+
+    // Blocks are claimed in order by running threads, so whoever is waited for is on the way.
+    void add_in_order(long block, const S* partial) {
+        if (sums == 0) return;
+        for (int spins = 0; turn.load(std::memory_order_acquire) != block; ++spins)
+            if (spins > 1000) std::this_thread::yield();
+        S* total = memory.total.get();
+        if (block == 0)
+            for (long i = 0; i < sums; ++i) total[i] = partial[i];
+        else
+            for (long i = 0; i < sums; ++i) total[i] += partial[i];
+        turn.store(block + 1, std::memory_order_release);
+    }
+};
+
+template <class S>
+struct PackJob {
+    const KernelsOf<S>& kernels;
+    const PlanView& plan;
+    const Call& call;
+    S* arena;
+    std::atomic<int> next{0};
+
+    void work() {
+        for (int op; (op = next.fetch_add(1, std::memory_order_relaxed)) < plan.n_ops;)
+            kernels.pack(plan, call, op, arena);
+    }
+};
+
+bool poisoned() {
+    const char* value = std::getenv("MAML_FAST_POISON");
+    return value && *value == '1';
+}
+
+template <class S>
+void poison(Memory<S>& memory, const PlanView& plan) {
+    const S nan = std::numeric_limits<S>::quiet_NaN();
+    std::fill_n(memory.arena.get(), plan.packed, nan);
+    for (auto& w : memory.workspaces) std::fill_n(w.get(), plan.workspace, nan);
+}
+
+}  // namespace
+
+template <class S>
+Runner<S>::Runner(Spec spec, Isa isa)
+    : kernels_(kernels_of<S>(isa)),
+      layout_(std::move(spec), Machine{kernels_.lanes, kernels_.gemm_depth, long(sizeof(S))}) {}
+
+template <class S>
+Runner<S>::~Runner() = default;
+
+template <class S>
+long Runner<S>::bytes(int threads) const {
+    const PlanView& plan = layout_.view();
+    long sums = plan.parameters + plan.rates;
+    return long(sizeof(S)) * (plan.packed + sums + threads * (plan.workspace + sums));
+}
+
+template <class S>
+std::unique_ptr<Memory<S>> Runner<S>::borrow(int threads) {
+    const PlanView& plan = layout_.view();
+    std::unique_ptr<Memory<S>> memory;
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!idle_.empty()) {
+            memory = std::move(idle_.back());
+            idle_.pop_back();
+        }
+    }
+    long sums = plan.parameters + plan.rates;
+    if (!memory) {
+        memory = std::make_unique<Memory<S>>();
+        memory->arena = allocate<S>(plan.packed);
+        memory->total = allocate<S>(sums);
+    }
+    while (int(memory->workspaces.size()) < threads) {
+        memory->workspaces.push_back(allocate<S>(plan.workspace));
+        memory->partials.push_back(allocate<S>(sums));
+    }
+    static const bool poison_memory = poisoned();
+    if (poison_memory) poison(*memory, plan);
+    return memory;
+}
+
+template <class S>
+void Runner<S>::give_back(std::unique_ptr<Memory<S>> memory) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    idle_.push_back(std::move(memory));
+}
+
+template <class S>
+void Runner<S>::pack(const Call& call, S* arena) {
+    const PlanView& plan = layout_.view();
+    PackJob<S> job{kernels_, plan, call, arena};
+    if (plan.packed < kParallelPack) return job.work();
+    Pool::instance().run(call.threads, [](void* c, int) { static_cast<PackJob<S>*>(c)->work(); }, &job);
+}
+
+template <class S>
+void Runner<S>::run(Call& call) {
+    const PlanView& plan = layout_.view();
+    long blocks = (call.tasks + plan.block - 1) / plan.block;
+    if (call.threads > blocks) call.threads = int(blocks);
+    auto memory = borrow(call.threads);
+    pack(call, memory->arena.get());
+    Job<S> job{kernels_, plan, call, *memory, blocks, call.gradients ? plan.parameters + plan.rates : 0};
+    Pool::instance().run(call.threads, [](void* c, int worker) { static_cast<Job<S>*>(c)->work(worker); }, &job);
+    if (call.gradients) reduce(call, memory->total.get());
+    give_back(std::move(memory));
+}
+
+// Hands the sums over tasks to the caller's gradient tensors.
+template <class S>
+void Runner<S>::reduce(const Call& call, const S* total) {
+    const PlanView& plan = layout_.view();
+    for (int p = 0; p < plan.n_params; ++p) {
+        S* to = static_cast<S*>(call.gradients[p]);
+        const Param& param = plan.params[p];
+        if (!to || param.offset < 0) continue;
+        const S* from = total + param.offset;
+        if (call.add)
+            for (long i = 0; i < param.size; ++i) to[i] += from[i];
+        else
+            for (long i = 0; i < param.size; ++i) to[i] = from[i];
+    }
+    S* rates = static_cast<S*>(call.rate_gradient);
+    if (rates)
+        for (long i = 0; i < plan.rates; ++i) rates[i] = total[plan.parameters + i];
+}
+
+template class Runner<float>;
+template class Runner<double>;
+
+}  // namespace maml_fast

@@ -1,0 +1,38 @@
+// Runs a plan over all tasks on several threads.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "isa.h"
+#include "layout.h"
+
+namespace maml_fast {
+
+// Memory of one call, reused by the next: shared panels, a workspace and a partial sum a thread.
+template <class S>
+struct Memory;
+
+// A plan ready to run. Calls from several threads at once are safe: each takes its own memory.
+template <class S>
+class Runner {
+  public:
+    Runner(Spec spec, Isa isa);
+    ~Runner();
+    void run(Call& call);
+    long bytes(int threads) const;
+
+  private:
+    std::unique_ptr<Memory<S>> borrow(int threads);
+    void give_back(std::unique_ptr<Memory<S>> memory);
+    void pack(const Call& call, S* arena);
+    void reduce(const Call& call, const S* total);
+
+    const KernelsOf<S>& kernels_;
+    Layout layout_;
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<Memory<S>>> idle_;
+};
+
+}  // namespace maml_fast
