@@ -1,0 +1,61 @@
+// Threads for parallel loops over blocks of tasks.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace maml_fast {
+
+// run() calls fn(context, worker) on up to `threads` threads at once, the caller being worker 0, and returns
+// when all of them have returned.
+//
+// fn must pull its work from a counter in `context` that all participants share, until nothing is left:
+// any number of participants from 1 to `threads` may show up, each with its own index in [0, threads).
+// When the caller's fn returns, helpers that have not come yet are no longer waited for; when the pool is
+// busy (another thread's call, a call from inside fn) the caller does all the work alone. So fn must neither wait
+// for the others nor split the work by their number. It must not throw.
+//
+// Helpers spin for a short while after a job, so that back-to-back calls reach them in well under a microsecond,
+// and sleep afterwards. They take over the caller's floating-point mode (flush-to-zero, rounding): results do
+// not depend on who computed what. A forked child starts with an empty pool of its own.
+class Pool {
+ public:
+  using Function = void (*)(void* context, int worker);
+
+  static Pool& instance();
+  void run(int threads, Function fn, void* context);
+
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+ private:
+  struct Lifetime;
+
+  Pool() = default;
+  void grow(int helpers);
+  void wake(int helpers);
+  bool join_job();
+  bool sleep();
+  void work();
+  void shut_down();
+
+  // The job on offer: its number in the upper half, the helpers still wanted in the lower. A helper joins by
+  // lowering it by one, the caller ends the job by clearing the lower half; the number makes a late helper fail.
+  alignas(64) std::atomic<std::uint64_t> offer_{0};
+  Function fn_ = nullptr;
+  void* context_ = nullptr;
+  std::uint64_t fp_mode_ = 0;
+  alignas(64) std::atomic<int> finished_{0};
+  alignas(64) std::atomic<bool> busy_{false};
+  std::vector<std::thread> workers_;
+  alignas(64) std::atomic<int> sleepers_{0};
+  std::atomic<bool> stopping_{false};
+  std::mutex mutex_;
+  std::condition_variable offered_;
+};
+
+}  // namespace maml_fast
