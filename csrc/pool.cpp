@@ -24,47 +24,47 @@ constexpr std::uint64_t wanted_mask = 0xffffffffu;
 
 inline void pause() {
 #if defined(__x86_64__)
-  _mm_pause();
+    _mm_pause();
 #elif defined(__aarch64__)
-  __asm__ __volatile__("isb" ::: "memory");
+    __asm__ __volatile__("isb" ::: "memory");
 #endif
 }
 
 // Only the control bits: exception flags left behind by one thread are no business of another.
 inline std::uint64_t fp_mode() {
 #if defined(__x86_64__)
-  return _mm_getcsr() & ~0x3fu;
+    return _mm_getcsr() & ~0x3fu;
 #elif defined(__aarch64__)
-  std::uint64_t mode;
-  __asm__ __volatile__("mrs %0, fpcr" : "=r"(mode));
-  return mode;
+    std::uint64_t mode;
+    __asm__ __volatile__("mrs %0, fpcr" : "=r"(mode));
+    return mode;
 #else
-  return 0;
+    return 0;
 #endif
 }
 
 inline void set_fp_mode(std::uint64_t mode) {
-  if (mode == fp_mode()) return;
+    if (mode == fp_mode()) return;
 #if defined(__x86_64__)
-  _mm_setcsr(static_cast<unsigned>(mode));
+    _mm_setcsr(static_cast<unsigned>(mode));
 #elif defined(__aarch64__)
-  __asm__ __volatile__("msr fpcr, %0" ::"r"(mode));
+    __asm__ __volatile__("msr fpcr, %0" ::"r"(mode));
 #endif
 }
 
 // Signals belong to the threads of the host program; those that report a crash stay open to its handlers.
 class SignalsBlocked {
- public:
-  SignalsBlocked() {
-    sigset_t all;
-    sigfillset(&all);
-    for (const int crash : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&all, crash);
-    pthread_sigmask(SIG_SETMASK, &all, &before_);
-  }
-  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  public:
+    SignalsBlocked() {
+        sigset_t all;
+        sigfillset(&all);
+        for (const int crash : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&all, crash);
+        pthread_sigmask(SIG_SETMASK, &all, &before_);
+    }
+    ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
 
- private:
-  sigset_t before_;
+  private:
+    sigset_t before_;
 };
 
 alignas(Pool) unsigned char storage[sizeof(Pool)];
@@ -75,123 +75,123 @@ Pool& stored() { return *std::launder(reinterpret_cast<Pool*>(storage)); }
 
 // The pool itself is never destroyed: a daemon thread may still be inside run() while the process exits.
 struct Pool::Lifetime {
-  Lifetime() {
-    new (storage) Pool;
-    // The child has none of the threads, and the locks may have been held: forget everything.
-    pthread_atfork(nullptr, nullptr, [] { new (storage) Pool; });
-  }
-  ~Lifetime() { stored().shut_down(); }
+    Lifetime() {
+        new (storage) Pool;
+        // The child has none of the threads, and the locks may have been held: forget everything.
+        pthread_atfork(nullptr, nullptr, [] { new (storage) Pool; });
+    }
+    ~Lifetime() { stored().shut_down(); }
 };
 
 Pool& Pool::instance() {
-  static Lifetime lifetime;
-  return stored();
+    static Lifetime lifetime;
+    return stored();
 }
 
 void Pool::run(int threads, Function fn, void* context) {
-  if (threads <= 1 || busy_.load(std::memory_order_relaxed) || busy_.exchange(true, std::memory_order_acquire)) {
-    fn(context, 0);
-    return;
-  }
-  grow(threads - 1);
-  const int helpers = std::min(threads - 1, static_cast<int>(workers_.size()));
-  const std::uint64_t number = (offer_.load(std::memory_order_relaxed) & ~wanted_mask) + wanted_mask + 1;
-  fn_ = fn;
-  context_ = context;
-  fp_mode_ = fp_mode();
-  finished_.store(0, std::memory_order_relaxed);
-  offer_.store(number | static_cast<std::uint64_t>(helpers), std::memory_order_seq_cst);
-  wake(helpers);
-
-  fn(context, 0);
-
-  const auto unclaimed = static_cast<int>(offer_.exchange(number, std::memory_order_acq_rel) & wanted_mask);
-  const int joined = helpers - unclaimed;
-  // A helper that has lost its core needs this one: from some point on give it away.
-  for (int spins = 0; finished_.load(std::memory_order_acquire) != joined; ++spins) {
-    if (spins < 1000) {
-      pause();
-    } else {
-      std::this_thread::yield();
+    if (threads <= 1 || busy_.load(std::memory_order_relaxed) || busy_.exchange(true, std::memory_order_acquire)) {
+        fn(context, 0);
+        return;
     }
-  }
-  busy_.store(false, std::memory_order_release);
+    grow(threads - 1);
+    const int helpers = std::min(threads - 1, static_cast<int>(workers_.size()));
+    const std::uint64_t number = (offer_.load(std::memory_order_relaxed) & ~wanted_mask) + wanted_mask + 1;
+    fn_ = fn;
+    context_ = context;
+    fp_mode_ = fp_mode();
+    finished_.store(0, std::memory_order_relaxed);
+    offer_.store(number | static_cast<std::uint64_t>(helpers), std::memory_order_seq_cst);
+    wake(helpers);
+
+    fn(context, 0);
+
+    const auto unclaimed = static_cast<int>(offer_.exchange(number, std::memory_order_acq_rel) & wanted_mask);
+    const int joined = helpers - unclaimed;
+    // A helper that has lost its core needs this one: from some point on give it away.
+    for (int spins = 0; finished_.load(std::memory_order_acquire) != joined; ++spins) {
+        if (spins < 1000) {
+            pause();
+        } else {
+            std::this_thread::yield();
+        }
+    }
+    busy_.store(false, std::memory_order_release);
 }
 
 // A system that gives no more threads leaves us with fewer helpers.
 void Pool::grow(int helpers) {
-  if (static_cast<int>(workers_.size()) >= helpers) return;
-  const SignalsBlocked blocked;
-  try {
-    workers_.reserve(static_cast<std::size_t>(helpers));
-    while (static_cast<int>(workers_.size()) < helpers) workers_.emplace_back(&Pool::work, this);
-  } catch (const std::system_error&) {
-  } catch (const std::bad_alloc&) {
-  }
+    if (static_cast<int>(workers_.size()) >= helpers) return;
+    const SignalsBlocked blocked;
+    try {
+        workers_.reserve(static_cast<std::size_t>(helpers));
+        while (static_cast<int>(workers_.size()) < helpers) workers_.emplace_back(&Pool::work, this);
+    } catch (const std::system_error&) {
+    } catch (const std::bad_alloc&) {
+    }
 }
 
 // offer_ is stored before sleepers_ is read here, and the other way round in sleep(), all of it sequentially
 // consistent: either the sleeper sees the offer or we see the sleeper.
 void Pool::wake(int helpers) {
-  const int awake = static_cast<int>(workers_.size()) - sleepers_.load(std::memory_order_seq_cst);
-  if (awake >= helpers) return;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-  }
-  for (int i = awake; i < helpers; ++i) offered_.notify_one();
+    const int awake = static_cast<int>(workers_.size()) - sleepers_.load(std::memory_order_seq_cst);
+    if (awake >= helpers) return;
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+    }
+    for (int i = awake; i < helpers; ++i) offered_.notify_one();
 }
 
 bool Pool::join_job() {
-  std::uint64_t offer = offer_.load(std::memory_order_relaxed);
-  if ((offer & wanted_mask) == 0) return false;
-  if (!offer_.compare_exchange_strong(offer, offer - 1, std::memory_order_acquire, std::memory_order_relaxed)) {
-    return true;  // somebody was faster: look again
-  }
-  set_fp_mode(fp_mode_);
-  fn_(context_, static_cast<int>(offer & wanted_mask));
-  finished_.fetch_add(1, std::memory_order_release);
-  return true;
+    std::uint64_t offer = offer_.load(std::memory_order_relaxed);
+    if ((offer & wanted_mask) == 0) return false;
+    if (!offer_.compare_exchange_strong(offer, offer - 1, std::memory_order_acquire, std::memory_order_relaxed)) {
+        return true;  // somebody was faster: look again
+    }
+    set_fp_mode(fp_mode_);
+    fn_(context_, static_cast<int>(offer & wanted_mask));
+    finished_.fetch_add(1, std::memory_order_release);
+    return true;
 }
 
 bool Pool::sleep() {
-  std::unique_lock<std::mutex> lock(mutex_);
-  sleepers_.fetch_add(1, std::memory_order_seq_cst);
-  offered_.wait(lock, [this] {
-    return stopping_.load(std::memory_order_relaxed) || (offer_.load(std::memory_order_seq_cst) & wanted_mask) != 0;
-  });
-  sleepers_.fetch_sub(1, std::memory_order_seq_cst);
-  return !stopping_.load(std::memory_order_relaxed);
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    offered_.wait(lock, [this] {
+        return stopping_.load(std::memory_order_relaxed) || (offer_.load(std::memory_order_seq_cst) & wanted_mask) != 0;
+    });
+    sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+    return !stopping_.load(std::memory_order_relaxed);
 }
 
 void Pool::work() {
-  auto idle_since = Clock::now();
-  for (int pauses = 1;; ++pauses) {
-    if (join_job()) {
-      idle_since = Clock::now();
-      pauses = 0;
-      continue;
+    auto idle_since = Clock::now();
+    for (int pauses = 1;; ++pauses) {
+        if (join_job()) {
+            idle_since = Clock::now();
+            pauses = 0;
+            continue;
+        }
+        pause();
+        if (pauses % pauses_per_look_at_clock != 0) continue;
+        if (stopping_.load(std::memory_order_relaxed)) return;
+        if (Clock::now() - idle_since < spin_time) continue;
+        if (!sleep()) return;
+        idle_since = Clock::now();
     }
-    pause();
-    if (pauses % pauses_per_look_at_clock != 0) continue;
-    if (stopping_.load(std::memory_order_relaxed)) return;
-    if (Clock::now() - idle_since < spin_time) continue;
-    if (!sleep()) return;
-    idle_since = Clock::now();
-  }
 }
 
 // busy_ stays taken: whoever still calls works alone. A job that outlasts the wait is left to the process's end.
 void Pool::shut_down() {
-  for (int waits = 0; busy_.exchange(true, std::memory_order_acquire); ++waits) {
-    if (waits == 1000) return;
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    stopping_.store(true, std::memory_order_relaxed);
-  }
-  offered_.notify_all();
-  for (std::thread& worker : workers_) worker.join();
+    for (int waits = 0; busy_.exchange(true, std::memory_order_acquire); ++waits) {
+        if (waits == 1000) return;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        stopping_.store(true, std::memory_order_relaxed);
+    }
+    offered_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
 }
 
 }  // namespace maml_fast

@@ -23,39 +23,39 @@ namespace maml_fast {
 // and sleep afterwards. They take over the caller's floating-point mode (flush-to-zero, rounding): results do
 // not depend on who computed what. A forked child starts with an empty pool of its own.
 class Pool {
- public:
-  using Function = void (*)(void* context, int worker);
+  public:
+    using Function = void (*)(void* context, int worker);
 
-  static Pool& instance();
-  void run(int threads, Function fn, void* context);
+    static Pool& instance();
+    void run(int threads, Function fn, void* context);
 
-  Pool(const Pool&) = delete;
-  Pool& operator=(const Pool&) = delete;
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
 
- private:
-  struct Lifetime;
+  private:
+    struct Lifetime;
 
-  Pool() = default;
-  void grow(int helpers);
-  void wake(int helpers);
-  bool join_job();
-  bool sleep();
-  void work();
-  void shut_down();
+    Pool() = default;
+    void grow(int helpers);
+    void wake(int helpers);
+    bool join_job();
+    bool sleep();
+    void work();
+    void shut_down();
 
-  // The job on offer: its number in the upper half, the helpers still wanted in the lower. A helper joins by
-  // lowering it by one, the caller ends the job by clearing the lower half; the number makes a late helper fail.
-  alignas(64) std::atomic<std::uint64_t> offer_{0};
-  Function fn_ = nullptr;
-  void* context_ = nullptr;
-  std::uint64_t fp_mode_ = 0;
-  alignas(64) std::atomic<int> finished_{0};
-  alignas(64) std::atomic<bool> busy_{false};
-  std::vector<std::thread> workers_;
-  alignas(64) std::atomic<int> sleepers_{0};
-  std::atomic<bool> stopping_{false};
-  std::mutex mutex_;
-  std::condition_variable offered_;
+    // The job on offer: its number in the upper half, the helpers still wanted in the lower. A helper joins by
+    // lowering it by one, the caller ends the job by clearing the lower half; the number makes a late helper fail.
+    alignas(64) std::atomic<std::uint64_t> offer_{0};
+    Function fn_ = nullptr;
+    void* context_ = nullptr;
+    std::uint64_t fp_mode_ = 0;
+    alignas(64) std::atomic<int> finished_{0};
+    alignas(64) std::atomic<bool> busy_{false};
+    std::vector<std::thread> workers_;
+    alignas(64) std::atomic<int> sleepers_{0};
+    std::atomic<bool> stopping_{false};
+    std::mutex mutex_;
+    std::condition_variable offered_;
 };
 
 }  // namespace maml_fast

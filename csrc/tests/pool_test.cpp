@@ -22,42 +22,42 @@ using maml_fast::Pool;
 using Clock = std::chrono::steady_clock;
 
 void check(bool good, const char* what) {
-  if (good) return;
-  std::fprintf(stderr, "pool_test: failed: %s\n", what);
-  std::fflush(stderr);
-  std::_Exit(1);
+    if (good) return;
+    std::fprintf(stderr, "pool_test: failed: %s\n", what);
+    std::fflush(stderr);
+    std::_Exit(1);
 }
 
 struct Job {
-  explicit Job(int n, int t)
-      : blocks(n), threads(t), done(static_cast<std::size_t>(n)), seen(static_cast<std::size_t>(t)) {}
-  int blocks;
-  int threads;
-  std::atomic<int> next{0};
-  std::vector<int> done;  // plain on purpose: a missing synchronisation is for the thread sanitizer to see
-  std::vector<int> seen;
-  bool nested = false;
+    explicit Job(int n, int t)
+        : blocks(n), threads(t), done(static_cast<std::size_t>(n)), seen(static_cast<std::size_t>(t)) {}
+    int blocks;
+    int threads;
+    std::atomic<int> next{0};
+    std::vector<int> done;  // plain on purpose: a missing synchronisation is for the thread sanitizer to see
+    std::vector<int> seen;
+    bool nested = false;
 };
 
 void run(int threads, int blocks, bool nested = false);
 
 void take_blocks(void* context, int worker) {
-  Job& job = *static_cast<Job*>(context);
-  check(worker >= 0 && worker < job.threads, "worker index in range");
-  ++job.seen[static_cast<std::size_t>(worker)];
-  for (int block; (block = job.next.fetch_add(1, std::memory_order_relaxed)) < job.blocks;) {
-    ++job.done[static_cast<std::size_t>(block)];
-    if (job.nested) run(3, 5);
-  }
+    Job& job = *static_cast<Job*>(context);
+    check(worker >= 0 && worker < job.threads, "worker index in range");
+    ++job.seen[static_cast<std::size_t>(worker)];
+    for (int block; (block = job.next.fetch_add(1, std::memory_order_relaxed)) < job.blocks;) {
+        ++job.done[static_cast<std::size_t>(block)];
+        if (job.nested) run(3, 5);
+    }
 }
 
 void run(int threads, int blocks, bool nested) {
-  Job job(blocks, threads);
-  job.nested = nested;
-  Pool::instance().run(threads, take_blocks, &job);
-  check(std::all_of(job.done.begin(), job.done.end(), [](int n) { return n == 1; }), "every block exactly once");
-  check(std::all_of(job.seen.begin(), job.seen.end(), [](int n) { return n <= 1; }), "every worker at most once");
-  check(job.seen[0] == 1, "the caller takes part");
+    Job job(blocks, threads);
+    job.nested = nested;
+    Pool::instance().run(threads, take_blocks, &job);
+    check(std::all_of(job.done.begin(), job.done.end(), [](int n) { return n == 1; }), "every block exactly once");
+    check(std::all_of(job.seen.begin(), job.seen.end(), [](int n) { return n <= 1; }), "every worker at most once");
+    check(job.seen[0] == 1, "the caller takes part");
 }
 
 // The thread sanitizer does not know threads that a forked child starts.
@@ -72,116 +72,116 @@ void run(int threads, int blocks, bool nested) {
 void in_child(int) {}
 #else
 void in_child(int rounds) {
-  const pid_t child = fork();
-  check(child >= 0, "fork");
-  if (child == 0) {
-    for (int i = 0; i < rounds; ++i) run(1 + i % 4, i % 23);
-    std::exit(0);  // with the handlers: the child's own helpers must be joined
-  }
-  int status = 0;
-  waitpid(child, &status, 0);
-  check(WIFEXITED(status) && WEXITSTATUS(status) == 0, "a forked child can use the pool");
+    const pid_t child = fork();
+    check(child >= 0, "fork");
+    if (child == 0) {
+        for (int i = 0; i < rounds; ++i) run(1 + i % 4, i % 23);
+        std::exit(0);  // with the handlers: the child's own helpers must be joined
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    check(WIFEXITED(status) && WEXITSTATUS(status) == 0, "a forked child can use the pool");
 }
 #endif
 
 #if defined(__x86_64__)
 struct Modes {
-  std::atomic<int> arrived{0};
-  std::atomic<int> flushing{0};
+    std::atomic<int> arrived{0};
+    std::atomic<int> flushing{0};
 };
 
 void report_mode(void* context, int) {
-  Modes& modes = *static_cast<Modes*>(context);
-  modes.flushing += (_mm_getcsr() & 0x8000u) != 0;
-  ++modes.arrived;
-  while (modes.arrived.load() < 2) std::this_thread::yield();  // allowed here only: nobody else uses the pool
+    Modes& modes = *static_cast<Modes*>(context);
+    modes.flushing += (_mm_getcsr() & 0x8000u) != 0;
+    ++modes.arrived;
+    while (modes.arrived.load() < 2) std::this_thread::yield();  // allowed here only: nobody else uses the pool
 }
 
 void floating_point_mode() {
-  const unsigned before = _mm_getcsr();
-  for (const unsigned flush : {0x8000u, 0u}) {
-    Modes modes;
-    _mm_setcsr((before & ~0x8000u) | flush);
-    Pool::instance().run(2, report_mode, &modes);
-    check(modes.flushing == (flush != 0 ? 2 : 0), "helpers take over the caller's floating-point mode");
-  }
-  _mm_setcsr(before);
+    const unsigned before = _mm_getcsr();
+    for (const unsigned flush : {0x8000u, 0u}) {
+        Modes modes;
+        _mm_setcsr((before & ~0x8000u) | flush);
+        Pool::instance().run(2, report_mode, &modes);
+        check(modes.flushing == (flush != 0 ? 2 : 0), "helpers take over the caller's floating-point mode");
+    }
+    _mm_setcsr(before);
 }
 #endif
 
 struct Meeting {
-  int threads;
-  std::atomic<int> arrived{0};
+    int threads;
+    std::atomic<int> arrived{0};
 };
 
 void meet(void* context, int) {
-  Meeting& meeting = *static_cast<Meeting*>(context);
-  ++meeting.arrived;
-  for (int spins = 0; meeting.arrived.load() < meeting.threads; ++spins) {
-    if (spins > 100000) std::this_thread::yield();
-  }
+    Meeting& meeting = *static_cast<Meeting*>(context);
+    ++meeting.arrived;
+    for (int spins = 0; meeting.arrived.load() < meeting.threads; ++spins) {
+        if (spins > 100000) std::this_thread::yield();
+    }
 }
 
 void nothing(void*, int) {}
 
 // Median and 99th percentile of a call that does nothing, and of one that waits until all threads have come.
 void latency(const char* label, int threads, Pool::Function fn, int gap_us, int rounds) {
-  std::vector<double> us;
-  for (int i = 0; i < rounds; ++i) {
-    if (gap_us >= 1000) {
-      std::this_thread::sleep_for(std::chrono::microseconds(gap_us));
-    } else {
-      for (const auto until = Clock::now() + std::chrono::microseconds(gap_us); Clock::now() < until;) {
-      }
+    std::vector<double> us;
+    for (int i = 0; i < rounds; ++i) {
+        if (gap_us >= 1000) {
+            std::this_thread::sleep_for(std::chrono::microseconds(gap_us));
+        } else {
+            for (const auto until = Clock::now() + std::chrono::microseconds(gap_us); Clock::now() < until;) {
+            }
+        }
+        Meeting meeting{threads};
+        const auto start = Clock::now();
+        Pool::instance().run(threads, fn, &meeting);
+        us.push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
     }
-    Meeting meeting{threads};
-    const auto start = Clock::now();
-    Pool::instance().run(threads, fn, &meeting);
-    us.push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
-  }
-  std::sort(us.begin(), us.end());
-  std::printf("%-34s threads %d  gap %5d us  min %7.2f  median %7.2f  p99 %8.2f us\n", label, threads, gap_us, us[0],
-              us[us.size() / 2], us[us.size() * 99 / 100]);
+    std::sort(us.begin(), us.end());
+    std::printf("%-34s threads %d  gap %5d us  min %7.2f  median %7.2f  p99 %8.2f us\n", label, threads, gap_us, us[0],
+                us[us.size() / 2], us[us.size() * 99 / 100]);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int rounds = argc > 1 ? std::atoi(argv[1]) : 20000;
-  in_child(10);  // before the parent has a pool
-  for (int i = 0; i < rounds; ++i) run(1 + i % 5, i % 37);
-  for (int i = 0; i < 50; ++i) {  // helpers asleep, or just about to be
-    std::this_thread::sleep_for(std::chrono::microseconds(20 * (i % 12)));
-    run(1 + i % 6, 64);
-  }
-  for (int i = 0; i < 200; ++i) run(3, 20, /*nested=*/true);
+    const int rounds = argc > 1 ? std::atoi(argv[1]) : 20000;
+    in_child(10);  // before the parent has a pool
+    for (int i = 0; i < rounds; ++i) run(1 + i % 5, i % 37);
+    for (int i = 0; i < 50; ++i) {  // helpers asleep, or just about to be
+        std::this_thread::sleep_for(std::chrono::microseconds(20 * (i % 12)));
+        run(1 + i % 6, 64);
+    }
+    for (int i = 0; i < 200; ++i) run(3, 20, /*nested=*/true);
 #if defined(__x86_64__)
-  floating_point_mode();
+    floating_point_mode();
 #endif
-  in_child(100);
-  {
-    std::atomic<bool> stop{false};
-    std::vector<std::thread> callers;
-    for (int c = 0; c < 4; ++c) {
-      callers.emplace_back([&, c] {
-        for (int i = 0; !stop; ++i) run(2 + (c + i) % 4, 1 + i % 50);
-      });
+    in_child(100);
+    {
+        std::atomic<bool> stop{false};
+        std::vector<std::thread> callers;
+        for (int c = 0; c < 4; ++c) {
+            callers.emplace_back([&, c] {
+                for (int i = 0; !stop; ++i) run(2 + (c + i) % 4, 1 + i % 50);
+            });
+        }
+        for (int i = 0; i < 10; ++i) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(5));
+            in_child(20);  // while others are inside run(), locks and all
+        }
+        stop = true;
+        for (std::thread& caller : callers) caller.join();
     }
-    for (int i = 0; i < 10; ++i) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(5));
-      in_child(20);  // while others are inside run(), locks and all
+    if (argc > 2) {
+        const int threads = std::atoi(argv[2]);
+        latency("empty, back to back", threads, nothing, 0, 100000);
+        latency("all threads meet, back to back", threads, meet, 0, 100000);
+        latency("all threads meet, after a gap", threads, meet, 50, 5000);
+        latency("all threads meet, asleep", threads, meet, 1000, 500);
+        latency("empty, asleep", threads, nothing, 1000, 500);
     }
-    stop = true;
-    for (std::thread& caller : callers) caller.join();
-  }
-  if (argc > 2) {
-    const int threads = std::atoi(argv[2]);
-    latency("empty, back to back", threads, nothing, 0, 100000);
-    latency("all threads meet, back to back", threads, meet, 0, 100000);
-    latency("all threads meet, after a gap", threads, meet, 50, 5000);
-    latency("all threads meet, asleep", threads, meet, 1000, 500);
-    latency("empty, asleep", threads, nothing, 1000, 500);
-  }
-  std::puts("pool_test: ok");
-  return 0;
+    std::puts("pool_test: ok");
+    return 0;
 }
