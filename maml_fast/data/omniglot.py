@@ -7,8 +7,8 @@ import io
 import logging
 import os
 import re
+import stat
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -197,16 +197,17 @@ def _read_cache(path: Path, key: str) -> tuple[LabelledSet, list[str]] | None:
 
 def _write_cache(path: Path, arrays: dict[str, object]) -> bool:
     """Write atomically, so that a reader or a crash never meets half a file."""
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
-            temporary = Path(file.name)
+        # Asked of the mode, because root may write where the owner of the data said no.
+        if not path.parent.stat().st_mode & stat.S_IWUSR:
+            return False
+        with temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
         os.replace(temporary, path)
     except OSError:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         return False
     return True
 

@@ -1,0 +1,89 @@
+"""Loss and accuracy on test tasks after every number of inner steps, with 95 % confidence intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data import Sampler
+from ..maml import MAML
+
+EVERY_STEP = range(11)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tasks and half the width of its 95 % confidence interval, 1.96 σ / √tasks."""
+
+    mean: float
+    ci95: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Estimate:
+        spread = float(values.std()) if len(values) > 1 else math.nan
+        return cls(float(values.mean()), 1.96 * spread / math.sqrt(len(values)))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Query performance after `step` inner steps; `accuracy` in [0, 1] for classification only."""
+
+    step: int
+    loss: Estimate
+    accuracy: Estimate | None
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    lr: float,
+    loss: str,
+    sampler: Sampler,
+    tasks: int,
+    steps: Iterable[int] = EVERY_STEP,
+    backend: str = "auto",
+) -> list[StepResult]:
+    """Adapt to test tasks and measure on their query sets.
+
+    Args:
+        model: the meta-trained network, in training mode where BatchNorm is to use batch statistics.
+        lr: inner learning rate.
+        loss: `"mse"` or `"cross_entropy"`.
+        sampler: of the test tasks.
+        tasks: how many of them.
+        steps: numbers of inner steps to measure after.
+        backend: as for `MAML`.
+    """
+    learners = {k: MAML(model, lr, steps=k, loss=loss, backend=backend) for k in steps}
+    losses: dict[int, list[Tensor]] = {k: [] for k in learners}
+    accuracies: dict[int, list[Tensor]] = {k: [] for k in learners}
+    measured = 0
+    while measured < tasks:
+        x_s, y_s, x_q, y_q = (part[: tasks - measured] for part in next(sampler))
+        measured += len(x_s)
+        for k, learner in learners.items():
+            outputs = learner(x_s, y_s, x_q)
+            losses[k].append(_task_losses(loss, outputs, y_q))
+            if loss == "cross_entropy":
+                accuracies[k].append((outputs.argmax(-1) == y_q).double().mean(1))
+    return [
+        StepResult(
+            k,
+            Estimate.of(torch.cat(losses[k])),
+            Estimate.of(torch.cat(accuracies[k])) if accuracies[k] else None,
+        )
+        for k in learners
+    ]
+
+
+def _task_losses(loss: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss of every task, (T,) float64."""
+    if loss == "mse":
+        return F.mse_loss(outputs, targets, reduction="none").flatten(1).double().mean(1)
+    each = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+    return each.view(targets.shape).double().mean(1)

@@ -1,0 +1,56 @@
+"""PNG pictures of a run, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .files import write_atomically
+
+
+def training_curves(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """Meta-loss over iterations and, where there are any, validation accuracies."""
+    validated = [line for line in metrics if "validation_accuracy" in line]
+    figure = Figure(figsize=(10 if validated else 6, 4), layout="constrained")
+    axes = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
+    trained = [line for line in metrics if "loss" in line]
+    axes[0].plot([line["iteration"] for line in trained], [line["loss"] for line in trained], linewidth=0.8)
+    axes[0].set(title="meta-training", xlabel="iteration", ylabel="query loss", yscale="log")
+    if validated:
+        accuracy = [100 * line["validation_accuracy"] for line in validated]
+        axes[1].plot([line["iteration"] for line in validated], accuracy)
+        axes[1].set(title="validation", xlabel="iteration", ylabel="accuracy (%)")
+    for each in axes:
+        each.grid(alpha=0.3)
+    _save(path, figure)
+
+
+def adaptation_curves(
+    path: Path, x: Tensor, truth: Tensor, x_s: Tensor, y_s: Tensor, predictions: Mapping[int, Tensor]
+) -> None:
+    """One panel for each task: the function, its support points, and the network after k steps.
+
+    Args:
+        x: (P,). truth: (T, P). x_s, y_s: (T, Ns). predictions: step -> (T, P).
+    """
+    figure = Figure(figsize=(5 * len(truth), 4), layout="constrained")
+    for task, each in enumerate(figure.subplots(1, len(truth), squeeze=False)[0]):
+        each.plot(x, truth[task], color="black", linewidth=1.5, label="truth")
+        for step, values in predictions.items():
+            style = ":" if step == 0 else "--" if step == 1 else "-"
+            each.plot(x, values[task], style, label=f"{step} step{'' if step == 1 else 's'}")
+        each.plot(x_s[task], y_s[task], "^", color="tab:purple", label="support")
+        each.set(xlabel="x", ylabel="y", title=f"test task {task + 1}")
+        each.grid(alpha=0.3)
+        each.legend()
+    _save(path, figure)
+
+
+def _save(path: Path, figure: Figure) -> None:
+    FigureCanvasAgg(figure)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

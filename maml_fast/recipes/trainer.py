@@ -1,0 +1,272 @@
+"""The outer loop that all recipes share."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from ..data import Sampler
+from ..data.sampler import positive
+from ..maml import MAML
+from . import files
+from .display import Display, results_table
+from .evaluation import StepResult
+from .interrupt import Interrupt
+from .plots import training_curves
+
+CHECKPOINT, METRICS, CURVES, EVALUATION = "checkpoint.pt", "metrics.jsonl", "curves.png", "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every recipe can be told. A resumed run may change `FREE` fields only.
+
+    Attributes:
+        out: the run's folder.
+        iterations: outer steps in total, not further ones.
+        meta_batch: T, tasks of an outer step.
+        shots, queries: support and query samples of a task, for classification of each class.
+        steps: K, inner steps in training.
+        inner_lr: α. meta_lr: Adam's rate.
+        seed: of the initialisation and all sampling.
+        backend: as for `MAML`. threads: of torch and the core; 0 leaves them as they are.
+        log_every, save_every: iterations between metrics and between checkpoints.
+        eval_tasks: test tasks of the final evaluation.
+    """
+
+    out: Path
+    iterations: int
+    meta_batch: int
+    shots: int
+    queries: int
+    steps: int
+    inner_lr: float
+    meta_lr: float = 1e-3
+    seed: int = 0
+    backend: str = "auto"
+    threads: int = 0
+    log_every: int = 100
+    save_every: int = 5000
+    eval_tasks: int = 600
+
+    FREE = ("out", "iterations", "backend", "threads", "save_every", "eval_tasks", "data", "split_folder")
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "meta_batch", "shots", "queries", "log_every", "save_every", "eval_tasks"):
+            positive(name, getattr(self, name))
+        for name in ("steps", "threads", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        for name in ("inner_lr", "meta_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+
+    def fixed(self) -> dict[str, Any]:
+        """The fields on which the run's numbers depend."""
+        return {name: value for name, value in asdict(self).items() if name not in self.FREE}
+
+
+class Recipe(ABC):
+    """A model, its training tasks, and what to measure. Everything is made and checked in `__init__`.
+
+    Attributes:
+        config, maml, sampler: what is trained, and on what.
+        validate_every: iterations between validations; 0 for none.
+    """
+
+    name: str
+    config: Config
+    maml: MAML
+    sampler: Sampler
+    validate_every: int = 0
+
+    def validate(self) -> float:
+        """Accuracy in [0, 1] on validation tasks, the same ones every time."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, list[StepResult]]:
+        """Title -> results on test tasks at every inner step."""
+
+    def illustrate(self) -> None:
+        """Draw what the recipe has to show besides its training curves."""
+
+
+def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> int:
+    """Meta-train, save, draw and evaluate.
+
+    Args:
+        resume: continue from the checkpoint in `config.out`, if there is one, to the numbers an uninterrupted
+            run gives, bit for bit.
+        console: where to report.
+
+    Returns:
+        0, or 128 + the signal's number if the run was interrupted; it is saved then.
+
+    Raises:
+        ValueError: the run to be resumed was started with other settings.
+        FileExistsError: the folder holds a run, and it was not asked to resume it.
+    """
+    console = console or Console()
+    config = recipe.config
+    with _threads(config.threads):
+        trainer = Trainer(recipe, console)
+        trainer.start(resume)
+        number = trainer.run()
+        if number is not None:
+            console.print(f"Interrupted at iteration {trainer.iteration}; saved to {config.out / CHECKPOINT}.")
+            return 128 + number
+        trainer.finish()
+    return 0
+
+
+class Trainer:
+    """The state of a run: model, optimizer, stream of tasks, and how far it is."""
+
+    def __init__(self, recipe: Recipe, console: Console) -> None:
+        self.recipe, self.config, self.console = recipe, recipe.config, console
+        self.parameters: list[nn.Parameter] = list(recipe.maml.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.config.meta_lr, fused=True)
+        self.iteration = 0
+        self.window: list[Tensor] = []
+        self.best: dict[str, Any] = {"accuracy": -1.0, "model": {}}
+
+    def start(self, resume: bool) -> None:
+        """Make the folder; take up the run that is in it."""
+        out = self.config.out
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / CHECKPOINT).exists():
+            if not resume:
+                raise FileExistsError(f"out: {out} already holds a run; give --resume or another folder")
+            self._restore(files.load(out / CHECKPOINT))
+            self.console.print(f"Continuing {out} at iteration {self.iteration}.")
+        self.metrics = files.Metrics(out / METRICS, until=self.iteration)
+
+    def run(self) -> int | None:
+        """Train to the last iteration; the number of the signal that came in between, or None."""
+        config, total = self.config, self.config.iterations
+        with Interrupt() as interrupt, Display(self.console, self.recipe.name, self.iteration, total) as display:
+            while self.iteration < total and interrupt.signal is None:
+                self._advance(self._next_event(), interrupt, display)
+                if interrupt.signal is None:
+                    self._events(display)
+            if self.iteration % config.save_every or interrupt.signal is not None:
+                self.save()
+            return interrupt.signal if self.iteration < total else None
+
+    def finish(self) -> None:
+        """Draw the curves and evaluate the best (or else the last) parameters."""
+        out = self.config.out
+        if self.best["model"]:
+            self.recipe.maml.module.load_state_dict(self.best["model"])
+        if self.metrics.lines:
+            training_curves(out / CURVES, self.metrics.lines)
+        self.recipe.illustrate()
+        results = self.recipe.evaluate()
+        files.write_json(out / EVALUATION, {title: [asdict(r) for r in rows] for title, rows in results.items()})
+        for title, rows in results.items():
+            self.console.print(results_table(title, rows))
+        self.console.print(f"Checkpoint, metrics, pictures and evaluation are in {out}.")
+
+    def save(self) -> None:
+        files.save(self.config.out / CHECKPOINT, self._state())
+
+    # ---- the loop ------------------------------------------------------------------------------
+
+    def _advance(self, until: int, interrupt: Interrupt, display: Display) -> None:
+        """Plain iterations: nothing in here waits for a number or formats one, except for the bar."""
+        backward, step, sampler, parameters = self.recipe.maml.backward, self.optimizer.step, self.recipe.sampler, self.parameters
+        window, now = self.window, time.perf_counter
+        refresh = now() + display.period
+        while self.iteration < until and interrupt.signal is None:
+            for parameter in parameters:
+                parameter.grad = None
+            window.append(backward(*next(sampler)))
+            step()
+            self.iteration += 1
+            if now() > refresh:
+                display.update(self.iteration, _mean(window[-100:]))
+                refresh = now() + display.period
+
+    def _next_event(self) -> int:
+        periods = [self.config.log_every, self.config.save_every, self.recipe.validate_every]
+        ahead = [(self.iteration // period + 1) * period for period in periods if period]
+        return min([*ahead, self.config.iterations])
+
+    def _events(self, display: Display) -> None:
+        if self.iteration % self.config.log_every == 0:
+            rate = round(display.rate(self.iteration), 1)
+            self.metrics.add(iteration=self.iteration, loss=_mean(self.window), iterations_per_second=rate)
+            self.window.clear()
+        if self.recipe.validate_every and self.iteration % self.recipe.validate_every == 0:
+            self._validate()
+        if self.iteration % self.config.save_every == 0:
+            self.save()
+
+    def _validate(self) -> None:
+        accuracy = self.recipe.validate()
+        self.metrics.add(iteration=self.iteration, validation_accuracy=accuracy)
+        if accuracy > self.best["accuracy"]:
+            model = {name: value.clone() for name, value in self.recipe.maml.module.state_dict().items()}
+            self.best = {"accuracy": accuracy, "model": model}
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "config": self.config.fixed(),
+            "iteration": self.iteration,
+            "model": self.recipe.maml.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sampler": self.recipe.sampler.state_dict(),
+            "window": torch.stack(self.window) if self.window else torch.empty(0),
+            "best": self.best,
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        for name, value in self.config.fixed().items():
+            if state["config"].get(name) != value:
+                raise ValueError(f"{name}: the run was started with {state['config'].get(name)}, got {value}")
+        self.iteration = state["iteration"]
+        self.recipe.maml.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.recipe.sampler.load_state_dict(state["sampler"])
+        self.window = list(state["window"])
+        self.best = state["best"]
+
+
+def _mean(losses: list[Tensor]) -> float:
+    return float(torch.stack(losses).mean())
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initialise a network reproducibly without disturbing the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def stream_seed(seed: int, stream: str) -> int:
+    """Distinct seeds for the training, validation and test tasks of a run."""
+    return 3 * seed + ("train", "validation", "test").index(stream)
