@@ -1,0 +1,54 @@
+# make train   watch a meta-training run; needs python3 >= 3.10 with venv and a C++ compiler, makes everything else
+# make test    the tests, in the same virtual environment
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/sinusoid
+PYTEST ?=
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: train test bench core lint types sanitize format clean
+.DELETE_ON_ERROR:
+
+train: core
+	$(bin)/maml-fast train sinusoid --out $(RUN)
+
+test: core $(VENV)/.test
+	$(bin)/python -m pytest $(PYTEST)
+
+bench: core $(VENV)/.bench
+	$(bin)/maml-fast bench
+
+# The package itself is installed without its core, and the core built in place: rebuilding is incremental.
+core: $(VENV)/.base
+	$(bin)/python setup.py --quiet build_ext --inplace
+
+lint: $(VENV)/.dev
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/clang-format --dry-run -Werror $(shell find csrc -type f)
+
+types: $(VENV)/.dev
+	$(bin)/mypy
+
+sanitize: $(VENV)/.test
+	PATH="$(abspath $(bin)):$$PATH" bash tests/sanitize.sh $(PYTEST)
+
+format: $(VENV)/.dev
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+	$(bin)/clang-format -i $(shell find csrc -type f)
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "maml_fast needs Python >= 3.10: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(pip) 'setuptools>=77' pybind11 cmake ninja
+	MAML_FAST_NO_CORE=1 $(pip) -e .
+	touch $@
+
+$(VENV)/.test $(VENV)/.dev $(VENV)/.bench: $(VENV)/.base
+	MAML_FAST_NO_CORE=1 $(pip) -e '.[$(subst .,,$(notdir $@))]'
+	touch $@
+
+clean:
+	rm -rf build maml_fast/_core*.so
