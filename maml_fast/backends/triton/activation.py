@@ -1,0 +1,130 @@
+"""y = f(x), element by element, with f' and f'' for the other three functions.
+
+    δx = f' δy      ẏ = f' ẋ      δ̇x = f' δ̇y + f'' ẋ δy
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, blocks
+
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    "relu": (),
+    "leaky_relu": ("negative_slope",),
+    "elu": ("alpha",),
+    "gelu": (),
+    "gelu_tanh": (),
+    "silu": (),
+    "tanh": (),
+    "sigmoid": (),
+    "softplus": ("beta", "threshold"),
+    "sine": ("w0",),
+}
+"""Every activation, and the attributes that are its kernel's p0 and p1."""
+
+PIECEWISE_LINEAR = ("relu", "leaky_relu")
+
+_BLOCK = 512
+
+
+@triton.jit
+def sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def log1p_unit(u):
+    """log(1 + u) for u in [0, 1], to full relative accuracy (Kahan)."""
+    w = 1.0 + u
+    return tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
+
+
+@triton.jit
+def _tanh(x):
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    s = x * x
+    near = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
+    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _expm1(x):
+    near = x * (1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x / 5040))))))
+    return tl.where(tl.abs(x) < 0.25, near, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def activate(x, p0, p1, ACT: tl.constexpr):
+    """f(x), f'(x), f''(x)."""
+    if ACT == "relu":
+        return tl.where(x < 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0), tl.zeros_like(x)
+    elif ACT == "leaky_relu":
+        return tl.where(x > 0, x, p0 * x), tl.where(x > 0, 1.0, p0), tl.zeros_like(x)
+    elif ACT == "elu":
+        negative = x < 0
+        e = p0 * _expm1(tl.where(negative, x, 0.0))
+        return tl.where(negative, e, x), tl.where(negative, e + p0, 1.0), tl.where(negative, e + p0, 0.0)
+    elif ACT == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.70710678118654752440))
+        pdf = 0.39894228040143267794 * tl.exp(-0.5 * x * x)
+        return x * cdf, cdf + x * pdf, pdf * (2.0 - x * x)
+    elif ACT == "gelu_tanh":
+        s = x * x
+        u = 0.79788456080286535588 * x * (1.0 + 0.044715 * s)
+        u1 = 0.79788456080286535588 * (1.0 + 0.134145 * s)
+        u2 = 0.79788456080286535588 * 0.26829 * x
+        t = _tanh(u)
+        r = 1.0 - t * t
+        return (
+            0.5 * x * (1.0 + t),
+            0.5 * (1.0 + t + x * r * u1),
+            r * u1 + 0.5 * x * r * (u2 - 2.0 * t * u1 * u1),
+        )
+    elif ACT == "silu":
+        s = sigmoid(x)
+        r = s * (1.0 - s)
+        return x * s, s + x * r, r * (2.0 + x * (1.0 - 2.0 * s))
+    elif ACT == "tanh":
+        t = _tanh(x)
+        r = 1.0 - t * t
+        return t, r, -2.0 * t * r
+    elif ACT == "sigmoid":
+        s = sigmoid(x)
+        r = s * (1.0 - s)
+        return s, r, r * (1.0 - 2.0 * s)
+    elif ACT == "softplus":
+        t = p0 * x
+        linear = t > p1
+        s = sigmoid(t)
+        y = (tl.maximum(t, 0.0) + log1p_unit(tl.exp(-tl.abs(t)))) / p0
+        return tl.where(linear, x, y), tl.where(linear, 1.0, s), tl.where(linear, 0.0, p0 * s * (1.0 - s))
+    else:
+        tl.static_assert(ACT == "sine")
+        y = tl.sin(p0 * x)
+        return y, p0 * tl.cos(p0 * x), -p0 * p0 * y
+
+
+@triton.jit
+def activation_kernel(x, y, d1, d2, p0, p1, size, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    value, slope, curvature = activate(tl.load(x + i, mask=inside, other=0.0), p0, p1, ACT)
+    tl.store(y + i, value, mask=inside)
+    if d1 is not None:
+        tl.store(d1 + i, slope, mask=inside)
+    if d2 is not None:
+        tl.store(d2 + i, curvature, mask=inside)
+
+
+def activation(
+    launch: Launch, kind: str, parameters: tuple[float, ...], x: Tensor, y: Tensor, d1: Tensor | None, d2: Tensor | None
+) -> None:
+    """y, d1, d2 ← f(x), f'(x), f''(x); contiguous float32 of one size, d1 and d2 where wanted."""
+    p0, p1 = (*parameters, 0.0, 0.0)[:2]
+    size = y.numel()
+    launch(activation_kernel, blocks(size, _BLOCK), x, y, d1, d2, p0, p1, size, ACT=kind, BLOCK=_BLOCK)

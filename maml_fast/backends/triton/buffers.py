@@ -1,0 +1,156 @@
+"""Static copies of a call's inputs and outputs, so that a captured graph never sees the user's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ...plan import Mode, Plan, Result, Tensors
+from ...program import Batch
+from .network import Network
+from .vectors import segments
+
+
+class Buffers:
+    """Everything of a call that is not workspace, for all T tasks.
+
+    Attributes:
+        theta: (total,) parameters. rates: all rate tensors, flat. rate_at: (adapting,) int32.
+        x, y, dx: by `Batch`. given: (T, adapting). adapted: (T, total).
+        gradient: (trainable,). rate_products: (adapting,) Σ −g ∘ λ. rate_sums: one a rate.
+    """
+
+    def __init__(self, plan: Plan, network: Network, device: torch.device) -> None:
+        self.plan, self.network = plan, network
+        flat, graph, t = network.flat, network.graph, plan.tasks
+        reverse = plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
+
+        def numbers(*shape: int, wanted: bool = True) -> Tensor | None:
+            return torch.zeros(shape, dtype=torch.float32, device=device) if wanted else None
+
+        def sure(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        samples = {Batch.SUPPORT: plan.support, Batch.QUERY: plan.query}
+        outputs = (t, plan.query, *graph.shapes[graph.output])
+        self.theta = sure(flat.total)
+        self.constants = {name: sure(*plan.model.module.get_buffer(name).shape) for name in network.constants}
+        self.x = {b: sure(t, n, *plan.in_shape) for b, n in samples.items()}
+        self.y = {b: self._targets(b, n, device) for b, n in samples.items()}
+        self.dx = {
+            Batch.SUPPORT: numbers(t, plan.support, *plan.in_shape, wanted=reverse and plan.needs.x_s),
+            Batch.QUERY: numbers(t, plan.query, *plan.in_shape, wanted=reverse and plan.needs.x_q),
+        }
+        self.weights = numbers(t, wanted=plan.mode is Mode.META_GRADIENT)
+        self.cotangent = numbers(*outputs, wanted=plan.mode is Mode.PULLBACK)
+        self.given = numbers(t, flat.adapting, wanted=plan.mode is Mode.APPLY)
+        self.adapted = numbers(t, flat.total, wanted=plan.mode is Mode.ADAPT)
+        self.losses = numbers(t, wanted=plan.mode in (Mode.LOSS, Mode.META_GRADIENT))
+        self.outputs = numbers(*outputs, wanted=plan.mode in (Mode.LOGITS, Mode.APPLY))
+        self.gradient = numbers(flat.trainable, wanted=reverse)
+        self._place_rates(device, reverse and any(plan.needs.rates))
+
+    def _targets(self, batch: Batch, samples: int, device: torch.device) -> Tensor:
+        shape = self.plan.target_shapes[batch]
+        labels = self.plan.inner.loss.takes_labels
+        return torch.zeros(
+            (self.plan.tasks, samples, *(shape or ())), dtype=torch.int64 if labels else torch.float32, device=device
+        )
+
+    def _place_rates(self, device: torch.device, wanted: bool) -> None:
+        plan, flat = self.plan, self.network.flat
+        sizes = [torch.Size(s).numel() for s in plan.rates.shapes]
+        starts = [sum(sizes[:r]) for r in range(len(sizes))]
+        self.rates = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        self.rate_views = [self.rates[i : i + n].view(s) for i, n, s in zip(starts, sizes, plan.rates.shapes, strict=True)]
+        places = torch.zeros(flat.adapting, dtype=torch.int32)
+        self.of_rate: list[list[int]] = [[] for _ in sizes]
+        for p in sorted(flat.adapting_set):
+            rate = plan.rates.of_parameter[p]
+            self.of_rate[rate].append(p)
+            elementwise = plan.rates.shapes[rate] != ()
+            places[flat.slice(p)] = starts[rate] + (torch.arange(flat.sizes[p]) if elementwise else 0)
+        self.rate_at = places.to(device)
+        self.rate_products: Tensor | None = None
+        if wanted:
+            ranges = [[(flat.slice(p).start, flat.slice(p).stop) for p in ps] for ps in self.of_rate]
+            first, second = segments(ranges)
+            self.segments = [
+                torch.tensor(list(zip(*rounds, strict=True)) or [[], []], dtype=torch.int32, device=device)
+                for rounds in (first, second)
+            ]
+            self.rate_products = torch.zeros(flat.adapting, dtype=torch.float32, device=device)
+            self.rate_partials = torch.zeros(len(first), dtype=torch.float32, device=device)
+            self.rate_sums = torch.zeros(len(sizes), dtype=torch.float32, device=device)
+
+    def bytes(self) -> int:
+        """How much memory they take."""
+        return sum(v.numel() * v.element_size() for v in self._all())
+
+    def _all(self) -> Iterable[Tensor]:
+        for value in vars(self).values():
+            values = value.values() if isinstance(value, dict) else [value]
+            yield from (v for v in values if isinstance(v, Tensor))
+
+    # ---- before and after a run ----------------------------------------------------------------
+
+    def fill(self, t: Tensors) -> None:
+        """Copy the call's tensors in."""
+        flat, model = self.network.flat, self.plan.model
+        named = dict(model.module.named_buffers()) if self.constants else {}
+        pairs = [
+            *((self.theta[flat.slice(i)].view(model.shapes[i]), p) for i, p in enumerate(t.parameters)),
+            *zip(self.rate_views, t.rates, strict=False),
+            *((buffer, named[name]) for name, buffer in self.constants.items()),
+            (self.x[Batch.SUPPORT], t.x_s),
+            (self.x[Batch.QUERY], t.x_q),
+            (self.y[Batch.SUPPORT], t.y_s),
+            (self.y[Batch.QUERY], t.y_q),
+            (self.weights, t.weights),
+            (self.cotangent, t.cotangent),
+        ]
+        if self.given is not None:
+            pairs += [
+                (self.given[:, flat.slice(i)].view(a.shape), a)
+                for i, a in enumerate(t.adapted)
+                if i in flat.adapting_set
+            ]
+        wanted = [(to, source.detach()) for to, source in pairs if to is not None and source is not None]
+        for dtype in {to.dtype for to, _ in wanted}:
+            chosen = [pair for pair in wanted if pair[0].dtype == dtype]
+            torch._foreach_copy_([to for to, _ in chosen], [source for _, source in chosen])
+
+    def result(self) -> Result:
+        """Fresh copies of what the mode returns; parameters' gradients are views of one vector."""
+        plan, flat, shapes = self.plan, self.network.flat, self.plan.model.shapes
+        result = Result(
+            losses=_copy(self.losses),
+            outputs=_copy(self.outputs),
+            x_s=_copy(self.dx[Batch.SUPPORT]),
+            x_q=_copy(self.dx[Batch.QUERY]),
+        )
+        if self.adapted is not None:
+            result.adapted = [self.adapted[:, flat.slice(i)].clone().view(-1, *s) for i, s in enumerate(shapes)]
+        if self.gradient is not None:
+            gradient = self.gradient.clone()
+            result.parameters = [
+                gradient[flat.slice(i)].view(s) if need else None
+                for i, (s, need) in enumerate(zip(shapes, plan.needs.parameters, strict=True))
+            ]
+            result.rates = [self._rate_gradient(r) if need else None for r, need in enumerate(plan.needs.rates)]
+        return result
+
+    def _rate_gradient(self, rate: int) -> Tensor:
+        assert self.rate_products is not None
+        shape, adapted = self.plan.rates.shapes[rate], self.of_rate[rate]
+        if shape == ():
+            return self.rate_sums[rate].clone()
+        if not adapted:
+            return self.rates.new_zeros(shape)
+        return self.rate_products[self.network.flat.slice(adapted[0])].clone().view(shape)
+
+
+def _copy(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.clone()

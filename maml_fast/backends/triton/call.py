@@ -1,0 +1,83 @@
+"""A plan made ready once: memory planned and taken, kernels compiled, the whole call captured."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from ...algorithms import maml
+from ...plan import Plan, Result, Tensors
+from ...program import Program
+from .buffers import Buffers
+from .capture import Capture
+from .executor import Executor
+from .launch import Launch
+from .network import Network
+from .workspace import Workspace
+
+PRECISIONS = {"float32": "ieee", "tf32x3": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
+"""How matrix products read float32 operands, by the user's word for it."""
+
+
+class Call:
+    """Runs a plan for any tensors of its shapes.
+
+    Args:
+        budget: bytes that buffers and workspace may take.
+        launch: how kernels start.
+        device: where the memory is; `meta` to only record launches.
+
+    Raises:
+        MemoryError: not even one task fits into the budget; the message says what it needs.
+        torch.OutOfMemoryError: the device has less memory than the budget.
+    """
+
+    def __init__(self, plan: Plan, budget: int, launch: Launch, device: torch.device) -> None:
+        graph = plan.trace[0]
+        assert graph is not None
+        self.lock = threading.Lock()
+        network = Network(plan, graph)
+        self.buffers = Buffers(plan, network, device)
+        program, self.workspace, self.chunk = _fit(plan, network, budget - self.buffers.bytes())
+        self.workspace.allocate(self.chunk, device)
+        precision = PRECISIONS[str(plan.state.get("precision", "float32"))]
+        self.executor = Executor(plan, network, program, self.buffers, self.workspace, launch, precision)
+        self.capture = Capture(self.run) if device.type == "cuda" else None
+
+    def __call__(self, tensors: Tensors) -> Result:
+        with self.lock:
+            if self.capture is None:
+                self.buffers.fill(tensors)
+                self.run()
+                return self.buffers.result()
+            with self.capture.exclusively():
+                self.buffers.fill(tensors)
+                self.capture.replay()
+                return self.buffers.result()
+
+    def run(self) -> None:
+        """The program over the static buffers."""
+        self.executor.run(self.chunk)
+
+
+def why_not_memory(plan: Plan, budget: int) -> list[str]:
+    """The bytes that one task needs, if they are more than the budget."""
+    graph = plan.trace[0]
+    assert graph is not None
+    network = Network(plan, graph)
+    try:
+        _fit(plan, network, budget - Buffers(plan, network, torch.device("meta")).bytes())
+    except MemoryError as error:
+        return [str(error)]
+    return []
+
+
+def _fit(plan: Plan, network: Network, room: int) -> tuple[Program, Workspace, int]:
+    """The program, its memory and how many tasks at once; tapes are kept if one task's fit."""
+    for program in (plan.program, maml.emit(plan, save=False)):
+        workspace = Workspace(plan, network, program)
+        need = 4 * workspace.numbers(1)
+        if need <= room:
+            return program, workspace, min(plan.tasks, room // max(need, 1))
+    raise MemoryError(f"one task needs {need} bytes of workspace where {max(room, 0)} are left")

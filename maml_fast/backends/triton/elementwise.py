@@ -1,0 +1,87 @@
+"""Maps over flat arrays: linear combinations, products, and copies of rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, blocks
+
+_BLOCK = 1024
+
+
+@triton.jit
+def combine_kernel(a, b, out, f, g, h, size, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    y = f * tl.load(a + i, mask=inside, other=0.0) + h
+    if b is not None:
+        y += g * tl.load(b + i, mask=inside, other=0.0)
+    if ADD:
+        y += tl.load(out + i, mask=inside, other=0.0)
+    tl.store(out + i, y, mask=inside)
+
+
+@triton.jit
+def multiply_kernel(a, b, c, d, e, out, size, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    y = tl.load(a + i, mask=inside, other=0.0) * tl.load(b + i, mask=inside, other=0.0)
+    if c is not None:
+        more = tl.load(c + i, mask=inside, other=0.0) * tl.load(d + i, mask=inside, other=0.0)
+        y += more * tl.load(e + i, mask=inside, other=0.0)
+    if ADD:
+        y += tl.load(out + i, mask=inside, other=0.0)
+    tl.store(out + i, y, mask=inside)
+
+
+@triton.jit
+def copy_rows_kernel(a, out, size, width, a_row, out_row, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    row, column = i // width, i % width
+    to = out + row * out_row + column
+    y = tl.zeros((BLOCK,), tl.float32)
+    if a is not None:
+        y = tl.load(a + row * a_row + column, mask=inside, other=0.0)
+    if ADD:
+        y += tl.load(to, mask=inside, other=0.0)
+    tl.store(to, y, mask=inside)
+
+
+def combine(
+    launch: Launch,
+    out: Tensor,
+    a: Tensor,
+    b: Tensor | None = None,
+    *,
+    f: float = 1.0,
+    g: float = 1.0,
+    h: float = 0.0,
+    add: bool = False,
+) -> None:
+    """out (+)= f a + g b + h; contiguous float32 of one size."""
+    size = out.numel()
+    launch(combine_kernel, blocks(size, _BLOCK), a, b, out, f, g, h, size, ADD=add, BLOCK=_BLOCK)
+
+
+def multiply(
+    launch: Launch,
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    more: tuple[Tensor, Tensor, Tensor] | None = None,
+    *,
+    add: bool = False,
+) -> None:
+    """out (+)= a b + c d e, with more = (c, d, e); contiguous float32 of one size."""
+    size = out.numel()
+    launch(multiply_kernel, blocks(size, _BLOCK), a, b, *(more or (None,) * 3), out, size, ADD=add, BLOCK=_BLOCK)
+
+
+def copy_rows(launch: Launch, out: Tensor, a: Tensor | None, *, add: bool = False) -> None:
+    """out[r, i] (+)= a[r, i], or 0 without a; (R, W) float32 with contiguous rows of any distance."""
+    size, width = out.numel(), out.shape[1]
+    a_row = 0 if a is None else a.stride(0)
+    launch(copy_rows_kernel, blocks(size, _BLOCK), a, out, size, width, a_row, out.stride(0), ADD=add, BLOCK=_BLOCK)

@@ -1,0 +1,260 @@
+"""Runs a Program for a chunk of tasks: every instruction as launches for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from ...plan import Plan
+from ...program import (
+    Accumulate,
+    Backward,
+    Batch,
+    Cotangent,
+    Forward,
+    Hvp,
+    Instruction,
+    Load,
+    Program,
+    QueryLoss,
+    RateGradient,
+    Scale,
+    StoreOutputs,
+    StoreParameters,
+    Subtract,
+    SupportLoss,
+    Update,
+)
+from . import vectors
+from .buffers import Buffers
+from .elementwise import combine, copy_rows
+from .launch import Launch
+from .layers import KINDS
+from .losses import TaskLoss
+from .network import Network
+from .passes import Pass
+from .workspace import NORMS, Workspace
+
+
+class Executor:
+    """The program over static buffers and a workspace; a run only launches kernels.
+
+    Args:
+        precision: of matrix products; see `gemm.product`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        network: Network,
+        program: Program,
+        buffers: Buffers,
+        workspace: Workspace,
+        launch: Launch,
+        precision: str,
+    ) -> None:
+        self.plan, self.network, self.program = plan, network, program
+        self.flat = network.flat
+        self.buffers, self.workspace = buffers, workspace
+        self.launch, self.precision = launch, precision
+        self.samples = {Batch.SUPPORT: plan.support, Batch.QUERY: plan.query}
+        self.first = self.tasks = 0
+
+    def run(self, chunk: int) -> None:
+        """All tasks, `chunk` at a time; gradients add up over chunks in order."""
+        buffers = self.buffers
+        for total in (buffers.gradient, buffers.rate_products, *buffers.dx.values()):
+            if total is not None:
+                total.zero_()
+        for self.first in range(0, self.plan.tasks, chunk):
+            self.tasks = min(chunk, self.plan.tasks - self.first)
+            for instruction in self.program.instructions:
+                _EXECUTE[type(instruction)](self, instruction)
+        if buffers.rate_products is not None and buffers.rate_partials.numel():
+            vectors.sum_segments(self.launch, buffers.rate_partials, buffers.rate_products, *buffers.segments[0])
+            vectors.sum_segments(self.launch, buffers.rate_sums, buffers.rate_partials, *buffers.segments[1])
+
+    # ---- where things are ----------------------------------------------------------------------
+
+    def _mine(self, x: Tensor | None) -> Tensor:
+        """The chunk's part of an array of all tasks, one row a task."""
+        assert x is not None
+        return x[self.first : self.first + self.tasks].flatten(1)
+
+    def _slot(self, slot: int) -> Tensor:
+        """(tasks, active); slot 0 is shared."""
+        if slot == 0:
+            return self.buffers.theta.expand(self.tasks, -1)
+        found = self.workspace.view(self.tasks, "slot", slot)
+        assert found is not None
+        return found
+
+    def _adapting(self, slot: int) -> Tensor:
+        return self._slot(slot)[:, : self.flat.adapting]
+
+    def _weights(self, slot: int) -> Callable[[int], Tensor]:
+        """θ_k of a parameter: the caller's own where it does not adapt."""
+        flat = self.flat
+        return lambda p: self._slot(slot if p in flat.adapting_set else 0)[:, flat.slice(p)]
+
+    def _direction(self, slot: int) -> Callable[[int], Tensor | None]:
+        flat = self.flat
+        return lambda p: self._slot(slot)[:, flat.slice(p)] if p in flat.adapting_set else None
+
+    def _gradients(self, slot: int | None, adapted_only: bool) -> Callable[[int], Tensor | None]:
+        flat = self.flat
+        wanted = set() if slot is None else flat.adapting_set if adapted_only else flat.active_set
+        return lambda p: self._slot(slot)[:, flat.slice(p)] if p in wanted and slot is not None else None
+
+    def _pass(self, tape: int, inputs: bool = False) -> Pass:
+        batch = self.program.tapes[tape]
+        return Pass(
+            launch=self.launch,
+            precision=self.precision,
+            network=self.network,
+            workspace=self.workspace,
+            tasks=self.tasks,
+            samples=self.samples[batch],
+            tape=tape,
+            x_batch=self._mine(self.buffers.x[batch]),
+            dx_batch=self._mine(self.buffers.dx[batch]) if inputs else None,
+            constants=self.buffers.constants,
+            weights=_absent,
+            direction=_absent,
+            gradients=_absent,
+            layer=self.network.layers[0],
+        )
+
+    def _loss(self, batch: Batch) -> TaskLoss:
+        loss, features = self.plan.inner.loss, self.network.features[self.network.out]
+        return TaskLoss(self.launch, loss.name, loss.parameter, self.tasks, self.samples[batch], features)
+
+    def _output(self, kind: str, tape: int) -> Tensor:
+        found = self.workspace.view(self.tasks, kind, tape, self.network.out)
+        assert found is not None
+        return found
+
+    # ---- the network ---------------------------------------------------------------------------
+
+    def forward(self, i: Forward) -> None:
+        p = replace(self._pass(i.tape), weights=self._weights(i.theta))
+        for layer in self.network.layers:
+            KINDS[layer.kind].forward(p.of(layer))
+
+    def support_loss(self, i: SupportLoss) -> None:
+        y = self._mine(self.buffers.y[Batch.SUPPORT])
+        self._loss(Batch.SUPPORT).value(self._output("value", i.tape), y, None, None, self._output("delta", i.tape))
+
+    def query_loss(self, i: QueryLoss) -> None:
+        buffers = self.buffers
+        y, losses = self._mine(buffers.y[Batch.QUERY]), self._task_numbers(buffers.losses)
+        weights = self._task_numbers(buffers.weights) if i.seed else None
+        slope = self._output("delta", i.tape) if i.seed else None
+        self._loss(Batch.QUERY).value(self._output("value", i.tape), y, weights, losses, slope)
+
+    def _task_numbers(self, x: Tensor | None) -> Tensor:
+        assert x is not None
+        return x[self.first : self.first + self.tasks]
+
+    def cotangent(self, i: Cotangent) -> None:
+        combine(self.launch, self._output("delta", i.tape), self._mine(self.buffers.cotangent))
+
+    def backward(self, i: Backward) -> None:
+        p = replace(
+            self._pass(i.tape, i.inputs),
+            weights=self._weights(i.theta),
+            gradients=self._gradients(i.out, i.batch is Batch.SUPPORT),
+        )
+        for layer in reversed(self.network.layers):
+            if layer.output_wants:
+                KINDS[layer.kind].backward(p.of(layer))
+
+    def hvp(self, i: Hvp) -> None:
+        if not self.network.out_moves:
+            self._slot(i.out).zero_()
+            return
+        p = replace(
+            self._pass(i.tape, i.inputs),
+            weights=self._weights(i.theta),
+            direction=self._direction(i.vector),
+            gradients=self._gradients(i.out, adapted_only=False),
+        )
+        for layer in self.network.layers:
+            if layer.output_moves or layer.kind in NORMS:
+                KINDS[layer.kind].tangent(p.of(layer))
+        out, y = self.network.out, self._mine(self.buffers.y[Batch.SUPPORT])
+        tz, ez = p.view("tangent", out), p.view("tangent_delta", out)
+        assert tz is not None and ez is not None
+        self._loss(Batch.SUPPORT).tangent(p.value(out), y, tz, ez)
+        for layer in reversed(self.network.layers):
+            if layer.output_wants:
+                KINDS[layer.kind].backward_tangent(p.of(layer))
+        ex = p.view("tangent_delta", 0)
+        if p.dx_batch is not None and ex is not None:
+            combine(self.launch, p.dx_batch, ex, f=-1.0, add=True)
+
+    # ---- parameter-sized vectors ---------------------------------------------------------------
+
+    def update(self, i: Update) -> None:
+        self._step(i.out, self._adapting(i.theta), i.gradient)
+
+    def scale(self, i: Scale) -> None:
+        self._step(i.out, None, i.vector)
+
+    def _step(self, out: int, theta: Tensor | None, vector: int) -> None:
+        buffers = self.buffers
+        if self.flat.adapting:
+            to, source = self._adapting(out), self._adapting(vector)
+            vectors.step(self.launch, to, theta, source, buffers.rates, buffers.rate_at)
+
+    def subtract(self, i: Subtract) -> None:
+        combine(self.launch, self._slot(i.out), self._slot(i.vector), f=-1.0, add=True)
+
+    def rate_gradient(self, i: RateGradient) -> None:
+        total = self.buffers.rate_products
+        if total is not None and self.flat.adapting:
+            vectors.sum_tasks(self.launch, total, self._adapting(i.gradient), self._adapting(i.adjoint))
+
+    def accumulate(self, i: Accumulate) -> None:
+        assert self.buffers.gradient is not None
+        if self.flat.active:
+            active = self.flat.active
+            vectors.sum_tasks(self.launch, self.buffers.gradient[:active], self._slot(i.vector)[:, :active])
+
+    def load(self, i: Load) -> None:
+        if self.flat.adapting:
+            copy_rows(self.launch, self._adapting(i.slot), self._mine(self.buffers.given))
+
+    def store_parameters(self, i: StoreParameters) -> None:
+        adapted, edge = self._mine(self.buffers.adapted), self.flat.adapting
+        if edge:
+            copy_rows(self.launch, adapted[:, :edge], self._adapting(i.theta))
+        if edge < self.flat.total:
+            copy_rows(self.launch, adapted[:, edge:], self._slot(0)[:, edge:])
+
+    def store_outputs(self, i: StoreOutputs) -> None:
+        combine(self.launch, self._mine(self.buffers.outputs), self._output("value", i.tape))
+
+
+def _absent(parameter: int) -> Tensor | None:
+    return None
+
+
+_EXECUTE: dict[type[Instruction], Callable[[Executor, Instruction], None]] = {
+    Load: Executor.load,
+    Forward: Executor.forward,
+    SupportLoss: Executor.support_loss,
+    QueryLoss: Executor.query_loss,
+    Cotangent: Executor.cotangent,
+    Backward: Executor.backward,
+    Update: Executor.update,
+    Scale: Executor.scale,
+    Hvp: Executor.hvp,
+    Subtract: Executor.subtract,
+    RateGradient: Executor.rate_gradient,
+    Accumulate: Executor.accumulate,
+    StoreParameters: Executor.store_parameters,
+    StoreOutputs: Executor.store_outputs,
+}

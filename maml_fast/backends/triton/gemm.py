@@ -1,0 +1,129 @@
+"""C[t] (+)= A[t] B[t] + A'[t] B'[t] + bias[t]: every matrix product of every task, in one launch.
+
+Index legend: t task, m row of C, n column of C, k summed. A task stride of 0 shares a matrix.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, blocks, power_of_two
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if PRECISION == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def gemm_kernel(
+    a, b, a2, b2, bias, c, sums,
+    m, n, k,
+    a_t, a_m, a_k, b_t, b_k, b_n, a2_t, b2_t, bias_t, c_t, sums_t,
+    ADD: tl.constexpr, ADD_SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(n, BN)
+    tiles = tl.cdiv(m, BM) * across
+    t = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    rm = (tile // across) * BM + tl.arange(0, BM)
+    rn = (tile % across) * BN + tl.arange(0, BN)
+    # A merged batch of tasks can have more than 2³¹ numbers.
+    a_rows = rm.to(tl.int64)[:, None] * a_m
+    b_columns = rn.to(tl.int64)[None, :] * b_n
+    acc = tl.zeros((BM, BN), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for start in range(0, k, BK):
+        rk = start + tl.arange(0, BK)
+        a_at = a_rows + rk[None, :] * a_k
+        b_at = b_columns + rk[:, None] * b_k
+        a_in = (rm[:, None] < m) & (rk[None, :] < k)
+        b_in = (rk[:, None] < k) & (rn[None, :] < n)
+        left = tl.load(a + t * a_t + a_at, mask=a_in, other=0.0)
+        acc = _dot(left, tl.load(b + t * b_t + b_at, mask=b_in, other=0.0), acc, PRECISION)
+        if sums is not None:
+            total += tl.sum(left, axis=1)
+        if a2 is not None:
+            left = tl.load(a2 + t * a2_t + a_at, mask=a_in, other=0.0)
+            acc = _dot(left, tl.load(b2 + t * b2_t + b_at, mask=b_in, other=0.0), acc, PRECISION)
+    if bias is not None:
+        acc += tl.load(bias + t * bias_t + rn, mask=rn < n, other=0.0)[None, :]
+    out = c + t * c_t + rm.to(tl.int64)[:, None] * n + rn[None, :]
+    inside = (rm[:, None] < m) & (rn[None, :] < n)
+    if ADD:
+        acc += tl.load(out, mask=inside, other=0.0)
+    tl.store(out, acc, mask=inside)
+    if sums is not None:
+        where = sums + t * sums_t + rm
+        mine = rm < tl.where(tile % across == 0, m, 0)
+        if ADD_SUMS:
+            total += tl.load(where, mask=mine, other=0.0)
+        tl.store(where, total, mask=mine)
+
+
+def tiles(m: int, n: int, k: int, precision: str) -> dict[str, int]:
+    """Tile and warps for a product's shape. Unverified on hardware: chosen by counting, not by measuring."""
+    exact = precision == "ieee"  # runs on the scalar units, where a large tile spills registers
+    bm, bn = power_of_two(m, 16, 32 if exact else 64), power_of_two(n, 16, 64)
+    bk = power_of_two(k, 16, 16 if exact else 32)
+    return {"BM": bm, "BN": bn, "BK": bk, "num_warps": 4 if bm * bn >= 1024 else 2 if bm * bn > 256 else 1}
+
+
+def product(
+    launch: Launch,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    pair: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    sums: Tensor | None = None,
+    add: bool = False,
+    add_sums: bool = False,
+    precision: str = "ieee",
+) -> None:
+    """c (+)= a b + a' b' + bias;  sums (+)= Σ_k a.
+
+    Args:
+        a: (T, M, K), any strides. b: (T, K, N), any strides. c: (T, M, N) with contiguous rows.
+        pair: a' and b', with the strides of a and b inside a task.
+        bias: (T, N). sums: (T, M). Both contiguous inside a task. float32 all.
+        precision: `"ieee"`, `"tf32x3"`, `"tf32"` or `"bf16"` operands; the sum is float32.
+    """
+    tasks, m, k = a.shape
+    n = b.shape[2]
+    if pair is None and tasks > 1 and _shared(b) and (bias is None or _shared(bias)) and sums is None:
+        merged = _merged(a, c)
+        if merged is not None:
+            a, c = merged
+            tasks, m = 1, tasks * m
+    a2, b2 = pair or (None, None)
+    tile = tiles(m, n, k, precision)
+    launch(
+        gemm_kernel,
+        tasks * blocks(m, tile["BM"]) * blocks(n, tile["BN"]),
+        a, b, a2, b2, bias, c, sums,
+        m, n, k,
+        *a.stride(), *b.stride(), _task(a2), _task(b2), _task(bias), c.stride(0), _task(sums),
+        ADD=add, ADD_SUMS=add_sums, PRECISION=precision, **tile,
+    )  # fmt: skip
+
+
+def _task(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def _shared(x: Tensor) -> bool:
+    return x.stride(0) == 0
+
+
+def _merged(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor] | None:
+    """All tasks' rows as one task's, where they follow each other in memory."""
+    if not (a.is_contiguous() and c.is_contiguous()):
+        return None
+    return a.view(1, -1, a.shape[2]), c.view(1, -1, c.shape[2])

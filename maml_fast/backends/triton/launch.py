@@ -1,0 +1,24 @@
+"""How kernels start: through one function, so that a test can record instead of run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Launch = Callable[..., None]
+"""`launch(kernel, programs, *arguments, **constants)`."""
+
+
+def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Start `programs` instances of a Triton kernel on the current stream."""
+    kernel[(programs,)](*arguments, **constants)
+
+
+def blocks(size: int, block: int) -> int:
+    """⌈size / block⌉."""
+    return -(-size // block)
+
+
+def power_of_two(size: int, low: int, high: int) -> int:
+    """The smallest power of two ≥ size, kept within [low, high]."""
+    return min(max(1 << max(size - 1, 0).bit_length(), low), high)

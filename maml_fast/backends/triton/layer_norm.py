@@ -1,0 +1,230 @@
+"""LayerNorm: y = w x̂ + b, x̂ = (x − μ) r, for every row of W features.
+
+    g = w δy,  u = g − mean(g) − x̂ mean(g x̂),    δx = r u
+    x̂˙ = r (ẋ − mean(ẋ) − x̂ s),  s = mean(x̂ ẋ),   ẏ = w x̂˙ + ẇ x̂ + ḃ
+    g˙ = w δ̇y + ẇ δy,  u˙ = g˙ − mean(g˙) − x̂˙ mean(g x̂) − x̂ mean(g˙ x̂ + g x̂˙)
+    δ̇x = r (u˙ − u s r)
+One program owns a block of a task's rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .channel_norm import task
+from .launch import Launch, blocks, power_of_two
+
+WIDEST = 8192
+
+
+@triton.jit
+def _program(rows, BR: tl.constexpr):
+    """Task, and rows inside it."""
+    across = tl.cdiv(rows, BR)
+    return (tl.program_id(0) // across).to(tl.int64), (tl.program_id(0) % across) * BR + tl.arange(0, BR)
+
+
+@triton.jit
+def _at(t, rr, rows, width, BW: tl.constexpr):
+    """Row indices and offsets over all tasks, features, and the masks of rows, features and both."""
+    ri = tl.arange(0, BW)
+    all_rows = t * rows + rr
+    in_r, in_w = rr < rows, ri < width
+    return all_rows, all_rows[:, None] * width + ri[None, :], in_r, in_w, in_r[:, None] & in_w[None, :]
+
+
+@triton.jit
+def _row(p, at, inside, default: tl.constexpr):
+    """p[at] as a row, or `default` where there is no p."""
+    if p is None:
+        return tl.where(inside, default, 0.0)[None, :]
+    return tl.load(p + at, mask=inside, other=0.0)[None, :]
+
+
+@triton.jit
+def forward_kernel(
+    x, w, b, y, xhat, inverse, rows, width, eps, w_t, b_t, BR: tl.constexpr, BW: tl.constexpr
+):  # fmt: skip
+    t, rr = _program(rows, BR)
+    row, at, in_r, in_w, inside = _at(t, rr, rows, width, BW)
+    ri = tl.arange(0, BW)
+    v = tl.load(x + at, mask=inside, other=0.0)
+    d = tl.where(inside, v - (tl.sum(v, axis=1) / width)[:, None], 0.0)
+    r = 1.0 / tl.sqrt(tl.sum(d * d, axis=1) / width + eps)
+    h = d * r[:, None]
+    tl.store(inverse + row, r, mask=in_r)
+    tl.store(xhat + at, h, mask=inside)
+    tl.store(y + at, _row(w, t * w_t + ri, in_w, 1.0) * h + _row(b, t * b_t + ri, in_w, 0.0), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    xhat, inverse, dy, w, dx, rows, width, w_t, ADD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr
+):  # fmt: skip
+    t, rr = _program(rows, BR)
+    row, at, in_r, in_w, inside = _at(t, rr, rows, width, BW)
+    g = _row(w, t * w_t + tl.arange(0, BW), in_w, 1.0) * tl.load(dy + at, mask=inside, other=0.0)
+    h = tl.load(xhat + at, mask=inside, other=0.0)
+    q, p = tl.sum(g, axis=1) / width, tl.sum(g * h, axis=1) / width
+    r = tl.load(inverse + row, mask=in_r, other=0.0)
+    u = r[:, None] * (g - q[:, None] - h * p[:, None])
+    if ADD:
+        u += tl.load(dx + at, mask=inside, other=0.0)
+    tl.store(dx + at, u, mask=inside)
+
+
+@triton.jit
+def tangent_kernel(
+    xhat, inverse, tx, w, vw, vb, ty, txhat, s, rows, width, w_t, v_t, BR: tl.constexpr, BW: tl.constexpr
+):  # fmt: skip
+    t, rr = _program(rows, BR)
+    row, at, in_r, in_w, inside = _at(t, rr, rows, width, BW)
+    ri = tl.arange(0, BW)
+    h = tl.load(xhat + at, mask=inside, other=0.0)
+    moved, slope = tl.zeros((BR, BW), tl.float32), tl.zeros((BR,), tl.float32)
+    if tx is not None:
+        v = tl.load(tx + at, mask=inside, other=0.0)
+        slope = tl.sum(h * v, axis=1) / width
+        r = tl.load(inverse + row, mask=in_r, other=0.0)
+        moved = r[:, None] * (v - (tl.sum(v, axis=1) / width)[:, None] - h * slope[:, None])
+    tl.store(s + row, slope, mask=in_r)
+    tl.store(txhat + at, moved, mask=inside)
+    if ty is not None:
+        y = _row(w, t * w_t + ri, in_w, 1.0) * moved + _row(vw, t * v_t + ri, in_w, 0.0) * h
+        tl.store(ty + at, y + _row(vb, t * v_t + ri, in_w, 0.0), mask=inside)
+
+
+@triton.jit
+def backward_tangent_kernel(
+    xhat, inverse, txhat, s, dy, ey, w, vw, ex, rows, width, w_t, v_t,
+    ADD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    t, rr = _program(rows, BR)
+    row, at, in_r, in_w, inside = _at(t, rr, rows, width, BW)
+    ri = tl.arange(0, BW)
+    d, e = tl.load(dy + at, mask=inside, other=0.0), tl.load(ey + at, mask=inside, other=0.0)
+    h, th = tl.load(xhat + at, mask=inside, other=0.0), tl.load(txhat + at, mask=inside, other=0.0)
+    weight = _row(w, t * w_t + ri, in_w, 1.0)
+    g, tg = weight * d, weight * e + _row(vw, t * v_t + ri, in_w, 0.0) * d
+    q, tq = tl.sum(g, axis=1) / width, tl.sum(tg, axis=1) / width
+    p, tp = tl.sum(g * h, axis=1) / width, tl.sum(tg * h + g * th, axis=1) / width
+    u = g - q[:, None] - h * p[:, None]
+    tu = tg - tq[:, None] - th * p[:, None] - h * tp[:, None]
+    r = tl.load(inverse + row, mask=in_r, other=0.0)
+    sr = r * tl.load(s + row, mask=in_r, other=0.0)
+    value = r[:, None] * (tu - u * sr[:, None])
+    if ADD:
+        value += tl.load(ex + at, mask=inside, other=0.0)
+    tl.store(ex + at, value, mask=inside)
+
+
+@triton.jit
+def column_sums_kernel(
+    a, b, c, d, gw, gb, rows, width, gw_t, gb_t,
+    ADD_W: tl.constexpr, ADD_B: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(width, BW)
+    t = (tl.program_id(0) // across).to(tl.int64)
+    ri = (tl.program_id(0) % across) * BW + tl.arange(0, BW)
+    in_w = ri < width
+    w_sum, b_sum = tl.zeros((BR, BW), tl.float32), tl.zeros((BR, BW), tl.float32)
+    for start in range(0, rows, BR):
+        rr = start + tl.arange(0, BR)
+        at = (t * rows + rr)[:, None] * width + ri[None, :]
+        inside = (rr < rows)[:, None] & in_w[None, :]
+        left = tl.load(a + at, mask=inside, other=0.0)
+        b_sum += left
+        w_sum += left * tl.load(b + at, mask=inside, other=0.0)
+        if c is not None:
+            w_sum += tl.load(c + at, mask=inside, other=0.0) * tl.load(d + at, mask=inside, other=0.0)
+    if gw is not None:
+        total = tl.sum(w_sum, axis=0)
+        if ADD_W:
+            total += tl.load(gw + t * gw_t + ri, mask=in_w, other=0.0)
+        tl.store(gw + t * gw_t + ri, total, mask=in_w)
+    if gb is not None:
+        total = tl.sum(b_sum, axis=0)
+        if ADD_B:
+            total += tl.load(gb + t * gb_t + ri, mask=in_w, other=0.0)
+        tl.store(gb + t * gb_t + ri, total, mask=in_w)
+
+
+class LayerNorm:
+    """The four functions for x of (T, rows, width), flat and contiguous, float32; w and b are (T, width)."""
+
+    def __init__(self, launch: Launch, tasks: int, rows: int, width: int) -> None:
+        self.launch, self.tasks = launch, tasks
+        self.sizes = (rows, width)
+        bw = power_of_two(width, 16, WIDEST)
+        br = power_of_two(rows, 1, max(1024 // bw, 1))
+        self.programs = tasks * blocks(rows, br)
+        self.constants = {"BR": br, "BW": bw}
+
+    def forward(
+        self, x: Tensor, w: Tensor | None, b: Tensor | None, eps: float, y: Tensor, aux: tuple[Tensor, Tensor]
+    ) -> None:
+        """y, (x̂, r) ← x."""
+        self.launch(
+            forward_kernel, self.programs, x, w, b, y, *aux, *self.sizes, eps, task(w), task(b), **self.constants
+        )
+
+    def backward(
+        self, aux: tuple[Tensor, Tensor], dy: Tensor, w: Tensor | None, dx: Tensor, add: bool
+    ) -> None:  # fmt: skip
+        """dx (+)= gradient."""
+        self.launch(
+            backward_kernel, self.programs, *aux, dy, w, dx, *self.sizes, task(w), ADD=add, **self.constants
+        )
+
+    def tangent(
+        self,
+        aux: tuple[Tensor, Tensor],
+        tx: Tensor | None,
+        w: Tensor | None,
+        vw: Tensor | None,
+        vb: Tensor | None,
+        ty: Tensor | None,
+        taux: tuple[Tensor, Tensor],
+    ) -> None:
+        """ty, (x̂˙, s) ← directions tx of x and vw, vb of the weights; an absent one is 0."""
+        self.launch(
+            tangent_kernel, self.programs, *aux, tx, w, vw, vb, ty, *taux, *self.sizes, task(w), task(vw, vb),
+            **self.constants,
+        )  # fmt: skip
+
+    def backward_tangent(
+        self,
+        aux: tuple[Tensor, Tensor],
+        taux: tuple[Tensor, Tensor],
+        dy: Tensor,
+        ey: Tensor,
+        w: Tensor | None,
+        vw: Tensor | None,
+        ex: Tensor,
+        add: bool,
+    ) -> None:
+        """ex (+)= tangent of dx."""
+        self.launch(
+            backward_tangent_kernel, self.programs, *aux, *taux, dy, ey, w, vw, ex, *self.sizes, task(w), task(vw),
+            ADD=add, **self.constants,
+        )  # fmt: skip
+
+    def sums(
+        self,
+        a: Tensor,
+        b: Tensor,
+        more: tuple[Tensor, Tensor] | None,
+        gw: Tensor | None,
+        gb: Tensor | None,
+        add_w: bool,
+        add_b: bool,
+    ) -> None:
+        """gw (+)= Σ_rows a b + c d with more = (c, d);  gb (+)= Σ_rows a."""
+        rows, width = self.sizes
+        bw = power_of_two(width, 8, 32)
+        self.launch(
+            column_sums_kernel, self.tasks * blocks(width, bw), a, b, *(more or (None, None)), gw, gb, rows, width,
+            task(gw), task(gb), ADD_W=add_w, ADD_B=add_b, BR=power_of_two(rows, 8, 2048 // bw), BW=bw,
+        )  # fmt: skip

@@ -1,0 +1,164 @@
+"""L = mean over a task's samples, δ = w ∂L/∂z and its tangent δ̇ = (∂²L/∂z²) ż; one program a task.
+
+    mse              (z − y)²                               cross_entropy  −Σ_c q_c log softmax(z)_c
+    bce_with_logits  max(z, 0) − z y + log(1 + e^−|z|)
+    l1               |z − y|                                huber  r²/2 within d, d(|r| − d/2) beyond
+Label smoothing s: q = (1 − s) onehot + s / classes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import log1p_unit, sigmoid
+from .launch import Launch, power_of_two
+
+MOST_CLASSES = 16384
+
+
+@triton.jit
+def _sign(r):
+    return tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, r))  # keeps 0 and NaN
+
+
+@triton.jit
+def _pointwise(z, y, d, LOSS: tl.constexpr):
+    """Value, slope and curvature at an output z for a target y."""
+    r = z - y
+    if LOSS == "mse":
+        return r * r, 2.0 * r, 2.0 + 0.0 * r
+    elif LOSS == "l1":
+        return tl.abs(r), _sign(r), 0.0 * r
+    elif LOSS == "huber":
+        far = tl.abs(r) > d
+        value = tl.where(far, d * (tl.abs(r) - 0.5 * d), 0.5 * r * r)
+        return value, tl.where(far, d * _sign(r), r), tl.where(far, 0.0, 1.0)
+    else:
+        tl.static_assert(LOSS == "bce_with_logits")
+        s = sigmoid(z)
+        value = tl.where(z < 0, 0.0, z) - z * y + log1p_unit(tl.exp(-tl.abs(z)))
+        return value, s - y, s * (1.0 - s)
+
+
+@triton.jit
+def pointwise_kernel(z, y, weights, losses, dz, size, d, LOSS: tl.constexpr, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    scale = 1.0 / size
+    if weights is not None:
+        scale *= tl.load(weights + t)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < size
+        at = t * size + i
+        value, slope, _ = _pointwise(
+            tl.load(z + at, mask=inside, other=0.0), tl.load(y + at, mask=inside, other=0.0), d, LOSS
+        )
+        total += tl.where(inside, value, 0.0)
+        if dz is not None:
+            tl.store(dz + at, scale * slope, mask=inside)
+    if losses is not None:
+        tl.store(losses + t, tl.sum(total, axis=0) / size)
+
+
+@triton.jit
+def pointwise_tangent_kernel(z, y, tz, ez, size, d, LOSS: tl.constexpr, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    for start in range(0, size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < size
+        at = t * size + i
+        _, _, curvature = _pointwise(
+            tl.load(z + at, mask=inside, other=0.0), tl.load(y + at, mask=inside, other=0.0), d, LOSS
+        )
+        tl.store(ez + at, curvature * tl.load(tz + at, mask=inside, other=0.0) / size, mask=inside)
+
+
+@triton.jit
+def _softmax(z, at, inside):
+    """Rows of z, their softmax, and log Σ exp."""
+    v = tl.load(z + at, mask=inside, other=-float("inf"))
+    top = tl.max(v, axis=1)
+    # A row outside the batch is all −∞: keep it finite.
+    top = tl.where(top == -float("inf"), 0.0, top)
+    e = tl.exp(v - top[:, None])
+    total = tl.sum(e, axis=1)
+    total = tl.where(total == 0.0, 1.0, total)
+    return v, e / total[:, None], top + tl.log(total)
+
+
+@triton.jit
+def cross_entropy_kernel(
+    z, labels, weights, losses, dz, samples, classes, smoothing, BN: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    scale = 1.0 / samples
+    if weights is not None:
+        scale *= tl.load(weights + t)
+    rc = tl.arange(0, BC)
+    total = tl.zeros((BN,), tl.float32)
+    for start in range(0, samples, BN):
+        rn = start + tl.arange(0, BN)
+        in_n = rn < samples
+        inside = in_n[:, None] & (rc < classes)[None, :]
+        at = (t * samples + rn)[:, None] * classes + rc[None, :]
+        v, p, log_sum = _softmax(z, at, inside)
+        label = tl.load(labels + t * samples + rn, mask=in_n, other=0)
+        # Comparing rather than indexing: a label out of range reads nothing out of bounds.
+        q = smoothing / classes + tl.where(label[:, None] == rc[None, :], 1.0 - smoothing, 0.0)
+        expected = tl.sum(tl.where(inside, q * v, 0.0), axis=1)
+        total += tl.where(in_n, log_sum - expected, 0.0)
+        if dz is not None:
+            tl.store(dz + at, scale * (p - q), mask=inside)
+    if losses is not None:
+        tl.store(losses + t, tl.sum(total, axis=0) / samples)
+
+
+@triton.jit
+def cross_entropy_tangent_kernel(z, tz, ez, samples, classes, BN: tl.constexpr, BC: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    rc = tl.arange(0, BC)
+    for start in range(0, samples, BN):
+        rn = start + tl.arange(0, BN)
+        inside = (rn < samples)[:, None] & (rc < classes)[None, :]
+        at = (t * samples + rn)[:, None] * classes + rc[None, :]
+        _, p, _ = _softmax(z, at, inside)
+        moved = tl.load(tz + at, mask=inside, other=0.0)
+        mean = tl.sum(p * moved, axis=1)
+        tl.store(ez + at, p * (moved - mean[:, None]) / samples, mask=inside)
+
+
+class TaskLoss:
+    """A loss over outputs z of (T, samples, features), flat and contiguous, float32.
+
+    Args:
+        name: one of `losses.NAMES`. parameter: label smoothing or delta.
+    """
+
+    def __init__(self, launch: Launch, name: str, parameter: float, tasks: int, samples: int, features: int) -> None:
+        self.launch, self.tasks = launch, tasks
+        self.labels = name == "cross_entropy"
+        self.parameter = parameter
+        if self.labels:
+            self.sizes: tuple[int, ...] = (samples, features)
+            bc = power_of_two(features, 2, MOST_CLASSES)
+            self.constants: dict[str, object] = {"BN": power_of_two(samples, 1, max(1024 // bc, 1)), "BC": bc}
+        else:
+            self.sizes = (samples * features,)
+            self.constants = {"LOSS": name, "BLOCK": power_of_two(samples * features, 16, 1024)}
+
+    def value(self, z: Tensor, y: Tensor, weights: Tensor | None, losses: Tensor | None, dz: Tensor | None) -> None:
+        """losses (T,) and dz, each where wanted; y are int64 labels or values, weights (T,) scale dz."""
+        kernel = cross_entropy_kernel if self.labels else pointwise_kernel
+        self.launch(kernel, self.tasks, z, y, weights, losses, dz, *self.sizes, self.parameter, **self.constants)
+
+    def tangent(self, z: Tensor, y: Tensor, tz: Tensor, ez: Tensor) -> None:
+        """ez ← (∂²L/∂z²) tz."""
+        if self.labels:
+            self.launch(cross_entropy_tangent_kernel, self.tasks, z, tz, ez, *self.sizes, **self.constants)
+        else:
+            self.launch(
+                pointwise_tangent_kernel, self.tasks, z, y, tz, ez, *self.sizes, self.parameter, **self.constants
+            )

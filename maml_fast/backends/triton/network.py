@@ -1,0 +1,148 @@
+"""A plan's graph as the kernels see it: layers over buffers, and parameters in one flat vector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ...graph import Graph, Op
+from ...plan import Mode, Plan
+
+_ALIGNED = 16  # numbers: a parameter starts at a multiple of 64 bytes, so that loads can be vectors
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer, and the static facts of its reverse sweep.
+
+    Attributes:
+        inputs, output: buffers. weight, bias: parameters. shape: one sample of the output.
+        first: per input, whether this layer is the first to write that input's delta.
+        wants: per input, whether its delta is wanted. moves: per input, whether it has a tangent.
+        first_weight, first_bias: whether this layer is the first to write that gradient.
+        output_wants, output_moves: the same of the output.
+    """
+
+    index: int
+    kind: str
+    inputs: tuple[int, ...]
+    output: int
+    weight: int | None
+    bias: int | None
+    constants: tuple[str, ...]
+    attributes: Mapping[str, float]
+    shape: tuple[int, ...]
+    first: tuple[bool, ...]
+    wants: tuple[bool, ...]
+    moves: tuple[bool, ...]
+    first_weight: bool
+    first_bias: bool
+    output_wants: bool
+    output_moves: bool
+
+
+class Flat:
+    """Parameters in one vector: those that adapt, other active ones, other trainable ones, the rest.
+
+    A parameter is active where the output depends on it and a gradient of it is wanted.
+
+    Attributes:
+        offsets: where each parameter starts.
+        adapting, active, trainable, total: where these groups end.
+    """
+
+    def __init__(self, plan: Plan, used: set[int]) -> None:
+        loads = plan.mode is Mode.APPLY
+        model = plan.model
+        self.sizes = [math.prod(s) for s in model.shapes]
+        self.active_set = {i for i in used if model.trainable[i] or loads}
+        self.adapting_set = {i for i in self.active_set if model.adapts[i] or loads}
+        trainable = {i for i, t in enumerate(model.trainable) if t}
+        self.offsets = [0] * len(self.sizes)
+        self.total = 0
+        self.adapting = self._place(self.adapting_set)
+        self.active = self._place(self.active_set - self.adapting_set)
+        self.trainable = self._place(trainable - self.active_set)
+        self._place(set(range(len(self.sizes))) - trainable - self.active_set)
+
+    def _place(self, group: set[int]) -> int:
+        for i in sorted(group):
+            self.offsets[i] = self.total
+            self.total += -(-self.sizes[i] // _ALIGNED) * _ALIGNED
+        return self.total
+
+    def slice(self, parameter: int) -> slice:
+        """Where the parameter's numbers stand."""
+        return slice(self.offsets[parameter], self.offsets[parameter] + self.sizes[parameter])
+
+
+class Network:
+    """Layers in order, with reshapes dissolved into other names for the same buffer.
+
+    Attributes:
+        features: per buffer, the numbers a sample has. Buffer 0 is the input.
+        out: the buffer that the network returns. out_moves: whether it depends on adapting parameters.
+    """
+
+    def __init__(self, plan: Plan, graph: Graph) -> None:
+        self.graph = graph
+        self.flat = Flat(plan, graph.used_parameters())
+        self.buffers = {0: 0}
+        self.features = [graph.features(0)]
+        ops = [op for op in graph.live_ops() if not self._name(op)]
+        self.out = self.buffers[graph.output]
+        self.layers = self._layers(ops, plan.needs.x_s or plan.needs.x_q)
+        self.out_moves = any(layer.output_moves for layer in self.layers if layer.output == self.out)
+        self.constants = list(dict.fromkeys(name for op in ops for name in op.constants))
+
+    def _name(self, op: Op) -> bool:
+        """Give the output its buffer; whether that is the input's."""
+        if op.kind == "reshape":
+            self.buffers[op.output] = self.buffers[op.inputs[0]]
+            return True
+        self.buffers[op.output] = len(self.features)
+        self.features.append(self.graph.features(op.output))
+        return False
+
+    def _layers(self, ops: list[Op], input_gradients: bool) -> list[Layer]:
+        moves = [False] * len(self.features)
+        wants = [input_gradients] + [False] * (len(self.features) - 1)
+        for op in ops:
+            sources = [self.buffers[i] for i in op.inputs]
+            out = self.buffers[op.output]
+            moves[out] = any(p in self.flat.adapting_set for p in op.parameters) or any(moves[i] for i in sources)
+            wants[out] = any(p in self.flat.active_set for p in op.parameters) or any(wants[i] for i in sources)
+        written: set[tuple[str, int]] = set()
+
+        def first(kind: str, index: int | None) -> bool:
+            new = index is not None and (kind, index) not in written
+            if index is not None:
+                written.add((kind, index))
+            return new
+
+        layers = []
+        for index, op in reversed(list(enumerate(ops))):
+            sources, out = tuple(self.buffers[i] for i in op.inputs), self.buffers[op.output]
+            weight, bias = (*op.parameters, None, None)[:2]
+            layers.append(
+                Layer(
+                    index=index,
+                    kind=op.kind,
+                    inputs=sources,
+                    output=out,
+                    weight=weight,
+                    bias=bias,
+                    constants=op.constants,
+                    attributes=op.attributes,
+                    shape=self.graph.shapes[op.output],
+                    first=tuple(first("delta", i) for i in sources),
+                    wants=tuple(wants[i] for i in sources),
+                    moves=tuple(moves[i] for i in sources),
+                    first_weight=first("parameter", weight),
+                    first_bias=first("parameter", bias),
+                    output_wants=wants[out],
+                    output_moves=moves[out],
+                )
+            )
+        return layers[::-1]

@@ -1,0 +1,116 @@
+"""What one layer sees during one instruction: its arrays for the tasks at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from .launch import Launch
+from .network import Layer, Network
+from .workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Arrays of `tasks` tasks: values (tasks, samples · features), weights (tasks, size).
+
+    An accessor returns None where the plan has no such array. y, dy, ty and ey are the output's value,
+    delta, tangent and delta's tangent; x, dx, tx and ex input j's; vw and vb the direction of
+    a Hessian-vector product; gw and gb where the parameters' gradients (or their tangents) go.
+    """
+
+    launch: Launch
+    precision: str
+    network: Network
+    workspace: Workspace
+    tasks: int
+    samples: int
+    tape: int
+    x_batch: Tensor
+    dx_batch: Tensor | None
+    constants: Mapping[str, Tensor]
+    weights: Callable[[int], Tensor | None]
+    direction: Callable[[int], Tensor | None]
+    gradients: Callable[[int], Tensor | None]
+    layer: Layer
+
+    def of(self, layer: Layer) -> Pass:
+        """The same instruction at another layer."""
+        return replace(self, layer=layer)
+
+    def view(self, *key: str | int) -> Tensor | None:
+        """An array of the workspace."""
+        return self.workspace.view(self.tasks, *key)
+
+    def _sure(self, *key: str | int) -> Tensor:
+        found = self.view(*key)
+        assert found is not None, key
+        return found
+
+    def features(self, j: int) -> int:
+        return self.network.features[self.layer.inputs[j]]
+
+    def value(self, buffer: int) -> Tensor:
+        return self.x_batch if buffer == 0 else self._sure("value", self.tape, buffer)
+
+    def x(self, j: int) -> Tensor:
+        return self.value(self.layer.inputs[j])
+
+    def y(self) -> Tensor:
+        return self.value(self.layer.output)
+
+    def dy(self) -> Tensor:
+        return self._sure("delta", self.tape, self.layer.output)
+
+    def dx(self, j: int) -> Tensor | None:
+        buffer = self.layer.inputs[j]
+        if not self.layer.wants[j]:
+            return None
+        return self.dx_batch if buffer == 0 else self._sure("delta", self.tape, buffer)
+
+    def tx(self, j: int) -> Tensor | None:
+        return self._sure("tangent", self.layer.inputs[j]) if self.layer.moves[j] else None
+
+    def ty(self) -> Tensor:
+        return self._sure("tangent", self.layer.output)
+
+    def ey(self) -> Tensor:
+        return self._sure("tangent_delta", self.layer.output)
+
+    def ex(self, j: int) -> Tensor | None:
+        buffer = self.layer.inputs[j]
+        if not self.layer.wants[j] or (buffer == 0 and self.dx_batch is None):
+            return None
+        return self._sure("tangent_delta", buffer)
+
+    def aux(self, which: int) -> Tensor | None:
+        """f' and f'' of an activation; x̂ and 1/σ of a norm."""
+        return self.view("aux", self.tape, self.layer.index, which)
+
+    def tangent_aux(self) -> tuple[Tensor, Tensor]:
+        """A norm's x̂˙ and mean(x̂ ẋ)."""
+        index = self.layer.index
+        return self._sure("tangent_aux", index, 0), self._sure("tangent_aux", index, 1)
+
+    def constant(self, name: str) -> Tensor:
+        return self.constants[name]
+
+    def w(self) -> Tensor | None:
+        return None if self.layer.weight is None else self.weights(self.layer.weight)
+
+    def b(self) -> Tensor | None:
+        return None if self.layer.bias is None else self.weights(self.layer.bias)
+
+    def vw(self) -> Tensor | None:
+        return None if self.layer.weight is None else self.direction(self.layer.weight)
+
+    def vb(self) -> Tensor | None:
+        return None if self.layer.bias is None else self.direction(self.layer.bias)
+
+    def gw(self) -> Tensor | None:
+        return None if self.layer.weight is None else self.gradients(self.layer.weight)
+
+    def gb(self) -> Tensor | None:
+        return None if self.layer.bias is None else self.gradients(self.layer.bias)

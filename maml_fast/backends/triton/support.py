@@ -1,0 +1,74 @@
+"""Why this backend cannot run a plan."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+
+import torch
+
+from ...graph import Graph
+from ...plan import Plan
+
+_OLDEST = (8, 0)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, so that CPU tensors will do."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def why_not_machine(plan: Plan) -> list[str]:
+    """Reasons that do not depend on the network."""
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed")
+    if plan.device.type != "cuda" and not (plan.device.type == "cpu" and interpreted()):
+        reasons.append(f"the tensors are on {plan.device}, not on a CUDA device (for tests: TRITON_INTERPRET=1)")
+    if plan.device.type == "cuda" and torch.version.cuda is None:
+        reasons.append("this PyTorch is not built for CUDA")
+    elif plan.device.type == "cuda" and (capability := torch.cuda.get_device_capability(plan.device)) < _OLDEST:
+        found, oldest = (".".join(map(str, c)) for c in (capability, _OLDEST))
+        reasons.append(f"compute capability {found} is below {oldest}")
+    if plan.dtype != torch.float32:
+        reasons.append(f"dtype {plan.dtype} is not float32")
+    if plan.inner.loss.why_not:
+        reasons.append(plan.inner.loss.why_not)
+    return reasons
+
+
+def why_not_network(plan: Plan, graph: Graph) -> list[str]:
+    """Reasons that lie in the traced network; needs triton."""
+    from .layer_norm import WIDEST
+    from .layers import KINDS
+    from .losses import MOST_CLASSES
+
+    reasons = [] if graph.used_parameters() else ["the output depends on no parameter"]
+    for op in graph.live_ops():
+        if op.kind not in KINDS and op.kind != "reshape":
+            reasons.append(f"layer {op.kind} has no kernel")
+        if op.kind == "layer_norm" and op.attributes["size"] > WIDEST:
+            reasons.append(f"LayerNorm over {op.attributes['size']} features, more than {WIDEST}")
+        if op.kind == "batch_norm":
+            positions = math.prod(graph.shapes[op.output][1:])
+            if 1 in [n * positions for n in (plan.support, plan.query)]:
+                reasons.append("BatchNorm in training mode over a single value per channel")
+        given = [p for p in op.parameters if p is not None]
+        if len(set(given)) < len(given):
+            reasons.append(f"layer {op.kind} has one parameter as both weight and bias")
+    return reasons + _why_not_targets(plan, graph.shapes[graph.output], MOST_CLASSES)
+
+
+def _why_not_targets(plan: Plan, output: tuple[int, ...], most_classes: int) -> list[str]:
+    if plan.inner.loss.takes_labels:
+        expected: tuple[int, ...] = ()
+        if len(output) != 1 or output[0] > most_classes:
+            return [f"cross_entropy over outputs of shape {output}, not (classes,) of at most {most_classes}"]
+    else:
+        expected = output
+    return [
+        f"targets of shape {shape} a sample where {plan.inner.loss.name} over outputs {output} takes {expected}"
+        for shape in plan.target_shapes
+        if shape is not None and shape != expected
+    ]

@@ -1,0 +1,103 @@
+"""The memory that a plan's slots, tapes and tangents need, planned once and taken from one tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...plan import Plan
+from ...program import Backward, Hvp, Program
+from .activation import PARAMETERS, PIECEWISE_LINEAR
+from .network import Layer, Network
+
+Key = tuple[str, int] | tuple[str, int, int] | tuple[str, int, int, int]
+
+_ALIGNED = 16
+
+
+class Workspace:
+    """Named arrays of float32, so many numbers a task each.
+
+    Keys: ("slot", slot), ("value" | "delta", tape, buffer), ("aux", tape, layer, which),
+    ("tangent" | "tangent_delta", buffer), ("tangent_aux", layer, which).
+    """
+
+    def __init__(self, plan: Plan, network: Network, program: Program) -> None:
+        self.sizes: dict[Key, int] = {}
+        self.network = network
+        samples = (plan.support, plan.query)
+        differentiated = {i.tape for i in program.instructions if isinstance(i, Backward)}
+        curved = {i.tape for i in program.instructions if isinstance(i, Hvp)}
+        row = -(-network.flat.active // _ALIGNED) * _ALIGNED
+        for slot in range(1, program.slots):
+            self.sizes["slot", slot] = row
+        for tape, batch in enumerate(program.tapes):
+            self._tape(tape, samples[batch], tape in differentiated, tape in curved)
+        if curved:
+            self._tangents(plan.support)
+
+    def _tape(self, tape: int, samples: int, differentiated: bool, curved: bool) -> None:
+        for layer in self.network.layers:
+            size = samples * self.network.features[layer.output]
+            self.sizes["value", tape, layer.output] = size
+            if differentiated and (layer.output_wants or layer.output == self.network.out):
+                self.sizes["delta", tape, layer.output] = size
+            wanted = differentiated if layer.kind in PARAMETERS else layer.kind in NORMS
+            if wanted:
+                self.sizes["aux", tape, layer.index, 0] = size
+            if layer.kind in NORMS:
+                self.sizes["aux", tape, layer.index, 1] = groups(layer, samples)
+            elif wanted and curved and layer.kind not in PIECEWISE_LINEAR:
+                self.sizes["aux", tape, layer.index, 1] = size
+
+    def _tangents(self, samples: int) -> None:
+        self.sizes["tangent_delta", 0] = samples * self.network.features[0]
+        for layer in self.network.layers:
+            size = samples * self.network.features[layer.output]
+            self.sizes["tangent", layer.output] = size
+            self.sizes["tangent_delta", layer.output] = size
+            if layer.kind in NORMS:
+                self.sizes["tangent_aux", layer.index, 0] = size
+                self.sizes["tangent_aux", layer.index, 1] = groups(layer, samples)
+
+    def numbers(self, tasks: int) -> int:
+        """Numbers that `tasks` tasks need."""
+        return sum(_room(size, tasks) for size in self.sizes.values())
+
+    def allocate(self, tasks: int, device: torch.device) -> None:
+        """Take the memory for at most `tasks` tasks at once.
+
+        Raises:
+            torch.OutOfMemoryError: there is not enough.
+        """
+        self.memory = torch.empty(self.numbers(tasks), dtype=torch.float32, device=device)
+        self.offsets: dict[Key, int] = {}
+        used = 0
+        for key, size in self.sizes.items():
+            self.offsets[key] = used
+            used += _room(size, tasks)
+
+    def view(self, tasks: int, *key: str | int) -> Tensor | None:
+        """The array (tasks, size), or None where the plan does without."""
+        size = self.sizes.get(key)  # type: ignore[call-overload]
+        if size is None:
+            return None
+        offset = self.offsets[key]  # type: ignore[index]
+        return self.memory[offset : offset + tasks * size].view(tasks, size)
+
+
+NORMS = ("batch_norm", "running_norm", "layer_norm")
+
+
+def groups(layer: Layer, samples: int) -> int:
+    """How many 1/σ a norm has a task."""
+    if layer.kind == "layer_norm":
+        rows = 1
+        for size in layer.shape:
+            rows *= size
+        return samples * rows // int(layer.attributes["size"])
+    return layer.shape[0]
+
+
+def _room(size: int, tasks: int) -> int:
+    return -(-size * tasks // _ALIGNED) * _ALIGNED
