@@ -64,7 +64,8 @@ def load_omniglot(folder: Path) -> tuple[LabelledSet, list[str]]:
     images, counts, names = _decode(_drawings(sources))
     if len(names) != CHARACTERS:
         raise ValueError(f"data: expected {CHARACTERS} characters of Omniglot, found {len(names)} in {folder}")
-    packed = {"bits": np.packbits(images.reshape(len(images), -1), axis=1), "counts": counts, "names": names, "key": key}
+    bits = np.packbits(images.reshape(len(images), -1), axis=1)
+    packed = {"bits": bits, "counts": counts, "names": names, "key": key}
     if not any(_write_cache(cache, packed) for cache in (beside, elsewhere)):
         _log.warning("neither %s nor %s can be written: Omniglot will be decoded every time", beside, elsewhere)
     return _labelled(images, counts, names)
@@ -212,7 +213,9 @@ def _write_cache(path: Path, arrays: dict[str, object]) -> bool:
     return True
 
 
-def _labelled(images: NDArray[np.uint8], counts: NDArray[np.int64], names: NDArray[np.str_]) -> tuple[LabelledSet, list[str]]:
+def _labelled(
+    images: NDArray[np.uint8], counts: NDArray[np.int64], names: NDArray[np.str_]
+) -> tuple[LabelledSet, list[str]]:
     return LabelledSet(torch.from_numpy(images), torch.from_numpy(counts)), [str(name) for name in names]
 
 

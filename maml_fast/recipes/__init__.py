@@ -2,7 +2,7 @@
 
 from .omniglot import NETS, OmniglotConfig, OmniglotRecipe
 from .sinusoid import SinusoidConfig, SinusoidRecipe
-from .trainer import Config, Recipe, train
+from .trainer import Config, Recipe, Trainer, train
 
 __all__ = [
     "NETS",
@@ -12,5 +12,6 @@ __all__ = [
     "Recipe",
     "SinusoidConfig",
     "SinusoidRecipe",
+    "Trainer",
     "train",
 ]

@@ -20,7 +20,7 @@ def training_curves(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     axes = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
     trained = [line for line in metrics if "loss" in line]
     axes[0].plot([line["iteration"] for line in trained], [line["loss"] for line in trained], linewidth=0.8)
-    axes[0].set(title="meta-training", xlabel="iteration", ylabel="query loss", yscale="log")
+    axes[0].set(title="meta-training", xlabel="iteration", ylabel="query loss")
     if validated:
         accuracy = [100 * line["validation_accuracy"] for line in validated]
         axes[1].plot([line["iteration"] for line in validated], accuracy)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .interrupt import Interrupt
 from .plots import training_curves
 
 CHECKPOINT, METRICS, CURVES, EVALUATION = "checkpoint.pt", "metrics.jsonl", "curves.png", "evaluation.json"
+RUN_FILES = (".pt", ".jsonl", ".png", ".json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,95 +99,77 @@ class Recipe(ABC):
     def evaluate(self) -> dict[str, list[StepResult]]:
         """Title -> results on test tasks at every inner step."""
 
-    def illustrate(self) -> None:
+    def illustrate(self) -> None:  # noqa: B027 (nothing to draw is a fine default)
         """Draw what the recipe has to show besides its training curves."""
 
 
 def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> int:
-    """Meta-train, save, draw and evaluate.
-
-    Args:
-        resume: continue from the checkpoint in `config.out`, if there is one, to the numbers an uninterrupted
-            run gives, bit for bit.
-        console: where to report.
-
-    Returns:
-        0, or 128 + the signal's number if the run was interrupted; it is saved then.
-
-    Raises:
-        ValueError: the run to be resumed was started with other settings.
-        FileExistsError: the folder holds a run, and it was not asked to resume it.
-    """
-    console = console or Console()
-    config = recipe.config
-    with _threads(config.threads):
-        trainer = Trainer(recipe, console)
-        trainer.start(resume)
-        number = trainer.run()
-        if number is not None:
-            console.print(f"Interrupted at iteration {trainer.iteration}; saved to {config.out / CHECKPOINT}.")
-            return 128 + number
-        trainer.finish()
-    return 0
+    """Meta-train, save, draw and evaluate: `Trainer(…).run()`."""
+    return Trainer(recipe, resume=resume, console=console).run()
 
 
 class Trainer:
-    """The state of a run: model, optimizer, stream of tasks, and how far it is."""
+    """The state of a run: model, optimizer, stream of tasks, and how far it is.
 
-    def __init__(self, recipe: Recipe, console: Console) -> None:
-        self.recipe, self.config, self.console = recipe, recipe.config, console
+    Args:
+        resume: continue from the checkpoint in `config.out`, if there is one, to the numbers an uninterrupted
+            run gives, bit for bit. Otherwise an earlier run's files are moved to a folder `earlier-N`.
+        console: where to report.
+
+    Raises:
+        ValueError: the run to be resumed was started with other settings.
+        RuntimeError: the backend that was asked for cannot run the model.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> None:
+        self.recipe, self.config, self.console = recipe, recipe.config, console or Console()
         self.parameters: list[nn.Parameter] = list(recipe.maml.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.config.meta_lr, fused=True)
         self.iteration = 0
         self.window: list[Tensor] = []
         self.best: dict[str, Any] = {"accuracy": -1.0, "model": {}}
+        self.backend = self._backend()
+        self._open(resume)
+        self.metrics = files.Metrics(self.config.out / METRICS, until=self.iteration)
 
-    def start(self, resume: bool) -> None:
-        """Make the folder; take up the run that is in it."""
-        out = self.config.out
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / CHECKPOINT).exists():
-            if not resume:
-                raise FileExistsError(f"out: {out} already holds a run; give --resume or another folder")
-            self._restore(files.load(out / CHECKPOINT))
-            self.console.print(f"Continuing {out} at iteration {self.iteration}.")
-        self.metrics = files.Metrics(out / METRICS, until=self.iteration)
-
-    def run(self) -> int | None:
-        """Train to the last iteration; the number of the signal that came in between, or None."""
-        config, total = self.config, self.config.iterations
-        with Interrupt() as interrupt, Display(self.console, self.recipe.name, self.iteration, total) as display:
-            while self.iteration < total and interrupt.signal is None:
-                self._advance(self._next_event(), interrupt, display)
-                if interrupt.signal is None:
-                    self._events(display)
-            if self.iteration % config.save_every or interrupt.signal is not None:
-                self.save()
-            return interrupt.signal if self.iteration < total else None
-
-    def finish(self) -> None:
-        """Draw the curves and evaluate the best (or else the last) parameters."""
-        out = self.config.out
-        if self.best["model"]:
-            self.recipe.maml.module.load_state_dict(self.best["model"])
-        if self.metrics.lines:
-            training_curves(out / CURVES, self.metrics.lines)
-        self.recipe.illustrate()
-        results = self.recipe.evaluate()
-        files.write_json(out / EVALUATION, {title: [asdict(r) for r in rows] for title, rows in results.items()})
-        for title, rows in results.items():
-            self.console.print(results_table(title, rows))
-        self.console.print(f"Checkpoint, metrics, pictures and evaluation are in {out}.")
+    def run(self) -> int:
+        """Train to the last iteration, then evaluate; 0, or 128 + a signal's number if interrupted (and saved)."""
+        out, before = self.config.out, torch.get_num_threads()
+        torch.set_num_threads(self.config.threads or before)
+        try:
+            self.console.print(f"{self.recipe.name}: {self.backend}, {torch.get_num_threads()} threads, folder {out}")
+            number = self._train()
+            if number is not None:
+                self.console.print(f"Interrupted at iteration {self.iteration}; saved to {out / CHECKPOINT}.")
+                return 128 + number
+            self._finish()
+            return 0
+        finally:
+            torch.set_num_threads(before)
 
     def save(self) -> None:
         files.save(self.config.out / CHECKPOINT, self._state())
 
     # ---- the loop ------------------------------------------------------------------------------
 
+    def _train(self) -> int | None:
+        """Train to the last iteration; the number of the signal that came in between, or None."""
+        config, total = self.config, self.config.iterations
+        with Interrupt() as interrupt, Display(self.console, self.recipe.name, self.iteration, total) as display:
+            while self.iteration < total and interrupt.signal is None:
+                due = self._next_event()
+                self._advance(due, interrupt, display)
+                if self.iteration == due:
+                    self._events(display)
+            if self.iteration % config.save_every or not (config.out / CHECKPOINT).exists():
+                self.save()
+            return interrupt.signal if self.iteration < total else None
+
     def _advance(self, until: int, interrupt: Interrupt, display: Display) -> None:
         """Plain iterations: nothing in here waits for a number or formats one, except for the bar."""
-        backward, step, sampler, parameters = self.recipe.maml.backward, self.optimizer.step, self.recipe.sampler, self.parameters
-        window, now = self.window, time.perf_counter
+        backward, step, sampler = self.recipe.maml.backward, self.optimizer.step, self.recipe.sampler
+        parameters, window, now = self.parameters, self.window, time.perf_counter
         refresh = now() + display.period
         while self.iteration < until and interrupt.signal is None:
             for parameter in parameters:
@@ -220,6 +203,20 @@ class Trainer:
             model = {name: value.clone() for name, value in self.recipe.maml.module.state_dict().items()}
             self.best = {"accuracy": accuracy, "model": model}
 
+    def _finish(self) -> None:
+        """Draw the curves and evaluate the best (or else the last) parameters."""
+        out = self.config.out
+        if self.best["model"]:
+            self.recipe.maml.module.load_state_dict(self.best["model"])
+        if self.metrics.lines:
+            training_curves(out / CURVES, self.metrics.lines)
+        self.recipe.illustrate()
+        results = self.recipe.evaluate()
+        files.write_json(out / EVALUATION, {title: [asdict(r) for r in rows] for title, rows in results.items()})
+        for title, rows in results.items():
+            self.console.print(results_table(title, rows))
+        self.console.print(f"Checkpoint, metrics, pictures and evaluation are in {out}.")
+
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
@@ -233,6 +230,18 @@ class Trainer:
             "best": self.best,
         }
 
+    def _open(self, resume: bool) -> None:
+        """Make the folder; take up the run that is in it, or move it out of the way."""
+        out = self.config.out
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / CHECKPOINT).exists():
+            return
+        if resume:
+            self._restore(files.load(out / CHECKPOINT))
+            self.console.print(f"Continuing {out} at iteration {self.iteration}.")
+        else:
+            self.console.print(f"The earlier run in {out} is now in {_move_away(out)}.")
+
     def _restore(self, state: Mapping[str, Any]) -> None:
         for name, value in self.config.fixed().items():
             if state["config"].get(name) != value:
@@ -244,19 +253,27 @@ class Trainer:
         self.window = list(state["window"])
         self.best = state["best"]
 
+    def _backend(self) -> str:
+        """Which backend runs the recipe; fails here rather than in the first iteration."""
+        sampler = self.recipe.sampler
+        start = sampler.state_dict()
+        explanation = self.recipe.maml.explain(*next(sampler))
+        sampler.load_state_dict(start)
+        return explanation.splitlines()[0]
+
+
+def _move_away(out: Path) -> Path:
+    """Move a run's files into a new folder inside its own."""
+    earlier = next(path for n in count(1) if not (path := out / f"earlier-{n}").exists())
+    earlier.mkdir()
+    for path in out.iterdir():
+        if path.suffix in RUN_FILES and path.is_file():
+            path.rename(earlier / path.name)
+    return earlier
+
 
 def _mean(losses: list[Tensor]) -> float:
     return float(torch.stack(losses).mean())
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
