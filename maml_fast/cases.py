@@ -6,6 +6,7 @@ are the sizes whose speed is reported.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -145,7 +146,7 @@ def _perturb_norms(model: nn.Module) -> nn.Module:
 def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU, bias: bool = True) -> nn.Sequential:
     """Linear layers with an activation between every two."""
     layers: list[nn.Module] = []
-    for i, o in zip(widths, widths[1:], strict=False):
+    for i, o in itertools.pairwise(widths):
         layers += [nn.Linear(i, o, bias), activation()]
     return nn.Sequential(*layers[:-1])
 
@@ -163,6 +164,23 @@ def siren(*widths: int, w0: float = 30.0) -> nn.Sequential:
 def normed(norm: Callable[[int], nn.Module], training: bool = True) -> nn.Module:
     """4-6-3 with a norm and tanh between."""
     return nn.Sequential(nn.Linear(4, 6), norm(6), nn.Tanh(), nn.Linear(6, 3)).train(training)
+
+
+def _batch_normed() -> nn.Module:
+    return normed(nn.BatchNorm1d)
+
+
+def _batch_normed_twice() -> nn.Module:
+    layers = [nn.Linear(17, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 33), nn.BatchNorm1d(33), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(33, 5))
+
+
+def _batch_norm_of_sequences() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(3), nn.SiLU(), nn.Linear(6, 2))
+
+
+def _layer_norm_of_sequences() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm((3, 6)), nn.SiLU(), nn.Linear(6, 2))
 
 
 class Lambda(nn.Module):
@@ -288,7 +306,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 _NORMS: dict[str, Callable[[], nn.Module]] = {
-    "batchnorm": lambda: normed(nn.BatchNorm1d),
+    "batchnorm": _batch_normed,
     "batchnorm-plain": lambda: normed(lambda n: nn.BatchNorm1d(n, affine=False)),
     "batchnorm-untracked": lambda: normed(lambda n: nn.BatchNorm1d(n, track_running_stats=False)),
     "batchnorm-plain-untracked": lambda: normed(lambda n: nn.BatchNorm1d(n, affine=False, track_running_stats=False)),
@@ -339,28 +357,30 @@ def _linears() -> list[Case]:
         Case("linear", lambda: nn.Linear(4, 3), (4,), (3,)),
         Case("linear-no-bias", lambda: mlp(4, 6, 3, bias=False), (4,), (3,)),
         Case("linear-sequence", lambda: mlp(4, 6, 2, activation=nn.Tanh), (3, 4), (3, 2)),
-        Case("batchnorm-sequence", lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(3), nn.SiLU(), nn.Linear(6, 2)),
-             (3, 4), (3, 2)),
-        Case("layernorm-sequence", lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm((3, 6)), nn.SiLU(), nn.Linear(6, 2)),
-             (3, 4), (3, 2)),
+        Case("batchnorm-sequence", _batch_norm_of_sequences, (3, 4), (3, 2)),
+        Case("layernorm-sequence", _layer_norm_of_sequences, (3, 4), (3, 2)),
         Case("flatten", lambda: nn.Sequential(nn.Flatten(), mlp(24, 7, 3)), (2, 3, 4), (3,)),
         Case("view", Viewed, (2, 3, 4), (3,)),
         Case("unflatten", lambda: Lambda(lambda x: torch.flatten(x.reshape(-1, 2, 3), 1)), (4,), (3,)),
         Case("residual", Residual, (4,), (3,)),
         Case("branches", Branches, (4,), (3,)),
-        Case("dropout-eval", lambda: nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.ReLU(), nn.Linear(6, 3)).eval(),
-             (4,), (3,)),
-        Case("identity", lambda: nn.Sequential(nn.Identity(), nn.Linear(4, 6), nn.Identity(), nn.Tanh(), nn.Linear(6, 3)),
-             (4,), (3,)),
-    ]  # fmt: skip
+        Case("dropout-eval", lambda: normed(lambda n: nn.Dropout(0.5), training=False), (4,), (3,)),
+        Case("identity", lambda: normed(lambda n: nn.Identity()), (4,), (3,)),
+    ]
 
 
 def _sizes() -> list[Case]:
     def sized(name: str, widths: Shape, tasks: int, support: int, query: int, steps: int = 2) -> Case:
         return Case(
-            name, lambda: mlp(*widths, activation=nn.Tanh), widths[:1], widths[-1:], tasks=tasks, support=support,
-            query=query, steps=steps,
-        )  # fmt: skip
+            name,
+            partial(mlp, *widths, activation=nn.Tanh),
+            widths[:1],
+            widths[-1:],
+            tasks=tasks,
+            support=support,
+            query=query,
+            steps=steps,
+        )
 
     return [
         sized("size-one-sample", (4, 6, 3), 3, 1, 1),
@@ -374,11 +394,10 @@ def _sizes() -> list[Case]:
         sized("size-tasks", (3, 5, 2), 19, 3, 2),
         *[sized(f"steps-{k}", (4, 6, 3), 3, 5, 4, k) for k in (0, 1, 3, 5)],
         Case("steps-0-classes", _classifier, (4,), (3,), "cross_entropy", steps=0),
-        Case("batchnorm-steps-3", lambda: normed(nn.BatchNorm1d), (4,), (3,), "cross_entropy", support=7, query=6, steps=3),
-        Case("batchnorm-deep", lambda: nn.Sequential(nn.Linear(17, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 33),
-             nn.BatchNorm1d(33), nn.ReLU(), nn.Linear(33, 5)), (17,), (5,), "cross_entropy", support=10, query=15),
-        Case("siren", lambda: siren(2, 17, 16, 3), (2,), (3,), support=20, query=19, steps=3, lr=0.01),
-    ]  # fmt: skip
+        Case("batchnorm-steps", _batch_normed, (4,), (3,), "cross_entropy", support=7, query=6, steps=3),
+        Case("batchnorm-deep", _batch_normed_twice, (17,), (5,), "cross_entropy", support=10, query=15),
+        Case("siren-small", lambda: siren(2, 17, 16, 3), (2,), (3,), support=20, query=19, steps=3, lr=0.01),
+    ]
 
 
 def _options() -> list[Case]:
@@ -388,14 +407,14 @@ def _options() -> list[Case]:
         Case("tied-rates", Tied, (4,), (3,), rate="per_element"),
         Case("frozen", lambda: frozen("0.weight", "2.bias"), (4,), (3,)),
         Case("frozen-rates", lambda: frozen("0.weight", "2.bias"), (4,), (3,), rate="per_tensor"),
-        Case("adapts-head", lambda: normed(nn.BatchNorm1d), (4,), (3,), "cross_entropy", adapts=_BACK),
+        Case("adapts-head", _batch_normed, (4,), (3,), "cross_entropy", adapts=_BACK),
         Case("adapts-body", _classifier, (4,), (3,), "cross_entropy", adapts=("0.weight", "0.bias")),
         Case("adapts-none", _classifier, (4,), (3,), "cross_entropy", adapts=()),
         Case("unreached", Unreached, (4,), (3,)),
         Case("unreached-rates", Unreached, (4,), (3,), rate="per_element"),
         *[Case(f"rate-{r}", _classifier, (4,), (3,), "cross_entropy", steps=3, rate=r)
           for r in ("scalar", "per_tensor", "per_element")],
-        Case("rate-batchnorm", lambda: normed(nn.BatchNorm1d), (4,), (3,), "cross_entropy", support=7, query=6,
+        Case("rate-batchnorm", _batch_normed, (4,), (3,), "cross_entropy", support=7, query=6,
              rate="per_element"),
         Case("rate-negative", _classifier, (4,), (3,), lr=-0.1),
         Case("rate-zero", _classifier, (4,), (3,), lr=0.0, rate="scalar"),

@@ -12,17 +12,20 @@ import argparse
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from . import dispatch
 from .cases import SMALL, Case, Problem
+from .maml import MAML
 
 Results = dict[str, tuple[Tensor, ...]]
+Observer = Callable[[Problem, str, bool], Results]
 
 FLOORS = {0: 4.0, 1: 16.0, 2: 64.0}
 """Floor of the limit in epsilons of the dtype, by order of derivative."""
@@ -62,10 +65,22 @@ def compare(case: Case, backend: str, dtype: torch.dtype, first_order: bool, dev
     return judge(case, results, dtype, first_order, device)
 
 
-def judge(case: Case, results: Results, dtype: torch.dtype, first_order: bool, device: str = "cpu") -> list[Error]:
-    """Errors of results (any subset of what `observe` returns) by the rule."""
-    reference = _reference(case, torch.float64, first_order, "cpu")
-    peer = _reference(case, torch.float32, first_order, device)
+def judge(
+    case: Case,
+    results: Results,
+    dtype: torch.dtype,
+    first_order: bool,
+    device: str = "cpu",
+    observer: Observer | None = None,
+) -> list[Error]:
+    """Errors of results by the rule.
+
+    Args:
+        results: any subset of what `observe` returns.
+        observer: what computes these classes with the reference backend; None for `observe`.
+    """
+    reference = _reference(case, torch.float64, first_order, "cpu", observer or observe)
+    peer = _reference(case, torch.float32, first_order, device, observer or observe)
     scale = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
     return [
         Error(
@@ -110,6 +125,23 @@ def observe(problem: Problem, backend: str, first_order: bool) -> Results:
         maml.explain(*problem.batch)
     except RuntimeError as error:
         raise Declined(str(error)) from None
+    with _threads_for(backend):
+        return _observe(problem, maml)
+
+
+@contextmanager
+def _threads_for(backend: str) -> Iterator[None]:
+    """One thread for PyTorch's own kernels: at these sizes its thread team only waits."""
+    before = torch.get_num_threads()
+    fused = backend == "auto" or dispatch.BACKENDS[backend].fused
+    torch.set_num_threads(before if fused else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _observe(problem: Problem, maml: MAML) -> Results:
     x_s, x_q = problem.x_s.detach().requires_grad_(), problem.x_q.detach().requires_grad_()
     parameters = [p for p in problem.model.parameters() if p.requires_grad]
     rates = list(problem.lr.values()) if isinstance(problem.lr, dict) else [problem.lr]
@@ -146,15 +178,24 @@ def observe(problem: Problem, backend: str, first_order: bool) -> Results:
     }
 
 
+def observe_gradient(problem: Problem, backend: str, first_order: bool) -> Results:
+    """Only what the benchmark's contenders compute: the loss and the parameters' meta-gradient."""
+    maml = problem.maml(backend, first_order)
+    parameters = list(problem.model.parameters())
+    with _threads_for(backend):
+        loss = maml.meta_loss(*problem.batch)
+        return {"loss": (loss.detach(),), "parameters": torch.autograd.grad(loss, parameters)}
+
+
 def _cotangent(like: Tensor) -> Tensor:
     """A fixed dL/dlogits, the same numbers in every dtype."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(like.shape, generator=generator).to(like)
 
 
-@lru_cache(maxsize=None)
-def _reference(case: Case, dtype: torch.dtype, first_order: bool, device: str) -> Results:
-    return observe(case.build(dtype, device), "reference", first_order)
+@cache
+def _reference(case: Case, dtype: torch.dtype, first_order: bool, device: str, observer: Observer) -> Results:
+    return observer(case.build(dtype, device), "reference", first_order)
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -233,7 +274,9 @@ def _show(table: Iterable[Row]) -> int:
     for row in table:
         counts[row.verdict] = counts.get(row.verdict, 0) + 1
         collected.append(row)
-    print_table(COLUMNS, [row.cells() for row in collected], bad=[row.verdict in ("FAIL", "error") for row in collected])
+    print_table(
+        COLUMNS, [row.cells() for row in collected], bad=[row.verdict in ("FAIL", "error") for row in collected]
+    )
     print(", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())))
     return counts.get("FAIL", 0) + counts.get("error", 0)
 

@@ -1,0 +1,114 @@
+"""The benchmark: this package against the strongest peers installed, on the cases of `cases.BENCH`.
+
+No result is timed before it has been compared with the float64 reference.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .. import verify
+from ..cases import Case, select
+from .memory import memory
+from .peers import Contender, Step, contenders
+from .report import Entry, Outcome, show, write
+from .timing import interleave, one_call
+
+__all__ = ["memory", "run"]
+
+
+def run(device: str = "cpu", out: Path | None = None, cases: list[str] | None = None, seconds: float = 20.0) -> int:
+    """Time every contender on every case; print the tables and write the JSON.
+
+    Args:
+        device: `"cpu"` or a CUDA device.
+        out: where the JSON goes; None writes none.
+        cases: names in `cases.BENCH`; None for all that a fused backend supports.
+        seconds: time spent on samples, per case (compiling the peers comes on top).
+
+    Returns:
+        0; 1 if one of this package's own results was wrong.
+
+    Raises:
+        ValueError: no case of that name.
+    """
+    if device.startswith("cuda"):
+        # exact float32 for everybody, as on the CPU
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    outcomes = []
+    for case in select(cases, "bench"):
+        reason = _unsupported(case, device)
+        if reason:
+            print(f"{case.name}: no fused backend supports it yet: {reason}")
+            continue
+        outcomes.append(_time_case(case, device, seconds))
+        show(outcomes[-1:])
+    if len(outcomes) > 1:
+        show(outcomes)
+    if out is not None:
+        write(Path(out), outcomes, device)
+    return int(any(e.ours and e.note for o in outcomes for e in o.entries))
+
+
+def _unsupported(case: Case, device: str) -> str:
+    problem = case.build(torch.float32, device)
+    explained = problem.maml("auto").explain(*problem.batch).splitlines()
+    return "" if explained[0] not in ("backend: vmap", "backend: reference") else "; ".join(explained[1:])
+
+
+def _time_case(case: Case, device: str, seconds: float) -> Outcome:
+    synchronize: Callable[[], object] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    ready: dict[str, Step] = {}
+    errors: dict[str, float | None] = {}
+    notes: dict[str, str] = {}
+    everyone = contenders()
+    for contender in everyone:
+        _say(f"{case.name}: {contender.name} …")
+        errors[contender.name], notes[contender.name] = None, contender.missing
+        if contender.missing:
+            continue
+        try:
+            step = contender.make(case.build(torch.float32, device))
+            error, notes[contender.name] = check(contender, case, step, device)
+        except Exception as failure:  # a peer that cannot run is a note in the table
+            notes[contender.name] = f"failed: {type(failure).__name__}: {str(failure).splitlines()[0][:200]}"
+            continue
+        errors[contender.name] = error
+        if not notes[contender.name]:
+            notes[contender.name] = _too_slow(step, seconds, synchronize)
+        if not notes[contender.name]:
+            ready[contender.name] = step
+    _say(f"{case.name}: timing {', '.join(ready)} …")
+    samples = interleave(ready, seconds, synchronize) if ready else {}
+    return Outcome(
+        case,
+        tuple(Entry(c.name, c.ours, errors[c.name], samples.get(c.name), notes[c.name]) for c in everyone),
+    )
+
+
+def _too_slow(step: Step, seconds: float, synchronize: Callable[[], object]) -> str:
+    once = one_call(step, synchronize)
+    return f"skipped: one call takes {once:.1f} s" if once > seconds / 4 else ""
+
+
+def check(contender: Contender, case: Case, step: Step, device: str) -> tuple[float, str]:
+    """The worst relative error of one call, and a note if it breaks `verify`'s rule."""
+    problem = case.build(torch.float32, device)
+    loss, gradients = step()
+    if contender.tensors is not None:
+        loss, gradients = contender.tensors(problem, loss, gradients)
+    results = {"loss": (loss.detach(),), "parameters": tuple(gradients)}
+    found = verify.judge(case, results, torch.float32, False, device, verify.observe_gradient)
+    worst = max(found, key=lambda e: e.value / e.limit)
+    return worst.value, "" if worst.ok else f"wrong {worst.kind}: error {worst.value:.1e}, limit {worst.limit:.1e}"
+
+
+def _say(text: str) -> None:
+    """Progress, where somebody is watching."""
+    if sys.stderr.isatty():
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr)
