@@ -33,7 +33,7 @@ def stress(tmp_path: Path, *flags: str, rounds: int) -> None:
 
 
 def test_stress(tmp_path: Path) -> None:
-    stress(tmp_path, rounds=20000)
+    stress(tmp_path, rounds=5000)
 
 
 # A forked child leaves its parent's dead helpers to the leak checker on purpose: it is switched off above.
@@ -44,4 +44,4 @@ def test_stress_under_sanitizer(tmp_path: Path, sanitizer: str) -> None:
     flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     if build([source], probe, *flags).returncode != 0 or subprocess.run([probe], capture_output=True).returncode != 0:
         pytest.skip(f"-fsanitize={sanitizer} does not work here")
-    stress(tmp_path, *flags, rounds=3000)
+    stress(tmp_path, *flags, rounds=1000)
