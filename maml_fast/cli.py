@@ -42,6 +42,7 @@ Threads = Annotated[int, typer.Option(help="Threads to compute on; 0 leaves PyTo
 LogEvery = Annotated[int, typer.Option(help="Iterations between lines of metrics.")]
 SaveEvery = Annotated[int, typer.Option(help="Iterations between checkpoints.")]
 EvalTasks = Annotated[int, typer.Option(help="Test tasks of the final evaluation.")]
+ValidateEvery = Annotated[int, typer.Option(help="Iterations between validations.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out, bit for bit.")]
 
 
@@ -92,9 +93,7 @@ def sinusoid(
 def omniglot(
     data: Annotated[
         Path,
-        typer.Option(
-            envvar="MAML_FAST_DATA", help="Folder with images_background and images_evaluation, or their zips."
-        ),
+        typer.Option(envvar="MAML_FAST_DATA", help="Folder of images_background and images_evaluation or zips."),
     ] = OmniglotConfig.data,
     out: Out = OmniglotConfig.out,
     net: Annotated[str, typer.Option(help=f"{', '.join(NETS)}.")] = OmniglotConfig.net,

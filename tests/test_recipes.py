@@ -1,0 +1,249 @@
+"""The outer loop: resuming, interrupting, checkpoints, metrics, evaluation."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn import functional as F
+
+from maml_fast.data import LabelledSet, MetaBatch, Sinusoids
+from maml_fast.recipes import (
+    OmniglotConfig,
+    OmniglotRecipe,
+    Recipe,
+    SinusoidConfig,
+    SinusoidRecipe,
+    Trainer,
+    files,
+    omniglot,
+    train,
+)
+from maml_fast.recipes.evaluation import Estimate, evaluate
+from maml_fast.recipes.interrupt import Interrupt
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def sinusoid(out: Path, iterations: int, **settings: Any) -> SinusoidRecipe:
+    settings = {"meta_batch": 4, "log_every": 7, "eval_tasks": 20} | settings
+    return SinusoidRecipe(SinusoidConfig(out=out, iterations=iterations, **settings))
+
+
+@pytest.fixture
+def drawings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random characters in place of Omniglot's: noisy copies of one image for each."""
+    generator = torch.Generator().manual_seed(0)
+    prototypes = torch.rand(1623, 1, 28, 28, generator=generator) < 0.2
+    noise = torch.rand(1623, 4, 28, 28, generator=generator) < 0.05
+    samples = (prototypes ^ noise).to(torch.uint8).flatten(0, 1)
+    data = LabelledSet(samples, torch.full((1623,), 4))
+    monkeypatch.setattr(omniglot, "load_omniglot", lambda folder: (data, [f"A/{n:04d}" for n in range(1623)]))
+
+
+def small_omniglot(out: Path, iterations: int, **settings: Any) -> OmniglotRecipe:
+    settings = {"meta_batch": 4, "log_every": 7, "eval_tasks": 8, "validate_every": 8, "validation_tasks": 8} | settings
+    return OmniglotRecipe(OmniglotConfig(out=out, iterations=iterations, **settings))
+
+
+def parameters(recipe: Recipe) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in recipe.maml.parameters()]
+
+
+def losses(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "iterations_per_second"} for line in lines]
+
+
+@pytest.mark.usefixtures("drawings")
+@pytest.mark.parametrize("make", [sinusoid, small_omniglot])
+def test_resuming_gives_the_same_bits(make: Any, tmp_path: Path) -> None:
+    straight, first, second = make(tmp_path / "a", 20), make(tmp_path / "b", 10), make(tmp_path / "b", 20)
+    assert train(straight, console=quiet()) == 0
+    assert train(first, console=quiet()) == 0
+    assert train(second, resume=True, console=quiet()) == 0
+    assert all(map(torch.equal, parameters(straight), parameters(second)))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    a, b = (files.load(tmp_path / run / "checkpoint.pt") for run in "ab")
+    assert a["iteration"] == b["iteration"] == 20
+    assert all(map(torch.equal, a["model"].values(), b["model"].values()))
+    assert (tmp_path / "a" / "evaluation.json").read_text() == (tmp_path / "b" / "evaluation.json").read_text()
+
+
+class Interrupting(Sinusoids):
+    """Sends this process a signal while the given meta-batch is drawn."""
+
+    def __init__(self, at: int, number: int, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.at, self.number = at, number
+
+    def __next__(self) -> MetaBatch:
+        self.at -= 1
+        if self.at == 0:
+            os.kill(os.getpid(), self.number)
+        return super().__next__()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_between_iterations(number: signal.Signals, tmp_path: Path) -> None:
+    straight = sinusoid(tmp_path / "a", 20)
+    train(straight, console=quiet())
+    interrupted = sinusoid(tmp_path / "b", 20)
+    trainer = Trainer(interrupted, console=quiet())
+    interrupted.sampler = Interrupting(13, number, 4, 10, 10)
+    assert trainer.run() == 128 + number
+    assert files.load(tmp_path / "b" / "checkpoint.pt")["iteration"] == 13
+    resumed = sinusoid(tmp_path / "b", 20)
+    assert train(resumed, resume=True, console=quiet()) == 0
+    assert all(map(torch.equal, parameters(straight), parameters(resumed)))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_second_interrupt_acts_as_usual() -> None:
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_run_writes_everything(tmp_path: Path) -> None:
+    assert train(sinusoid(tmp_path, 20), console=quiet()) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoint.pt", "metrics.jsonl", "curves.png", "adaptation.png", "evaluation.json"}
+    for picture in ("curves.png", "adaptation.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [len(rows) for rows in results.values()] == [11, 11]
+    assert [line["iteration"] for line in losses(tmp_path)] == [7, 14]
+
+
+def test_meta_training_learns(tmp_path: Path) -> None:
+    train(sinusoid(tmp_path, 400, meta_batch=25, log_every=100), console=quiet())
+    curve = [line["loss"] for line in losses(tmp_path)]
+    assert curve[-1] < 0.8 * curve[0]
+
+
+@pytest.mark.usefixtures("drawings")
+def test_omniglot_learns_validates_and_keeps_the_best(tmp_path: Path) -> None:
+    train(small_omniglot(tmp_path, 40, meta_batch=16), console=quiet())
+    state = files.load(tmp_path / "checkpoint.pt")
+    validated = [line["validation_accuracy"] for line in losses(tmp_path) if "validation_accuracy" in line]
+    assert len(validated) == 5
+    assert state["best"]["accuracy"] == max(validated)
+    (rows,) = json.loads((tmp_path / "evaluation.json").read_text()).values()
+    assert rows[3]["accuracy"]["mean"] > 0.5, "five classes; chance is 0.2"
+
+
+def test_earlier_run_is_moved_aside(tmp_path: Path) -> None:
+    train(sinusoid(tmp_path, 5), console=quiet())
+    old = (tmp_path / "checkpoint.pt").read_bytes()
+    train(sinusoid(tmp_path, 6), console=quiet())
+    assert (tmp_path / "earlier-1" / "checkpoint.pt").read_bytes() == old
+    assert files.load(tmp_path / "checkpoint.pt")["iteration"] == 6
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
+    train(sinusoid(tmp_path, 5), console=quiet())
+    with pytest.raises(ValueError, match=r"inner_lr: the run was started with 0\.01, got 0\.02"):
+        Trainer(sinusoid(tmp_path, 10, inner_lr=0.02), resume=True, console=quiet())
+
+
+def test_backend_that_cannot_run_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        sinusoid(tmp_path, 5, backend="abacus")
+
+
+@pytest.mark.parametrize("name", ["iterations", "meta_batch", "shots", "queries", "log_every", "eval_tasks"])
+def test_bad_settings_are_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected 1 or more, got 0"):
+        SinusoidConfig(out=tmp_path, **{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": -1}, "steps: expected 0 or more"),
+        ({"inner_lr": 0.0}, "inner_lr: expected a number above 0"),
+        ({"meta_lr": math.nan}, "meta_lr: expected a number above 0"),
+        ({"net": "transformer"}, "net: expected one of"),
+        ({"split": "mine"}, "split: expected one of"),
+        ({"ways": 0}, "ways: expected 1 or more"),
+        ({"test_steps": -1}, "test_steps: expected 0 or more"),
+    ],
+)
+def test_bad_omniglot_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OmniglotConfig(**settings)
+
+
+@pytest.mark.usefixtures("drawings")
+def test_more_ways_than_validation_characters_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="ways: expected at most"):
+        small_omniglot(tmp_path, 1, ways=500, rotations=False).validate()
+
+
+def test_evaluation_agrees_with_the_textbook() -> None:
+    torch.manual_seed(0)
+    model, rate = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)), 0.05
+    results = evaluate(model, rate, "mse", Sinusoids(4, 5, 6, seed=5), 6, steps=[0, 2])
+    tasks = Sinusoids(4, 5, 6, seed=5)
+    batch = [torch.cat(parts)[:6] for parts in zip(next(tasks), next(tasks), strict=True)]
+    for result, steps in zip(results, (0, 2), strict=True):
+        expected = torch.stack([adapted_loss(model, rate, steps, *task) for task in zip(*batch, strict=True)])
+        assert result.step == steps
+        assert result.accuracy is None
+        assert result.loss.mean == pytest.approx(expected.mean().item(), rel=1e-4)
+        assert result.loss.ci95 == pytest.approx(1.96 * expected.std().item() / math.sqrt(6), rel=1e-4)
+
+
+def adapted_loss(model: nn.Module, rate: float, steps: int, x_s: Any, y_s: Any, x_q: Any, y_q: Any) -> torch.Tensor:
+    values = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    for _ in range(steps):
+        loss = F.mse_loss(torch.func.functional_call(model, values, (x_s,)), y_s)
+        gradients = torch.autograd.grad(loss, list(values.values()))
+        values = {
+            name: (value - rate * g).detach().requires_grad_()
+            for (name, value), g in zip(values.items(), gradients, strict=True)
+        }
+    return F.mse_loss(torch.func.functional_call(model, values, (x_q,)), y_q).detach()
+
+
+def test_estimate_of_one_task_has_no_interval() -> None:
+    estimate = Estimate.of(torch.tensor([2.0]))
+    assert estimate.mean == 2.0
+    assert math.isnan(estimate.ci95)
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(file: Any) -> None:
+        file.write(b"half")
+        raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        files.write_atomically(path, fail)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+
+
+def test_metrics_survive_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1, "loss": 3.0}\n{"iteration": 2, "loss": 2.0}\n{"iteration": 3, "lo')
+    metrics = files.Metrics(path, until=1)
+    metrics.add(iteration=2, loss=2.5)
+    assert files.read_metrics(path) == [{"iteration": 1, "loss": 3.0}, {"iteration": 2, "loss": 2.5}]
