@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.overrides import TorchFunctionMode
 
 from ..plan import Plan, Result, Tensors
 from .autograd import differentiate
@@ -25,7 +28,62 @@ class VmapBackend:
         return [str(reason)] if reason else []
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
-        return differentiate(plan, tensors, _query_outputs, _losses, _adapt, _apply)
+        with _NormsThenAffine():
+            return differentiate(plan, tensors, _query_outputs, _losses, _adapt, _apply)
+
+
+class _NormsThenAffine(TorchFunctionMode):
+    """Evaluates norm(x; w, b) as norm(x) ∘ w + b.
+
+    Under vmap, PyTorch computes dL/dw of batch and layer norms from saved statistics that it then
+    takes for constants: second derivatives through w are silently wrong by tens of percent (seen
+    in 2.13; the root cause is that of pytorch/pytorch#186256). Without w the rules are right.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _NORMS.get(func, func)(*args, **(kwargs or {}))
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
+    x = x if weight is None else x * weight.reshape(shape)
+    return x if bias is None else x + bias.reshape(shape)
+
+
+def _channels_first(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def then_affine(
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        normed = norm(input, running_mean, running_var, None, None, *args, **kwargs)
+        return _affine(normed, weight, bias, (-1, *[1] * (input.dim() - 2)))
+
+    return then_affine
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    normed = F.layer_norm(input, normalized_shape, None, None, *args, **kwargs)
+    return _affine(normed, weight, bias, tuple(normalized_shape))
+
+
+_NORMS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.batch_norm: _channels_first(F.batch_norm),
+    F.instance_norm: _channels_first(F.instance_norm),
+    F.layer_norm: _layer_norm,
+}
 
 
 def _probe(plan: Plan) -> str:
@@ -94,7 +152,10 @@ def _losses(plan: Plan, t: Tensors) -> Tensor:
 def _adapt(plan: Plan, t: Tensors) -> list[Tensor]:
     adapted = _batched(plan, t, query=False)
     assert isinstance(adapted, list)
-    return [a.expand(plan.tasks, *shape) if a.shape == shape else a for a, shape in zip(adapted, plan.model.shapes, strict=True)]
+    return [
+        a.expand(plan.tasks, *shape) if a.shape == shape else a
+        for a, shape in zip(adapted, plan.model.shapes, strict=True)
+    ]
 
 
 def _apply(plan: Plan, t: Tensors) -> Tensor:

@@ -57,10 +57,7 @@ def make(problem: Problem) -> Callable[[], tuple[Array, list[Array]]]:
 
 def tensors(problem: Problem, loss: Array, gradients: Sequence[Array]) -> tuple[Tensor, list[Tensor]]:
     """The step's results in PyTorch's layout."""
-    converted = [
-        _to_torch(np.asarray(g)).reshape(p.shape) for g, p in zip(gradients, problem.model.parameters(), strict=True)
-    ]
-    return torch.from_numpy(np.array(loss)), converted
+    return torch.from_numpy(np.array(loss)), [_to_torch(np.asarray(g)) for g in gradients]
 
 
 def _to_jax(p: Tensor) -> np.ndarray[Any, Any]:
@@ -93,9 +90,7 @@ _LOSSES: dict[str, Callable[[Array, Array], Array]] = {"mse": _mean_squared, "cr
 
 def _network(model: nn.Module) -> Layer:
     """The sequential model as a function of its parameters, in `parameters()` order."""
-    layers: list[tuple[Layer, int]] = []
-    for module in model.children():
-        layers.append((_LAYERS[type(module)](module), len(list(module.parameters()))))
+    layers = [(_LAYERS[type(m)](m), len(list(m.parameters()))) for m in model.children()]
 
     def forward(theta: list[Array], x: Array) -> Array:
         used = 0

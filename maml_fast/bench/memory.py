@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import subprocess
@@ -51,10 +52,8 @@ def _measure(name: str, contender: str, sizes: str) -> float:
 
 def _reset_peak() -> int:
     """Forget the peak so far, where the system can; KiB at the new start."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
     return _peak()
 
 

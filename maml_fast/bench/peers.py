@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
 from .. import losses
@@ -109,9 +110,27 @@ def _functional(problem: Problem, function: Callable[..., tuple[dict[str, Tensor
     return step
 
 
+class _NormThenAffine(nn.Module):
+    """BatchNorm whose weight PyTorch does not see: with it, vmap's second derivatives are wrong."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.batch_norm(x, None, None, training=True, eps=self.eps)
+        return normed * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+
+def _for_vmap(model: nn.Module) -> nn.Module:
+    """The sequential model with norms that vmap differentiates correctly; same parameter names."""
+    layers = [_NormThenAffine(m) if isinstance(m, nn.BatchNorm2d) else m for m in model.children()]
+    return nn.Sequential(*layers)
+
+
 def _objective(problem: Problem) -> Callable[..., Tensor]:
     """(parameters, batch) -> mean query loss, through torch.func."""
-    model, (loss_of, steps, lr) = problem.model, _inner(problem)
+    model, (loss_of, steps, lr) = _for_vmap(problem.model), _inner(problem)
 
     def support_loss(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return loss_of(functional_call(model, theta, (x,)), y)

@@ -132,8 +132,8 @@ def machine(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "system": platform.platform(),
         "load_before": os.getloadavg(),
-        "versions": {"python": platform.python_version(), "maml_fast": __version__}
-        | {p: _version(p) for p in packages},
+        "python": platform.python_version(),
+        "versions": {"maml_fast": __version__} | {p: _version(p) for p in packages},
         "commit": _commit(),
     }
 
@@ -142,10 +142,8 @@ def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _version(package: str) -> str | None:
@@ -156,14 +154,14 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit this package was checked out from, "+" if its files differ from it."""
-    here = Path(__file__).resolve().parents[1]
-    git = ["git", "-C", str(here)]
+    """The commit this package was checked out from, with a "+" if tracked files differ from it."""
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout
+        commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "-uno")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+" if dirty.strip() else "")
+    return commit + ("+" if changes else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).resolve().parents[1]), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
