@@ -86,13 +86,16 @@ def test_mistakes_are_explained_without_a_traceback(arguments: list[str], messag
 @pytest.mark.no_sanitizer
 def test_ctrl_c_saves_and_tells_how_to_resume(tmp_path: Path) -> None:
     arguments = ["train", "sinusoid", "--out", str(tmp_path), *SMALL, "--save-every", "20"]
-    process = start(*arguments, "--iterations", "100000000")
-    deadline = time.monotonic() + 240
-    while not (tmp_path / "checkpoint.pt").exists() and time.monotonic() < deadline:
-        assert process.poll() is None, process.stdout and process.stdout.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    with start(*arguments, "--iterations", "100000000") as process:
+        try:
+            deadline = time.monotonic() + 240
+            while not (tmp_path / "checkpoint.pt").exists() and time.monotonic() < deadline:
+                assert process.poll() is None, "ended before its first checkpoint"
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130, output
     assert "Interrupted at iteration" in output
     assert "--resume" in output

@@ -7,6 +7,7 @@ import math
 import os
 import zipfile
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -249,7 +250,7 @@ def test_random_split_is_the_papers_size_and_fixed() -> None:
     names = [str(n) for n in range(1623)]
     parts = split_omniglot(names)
     assert {name: len(part) for name, part in parts.items()} == {"train": 1100, "val": 100, "test": 423}
-    assert sorted(sum(parts.values(), [])) == list(range(1623))
+    assert sorted(chain.from_iterable(parts.values())) == list(range(1623))
     assert split_omniglot(names) == parts
     assert split_omniglot(names, seed=1) != parts
 
@@ -276,6 +277,7 @@ def real_omniglot(tmp_path_factory: pytest.TempPathFactory) -> tuple[LabelledSet
         return load_omniglot(DATA)
 
 
+@pytest.mark.slow
 def test_omniglot_equals_the_authors_resizing(real_omniglot: tuple[LabelledSet, list[str]]) -> None:
     bits = DATA / "omniglot" / "omniglot28_maml_bits.npz"
     if not bits.exists():
@@ -294,10 +296,11 @@ def test_omniglot_equals_the_authors_resizing(real_omniglot: tuple[LabelledSet, 
     assert set(drawings.counts.tolist()) == {20}
 
 
+@pytest.mark.slow
 def test_vinyals_split_of_the_real_characters(real_omniglot: tuple[LabelledSet, list[str]]) -> None:
     folder = omniglot.find_split_folder(DATA)
     if folder is None:
         pytest.skip(f"no splits in {DATA}: set MAML_FAST_DATA to the folder of the real data")
     parts = split_omniglot(real_omniglot[1], "vinyals", folder=folder)
     assert {name: len(part) for name, part in parts.items()} == {"train": 1028, "val": 172, "test": 423}
-    assert sorted(sum(parts.values(), [])) == list(range(1623))
+    assert sorted(chain.from_iterable(parts.values())) == list(range(1623))

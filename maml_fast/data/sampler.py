@@ -74,7 +74,7 @@ class Sampler(ABC):
         """`ahead` meta-batches, or what `_finish` makes them from."""
 
     def _finish(self, drawn: Any) -> MetaBatch:
-        return drawn  # type: ignore[no-any-return]
+        return drawn
 
 
 def positive(name: str, value: int) -> int:
