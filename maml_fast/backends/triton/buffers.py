@@ -38,7 +38,7 @@ class Buffers:
         self.theta = sure(flat.total)
         self.constants = {name: sure(*plan.model.module.get_buffer(name).shape) for name in network.constants}
         self.x = {b: sure(t, n, *plan.in_shape) for b, n in samples.items()}
-        self.y = {b: self._targets(b, n, device) for b, n in samples.items()}
+        self.y = {b: self._targets(n, device) for b, n in samples.items()}
         self.dx = {
             Batch.SUPPORT: numbers(t, plan.support, *plan.in_shape, wanted=reverse and plan.needs.x_s),
             Batch.QUERY: numbers(t, plan.query, *plan.in_shape, wanted=reverse and plan.needs.x_q),
@@ -52,12 +52,11 @@ class Buffers:
         self.gradient = numbers(flat.trainable, wanted=reverse)
         self._place_rates(device, reverse and any(plan.needs.rates))
 
-    def _targets(self, batch: Batch, samples: int, device: torch.device) -> Tensor:
-        shape = self.plan.target_shapes[batch]
-        labels = self.plan.inner.loss.takes_labels
-        return torch.zeros(
-            (self.plan.tasks, samples, *(shape or ())), dtype=torch.int64 if labels else torch.float32, device=device
-        )
+    def _targets(self, samples: int, device: torch.device) -> Tensor:
+        plan, graph = self.plan, self.network.graph
+        if plan.inner.loss.takes_labels:
+            return torch.zeros((plan.tasks, samples), dtype=torch.int64, device=device)
+        return torch.zeros((plan.tasks, samples, *graph.shapes[graph.output]), dtype=torch.float32, device=device)
 
     def _place_rates(self, device: torch.device, wanted: bool) -> None:
         plan, flat = self.plan, self.network.flat
@@ -127,6 +126,7 @@ class Buffers:
         plan, flat, shapes = self.plan, self.network.flat, self.plan.model.shapes
         result = Result(
             losses=_copy(self.losses),
+            objective=None if self.weights is None else torch.dot(self.losses, self.weights),
             outputs=_copy(self.outputs),
             x_s=_copy(self.dx[Batch.SUPPORT]),
             x_q=_copy(self.dx[Batch.QUERY]),

@@ -8,10 +8,13 @@ from typing import Any
 Launch = Callable[..., None]
 """`launch(kernel, programs, *arguments, **constants)`."""
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Of every kernel; said aloud because Triton's default changes with its version."""
+
 
 def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     """Start `programs` instances of a Triton kernel on the current stream."""
-    kernel[(programs,)](*arguments, **constants)
+    kernel[(programs,)](*arguments, **constants, **OPTIONS)
 
 
 def blocks(size: int, block: int) -> int:

@@ -57,18 +57,7 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
         given = [p for p in op.parameters if p is not None]
         if len(set(given)) < len(given):
             reasons.append(f"layer {op.kind} has one parameter as both weight and bias")
-    return reasons + _why_not_targets(plan, graph.shapes[graph.output], MOST_CLASSES)
-
-
-def _why_not_targets(plan: Plan, output: tuple[int, ...], most_classes: int) -> list[str]:
-    if plan.inner.loss.takes_labels:
-        expected: tuple[int, ...] = ()
-        if len(output) != 1 or output[0] > most_classes:
-            return [f"cross_entropy over outputs of shape {output}, not (classes,) of at most {most_classes}"]
-    else:
-        expected = output
-    return [
-        f"targets of shape {shape} a sample where {plan.inner.loss.name} over outputs {output} takes {expected}"
-        for shape in plan.target_shapes
-        if shape is not None and shape != expected
-    ]
+    output = graph.shapes[graph.output]
+    if plan.inner.loss.takes_labels and (len(output) != 1 or output[0] > MOST_CLASSES):
+        reasons.append(f"cross_entropy over outputs of shape {output}, not (classes,) of at most {MOST_CLASSES}")
+    return reasons

@@ -1,0 +1,204 @@
+"""The Triton backend under Triton's interpreter: its algebra, float32, against the float64 reference."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maml_fast import MAML, cases, dispatch, verify
+from maml_fast.algorithms import maml as algorithm
+from maml_fast.backends.triton import TritonBackend, workspace
+
+pytest.importorskip("triton")
+
+# Every layer kind, loss and option once; each costs about a second of interpretation.
+SECOND_ORDER = (
+    "relu", "leaky-relu", "elu", "gelu", "gelu-tanh", "silu", "tanh", "sigmoid", "softplus-beta", "sine",
+    "batchnorm", "batchnorm-plain", "batchnorm-eval", "layernorm", "layernorm-no-bias", "batchnorm-sequence",
+    "layernorm-sequence", "residual", "branches", "view", "function-shift", "function-twice",
+    "loss-cross-entropy-smoothed", "loss-bce", "loss-l1", "loss-huber-delta",
+    "size-one-feature", "size-65", "size-tasks",
+    "tied-rates", "frozen-rates", "unreached-rates", "adapts-head", "adapts-body", "adapts-none",
+    "rate-scalar", "rate-per_element", "steps-0-classes",
+)  # fmt: skip
+FIRST_ORDER = ("batchnorm", "rate-per_tensor")
+ALL_MODES = ("loss-cross-entropy", "frozen")
+
+
+@pytest.fixture(autouse=True)
+def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[TritonBackend]:
+    """The backend under its name, with memory that is NaN until something is written."""
+    torch.set_num_threads(1)
+    backend = TritonBackend()
+    monkeypatch.setitem(dispatch.BACKENDS, "triton", backend)
+    allocate = workspace.Workspace.allocate
+
+    def poisoned(self: workspace.Workspace, tasks: int, device: torch.device) -> None:
+        allocate(self, tasks, device)
+        self.memory.fill_(torch.nan)
+
+    monkeypatch.setattr(workspace.Workspace, "allocate", poisoned)
+    yield backend
+
+
+def meta_gradient(case: cases.Case, first_order: bool) -> verify.Results:
+    """The loss and every gradient, from one plan."""
+    problem = case.build(torch.float32)
+    maml = problem.maml("triton", first_order)
+    x_s, x_q = problem.x_s.requires_grad_(), problem.x_q.requires_grad_()
+    parameters = [p for p in problem.model.parameters() if p.requires_grad]
+    given = problem.lr.values() if isinstance(problem.lr, dict) else [problem.lr]
+    rates = [r for r in given if isinstance(r, Tensor)]
+    loss = maml.meta_loss(x_s, problem.y_s, x_q, problem.y_q)
+    gradients = torch.autograd.grad(loss, [*parameters, *rates, x_s, x_q])
+    end = len(parameters) + len(rates)
+    return {
+        "loss": (loss.detach(),),
+        "parameters": gradients[: len(parameters)],
+        "rates": gradients[len(parameters) : end],
+        "x_s": gradients[end:-1],
+        "x_q": gradients[-1:],
+    }
+
+
+def assert_close(case: cases.Case, results: verify.Results, first_order: bool) -> None:
+    errors = verify.judge(case, results, torch.float32, first_order)
+    assert all(e.ok for e in errors), [e for e in errors if not e.ok]
+
+
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_second_order(name: str) -> None:
+    (case,) = cases.select([name])
+    assert_close(case, meta_gradient(case, first_order=False), first_order=False)
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_first_order(name: str) -> None:
+    (case,) = cases.select([name])
+    assert_close(case, meta_gradient(case, first_order=True), first_order=True)
+
+
+@pytest.mark.parametrize("name", ALL_MODES)
+def test_every_mode(name: str) -> None:
+    (case,) = cases.select([name])
+    assert_close(case, verify.observe(case.build(torch.float32), "triton", first_order=False), first_order=False)
+
+
+def test_recomputing_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    (case,) = cases.select(["steps-3"])
+    saved = meta_gradient(case, first_order=False)
+    monkeypatch.setattr(algorithm, "emit", partial(algorithm.emit, save=False))
+    _assert_equal(meta_gradient(case, first_order=False), saved)
+
+
+def test_chunks_of_tasks_give_the_same_numbers(triton: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    (case,) = cases.select(["rate-scalar"])
+    whole = meta_gradient(case, first_order=False)
+    triton.budget = 24_000
+    runs = _count_chunks(monkeypatch)
+    for kind, values in meta_gradient(case, first_order=False).items():
+        assert verify.relative_error(values, [v.double() for v in whole[kind]]) < 1e-6, kind
+    assert max(runs) < case.tasks
+
+
+def test_says_how_many_bytes_are_missing(triton: TritonBackend) -> None:
+    triton.budget = 1000
+    problem = cases.select(["tanh"])[0].build(torch.float32)
+    with pytest.raises(RuntimeError, match=r"one task needs \d+ bytes"):
+        problem.maml("triton").explain(*problem.batch)
+
+
+def test_never_aliases_the_callers_tensors() -> None:
+    problem = cases.select(["linear"])[0].build(torch.float32)
+    maml = problem.maml("triton")
+    first = maml.adapt(problem.x_s, problem.y_s)
+    kept = [p.clone() for p in first.parameters.values()]
+    maml.adapt(problem.x_s + 1, problem.y_s)
+    assert all(torch.equal(a, b) for a, b in zip(kept, first.parameters.values(), strict=True))
+
+
+def test_same_bits_every_time() -> None:
+    (case,) = cases.select(["rate-scalar"])
+    _assert_equal(meta_gradient(case, first_order=False), meta_gradient(case, first_order=False))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+def test_precision_reaches_the_products(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter computes them all alike: this only shows what the kernels are asked for."""
+    from maml_fast.backends.triton import call
+
+    monkeypatch.setitem(call.PRECISIONS, "float32", precision)
+    asked = _record(monkeypatch)
+    problem = cases.select(["linear"])[0].build(torch.float32)
+    problem.maml("triton").adapt(problem.x_s, problem.y_s)
+    assert {constants["PRECISION"] for constants in asked if "PRECISION" in constants} == {precision}
+
+
+def test_declines_float64() -> None:
+    problem = cases.select(["linear"])[0].build(torch.float64)
+    with pytest.raises(RuntimeError, match="float64 is not float32"):
+        problem.maml("triton").explain(*problem.batch)
+
+
+def test_declines_cpu_tensors_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    problem = cases.select(["linear"])[0].build(torch.float32)
+    assert "the tensors are on cpu" in _why_not(problem.maml("triton"), problem)
+
+
+def test_declines_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    problem = cases.select(["linear"])[0].build(torch.float32)
+    assert "triton is not installed" in _why_not(problem.maml("triton"), problem)
+
+
+def test_declines_a_layer_without_kernels() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(dim=1))
+    problem = cases.select(["linear"])[0].build(torch.float32)
+    maml = MAML(model, 0.1, backend="triton", loss="mse")
+    assert "Softmax" in _why_not(maml, problem)
+
+
+def _why_not(maml: MAML, problem: cases.Problem) -> str:
+    with pytest.raises(RuntimeError) as error:
+        maml.explain(*problem.batch)
+    return str(error.value)
+
+
+def _assert_equal(a: verify.Results, b: verify.Results) -> None:
+    for kind, values in a.items():
+        assert all(torch.equal(x, y) for x, y in zip(values, b[kind], strict=True)), kind
+
+
+def _record(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    from maml_fast.backends.triton import launch
+
+    run, seen = launch.run, []
+
+    def recorded(kernel: object, programs: int, *arguments: object, **constants: object) -> None:
+        seen.append(constants)
+        run(kernel, programs, *arguments, **constants)
+
+    monkeypatch.setattr(launch, "run", recorded)
+    return seen
+
+
+def _count_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    from maml_fast.backends.triton import executor
+
+    run, seen = executor.Executor.run, []
+
+    def counted(self: executor.Executor, chunk: int) -> None:
+        seen.append(chunk)
+        run(self, chunk)
+
+    monkeypatch.setattr(executor.Executor, "run", counted)
+    return seen
