@@ -44,8 +44,8 @@ def choose(plan: Plan, name: str) -> Choice:
     """
     if name != "auto":
         backend = BACKENDS[name]
-        if reasons := backend.why_not(plan):
-            raise RuntimeError(f"backend {name!r} cannot run this model:\n" + "\n".join(f"  - {r}" for r in reasons))
+        if why_not := backend.why_not(plan):
+            raise RuntimeError(f"backend {name!r} cannot run this model:\n" + "\n".join(f"  - {r}" for r in why_not))
         return Choice(backend, {name: []})
     reasons = {name: backend.why_not(plan) for name, backend in BACKENDS.items()}
     chosen = next(BACKENDS[name] for name, why_not in reasons.items() if not why_not)

@@ -113,6 +113,7 @@ class _Tracer:
         shape: Shape,
         parameters: Sequence[Tensor | None] = (),
         constants: Sequence[Tensor] = (),
+        /,
         **attributes: float,
     ) -> Value:
         output = Value(len(self.shapes), shape)
@@ -176,7 +177,12 @@ def _batch_norm(t: _Tracer, layer: nn.BatchNorm1d, x: Any) -> Value:
 
 
 def _layer_norm(
-    t: _Tracer, x: Any, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    t: _Tracer,
+    x: Any,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Value:
     x, size = _value(x, "layer_norm"), tuple(shape)
     if x.shape[len(x.shape) - len(size) :] != size:
@@ -254,7 +260,7 @@ def _cat(t: _Tracer, values: Sequence[Any], dim: int = 0) -> Value:
     shapes = [list(p.shape) for p in parts]
     if any(len(s) + 1 != rank or s[:axis] + s[axis + 1 :] != shapes[0][:axis] + shapes[0][axis + 1 :] for s in shapes):
         raise Untraceable(f"cat of shapes {[p.shape for p in parts]}")
-    shape = tuple(shapes[0][:axis] + [sum(s[axis] for s in shapes)] + shapes[0][axis + 1 :])
+    shape = (*shapes[0][:axis], sum(s[axis] for s in shapes), *shapes[0][axis + 1 :])
     return t.emit("cat", parts, shape, outer=math.prod(shape[:axis]))
 
 

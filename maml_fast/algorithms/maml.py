@@ -1,8 +1,8 @@
 """MAML and first-order MAML (Finn et al., arXiv 1703.03400) as a `Program`.
 
-    θ_{k+1} = θ_k − α ∘ g_k,  g_k = ∇L_s(θ_k)
-    λ_K = ∇L_q(θ_K),  λ_k = λ_{k+1} − H_k (α ∘ λ_{k+1})
-    dL/dθ_0 = λ_0,    dL/dα = − Σ_k g_k ∘ λ_{k+1}
+θ_{k+1} = θ_k − α ∘ g_k,  g_k = ∇L_s(θ_k)
+λ_K = ∇L_q(θ_K),  λ_k = λ_{k+1} − H_k (α ∘ λ_{k+1})
+dL/dθ_0 = λ_0,    dL/dα = − Σ_k g_k ∘ λ_{k+1}
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class _Emitter:
 
     def _inner_loop(self) -> list[int]:
         """θ_0 … θ_K; fills `self.support_tapes` and `self.gradients`, one a step."""
-        thetas, self.support_tapes, self.gradients = [0], [], []
+        thetas = [0]
+        self.support_tapes: list[int] = []
+        self.gradients: list[int] = []
         keep_tapes = self.second_order and self.save
         for k in range(self.steps):
             tape = self._tape(Batch.SUPPORT) if keep_tapes or k == 0 else self.support_tapes[0]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..plan import Mode, Plan, Result, Tensors
+from ..plan import Plan, Result, Tensors
 from .autograd import differentiate
 
 
@@ -27,20 +27,27 @@ class ReferenceBackend:
         return differentiate(plan, tensors, _query_outputs, _losses, _adapt, _apply)
 
 
-def _adapt_task(plan: Plan, parameters: Sequence[Tensor], rates: Sequence[Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
+def _adapt_task(
+    plan: Plan, parameters: Sequence[Tensor], rates: Sequence[Tensor], x: Tensor, y: Tensor
+) -> list[Tensor]:
     """θ_K of one task."""
     model, theta = plan.model, list(parameters)
     adapted = [i for i, adapts in enumerate(model.adapts) if adapts]
     for _ in range(plan.inner.steps if adapted else 0):
         with torch.enable_grad():
-            theta = [p if p.requires_grad or not a else p.detach().requires_grad_() for p, a in zip(theta, model.adapts, strict=True)]
+            theta = [
+                p if p.requires_grad or not adapts else p.detach().requires_grad_()
+                for p, adapts in zip(theta, model.adapts, strict=True)
+            ]
             loss = plan.inner.loss.function(model.call(model.named(theta), model.buffers(), x), y)
-            gradients = torch.autograd.grad(
-                loss,
-                [theta[i] for i in adapted],
-                create_graph=not plan.inner.first_order,
-                allow_unused=True,
-            ) if loss.requires_grad else [None] * len(adapted)
+            gradients: Sequence[Tensor | None] = [None] * len(adapted)
+            if loss.requires_grad:
+                gradients = torch.autograd.grad(
+                    loss,
+                    [theta[i] for i in adapted],
+                    create_graph=not plan.inner.first_order,
+                    allow_unused=True,
+                )
         for i, g in zip(adapted, gradients, strict=True):
             if g is not None:
                 theta[i] = theta[i] - rates[plan.rates.of_parameter[i]] * g
@@ -66,9 +73,7 @@ def _losses(plan: Plan, t: Tensors) -> Tensor:
 
 def _adapt(plan: Plan, t: Tensors) -> list[Tensor]:
     assert t.x_s is not None and t.y_s is not None
-    tasks = [
-        _adapt_task(plan, t.parameters, t.rates, t.x_s[task], t.y_s[task]) for task in range(plan.tasks)
-    ]
+    tasks = [_adapt_task(plan, t.parameters, t.rates, t.x_s[task], t.y_s[task]) for task in range(plan.tasks)]
     return [torch.stack(values) for values in zip(*tasks, strict=True)]
 
 

@@ -1,0 +1,46 @@
+"""The compiled core. Pointers are addresses from `Tensor.data_ptr()`, 0 for none; nothing is checked behind them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+class Plan:
+    """A plan's description as numbers (see `backends/cpu.py`), laid out for one scalar type and instruction set."""
+
+    def __init__(self, spec: Mapping[str, Any], float64: bool, isa: str) -> None: ...
+    def run(
+        self,
+        params: Sequence[int],
+        constants: Sequence[int],
+        rates: Sequence[int],
+        x_s: int,
+        y_s: int,
+        x_q: int,
+        y_q: int,
+        weights: int,
+        cotangent: int,
+        adapted: Sequence[int],
+        losses: int,
+        objective: int,
+        outputs: int,
+        gradients: Sequence[int],
+        rate_gradient: int,
+        dx_s: int,
+        dx_q: int,
+        adapted_out: Sequence[int],
+        add: bool,
+        threads: int,
+        /,
+    ) -> None: ...
+    def bytes(self, threads: int) -> int:
+        """Memory that a call on so many threads holds beyond its inputs and outputs."""
+
+def labels_in_range(labels: int, count: int, classes: int, /) -> bool: ...
+def available() -> list[str]:
+    """Instruction sets that this processor can run, narrowest first."""
+
+def choose() -> str:
+    """The widest of `available()`, or the one that MAML_FAST_ISA names.
+
+    Raises:
+        RuntimeError: MAML_FAST_ISA names none of them.
+    """
