@@ -1,0 +1,243 @@
+"""Every backend against the float64 reference, on every small case."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from maml_fast import dispatch, verify
+from maml_fast.backends import cpu
+from maml_fast.cases import SMALL, Case, Problem, select
+from torch import Tensor, nn
+
+BACKENDS = [name for name in dispatch.BACKENDS if name != "reference"]
+DTYPES = [torch.float32, torch.float64]
+MUST_RUN_ON_CPU = {case.name for case in SMALL if "conv" not in case.tags}
+FEW = select(
+    ["tanh", "batchnorm", "loss-cross-entropy", "frozen", "tied", "unreached", "rate-per_element", "size-tasks"]
+)
+
+
+def names(value: object) -> str | None:
+    return value.name if isinstance(value, Case) else str(value).removeprefix("torch.")
+
+
+def skip_declined(backend: str, case: Case, declined: verify.Declined) -> None:
+    assert "\n  - " in str(declined), "a backend that declines gives its reasons"
+    expected = backend == "cpu" and case.name in MUST_RUN_ON_CPU and cpu.info()["built"]
+    assert not expected, f"cpu must run {case.name}: {declined}"
+    pytest.skip(str(declined))
+
+
+def requires(backend: str, request: pytest.FixtureRequest) -> None:
+    if backend == "cpu":
+        request.getfixturevalue("core")
+
+
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("case", SMALL, ids=names)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_the_reference(
+    backend: str, case: Case, dtype: torch.dtype, first_order: bool, request: pytest.FixtureRequest
+) -> None:
+    requires(backend, request)
+    try:
+        errors = verify.compare(case, backend, dtype, first_order)
+    except verify.Declined as declined:
+        skip_declined(backend, case, declined)
+    assert not [error for error in errors if not error.ok]
+
+
+def build(case: Case, backend: str, request: pytest.FixtureRequest) -> Problem:
+    """The case in float64, skipped where the backend cannot run it."""
+    requires(backend, request)
+    problem = case.build(torch.float64)
+    try:
+        problem.maml(backend).explain(*problem.batch)
+    except RuntimeError as error:
+        skip_declined(backend, case, verify.Declined(str(error)))
+    return problem
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) > 0 and all(map(torch.equal, a, b))
+
+
+each_backend = pytest.mark.parametrize("backend", list(dispatch.BACKENDS))
+few_cases = pytest.mark.parametrize("case", FEW, ids=names)
+
+
+@each_backend
+@few_cases
+def test_backward_equals_meta_loss_backward(backend: str, case: Case, request: pytest.FixtureRequest) -> None:
+    problem = build(case, backend, request)
+    maml = problem.maml(backend)
+    for reduction in ("mean", "sum"):
+        problem.model.zero_grad()
+        loss = maml.meta_loss(*problem.batch, reduction=reduction)
+        loss.backward()
+        expected = gradients(problem.model)
+        problem.model.zero_grad()
+        direct = maml.backward(*problem.batch, reduction=reduction)
+        assert torch.equal(direct, loss)
+        assert not direct.requires_grad
+        assert same(gradients(problem.model), expected)
+
+
+@each_backend
+@few_cases
+def test_gradients_accumulate(backend: str, case: Case, request: pytest.FixtureRequest) -> None:
+    problem = build(case, backend, request)
+    maml = problem.maml(backend)
+    maml.backward(*problem.batch)
+    once = [g.clone() for g in gradients(problem.model)]
+    maml.backward(*problem.batch)
+    maml.meta_loss(*problem.batch).backward()
+    assert all(
+        torch.allclose(g, 3 * o, rtol=1e-14, atol=1e-300) for g, o in zip(gradients(problem.model), once, strict=True)
+    )
+
+
+def weighted(problem: Problem, backend: str, first_order: bool) -> verify.Results:
+    """Loss and gradients of Σ_t w_t L_t through `reduction="none"`, with fixed random w."""
+    maml = problem.maml(backend, first_order)
+    weights = torch.randn(problem.case.tasks, generator=torch.Generator().manual_seed(3)).to(problem.x_s)
+    losses = maml.meta_loss(*problem.batch, reduction="none")
+    wanted = [p for p in problem.model.parameters() if p.requires_grad]
+    return {"task losses": (losses.detach(),), "parameters": torch.autograd.grad(losses @ weights, wanted)}
+
+
+@each_backend
+@few_cases
+def test_weighted_task_losses(backend: str, case: Case, request: pytest.FixtureRequest) -> None:
+    results = weighted(build(case, backend, request), backend, False)
+    errors = verify.judge(case, results, torch.float64, False, observer=weighted)
+    assert not [error for error in errors if not error.ok]
+
+
+@each_backend
+def test_sum_is_tasks_times_mean(backend: str, request: pytest.FixtureRequest) -> None:
+    problem = build(FEW[0], backend, request)
+    maml = problem.maml(backend)
+    total, mean = (maml.meta_loss(*problem.batch, reduction=r) for r in ("sum", "mean"))
+    torch.testing.assert_close(total, problem.case.tasks * mean, rtol=1e-14, atol=0)
+
+
+@each_backend
+def test_results_follow_changed_parameters(backend: str, request: pytest.FixtureRequest) -> None:
+    problem = build(FEW[0], backend, request)
+    maml = problem.maml(backend)
+    before = maml.meta_loss(*problem.batch).detach()
+    with torch.no_grad():
+        for p in problem.model.parameters():
+            p.mul_(0.5)
+    after = maml.meta_loss(*problem.batch).detach()
+    expected = problem.maml("reference").meta_loss(*problem.batch).detach()
+    assert after != before
+    torch.testing.assert_close(after, expected, rtol=1e-13, atol=0)
+
+
+@each_backend
+def test_batch_norm_leaves_its_buffers_alone(backend: str, request: pytest.FixtureRequest) -> None:
+    problem = build(select(["batchnorm"])[0], backend, request)
+    before = {name: b.clone() for name, b in problem.model.named_buffers()}
+    maml = problem.maml(backend)
+    maml.backward(*problem.batch)
+    maml(*problem.batch[:3]).sum().backward()
+    maml.adapt(*problem.batch[:2])(problem.x_q)
+    assert before
+    assert all(torch.equal(b, before[name]) for name, b in problem.model.named_buffers())
+
+
+@each_backend
+def test_eval_mode_uses_running_statistics(backend: str, request: pytest.FixtureRequest) -> None:
+    problem = build(select(["batchnorm"])[0], backend, request)
+    maml = problem.maml(backend)
+    training = maml.meta_loss(*problem.batch).item()
+    problem.model.eval()
+    evaluating = maml.meta_loss(*problem.batch).item()
+    reference = problem.maml("reference").meta_loss(*problem.batch).item()
+    assert evaluating != training
+    assert evaluating == pytest.approx(reference, rel=1e-13)
+
+
+@each_backend
+def test_calls_leave_parameters_and_inputs_alone(backend: str, request: pytest.FixtureRequest) -> None:
+    problem = build(FEW[1], backend, request)
+    tensors = [*problem.model.parameters(), *problem.batch]
+    before = [t.detach().clone() for t in tensors]
+    maml = problem.maml(backend)
+    maml.backward(*problem.batch)
+    maml.adapt(*problem.batch[:2])
+    assert same([t.detach() for t in tensors], before)
+
+
+@each_backend
+def test_zero_steps_adapt_to_copies(backend: str, request: pytest.FixtureRequest) -> None:
+    problem = build(replace(FEW[0], steps=0), backend, request)
+    adapted = problem.maml(backend).adapt(*problem.batch[:2]).parameters
+    for name, p in problem.model.named_parameters():
+        assert torch.equal(adapted[name], p.detach().expand(problem.case.tasks, *p.shape))
+
+
+@each_backend
+def test_non_contiguous_inputs(backend: str, request: pytest.FixtureRequest) -> None:
+    problem = build(FEW[2], backend, request)
+    maml = problem.maml(backend)
+    strided = [v.transpose(0, 1).contiguous().transpose(0, 1) for v in problem.batch]
+    assert not any(v.is_contiguous() for v in strided)
+    assert torch.equal(maml.backward(*strided), maml.backward(*problem.batch))
+
+
+@each_backend
+def test_parameters_with_other_strides(backend: str, request: pytest.FixtureRequest) -> None:
+    problem = build(FEW[0], backend, request)
+    expected = problem.maml(backend).backward(*problem.batch)
+    wanted = [g.clone() for g in gradients(problem.model)]
+    problem.model.zero_grad()
+    weight = problem.model.get_parameter("0.weight")
+    weight.data = weight.data.t().contiguous().t()
+    assert not weight.is_contiguous()
+    assert torch.equal(problem.maml(backend).backward(*problem.batch), expected)
+    assert same(gradients(problem.model), wanted)
+
+
+@each_backend
+def test_nan_passes_through(backend: str, request: pytest.FixtureRequest) -> None:
+    problem = build(FEW[0], backend, request)
+    problem.x_s[0, 0, 0] = float("nan")
+    losses = problem.maml(backend).meta_loss(*problem.batch, reduction="none")
+    assert losses[0].isnan()
+    assert losses[1:].isfinite().all()
+    assert problem.maml(backend).backward(*problem.batch).isnan()
+    assert all(g.isnan().any() for g in gradients(problem.model))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@few_cases
+def test_bit_identical_for_any_number_of_threads(threads: int, case: Case, request: pytest.FixtureRequest) -> None:
+    problem = build(replace(case, tasks=19), "cpu", request)
+    maml = problem.maml("cpu")
+    results, before = [], torch.get_num_threads()
+    try:
+        for count in (3, threads):
+            torch.set_num_threads(count)
+            problem.model.zero_grad()
+            loss = maml.backward(*problem.batch)
+            results.append([loss, *gradients(problem.model)])
+    finally:
+        torch.set_num_threads(before)
+    assert same(*results)
+
+
+def test_weighted_norms_are_right_under_vmap() -> None:
+    """PyTorch's batching rules lose a term of their second derivative; this backend must not."""
+    for name in ("batchnorm", "layernorm"):
+        (case,) = select([name])
+        assert all(error.ok for error in verify.compare(case, "vmap", torch.float64, False))
