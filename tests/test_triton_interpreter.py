@@ -6,7 +6,6 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -34,7 +33,7 @@ ALL_MODES = ("loss-cross-entropy", "frozen")
 
 
 @pytest.fixture(autouse=True)
-def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[TritonBackend]:
+def triton(monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
     """The backend under its name, with memory that is NaN until something is written."""
     torch.set_num_threads(1)
     backend = TritonBackend()
@@ -46,7 +45,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[TritonBackend]:
         self.memory.fill_(torch.nan)
 
     monkeypatch.setattr(workspace.Workspace, "allocate", poisoned)
-    yield backend
+    return backend
 
 
 def meta_gradient(case: cases.Case, first_order: bool) -> verify.Results:

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...plan import Plan
-from .call import Call
+from .call import PRECISIONS, Call
 from .launch import OPTIONS
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory that one program may have, by compute capability × 10."""
 
+_TILES = ("BM", "BN", "BK", "BC", "BR", "BW", "BT", "BI", "BLOCK")
 _LAUNCH_OPTIONS = ("num_warps", "num_stages")
 _TYPES = {torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 
@@ -47,10 +48,24 @@ class Instance:
     options: tuple[tuple[str, int], ...]
 
     @property
+    def module(self) -> str:
+        return str(self.kernel.fn.__module__).rsplit(".", 1)[-1]
+
+    @property
     def name(self) -> str:
-        chosen = [f"{k}={v}" for k, v in self.constants if k.isupper()]
-        module = self.kernel.fn.__module__.rsplit(".", 1)[-1]
-        return f"{module}.{self.kernel.fn.__name__.removesuffix('_kernel')} {' '.join(chosen)}"
+        chosen = [f"{k}={v}" for k, v in self.constants if k.isupper() or v is None]
+        return " ".join([f"{self.module}.{self.kernel.fn.__name__.removesuffix('_kernel')}", *chosen])
+
+    @property
+    def variant(self) -> object:
+        """What it shares with instances that differ in tile and alignment only."""
+        kept = [(k, v) for k, v in self.constants if v is None or (k.isupper() and k not in _TILES)]
+        return self.kernel.fn.__name__, self.module, tuple(kept)
+
+    @property
+    def tile(self) -> int:
+        """Numbers in its tile."""
+        return math.prod(v for k, v in self.constants if k in _TILES)
 
 
 @dataclass(frozen=True)
@@ -118,7 +133,8 @@ def compile(instance: Instance, capability: int) -> Usage:
         dict(instance.constants),
         {(i,): [["tt.divisibility", 16]] for i in instance.aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**OPTIONS, **dict(instance.options)})
+    options = {**OPTIONS, **dict(instance.options)}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spills = _resources(compiled.asm["cubin"])
     return Usage(compiled.metadata.shared, registers, spills)
 
@@ -135,29 +151,59 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-def shipped() -> Iterable[tuple[str, Plan]]:
-    """The meta-gradient plans of the benchmark's cases that this backend has kernels for."""
-    from ...cases import BENCH
+def plans() -> dict[str, Plan]:
+    """Meta-gradient plans of the benchmark's cases that this backend has kernels for, and of networks with norms."""
+    from ...cases import BENCH, select
     from ...plan import Mode
     from .support import why_not_network
 
-    for case in BENCH:
+    found = {}
+    for case in (*BENCH, *select(["batchnorm-deep", "layernorm", "branches"])):
         problem = case.build(torch.float32)
-        maml = problem.maml("reference")
-        plan = maml._prepare(Mode.META_GRADIENT, *problem.batch).call.plan
+        plan = problem.maml("reference")._prepare(Mode.META_GRADIENT, *problem.batch).call.plan
         graph = plan.trace[0]
         if graph is not None and not why_not_network(plan, graph):
-            yield case.name, plan
+            found[case.name] = plan
+    return found
+
+
+@cache
+def work() -> tuple[tuple[int, Instance], ...]:
+    """What the tests compile: of every kernel and set of arguments its largest tile, for capability 9.0.
+
+    For the other capabilities the matrix products and norms, which alone use shared memory; and the
+    products that add two products in every precision.
+    """
+    chosen: dict[object, Instance] = {}
+    pairs: dict[object, Instance] = {}
+    for plan in plans().values():
+        for precision in PRECISIONS:
+            plan.state["precision"] = precision
+            for instance in instances(plan):
+                is_pair = instance.module == "gemm" and "a2" not in dict(instance.constants)
+                if precision == "float32" or is_pair:
+                    group = chosen if precision == "float32" else pairs
+                    key = instance.variant
+                    group[key] = max(instance, group.get(key, instance), key=lambda i: i.tile)
+    shared = [i for i in chosen.values() if i.module in ("gemm", "channel_norm", "layer_norm")]
+    return (
+        *((90, i) for i in (*chosen.values(), *pairs.values())),
+        *((c, i) for c in SHARED_LIMIT if c != 90 for i in (*shared, *pairs.values())),
+    )
+
+
+def compile_nth(n: int) -> tuple[str, int, Usage]:
+    """The name, capability and usage of one piece of `work`; for processes that share nothing."""
+    capability, instance = work()[n]
+    return instance.name, capability, compile(instance, capability)
 
 
 def main() -> None:
-    for name, plan in shipped():
+    for name, plan in plans().items():
         print(f"{name}: {len(launches(plan))} launches a call")
-        for instance in instances(plan):
-            usage = [compile(instance, capability) for capability in SHARED_LIMIT]
-            cells = "  ".join(f"{u.shared:6d} B {u.registers:3d} regs {u.spills:3d} spilt" for u in usage)
-            print(f"  {cells}  {instance.name}")
+    for name, capability, usage in map(compile_nth, range(len(work()))):
+        print(f"{capability:4d} {usage.shared:6d} B {usage.registers:3d} regs {usage.spills:4d} B spilt  {name}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -63,7 +63,8 @@ class Buffers:
         sizes = [torch.Size(s).numel() for s in plan.rates.shapes]
         starts = [sum(sizes[:r]) for r in range(len(sizes))]
         self.rates = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
-        self.rate_views = [self.rates[i : i + n].view(s) for i, n, s in zip(starts, sizes, plan.rates.shapes, strict=True)]
+        pieces = self.rates.split(sizes)
+        self.rate_views = [piece.view(s) for piece, s in zip(pieces, plan.rates.shapes, strict=True)]
         places = torch.zeros(flat.adapting, dtype=torch.int32)
         self.of_rate: list[list[int]] = [[] for _ in sizes]
         for p in sorted(flat.adapting_set):

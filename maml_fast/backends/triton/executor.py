@@ -68,8 +68,8 @@ class Executor:
         for total in (buffers.gradient, buffers.rate_products, *buffers.dx.values()):
             if total is not None:
                 total.zero_()
-        for self.first in range(0, self.plan.tasks, chunk):
-            self.tasks = min(chunk, self.plan.tasks - self.first)
+        for first in range(0, self.plan.tasks, chunk):
+            self.first, self.tasks = first, min(chunk, self.plan.tasks - first)
             for instruction in self.program.instructions:
                 _EXECUTE[type(instruction)](self, instruction)
         if buffers.rate_products is not None and buffers.rate_partials.numel():

@@ -174,9 +174,7 @@ class LayerNorm:
         self, aux: tuple[Tensor, Tensor], dy: Tensor, w: Tensor | None, dx: Tensor, add: bool
     ) -> None:  # fmt: skip
         """dx (+)= gradient."""
-        self.launch(
-            backward_kernel, self.programs, *aux, dy, w, dx, *self.sizes, task(w), ADD=add, **self.constants
-        )
+        self.launch(backward_kernel, self.programs, *aux, dy, w, dx, *self.sizes, task(w), ADD=add, **self.constants)
 
     def tangent(
         self,

@@ -29,17 +29,16 @@ def _pointwise(z, y, d, LOSS: tl.constexpr):
     r = z - y
     if LOSS == "mse":
         return r * r, 2.0 * r, 2.0 + 0.0 * r
-    elif LOSS == "l1":
+    if LOSS == "l1":
         return tl.abs(r), _sign(r), 0.0 * r
-    elif LOSS == "huber":
+    if LOSS == "huber":
         far = tl.abs(r) > d
         value = tl.where(far, d * (tl.abs(r) - 0.5 * d), 0.5 * r * r)
         return value, tl.where(far, d * _sign(r), r), tl.where(far, 0.0, 1.0)
-    else:
-        tl.static_assert(LOSS == "bce_with_logits")
-        s = sigmoid(z)
-        value = tl.where(z < 0, 0.0, z) - z * y + log1p_unit(tl.exp(-tl.abs(z)))
-        return value, s - y, s * (1.0 - s)
+    tl.static_assert(LOSS == "bce_with_logits")
+    s = sigmoid(z)
+    value = tl.where(z < 0, 0.0, z) - z * y + log1p_unit(tl.exp(-tl.abs(z)))
+    return value, s - y, s * (1.0 - s)
 
 
 @triton.jit
@@ -108,7 +107,7 @@ def cross_entropy_kernel(
         label = tl.load(labels + t * samples + rn, mask=in_n, other=0)
         # Comparing rather than indexing: a label out of range reads nothing out of bounds.
         q = smoothing / classes + tl.where(label[:, None] == rc[None, :], 1.0 - smoothing, 0.0)
-        expected = tl.sum(tl.where(inside, q * v, 0.0), axis=1)
+        expected = tl.sum(q * tl.where(inside, v, 0.0), axis=1)
         total += tl.where(in_n, log_sum - expected, 0.0)
         if dz is not None:
             tl.store(dz + at, scale * (p - q), mask=inside)

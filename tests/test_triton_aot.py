@@ -1,0 +1,62 @@
+"""The Triton kernels of the shipped networks compile for every supported GPU, without one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+pytestmark = pytest.mark.timeout(600)
+
+MOST_SPILLS = 64  # bytes a thread
+
+
+def _compiler(cache: str) -> None:
+    """Make a fresh process one that compiles: the interpreter tests may share pytest's environment."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = cache
+    os.nice(10)
+
+
+def _size() -> int:
+    from maml_fast.backends.triton import aot
+
+    return len(aot.work())
+
+
+def _compiled(n: int) -> tuple[str, int, Any]:
+    from maml_fast.backends.triton import aot
+
+    return aot.compile_nth(n)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, int, Any]]:
+    cache: Path = tmp_path_factory.mktemp("triton")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, context, _compiler, (str(cache),)) as pool:
+        rows = list(pool.map(_compiled, range(pool.submit(_size).result()), chunksize=4))
+    for name, capability, usage in rows:
+        print(f"{capability:4d} {usage.shared:6d} B {usage.registers:3d} regs {usage.spills:4d} B spilt  {name}")
+    return rows
+
+
+def test_every_kernel_fits_the_shared_memory(table: list[tuple[str, int, Any]]) -> None:
+    limit = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+    assert {capability for _, capability, _ in table} == set(limit)
+    assert not [row for row in table if row[2].shared > limit[row[1]]]
+
+
+def test_no_kernel_spills_much(table: list[tuple[str, int, Any]]) -> None:
+    assert not [row for row in table if row[2].spills > MOST_SPILLS]
+
+
+def test_every_precision_compiles(table: list[tuple[str, int, Any]]) -> None:
+    for precision in ("ieee", "tf32x3", "tf32", "bf16"):
+        assert any(f"PRECISION={precision}" in name for name, _, _ in table), precision
