@@ -63,17 +63,17 @@ def activate(x, p0, p1, ACT: tl.constexpr):
     """f(x), f'(x), f''(x)."""
     if ACT == "relu":
         return tl.where(x < 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0), tl.zeros_like(x)
-    if ACT == "leaky_relu":
+    elif ACT == "leaky_relu":  # noqa: RET505  # Triton compiles what follows a return in a static branch
         return tl.where(x > 0, x, p0 * x), tl.where(x > 0, 1.0, p0), tl.zeros_like(x)
-    if ACT == "elu":
+    elif ACT == "elu":
         negative = x < 0
         e = p0 * _expm1(tl.where(negative, x, 0.0))
         return tl.where(negative, e, x), tl.where(negative, e + p0, 1.0), tl.where(negative, e + p0, 0.0)
-    if ACT == "gelu":
+    elif ACT == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.70710678118654752440))
         pdf = 0.39894228040143267794 * tl.exp(-0.5 * x * x)
         return x * cdf, cdf + x * pdf, pdf * (2.0 - x * x)
-    if ACT == "gelu_tanh":
+    elif ACT == "gelu_tanh":
         s = x * x
         u = 0.79788456080286535588 * x * (1.0 + 0.044715 * s)
         u1 = 0.79788456080286535588 * (1.0 + 0.134145 * s)
@@ -85,27 +85,28 @@ def activate(x, p0, p1, ACT: tl.constexpr):
             0.5 * (1.0 + t + x * r * u1),
             r * u1 + 0.5 * x * r * (u2 - 2.0 * t * u1 * u1),
         )
-    if ACT == "silu":
+    elif ACT == "silu":
         s = sigmoid(x)
         r = s * (1.0 - s)
         return x * s, s + x * r, r * (2.0 + x * (1.0 - 2.0 * s))
-    if ACT == "tanh":
+    elif ACT == "tanh":
         t = _tanh(x)
         r = 1.0 - t * t
         return t, r, -2.0 * t * r
-    if ACT == "sigmoid":
+    elif ACT == "sigmoid":
         s = sigmoid(x)
         r = s * (1.0 - s)
         return s, r, r * (1.0 - 2.0 * s)
-    if ACT == "softplus":
+    elif ACT == "softplus":
         t = p0 * x
         linear = t > p1
         s = sigmoid(t)
         y = (tl.maximum(t, 0.0) + log1p_unit(tl.exp(-tl.abs(t)))) / p0
         return tl.where(linear, x, y), tl.where(linear, 1.0, s), tl.where(linear, 0.0, p0 * s * (1.0 - s))
-    tl.static_assert(ACT == "sine")
-    y = tl.sin(p0 * x)
-    return y, p0 * tl.cos(p0 * x), -p0 * p0 * y
+    else:
+        tl.static_assert(ACT == "sine")
+        y = tl.sin(p0 * x)
+        return y, p0 * tl.cos(p0 * x), -p0 * p0 * y
 
 
 @triton.jit

@@ -127,11 +127,12 @@ class Buffers:
         plan, flat, shapes = self.plan, self.network.flat, self.plan.model.shapes
         result = Result(
             losses=_copy(self.losses),
-            objective=None if self.weights is None else torch.dot(self.losses, self.weights),
             outputs=_copy(self.outputs),
             x_s=_copy(self.dx[Batch.SUPPORT]),
             x_q=_copy(self.dx[Batch.QUERY]),
         )
+        if self.weights is not None and self.losses is not None:
+            result.objective = torch.dot(self.losses, self.weights)
         if self.adapted is not None:
             result.adapted = [self.adapted[:, flat.slice(i)].clone().view(-1, *s) for i, s in enumerate(shapes)]
         if self.gradient is not None:

@@ -38,7 +38,8 @@ def _vector(p, at, inside, default: tl.constexpr):
     """p[at], or `default` where there is no p."""
     if p is None:
         return tl.where(inside, default, 0.0)
-    return tl.load(p + at, mask=inside, other=0.0)
+    else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
+        return tl.load(p + at, mask=inside, other=0.0)
 
 
 @triton.jit

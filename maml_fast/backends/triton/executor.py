@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -242,7 +243,7 @@ def _absent(parameter: int) -> Tensor | None:
     return None
 
 
-_EXECUTE: dict[type[Instruction], Callable[[Executor, Instruction], None]] = {
+_EXECUTE: dict[type[Instruction], Callable[[Executor, Any], None]] = {
     Load: Executor.load,
     Forward: Executor.forward,
     SupportLoss: Executor.support_loss,

@@ -16,7 +16,8 @@ from .launch import Launch, blocks, power_of_two
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit

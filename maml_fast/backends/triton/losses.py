@@ -29,16 +29,17 @@ def _pointwise(z, y, d, LOSS: tl.constexpr):
     r = z - y
     if LOSS == "mse":
         return r * r, 2.0 * r, 2.0 + 0.0 * r
-    if LOSS == "l1":
+    elif LOSS == "l1":  # noqa: RET505  # Triton compiles what follows a return in a static branch
         return tl.abs(r), _sign(r), 0.0 * r
-    if LOSS == "huber":
+    elif LOSS == "huber":
         far = tl.abs(r) > d
         value = tl.where(far, d * (tl.abs(r) - 0.5 * d), 0.5 * r * r)
         return value, tl.where(far, d * _sign(r), r), tl.where(far, 0.0, 1.0)
-    tl.static_assert(LOSS == "bce_with_logits")
-    s = sigmoid(z)
-    value = tl.where(z < 0, 0.0, z) - z * y + log1p_unit(tl.exp(-tl.abs(z)))
-    return value, s - y, s * (1.0 - s)
+    else:
+        tl.static_assert(LOSS == "bce_with_logits")
+        s = sigmoid(z)
+        value = tl.where(z < 0, 0.0, z) - z * y + log1p_unit(tl.exp(-tl.abs(z)))
+        return value, s - y, s * (1.0 - s)
 
 
 @triton.jit

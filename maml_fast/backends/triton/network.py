@@ -109,7 +109,7 @@ class Network:
         moves = [False] * len(self.features)
         wants = [input_gradients] + [False] * (len(self.features) - 1)
         for op in ops:
-            sources = [self.buffers[i] for i in op.inputs]
+            sources = tuple(self.buffers[i] for i in op.inputs)
             out = self.buffers[op.output]
             moves[out] = any(p in self.flat.adapting_set for p in op.parameters) or any(moves[i] for i in sources)
             wants[out] = any(p in self.flat.active_set for p in op.parameters) or any(wants[i] for i in sources)

@@ -10,7 +10,7 @@ from ...program import Backward, Hvp, Program
 from .activation import PARAMETERS, PIECEWISE_LINEAR
 from .network import Layer, Network
 
-Key = tuple[str, int] | tuple[str, int, int] | tuple[str, int, int, int]
+Key = tuple[str | int, ...]
 
 _ALIGNED = 16
 
@@ -79,10 +79,10 @@ class Workspace:
 
     def view(self, tasks: int, *key: str | int) -> Tensor | None:
         """The array (tasks, size), or None where the plan does without."""
-        size = self.sizes.get(key)  # type: ignore[call-overload]
+        size = self.sizes.get(key)
         if size is None:
             return None
-        offset = self.offsets[key]  # type: ignore[index]
+        offset = self.offsets[key]
         return self.memory[offset : offset + tasks * size].view(tasks, size)
 
 
