@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from maml_fast import dispatch, verify
 from maml_fast.backends import cpu
 from maml_fast.cases import SMALL, Case, Problem, select
-from torch import Tensor, nn
 
 BACKENDS = [name for name in dispatch.BACKENDS if name != "reference"]
 DTYPES = [torch.float32, torch.float64]

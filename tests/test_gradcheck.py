@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from maml_fast.backends import cpu
-from maml_fast.cases import SMALL, Case, select
 from torch import Tensor
 from torch.autograd import gradcheck
+
+from maml_fast.backends import cpu
+from maml_fast.cases import SMALL, Case, select
 
 BACKEND = "cpu" if cpu.info()["built"] else "vmap"
 # large ones take long; the learning rate zero puts x_s exactly on a flat spot
