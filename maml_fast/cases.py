@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -99,6 +99,17 @@ class Problem:
     def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.x_s, self.y_s, self.x_q, self.y_q
 
+    @property
+    def rates(self) -> list[Tensor]:
+        """The learnable rates."""
+        values = self.lr.values() if isinstance(self.lr, Mapping) else [self.lr]
+        return [v for v in values if isinstance(v, Tensor)]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Everything that the meta-gradient adds to: trainable parameters and rates."""
+        return [*(p for p in self.model.parameters() if p.requires_grad), *self.rates]
+
     def maml(self, backend: str, first_order: bool = False) -> MAML:
         case = self.case
         return MAML(
@@ -131,12 +142,10 @@ def _perturb_norms(model: nn.Module) -> nn.Module:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm):
                 for p in module.parameters(recurse=False):
-                    p += 0.3 * torch.randn_like(p)
+                    p.add_(torch.randn_like(p), alpha=0.3)
                 for name, buffer in module.named_buffers(recurse=False):
                     if buffer.is_floating_point():
-                        buffer.add_(
-                            0.5 * torch.rand_like(buffer) if name == "running_var" else torch.randn_like(buffer)
-                        )
+                        buffer.add_(torch.rand_like(buffer) if name == "running_var" else torch.randn_like(buffer))
     return model
 
 

@@ -143,39 +143,40 @@ def _threads_for(backend: str) -> Iterator[None]:
 
 def _observe(problem: Problem, maml: MAML) -> Results:
     x_s, x_q = problem.x_s.detach().requires_grad_(), problem.x_q.detach().requires_grad_()
-    parameters = [p for p in problem.model.parameters() if p.requires_grad]
-    rates = list(problem.lr.values()) if isinstance(problem.lr, dict) else [problem.lr]
-    rates = [r for r in rates if isinstance(r, Tensor)]
-    leaves = [*parameters, *rates, x_s, x_q]
-
+    own = problem.leaves
+    leaves, count = [*own, x_s, x_q], len(own) - len(problem.rates)
     loss = maml.meta_loss(x_s, problem.y_s, x_q, problem.y_q)
     gradients = torch.autograd.grad(loss, leaves)
     logits = maml(x_s, problem.y_s, x_q)
     pullback = torch.autograd.grad((logits * _cotangent(logits)).sum(), leaves)
-    before = [p.grad for p in (*parameters, *rates)]
-    for p in (*parameters, *rates):
-        p.grad = None
-    maml.backward(*problem.batch)
-    backward = tuple(p.grad if p.grad is not None else torch.full_like(p, math.nan) for p in (*parameters, *rates))
-    for p, grad in zip((*parameters, *rates), before, strict=True):
-        p.grad = grad
     adapted = maml.adapt(problem.x_s, problem.y_s)
     with torch.no_grad():
         task_losses = maml.meta_loss(*problem.batch, reduction="none")
-    middle, end = len(parameters), len(parameters) + len(rates)
     return {
         "loss": (loss.detach(),),
         "task losses": (task_losses,),
         "logits": (logits.detach(),),
         "adapted": tuple(adapted.parameters.values()),
         "adapted logits": (adapted(problem.x_q),),
-        "parameters": gradients[:middle],
-        "rates": gradients[middle:end],
-        "x_s": gradients[end:-1],
+        "parameters": gradients[:count],
+        "rates": gradients[count:-2],
+        "x_s": gradients[-2:-1],
         "x_q": gradients[-1:],
         "pullback": pullback,
-        "backward": backward,
+        "backward": _written(maml, problem),
     }
+
+
+def _written(maml: MAML, problem: Problem) -> tuple[Tensor, ...]:
+    """What `backward` writes into `.grad`, on a clean slate and without input gradients."""
+    before = [leaf.grad for leaf in problem.leaves]
+    for leaf in problem.leaves:
+        leaf.grad = None
+    maml.backward(*problem.batch)
+    found = tuple(leaf.new_full(leaf.shape, math.nan) if leaf.grad is None else leaf.grad for leaf in problem.leaves)
+    for leaf, gradient in zip(problem.leaves, before, strict=True):
+        leaf.grad = gradient
+    return found
 
 
 def observe_gradient(problem: Problem, backend: str, first_order: bool) -> Results:

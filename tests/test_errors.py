@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -230,7 +231,7 @@ def test_module_on_two_devices() -> None:
 
 def test_model_is_not_a_module() -> None:
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got function"):
-        mf.MAML(torch.sin if isinstance(torch.sin, type(lambda: 0)) else lambda x: x, 0.1)  # type: ignore[arg-type]
+        mf.MAML(lambda x: x, 0.1)  # type: ignore[arg-type]
 
 
 def test_model_without_parameters() -> None:
@@ -315,7 +316,7 @@ def test_backward_of_unreduced_losses(problem: Problem) -> None:
 
 
 class Untraceable(nn.Module):
-    """Branches on its numbers, has a hook-free layer without a kernel, and vmap cannot batch it."""
+    """Branches on its numbers, which neither torch.fx nor vmap can follow."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -337,10 +338,11 @@ def test_named_backend_that_cannot_lists_every_reason(regression: Problem, backe
 
 def test_fallback_warns_once_with_the_reasons(regression: Problem) -> None:
     maml = mf.MAML(Untraceable(), 0.1, loss="mse")
-    with pytest.warns(UserWarning, match=r"falls back to a slower backend(.|\n)*not cpu") as caught:
+    with pytest.warns(UserWarning, match=r"falls back to a slower backend(.|\n)*not cpu"):
         maml.backward(*regression.batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         maml.backward(*[v[:2] for v in regression.batch])
-    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -348,22 +350,20 @@ def test_fallback_warns_once_with_the_reasons(regression: Problem) -> None:
 def test_third_derivatives_raise(regression: Problem, backend: str, call: str) -> None:
     function, parameters = differentiable(regression, backend, call)
     (gradient,) = torch.autograd.grad(function(), parameters[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         torch.autograd.grad(gradient.sum(), parameters[:1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("call", ["meta_loss", "none", "forward"])
 def test_forward_mode_raises(regression: Problem, backend: str, call: str) -> None:
-    maml = quiet(regression, backend=backend)
-    runs(maml, regression)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp|forward"):
-        x_s = torch.autograd.forward_ad.make_dual(regression.x_s, torch.ones_like(regression.x_s))
-        x_s, y_s, x_q, y_q = x_s, *regression.batch[1:]
-        if call == "forward":
-            maml(x_s, y_s, x_q)
-        else:
-            maml.meta_loss(x_s, y_s, x_q, y_q, reduction="mean" if call == "meta_loss" else "none")
+    function, _ = differentiable(regression, backend, call)
+    function()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(regression.x_q, torch.ones_like(regression.x_q))
+        function, _ = differentiable(replace(regression, x_q=dual), backend, call)
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
+            function()
 
 
 def runs(maml: mf.MAML, problem: Problem) -> None:

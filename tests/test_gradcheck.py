@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from maml_fast.backends import cpu
-from maml_fast.cases import SMALL, Case, select
+from maml_fast.cases import SMALL, Case, Problem, select
 
 BACKEND = "cpu" if cpu.info()["built"] else "vmap"
 # large ones take long; the learning rate zero puts x_s exactly on a flat spot
@@ -18,13 +18,10 @@ FEW = select(
 )
 
 
-def leaves(case: Case) -> tuple[list[Tensor], object]:
+def leaves(case: Case) -> tuple[list[Tensor], Problem]:
     """Every tensor with a gradient, and the problem they belong to."""
     problem = case.build(torch.float64)
-    rates = list(problem.lr.values()) if isinstance(problem.lr, dict) else [problem.lr]
-    found = [p for p in problem.model.parameters() if p.requires_grad]
-    found += [r for r in rates if isinstance(r, Tensor)]
-    return [*found, problem.x_s.requires_grad_(), problem.x_q.requires_grad_()], problem
+    return [*problem.leaves, problem.x_s.requires_grad_(), problem.x_q.requires_grad_()], problem
 
 
 def check(case: Case, call: str, fast: bool) -> None:

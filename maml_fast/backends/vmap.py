@@ -129,6 +129,7 @@ def _adapt_task(
 
 def _batched(plan: Plan, t: Tensors, query: bool) -> Tensor | list[Tensor]:
     """Query outputs (T, Nq, *out), or the adapted parameters."""
+    assert t.x_s is not None and t.y_s is not None
 
     def task(buffers: dict[str, Tensor], x_s: Tensor, y_s: Tensor, x_q: Tensor | None) -> Tensor | list[Tensor]:
         theta = _adapt_task(plan, list(t.parameters), t.rates, buffers, x_s, y_s)
@@ -146,6 +147,7 @@ def _query_outputs(plan: Plan, t: Tensors) -> Tensor:
 
 
 def _losses(plan: Plan, t: Tensors) -> Tensor:
+    assert t.y_q is not None
     return vmap(plan.inner.loss.function)(_query_outputs(plan, t), t.y_q)
 
 
@@ -160,6 +162,7 @@ def _adapt(plan: Plan, t: Tensors) -> list[Tensor]:
 
 def _apply(plan: Plan, t: Tensors) -> Tensor:
     model = plan.model
+    assert t.x_q is not None
 
     def task(parameters: list[Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
         return model.call(model.named(parameters), buffers, x)

@@ -47,7 +47,7 @@ def meta_loss_backward(problem: Problem) -> Step:
         for p in parameters:
             p.grad = None
         loss = maml.meta_loss(*problem.batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss, [p.grad for p in parameters]
 
     return step
@@ -83,7 +83,7 @@ def torch_loop(problem: Problem) -> Step:
         for p in parameters.values():
             p.grad = None
         loss = torch.stack([task_loss(*task) for task in zip(*problem.batch, strict=True)]).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss, [p.grad for p in parameters.values()]
 
     return step
