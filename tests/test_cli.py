@@ -18,7 +18,7 @@ from maml_fast import __version__
 from maml_fast.cli import app
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--meta-batch", "4", "--eval-tasks", "10", "--log-every", "50"]
+SMALL = ["--threads", "1", "--meta-batch", "4", "--eval-tasks", "10", "--log-every", "50"]
 
 
 def run(*arguments: str) -> tuple[int, str]:

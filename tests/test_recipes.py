@@ -37,7 +37,7 @@ def quiet() -> Console:
 
 
 def sinusoid(out: Path, iterations: int, **settings: Any) -> SinusoidRecipe:
-    settings = {"meta_batch": 4, "log_every": 7, "eval_tasks": 20} | settings
+    settings = {"meta_batch": 4, "log_every": 7, "eval_tasks": 20, "threads": 1} | settings
     return SinusoidRecipe(SinusoidConfig(out=out, iterations=iterations, **settings))
 
 
@@ -53,7 +53,15 @@ def drawings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small_omniglot(out: Path, iterations: int, **settings: Any) -> OmniglotRecipe:
-    settings = {"meta_batch": 4, "log_every": 7, "eval_tasks": 8, "validate_every": 8, "validation_tasks": 8} | settings
+    defaults = {
+        "meta_batch": 4,
+        "log_every": 7,
+        "eval_tasks": 8,
+        "validate_every": 8,
+        "validation_tasks": 8,
+        "threads": 1,
+    }
+    settings = defaults | settings
     return OmniglotRecipe(OmniglotConfig(out=out, iterations=iterations, **settings))
 
 
@@ -98,7 +106,7 @@ class Interrupting(Sinusoids):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_saves_between_iterations(number: signal.Signals, tmp_path: Path) -> None:
     straight = sinusoid(tmp_path / "a", 20)
-    train(straight, console=quiet())
+    assert train(straight, console=quiet()) == 0
     interrupted = sinusoid(tmp_path / "b", 20)
     trainer = Trainer(interrupted, console=quiet())
     interrupted.sampler = Interrupting(13, number, 4, 10, 10)
@@ -131,14 +139,14 @@ def test_run_writes_everything(tmp_path: Path) -> None:
 
 
 def test_meta_training_learns(tmp_path: Path) -> None:
-    train(sinusoid(tmp_path, 400, meta_batch=25, log_every=100), console=quiet())
+    assert train(sinusoid(tmp_path, 400, meta_batch=25, log_every=100), console=quiet()) == 0
     curve = [line["loss"] for line in losses(tmp_path)]
     assert curve[-1] < 0.8 * curve[0]
 
 
 @pytest.mark.usefixtures("drawings")
 def test_omniglot_learns_validates_and_keeps_the_best(tmp_path: Path) -> None:
-    train(small_omniglot(tmp_path, 40, meta_batch=16), console=quiet())
+    assert train(small_omniglot(tmp_path, 40, meta_batch=16), console=quiet()) == 0
     state = files.load(tmp_path / "checkpoint.pt")
     validated = [line["validation_accuracy"] for line in losses(tmp_path) if "validation_accuracy" in line]
     assert len(validated) == 5
@@ -148,15 +156,15 @@ def test_omniglot_learns_validates_and_keeps_the_best(tmp_path: Path) -> None:
 
 
 def test_earlier_run_is_moved_aside(tmp_path: Path) -> None:
-    train(sinusoid(tmp_path, 5), console=quiet())
+    assert train(sinusoid(tmp_path, 5), console=quiet()) == 0
     old = (tmp_path / "checkpoint.pt").read_bytes()
-    train(sinusoid(tmp_path, 6), console=quiet())
+    assert train(sinusoid(tmp_path, 6), console=quiet()) == 0
     assert (tmp_path / "earlier-1" / "checkpoint.pt").read_bytes() == old
     assert files.load(tmp_path / "checkpoint.pt")["iteration"] == 6
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
-    train(sinusoid(tmp_path, 5), console=quiet())
+    assert train(sinusoid(tmp_path, 5), console=quiet()) == 0
     with pytest.raises(ValueError, match=r"inner_lr: the run was started with 0\.01, got 0\.02"):
         Trainer(sinusoid(tmp_path, 10, inner_lr=0.02), resume=True, console=quiet())
 
