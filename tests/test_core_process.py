@@ -1,0 +1,283 @@
+"""The core and the process around it: several Python threads, fork, exit, and a package without the core."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import maml_fast
+from maml_fast import verify
+from maml_fast.cases import Case, select
+
+CASES = select(["size-tasks", "batchnorm-deep", "loss-cross-entropy", "rate-per_element"])
+PACKAGE = Path(maml_fast.__file__).resolve().parent
+
+
+def run_python(source: str, *, cwd: Path, package: Path = PACKAGE, **environment: str) -> str:
+    """Output of a fresh interpreter that imports the given copy of the package."""
+    path = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(source)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, f"exit status {ran.returncode}\n{ran.stdout}{ran.stderr}"
+    return ran.stdout
+
+
+# ---- several Python threads --------------------------------------------------------------------
+
+
+def gradients(model: torch.nn.Module, maml: maml_fast.MAML, batch: tuple[torch.Tensor, ...]) -> list[bytes]:
+    """The loss and its meta-gradient, as bytes."""
+    loss = maml.meta_loss(*batch)
+    results = [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+    return [t.detach().numpy().tobytes() for t in results]
+
+
+def in_threads(count: int, work: object) -> None:
+    """Run `work(index)` in that many threads, all started at once; raise what one of them raised."""
+    barrier, errors = threading.Barrier(count), []
+
+    def body(index: int) -> None:
+        try:
+            barrier.wait(timeout=60)
+            work(index)  # type: ignore[operator]
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=body, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    if errors:
+        raise errors[0]
+
+
+def test_threads_with_a_module_each(core: ModuleType) -> None:
+    problems = [case.build(torch.float32, seed=i) for i, case in enumerate(CASES)]
+    mamls = [problem.maml("cpu") for problem in problems]
+    serial = [gradients(p.model, m, p.batch) for p, m in zip(problems, mamls, strict=True)]
+
+    def work(index: int) -> None:
+        problem, maml = problems[index], mamls[index]
+        for _ in range(50):
+            assert gradients(problem.model, maml, problem.batch) == serial[index]
+
+    in_threads(len(CASES), work)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_threads_that_share_a_module(case: Case, core: ModuleType) -> None:
+    problem = case.build(torch.float32)
+    maml = problem.maml("cpu")
+    batches = [case.build(torch.float32, seed=seed).batch for seed in range(4)]
+    serial = [gradients(problem.model, maml, batch) for batch in batches]
+    assert len(set(map(tuple, serial))) == len(batches)
+
+    def work(index: int) -> None:
+        for i in range(40):
+            k = (index + i) % len(batches)
+            assert gradients(problem.model, maml, batches[k]) == serial[k]
+
+    in_threads(4, work)
+
+
+def test_threads_share_a_module_from_the_first_call(core: ModuleType) -> None:
+    """Plans are made and cached on the first call: four first calls at once."""
+    case = CASES[0]
+    problem = case.build(torch.float32)
+    serial = gradients(problem.model, problem.maml("cpu"), problem.batch)
+    for _ in range(10):
+        maml = problem.maml("cpu")
+        in_threads(4, lambda _: check(gradients(problem.model, maml, problem.batch) == serial))  # noqa: B023
+
+
+def check(good: bool) -> None:
+    assert good
+
+
+# ---- fork, exit --------------------------------------------------------------------------------
+
+SETUP = """
+    import os, sys, threading, time
+    import torch
+    from maml_fast.cases import select
+
+    torch.set_num_threads(3)
+    problem = select(["size-tasks"])[0].build(torch.float32)
+    maml = problem.maml("cpu")
+
+    def gradients(maml=maml):
+        for p in problem.model.parameters():
+            p.grad = None
+        loss = maml.backward(*problem.batch)
+        return [t.detach().numpy().tobytes() for t in (loss, *(p.grad for p in problem.model.parameters()))]
+
+    def forked(expected, rounds=20, again=2):
+        child = os.fork()
+        if child == 0:
+            status = 3
+            try:
+                good = all(gradients() == expected for _ in range(rounds))
+                if good and again > 0:  # a child's child, and the child after it has forked
+                    forked(expected, rounds, again - 1)
+                    good = gradients() == expected
+                status = 0 if good else 4
+            finally:
+                os._exit(status)
+        for _ in range(3000):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                assert status == 0, f"the child ended with {os.waitstatus_to_exitcode(status)}"
+                return
+            time.sleep(0.01)
+        os.kill(child, 9)
+        raise SystemExit("the child hangs")
+"""
+
+
+def script(source: str) -> str:
+    return textwrap.dedent(SETUP) + textwrap.dedent(source)
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+
+
+@needs_fork
+@pytest.mark.no_sanitizer
+def test_fork_after_use(core: ModuleType, tmp_path: Path) -> None:
+    source = """
+        expected = gradients()
+        for _ in range(5):
+            forked(expected)
+            assert gradients() == expected
+        print("same")
+    """
+    assert run_python(script(source), cwd=tmp_path).strip() == "same"
+
+
+@needs_fork
+@pytest.mark.no_sanitizer
+def test_fork_before_use(core: ModuleType, tmp_path: Path) -> None:
+    source = """
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            os.write(writing, b"".join(gradients()))
+            os._exit(0)
+        os.wait()
+        expected = b"".join(gradients())
+        assert os.read(reading, 1 << 20) == expected
+        print("same")
+    """
+    assert run_python(script(source), cwd=tmp_path).strip() == "same"
+
+
+@needs_fork
+@pytest.mark.no_sanitizer
+def test_fork_while_another_thread_computes(core: ModuleType, tmp_path: Path) -> None:
+    """The child must not wait for locks that its parent's other threads held."""
+    source = """
+        expected = gradients()
+        other = problem.maml("cpu")
+        stop = threading.Event()
+
+        def busy():
+            while not stop.is_set():
+                with torch.no_grad():
+                    other.meta_loss(*problem.batch)
+
+        thread = threading.Thread(target=busy)
+        thread.start()
+        try:
+            for _ in range(30):
+                forked(expected, rounds=3, again=0)
+        finally:
+            stop.set()
+            thread.join()
+        print("same")
+    """
+    assert run_python(script(source), cwd=tmp_path).strip() == "same"
+
+
+@needs_fork
+@pytest.mark.no_sanitizer
+def test_multiprocessing_with_fork(core: ModuleType, tmp_path: Path) -> None:
+    source = """
+        import multiprocessing
+
+        def job(_):
+            return gradients()
+
+        expected = gradients()
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            assert pool.map(job, range(8)) == [expected] * 8
+        print("same")
+    """
+    assert run_python(script(source), cwd=tmp_path).strip() == "same"
+
+
+def test_exit_while_daemon_threads_compute(core: ModuleType, tmp_path: Path) -> None:
+    source = """
+        def busy():
+            with torch.no_grad():
+                while True:
+                    maml.meta_loss(*problem.batch)
+
+        for _ in range(2):
+            threading.Thread(target=busy, daemon=True).start()
+        time.sleep(0.2)
+        print("bye", flush=True)
+    """
+    assert run_python(script(source), cwd=tmp_path).strip() == "bye"
+
+
+# ---- without the core --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def without_core(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package that was never compiled."""
+    copy = tmp_path_factory.mktemp("pure") / "maml_fast"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_core*", "__pycache__"))
+    return copy
+
+
+def test_package_without_core(without_core: Path, tmp_path: Path) -> None:
+    source = """
+        import maml_fast
+        from maml_fast import dispatch
+        print(maml_fast.__file__)
+        from maml_fast.cases import select
+        import torch
+        problem = select(["size-tasks"])[0].build(torch.float32)
+        print(problem.maml("auto").explain(*problem.batch[:3]))
+        print(float(problem.maml("vmap").meta_loss(*problem.batch)))
+        try:
+            problem.maml("cpu").meta_loss(*problem.batch)
+        except RuntimeError as error:
+            print("error:", error)
+    """
+    output = run_python(source, cwd=tmp_path, package=without_core)
+    assert output.startswith(str(without_core))
+    assert "backend: vmap" in output
+    assert "not cpu: maml_fast._core is not built" in output
+    assert "error: backend 'cpu' cannot run this model:\n  - maml_fast._core is not built" in output
+    problem = select(["size-tasks"])[0].build(torch.float32)
+    loss = next(float(line) for line in output.splitlines() if line[:1].isdigit())
+    reference = problem.maml("reference").meta_loss(*problem.batch)
+    assert verify.relative_error([torch.tensor(loss)], [reference]) < 1e-5
