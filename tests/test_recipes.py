@@ -24,6 +24,7 @@ from maml_fast.recipes import (
     SinusoidConfig,
     SinusoidRecipe,
     Trainer,
+    display,
     files,
     omniglot,
     train,
@@ -136,6 +137,27 @@ def test_run_writes_everything(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "evaluation.json").read_text())
     assert [len(rows) for rows in results.values()] == [11, 11]
     assert [line["iteration"] for line in losses(tmp_path)] == [7, 14]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_shown_however_short_the_stretches(
+    terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "BAR_PERIOD", 0.0)
+    monkeypatch.setattr(display, "LINE_PERIOD", 0.0)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=150)
+    assert train(sinusoid(tmp_path, 10, log_every=2), console=console) == 0
+    output = console.file.getvalue()
+    for iteration in (1, 5, 9):
+        assert (f"{iteration}/10" if terminal else f"iteration {iteration}: loss ") in output
+    assert "it/s" in output
+
+
+def test_progress_is_not_shown_every_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "LINE_PERIOD", 3600.0)
+    console = quiet()
+    assert train(sinusoid(tmp_path, 10, log_every=2), console=console) == 0
+    assert "it/s" not in console.file.getvalue()
 
 
 def test_meta_training_learns(tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ from rich.table import Table
 
 from .evaluation import Estimate, StepResult
 
+BAR_PERIOD, LINE_PERIOD = 0.25, 10.0
+"""Seconds between updates of the bar, and between plain lines."""
+
 
 class Display:
     """A progress bar with loss and iterations/s; plain lines where the output is not a terminal.
@@ -18,6 +21,9 @@ class Display:
     Args:
         title: of the bar.
         start, total: iterations done and to be done.
+
+    Attributes:
+        due: the `time.perf_counter()` from which the next `update` is wanted.
     """
 
     def __init__(self, console: Console, title: str, start: int, total: int) -> None:
@@ -37,7 +43,8 @@ class Display:
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(title, total=total, completed=start, loss=float("nan"), rate=0.0)
-        self.period = 0.25 if console.is_terminal else 10.0
+        self._period = BAR_PERIOD if console.is_terminal else LINE_PERIOD
+        self.due = self._began + self._period
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -51,6 +58,7 @@ class Display:
         return (iteration - self._start) / max(time.perf_counter() - self._began, 1e-9)
 
     def update(self, iteration: int, loss: float) -> None:
+        self.due = time.perf_counter() + self._period
         rate = self.rate(iteration)
         self._progress.update(self._task, completed=iteration, loss=loss, rate=rate, refresh=True)
         if not self._console.is_terminal:

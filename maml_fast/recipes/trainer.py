@@ -170,16 +170,14 @@ class Trainer:
         """Plain iterations: nothing in here waits for a number or formats one, except for the bar."""
         backward, step, sampler = self.recipe.maml.backward, self.optimizer.step, self.recipe.sampler
         parameters, window, now = self.parameters, self.window, time.perf_counter
-        refresh = now() + display.period
         while self.iteration < until and interrupt.signal is None:
             for parameter in parameters:
                 parameter.grad = None
             window.append(backward(*next(sampler)))
             step()
             self.iteration += 1
-            if now() > refresh:
+            if now() > display.due:
                 display.update(self.iteration, _mean(window[-100:]))
-                refresh = now() + display.period
 
     def _next_event(self) -> int:
         periods = [self.config.log_every, self.config.save_every, self.recipe.validate_every]
