@@ -39,17 +39,17 @@ class Engine {
     void execute(const Instr& in) {
         switch (in.code) {
             case Code::load: return load_parameters(in.a);
-            case Code::forward: return forward(in.a, in.b);
+            case Code::forward: return forward(in);
             case Code::support_loss: return loss(in.a, 0, nullptr, true);
             case Code::query_loss: return loss(in.a, 1, static_cast<S*>(call_.losses) + t0_, in.b != 0);
             case Code::cotangent: return cotangent(in.a);
-            case Code::backward: return backward(in.a, in.b, in.c, in.inputs);
+            case Code::backward: return backward(in);
             case Code::update: return update(in.a, in.b, in.c);
             case Code::scale: return scale(in.a, in.b);
-            case Code::hvp: return hvp(in.a, in.b, in.c, in.d, in.inputs);
+            case Code::hvp: return hvp(in);
             case Code::subtract: return subtract(in.a, in.b);
             case Code::rate_gradient: return rate_gradient(in.a, in.b);
-            case Code::accumulate: return accumulate(in.a);
+            case Code::accumulate: return accumulate(in);
             case Code::store_parameters: return store_parameters(in.a);
             case Code::store_outputs: return store_outputs(in.a);
         }
@@ -92,8 +92,9 @@ class Engine {
 
     // ---- the network -------------------------------------------------------------------------
 
-    void forward(int slot, int tape_index) {
-        const TapeView& tape = plan_.tapes[tape_index];
+    void forward(const Instr& in) {
+        int slot = in.a;
+        const TapeView& tape = plan_.tapes[in.b];
         long N = samples(tape);
         for (int i = 0; i < plan_.n_ops; ++i) {
             const Op& op = plan_.ops[i];
@@ -102,7 +103,7 @@ class Engine {
             long size = per_task(tape, op.out);
             S *aux1 = at(tape.aux1[i]), *aux2 = at(tape.aux2[i]);
             switch (op.kind) {
-                case OpKind::linear: linear_values(op, slot, N, x, y); break;
+                case OpKind::linear: linear_values(op, slot, in.theta, N, x, y); break;
                 case OpKind::activation: activation_forward<S>(op, B_ * size, x, y, aux1, aux2); break;
                 case OpKind::affine: {
                     S f = S(op.f0), c = S(op.f1);
@@ -121,9 +122,72 @@ class Engine {
         }
     }
 
-    void linear_values(const Op& op, int slot, long N, const S* x, S* y) {
-        PerTask<const S> w = weight(slot, op.w), bias = weight(slot, op.b);
-        linear_product(op, w, N, x, bias, false, y);
+    void linear_values(const Op& op, int slot, Factors theta, long N, const S* x, S* y) {
+        PerTask<const S> bias = weight(slot, op.b);
+        bool spread_bias = op.low_rank && bias.stride != 0;
+        if (spread_bias) spread(N * op.rows, op.out_width, bias, y);
+        linear_product(op, weight(slot, op.w), N, x, spread_bias ? PerTask<const S>{nullptr, 0} : bias, spread_bias, y);
+        if (op.low_rank) add_product(op, theta, N, x, y);
+    }
+
+    // ---- low-rank weights: W = W_0 + Σ_r c_r P_rᵀ Q_r -----------------------------------------
+
+    const S* deltas(const Op& op, const Factor& f) const {
+        if (f.term == Term::tangent_delta) return ws_ + plan_.tangents[f.hvp].delta[op.out];
+        return ws_ + plan_.tapes[f.tape].delta[op.out];
+    }
+    const S* inputs(const Op& op, const Factor& f) const {
+        if (f.term == Term::tangent_input) return ws_ + plan_.tangents[f.hvp].value[op.in[0]];
+        return value(plan_.tapes[f.tape], op.in[0]);
+    }
+    // A layer without a tangent at its input has no such term.
+    bool absent(const Op& op, const Factor& f) const { return f.term == Term::tangent_input && !op.has_tangent[0]; }
+
+    S coefficient(const Op& op, const Factor& f) const {
+        return S(f.sign) * (f.rate ? *rate(plan_.params[op.w]) : S(1));
+    }
+
+    // y += x (Σ_r c_r P_rᵀ Q_r)ᵀ = Σ_r c_r (x Q_rᵀ) P_r.
+    void add_product(const Op& op, Factors factors, long N, const S* x, S* y) {
+        for (int r = 0; r < factors.n; ++r)
+            if (!absent(op, factors.p[r]))
+                add_term(op, factors.p[r], N, op.width, op.out_width, x, inputs(op, factors.p[r]),
+                         deltas(op, factors.p[r]), y);
+    }
+
+    // dx += dy (Σ_r c_r P_rᵀ Q_r) = Σ_r c_r (dy P_rᵀ) Q_r.
+    void add_transposed_product(const Op& op, Factors factors, long N, const S* dy, S* dx) {
+        for (int r = 0; r < factors.n; ++r)
+            if (!absent(op, factors.p[r]))
+                add_term(op, factors.p[r], N, op.out_width, op.width, dy, deltas(op, factors.p[r]),
+                         inputs(op, factors.p[r]), dx);
+    }
+
+    void add_term(const Op& op, const Factor& f, long N, long I, long O, const S* x, const S* q, const S* p, S* y) {
+        long rows = N * op.rows, rank = samples(plan_.tapes[f.tape]) * op.rows;
+        S c = coefficient(op, f);
+        bool owned = p != static_cast<const S*>(call_.x[0]) + t0_ * rank * O &&
+                     p != static_cast<const S*>(call_.x[1]) + t0_ * rank * O;
+        for (long b = 0; b < B_; ++b)
+            low_rank_product<S>(rows, I, O, rank, c, x + b * rows * I, q + b * rank * I, p + b * rank * O, owned,
+                                y + b * rows * O, scratch(), gemm_scratch());
+    }
+
+    // Σ_tasks P_rᵀ Q_r into the sum: one product over the rows of all tasks of the block.
+    void accumulate_low_rank(const Op& op, Factors factors) {
+        S* sum = partial_ + plan_.params[op.w].sum;
+        for (int r = 0; r < factors.n; ++r) {
+            const Factor& f = factors.p[r];
+            if (absent(op, f)) continue;
+            long rows = B_ * samples(plan_.tapes[f.tape]) * op.rows;
+            const S* p = deltas(op, f);
+            if (f.sign < 0) {
+                S* negated = scratch();
+                put(true, negated, rows * op.out_width, [=](long i) { return -p[i]; });
+                p = negated;
+            }
+            linear_weight_gradient<S>(op, false, rows, p, inputs(op, f), sum, gemm_scratch());
+        }
     }
 
     // y (+)= x Wᵀ + bias, in one product where all tasks share W and bias.
@@ -230,8 +294,8 @@ class Engine {
         long N = samples(tape), F = plan_.features[plan_.out], size = N * F;
         S d = S(plan_.loss_parameter);
         for (long b = 0; b < B_; ++b) {
-            const S* tz = ws_ + plan_.tangent[plan_.out] + b * size;
-            S* ez = ws_ + plan_.tangent_delta[plan_.out] + b * size;
+            const S* tz = ws_ + tangents_.value[plan_.out] + b * size;
+            S* ez = ws_ + tangents_.delta[plan_.out] + b * size;
             if (plan_.loss == LossKind::cross_entropy) {
                 cross_entropy_tangent(N, F, S(1) / S(N), ws_ + tape.loss + b * size, tz, ez);
             } else {
@@ -261,8 +325,10 @@ class Engine {
         return inputs ? static_cast<S*>(call_.dx[tape.batch]) + t0_ * per_task(tape, buffer) : nullptr;
     }
 
-    void backward(int slot, int tape_index, int out, bool inputs) {
-        const TapeView& tape = plan_.tapes[tape_index];
+    void backward(const Instr& in) {
+        int slot = in.a, out = in.c;
+        bool inputs = in.inputs;
+        const TapeView& tape = plan_.tapes[in.b];
         long N = samples(tape);
         bool adapted_only = tape.batch == 0;
         for (int i = plan_.n_ops - 1; i >= 0; --i) {
@@ -276,6 +342,7 @@ class Engine {
                 case OpKind::linear: {
                     PerTask<S> gw = gradient(out, op.w, adapted_only), gb = gradient(out, op.b, adapted_only);
                     if (dx) linear_transposed_product(op, weight(slot, op.w), first, N, dy, dx);
+                    if (dx && op.low_rank) add_transposed_product(op, in.theta, N, dy, dx);
                     linear_gradients(op, N, value(tape, op.in[0]), dy, gw, gb);
                     break;
                 }
@@ -350,22 +417,24 @@ class Engine {
 
     // ---- Hessian-vector product: the tangent of forward and backward ---------------------------
 
-    void hvp(int slot, int tape_index, int vector, int out, bool inputs) {
-        const TapeView& tape = plan_.tapes[tape_index];
-        if (!plan_.moves) return fill(ws_ + plan_.slots[out], B_ * plan_.parameters, S(0));
-        forward_tangent(slot, tape, vector);
+    void hvp(const Instr& in) {
+        const TapeView& tape = plan_.tapes[in.b];
+        if (!plan_.moves) return fill(ws_ + plan_.slots[in.d], B_ * plan_.parameters, S(0));
+        tangents_ = plan_.tangents[in.hvp];
+        forward_tangent(in, tape);
         loss_tangent(tape);
-        backward_tangent(slot, tape, vector, out, inputs);
-        if (!inputs) return;
+        backward_tangent(in, tape);
+        if (!in.inputs) return;
         long size = per_task(tape, 0);
-        const S* ex = ws_ + plan_.tangent_delta[0];
+        const S* ex = ws_ + tangents_.delta[0];
         S* dx = static_cast<S*>(call_.dx[0]) + t0_ * size;
         for (long i = 0; i < B_ * size; ++i) dx[i] -= ex[i];
     }
 
-    S* tangent(const Op& op, int j) const { return op.has_tangent[j] ? ws_ + plan_.tangent[op.in[j]] : nullptr; }
+    S* tangent(const Op& op, int j) const { return op.has_tangent[j] ? ws_ + tangents_.value[op.in[j]] : nullptr; }
 
-    void forward_tangent(int slot, const TapeView& tape, int vector) {
+    void forward_tangent(const Instr& in, const TapeView& tape) {
+        int slot = in.a, vector = in.c;
         long N = samples(tape);
         for (int i = 0; i < plan_.n_ops; ++i) {
             const Op& op = plan_.ops[i];
@@ -373,11 +442,11 @@ class Engine {
                 clear_tangent_aux(op, i, tape);
                 continue;
             }
-            S* ty = ws_ + plan_.tangent[op.out];
+            S* ty = ws_ + tangents_.value[op.out];
             const S* tx = tangent(op, 0);
             long size = B_ * per_task(tape, op.out);
             switch (op.kind) {
-                case OpKind::linear: linear_tangent(op, slot, vector, tape, tx, ty); break;
+                case OpKind::linear: linear_tangent(op, in, tape, tx, ty); break;
                 case OpKind::activation: activation_tangent<S>(size, ws_ + tape.aux1[i], tx, ty); break;
                 case OpKind::affine: {
                     S f = S(op.f0);
@@ -407,18 +476,23 @@ class Engine {
 
     // The backward tangent of a norm reads these even where nothing upstream moves.
     void clear_tangent_aux(const Op& op, int i, const TapeView& tape) {
-        if (plan_.tangent_aux1[i] >= 0) fill(ws_ + plan_.tangent_aux1[i], B_ * per_task(tape, op.out), S(0));
-        if (plan_.tangent_aux2[i] >= 0) fill(ws_ + plan_.tangent_aux2[i], B_ * norm_groups(op, samples(tape)), S(0));
+        if (tangents_.aux1[i] >= 0) fill(ws_ + tangents_.aux1[i], B_ * per_task(tape, op.out), S(0));
+        if (tangents_.aux2[i] >= 0) fill(ws_ + tangents_.aux2[i], B_ * norm_groups(op, samples(tape)), S(0));
     }
 
-    void linear_tangent(const Op& op, int slot, int vector, const TapeView& tape, const S* tx, S* ty) {
+    void linear_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, S* ty) {
         long N = samples(tape);
-        PerTask<const S> v = direction(vector, op.w), vb = direction(vector, op.b), none{nullptr, 0};
-        if (tx) linear_product(op, weight(slot, op.w), N, tx, v ? none : vb, false, ty);
-        if (v)
-            linear_product(op, v, N, value(tape, op.in[0]), vb, tx != nullptr, ty);
-        else if (!tx)
-            spread(N * op.rows, op.out_width, vb, ty);
+        PerTask<const S> w = weight(in.a, op.w), v = direction(in.c, op.w), vb = direction(in.c, op.b),
+                         none{nullptr, 0};
+        if (op.low_rank || (!tx && !v)) {
+            vb ? spread(N * op.rows, op.out_width, vb, ty) : fill(ty, B_ * per_task(tape, op.out), S(0));
+            if (tx) linear_product(op, w, N, tx, none, true, ty);
+            if (tx && op.low_rank) add_product(op, in.theta, N, tx, ty);
+            if (op.low_rank) add_product(op, in.vector, N, value(tape, op.in[0]), ty);
+            return;
+        }
+        if (tx) linear_product(op, w, N, tx, vb, false, ty);
+        if (v) linear_product(op, v, N, value(tape, op.in[0]), tx ? none : vb, tx != nullptr, ty);
     }
 
     // Every row of a task ← its bias direction.
@@ -433,8 +507,8 @@ class Engine {
         for (long b = 0; b < B_; ++b) {
             const S *hb = ws_ + tape.aux1[i] + b * size, *ib = ws_ + tape.aux2[i] + b * groups;
             const S* txb = tx ? tx + b * size : nullptr;
-            S *tyb = ty + b * size, *thb = ws_ + plan_.tangent_aux1[i] + b * size,
-              *sb = ws_ + plan_.tangent_aux2[i] + b * groups;
+            S *tyb = ty + b * size, *thb = ws_ + tangents_.aux1[i] + b * size,
+              *sb = ws_ + tangents_.aux2[i] + b * groups;
             if (op.kind == OpKind::batch_norm)
                 batch_norm_tangent<S>(op, N, hb, ib, w.of(b), vw.of(b), vb.of(b), txb, tyb, thb, sb, scratch());
             else if (op.kind == OpKind::running_norm)
@@ -447,21 +521,23 @@ class Engine {
     // The tangent of an input's delta; null where it is not wanted.
     S* input_tangent_delta(const TapeView& tape, const Op& op, int j, bool inputs) const {
         if (!op.wants_delta[j] || (tape.value[op.in[j]] < 0 && !inputs)) return nullptr;
-        return ws_ + plan_.tangent_delta[op.in[j]];
+        return ws_ + tangents_.delta[op.in[j]];
     }
 
-    void backward_tangent(int slot, const TapeView& tape, int vector, int out, bool inputs) {
+    void backward_tangent(const Instr& in, const TapeView& tape) {
+        int slot = in.a, vector = in.c, out = in.d;
+        bool inputs = in.inputs;
         long N = samples(tape);
         for (int i = plan_.n_ops - 1; i >= 0; --i) {
             const Op& op = plan_.ops[i];
             if (!op.out_wants_delta) continue;
-            const S *dy = ws_ + tape.delta[op.out], *ey = ws_ + plan_.tangent_delta[op.out];
+            const S *dy = ws_ + tape.delta[op.out], *ey = ws_ + tangents_.delta[op.out];
             long size = B_ * per_task(tape, op.out);
             S* ex = input_tangent_delta(tape, op, 0, inputs);
             const S* tx = tangent(op, 0);
             bool first = op.delta_first[0];
             switch (op.kind) {
-                case OpKind::linear: linear_backward_tangent(op, slot, vector, tape, out, tx, dy, ey, ex); break;
+                case OpKind::linear: linear_backward_tangent(op, in, tape, tx, dy, ey, ex); break;
                 case OpKind::activation:
                     if (ex)
                         activation_backward_tangent<S>(first, size, ws_ + tape.aux1[i], at(tape.aux2[i]), tx, dy, ey,
@@ -489,13 +565,16 @@ class Engine {
         }
     }
 
-    void linear_backward_tangent(const Op& op, int slot, int vector, const TapeView& tape, int out, const S* tx,
-                                 const S* dy, const S* ey, S* ex) {
+    void linear_backward_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, const S* dy,
+                                 const S* ey, S* ex) {
         long N = samples(tape), rows = N * op.rows;
-        PerTask<const S> v = direction(vector, op.w);
+        int out = in.d;
+        PerTask<const S> v = direction(in.c, op.w);
         if (ex) {
-            linear_transposed_product(op, weight(slot, op.w), op.delta_first[0], N, ey, ex);
+            linear_transposed_product(op, weight(in.a, op.w), op.delta_first[0], N, ey, ex);
             if (v) linear_transposed_product(op, v, false, N, dy, ex);
+            if (op.low_rank) add_transposed_product(op, in.theta, N, ey, ex);
+            if (op.low_rank) add_transposed_product(op, in.vector, N, dy, ex);
         }
         PerTask<S> hw = gradient(out, op.w, false), hb = gradient(out, op.b, false);
         linear_gradients(op, N, value(tape, op.in[0]), ey, hw, hb);
@@ -516,7 +595,7 @@ class Engine {
         S* sums = scratch();
         for (long b = 0; b < B_; ++b) {
             const S *xh = ws_ + tape.aux1[i] + b * size, *ib = ws_ + tape.aux2[i] + b * groups;
-            const S *th = ws_ + plan_.tangent_aux1[i] + b * size, *sb = ws_ + plan_.tangent_aux2[i] + b * groups;
+            const S *th = ws_ + tangents_.aux1[i] + b * size, *sb = ws_ + tangents_.aux2[i] + b * groups;
             const S *db = dy + b * size, *eb = ey + b * size;
             S* xb = ex ? ex + b * size : nullptr;
             if (op.kind == OpKind::layer_norm)
@@ -587,17 +666,23 @@ class Engine {
         for (long i = 0; i < B_ * plan_.parameters; ++i) to[i] -= from[i];
     }
 
-    void accumulate(int vector) {
-        for (long b = 0; b < B_; ++b) {
-            const S* from = ws_ + plan_.slots[vector] + b * plan_.parameters;
-            put(false, partial_, plan_.parameters, [=](long i) { return from[i]; });
+    void accumulate(const Instr& in) {
+        for (int p = 0; p < plan_.n_params; ++p) {
+            const Param& param = plan_.params[p];
+            if (param.offset < 0) continue;
+            for (long b = 0; b < B_; ++b) {
+                const S* from = slot(in.a, param, b);
+                put(false, partial_ + param.sum, param.size, [=](long i) { return from[i]; });
+            }
         }
+        for (int i = 0; i < plan_.n_ops; ++i)
+            if (plan_.ops[i].low_rank) accumulate_low_rank(plan_.ops[i], in.theta);
     }
 
     void rate_gradient(int grad, int adjoint) {
         each_adapted([&](int, const Param& p, long b) {
             const S *g = slot(grad, p, b), *l = slot(adjoint, p, b);
-            S* to = partial_ + plan_.parameters + plan_.rate_offset[p.rate];
+            S* to = partial_ + plan_.sums + plan_.rate_offset[p.rate];
             if (p.elementwise)
                 for (long i = 0; i < p.size; ++i) to[i] -= g[i] * l[i];
             else
@@ -634,6 +719,7 @@ class Engine {
     S* ws_;
     S* partial_;
     long t0_ = 0, B_ = 0;
+    TangentView tangents_{};  // of the Hessian-vector product under way
 };
 
 template <class S>

@@ -10,10 +10,15 @@ constexpr long kAlignment = 16;       // numbers: a cache line of floats
 constexpr long kSlack = 64;           // a vector read past the last buffer stays inside
 constexpr long kWorkspaceBytes = 384 << 10;  // what tasks in lockstep may take: most of a private cache
 constexpr long kLockstep = 4;
+constexpr long kLargeModel = 1 << 16;  // parameters from which fewer partial sums are cheaper
 constexpr long kBlocks = 16;          // partial sums a call is cut into, whatever the number of threads
 
 bool is_norm(OpKind kind) {
     return kind == OpKind::batch_norm || kind == OpKind::running_norm || kind == OpKind::layer_norm;
+}
+
+long groups(const Op& op, long n) {
+    return op.kind == OpKind::layer_norm ? n * op.rows : op.width;
 }
 
 bool is_piecewise_linear(Act act) {
@@ -42,12 +47,17 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
         op.f1 = s.f1;
         ops_.push_back(op);
     }
-    long offset = 0;
-    for (const ParamSpec& s : spec_.params) {
-        params_.push_back({s.size, s.active ? offset : -1, s.rate, s.elementwise, s.adapts && s.active});
-        if (s.active) offset += s.size;
+    find_low_rank();
+    for (std::size_t i = 0; i < spec_.params.size(); ++i) {
+        const ParamSpec& s = spec_.params[i];
+        bool formed = std::none_of(ops_.begin(), ops_.end(), [&](const Op& op) { return op.low_rank && op.w == int(i); });
+        bool dense = s.active && formed;
+        params_.push_back({s.size, dense ? view_.parameters : -1, s.active ? view_.sums : -1, s.rate, s.elementwise,
+                           s.adapts && dense});
+        if (dense) view_.parameters += s.size;
+        if (s.active) view_.sums += s.size;
     }
-    view_.parameters = offset;
+    find_factors();
     for (long size : spec_.rate_sizes) {
         rate_offsets_.push_back(view_.rates);
         view_.rates += size;
@@ -55,12 +65,14 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
 
     find_flags();
     place_panels();
-    view_.block = (spec_.tasks + kBlocks - 1) / kBlocks;
+    long blocks = view_.sums > kLargeModel ? kBlocks / 2 : kBlocks;
+    view_.block = (spec_.tasks + blocks - 1) / blocks;
     long lockstep = std::min(view_.block, kLockstep);
     do {
         place_buffers(lockstep);
     } while (used_ * machine_.scalar_bytes > kWorkspaceBytes && lockstep-- > 1);
 
+    view_.tasks = spec_.tasks;
     view_.ops = ops_.data();
     view_.n_ops = int(ops_.size());
     view_.features = spec_.features.data();
@@ -78,6 +90,66 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     view_.loss_parameter = spec_.loss_parameter;
 }
 
+// A linear layer's gradient from few samples has low rank: where forming W_k for every task costs more
+// than multiplying by its factors, it is never formed. Per task, in multiply-adds:
+//   formed:   the products with the direction, and about 16 passes over W-sized memory
+//   factored: Gram matrices of the factors, in the query passes and in the Hessian-vector products
+void Layout::find_low_rank() {
+    if (!spec_.low_rank) return;
+    long steps = std::count_if(spec_.code.begin(), spec_.code.end(), [](const Instr& i) { return i.code == Code::update; });
+    for (Op& op : ops_) {
+        if (op.kind != OpKind::linear) continue;
+        const ParamSpec& p = spec_.params[op.w];
+        long uses = std::count_if(ops_.begin(), ops_.end(), [&](const Op& o) { return o.w == op.w || o.b == op.w; });
+        if (!p.adapts || !p.active || p.elementwise || uses > 1) continue;
+        double rank = double(steps * spec_.samples[0] * op.rows), query = double(spec_.samples[1] * op.rows);
+        double factored = 4 * rank * (query + rank) * double(op.width + op.out_width);
+        double formed = (2 * rank + 16) * double(op.width * op.out_width);
+        op.low_rank = factored < formed;
+    }
+}
+
+// Follows the program once to learn which terms every low-rank slot consists of at each instruction.
+void Layout::find_factors() {
+    std::vector<std::vector<Factor>> slots(spec_.slots);
+    auto freeze = [&](const std::vector<Factor>& list) {
+        factors_.push_back(list);
+        return Factors{factors_.back().data(), int(factors_.back().size())};
+    };
+    factors_.reserve(2 * spec_.code.size());
+    for (Instr& in : spec_.code) {
+        in.theta = in.vector = {nullptr, 0};
+        switch (in.code) {
+            case Code::forward: in.theta = freeze(slots[in.a]); break;
+            case Code::backward:
+                in.theta = freeze(slots[in.a]);
+                if (in.c >= 0) slots[in.c] = {{Term::gradient, in.b, -1, 1, false}};
+                break;
+            case Code::update: {
+                std::vector<Factor> following = slots[in.b];
+                for (Factor f : slots[in.c]) following.push_back({f.term, f.tape, f.hvp, -f.sign, true});
+                slots[in.a] = std::move(following);
+                break;
+            }
+            case Code::scale:
+                slots[in.a] = slots[in.b];
+                for (Factor& f : slots[in.a]) f.rate = true;
+                break;
+            case Code::hvp:
+                in.hvp = hvps_++;
+                in.theta = freeze(slots[in.a]);
+                in.vector = freeze(slots[in.c]);
+                slots[in.d] = {{Term::tangent_delta, in.b, in.hvp, 1, false}, {Term::tangent_input, in.b, in.hvp, 1, false}};
+                break;
+            case Code::subtract:
+                for (Factor f : slots[in.b]) slots[in.a].push_back({f.term, f.tape, f.hvp, -f.sign, f.rate});
+                break;
+            case Code::accumulate: in.theta = freeze(slots[in.a]); break;
+            default: break;
+        }
+    }
+}
+
 // Static facts of the reverse sweep: what depends on parameters, and who is first to write a sum.
 void Layout::find_flags() {
     std::size_t buffers = spec_.features.size();
@@ -86,8 +158,8 @@ void Layout::find_flags() {
     for (Op& op : ops_) {
         for (int p : {op.w, op.b}) {
             if (p < 0) continue;
-            moves[op.out] = moves[op.out] || params_[p].adapts;
-            wanted[op.out] = wanted[op.out] || params_[p].offset >= 0;
+            moves[op.out] = moves[op.out] || (spec_.params[p].adapts && spec_.params[p].active);
+            wanted[op.out] = wanted[op.out] || spec_.params[p].active;
         }
         for (int j = 0; j < op.n_in; ++j) {
             moves[op.out] = moves[op.out] || moves[op.in[j]];
@@ -137,11 +209,16 @@ long Layout::take(long size) {
     return offset;
 }
 
-long Layout::scratch_size() const {
+long Layout::scratch_size(long lockstep) const {
     long size = 0;
     for (const Op& op : ops_) {
         size = std::max(size, 4 * op.width);
-        if (op.kind == OpKind::linear) size = std::max(size, packed_size(op.width, op.out_width, machine_.lanes));
+        if (op.kind != OpKind::linear) continue;
+        size = std::max(size, packed_size(op.width, op.out_width, machine_.lanes));
+        if (!op.low_rank) continue;
+        long rows = std::max(spec_.samples[0], spec_.samples[1]) * op.rows, widest = std::max(op.width, op.out_width);
+        size = std::max(size, packed_size(widest, rows, machine_.lanes) + rows * rows);
+        size = std::max(size, lockstep * rows * op.out_width);
     }
     return size;
 }
@@ -157,15 +234,43 @@ long Layout::gemm_scratch_size() const {
     return size;
 }
 
+long* Layout::table(std::size_t n) {
+    return tables_.emplace_back(n, -1).data();
+}
+
+// All Hessian-vector products share their buffers, but for those whose tangents are factors of a
+// low-rank weight: they live on.
+void Layout::place_tangents(long lockstep) {
+    std::size_t buffers = spec_.features.size();
+    std::vector<bool> lives_on(buffers);
+    for (const Op& op : ops_)
+        if (op.low_rank) lives_on[op.in[0]] = lives_on[op.out] = true;
+    long n = spec_.samples[0];
+    tangents_.clear();
+    for (int h = 0; h < hvps_; ++h) {
+        long *value = table(buffers), *delta = table(buffers), *aux1 = table(ops_.size()), *aux2 = table(ops_.size());
+        for (std::size_t v = 0; v < buffers; ++v) {
+            bool reuse = h > 0 && !lives_on[v];
+            long size = lockstep * n * spec_.features[v];
+            if (v > 0) value[v] = reuse ? tangents_[0].value[v] : take(size);
+            if (v > 0 || spec_.input_gradients) delta[v] = reuse ? tangents_[0].delta[v] : take(size);
+        }
+        for (std::size_t i = 0; i < ops_.size(); ++i) {
+            if (!is_norm(ops_[i].kind)) continue;
+            aux1[i] = h > 0 ? tangents_[0].aux1[i] : take(lockstep * n * spec_.features[ops_[i].out]);
+            aux2[i] = h > 0 ? tangents_[0].aux2[i] : take(lockstep * groups(ops_[i], n));
+        }
+        tangents_.push_back({value, delta, aux1, aux2});
+    }
+}
+
 void Layout::place_buffers(long lockstep) {
     used_ = 0;
     tables_.clear();
     tapes_.clear();
     slots_.clear();
-    tables_.reserve(4 * spec_.tapes.size() + 4);
+    tables_.reserve(4 * (spec_.tapes.size() + hvps_));
     std::size_t buffers = spec_.features.size();
-    auto table = [&](std::size_t n) { return tables_.emplace_back(n, -1).data(); };
-    auto groups = [](const Op& op, long n) { return op.kind == OpKind::layer_norm ? n * op.rows : op.width; };
 
     for (int batch : spec_.tapes) {
         long n = spec_.samples[batch];
@@ -188,31 +293,15 @@ void Layout::place_buffers(long lockstep) {
         tapes_.push_back({value, delta, aux1, aux2, loss, batch});
     }
 
-    long n = spec_.samples[0];
-    long *tangent = table(buffers), *tangent_delta = table(buffers);
-    long *aux1 = table(ops_.size()), *aux2 = table(ops_.size());
-    if (spec_.second_order) {
-        for (std::size_t v = 0; v < buffers; ++v) {
-            if (v > 0) tangent[v] = take(lockstep * n * spec_.features[v]);
-            if (v > 0 || spec_.input_gradients) tangent_delta[v] = take(lockstep * n * spec_.features[v]);
-        }
-        for (std::size_t i = 0; i < ops_.size(); ++i) {
-            if (!is_norm(ops_[i].kind)) continue;
-            aux1[i] = take(lockstep * n * spec_.features[ops_[i].out]);
-            aux2[i] = take(lockstep * groups(ops_[i], n));
-        }
-    }
+    place_tangents(lockstep);
     slots_.assign(spec_.slots, -1);
     for (int s = 1; s < spec_.slots; ++s) slots_[s] = take(lockstep * view_.parameters);
 
     view_.lockstep = lockstep;
     view_.tapes = tapes_.data();
-    view_.tangent = tangent;
-    view_.tangent_delta = tangent_delta;
-    view_.tangent_aux1 = aux1;
-    view_.tangent_aux2 = aux2;
+    view_.tangents = tangents_.data();
     view_.slots = slots_.data();
-    view_.scratch = take(scratch_size());
+    view_.scratch = take(scratch_size(lockstep));
     view_.gemm_scratch = take(gemm_scratch_size());
     take(kSlack);
     view_.workspace = used_;

@@ -37,6 +37,7 @@ struct Spec {
     double loss_parameter;
     bool input_gradients;
     bool reverse, second_order;
+    bool low_rank;  // the program allows weights that are never formed
     long tasks;
 };
 
@@ -51,11 +52,15 @@ class Layout {
     const PlanView& view() const { return view_; }
 
   private:
+    void find_low_rank();
+    void find_factors();
     void find_flags();
     void place_panels();
     void place_buffers(long lockstep);
+    void place_tangents(long lockstep);
+    long* table(std::size_t n);
     long take(long size);
-    long scratch_size() const;
+    long scratch_size(long lockstep) const;
     long gemm_scratch_size() const;
 
     Spec spec_;
@@ -65,6 +70,9 @@ class Layout {
     std::vector<Op> ops_;
     std::vector<std::unique_ptr<bool[]>> flags_;
     std::vector<Param> params_;
+    std::vector<std::vector<Factor>> factors_;
+    std::vector<TangentView> tangents_;
+    int hvps_ = 0;
     std::vector<TapeView> tapes_;
     std::vector<std::vector<long>> tables_;
     std::vector<long> slots_, rate_offsets_;

@@ -51,7 +51,7 @@ Spec parse(const py::dict& d) {
     for (auto item : d["code"]) {
         auto c = item.cast<py::dict>();
         s.code.push_back({Code(c["code"].cast<int>()), c["a"].cast<int>(), c["b"].cast<int>(), c["c"].cast<int>(),
-                          c["d"].cast<int>(), c["inputs"].cast<bool>(), c["batch"].cast<int>()});
+                          c["d"].cast<int>(), c["inputs"].cast<bool>(), c["batch"].cast<int>(), -1, {nullptr, 0}, {nullptr, 0}});
     }
     s.tapes = d["tapes"].cast<std::vector<int>>();
     s.slots = d["slots"].cast<int>();
@@ -63,6 +63,7 @@ Spec parse(const py::dict& d) {
     s.input_gradients = d["input_gradients"].cast<bool>();
     s.reverse = d["reverse"].cast<bool>();
     s.second_order = d["second_order"].cast<bool>();
+    s.low_rank = d["low_rank"].cast<bool>();
     s.tasks = d["tasks"].cast<long>();
     return s;
 }
@@ -86,7 +87,7 @@ class Plan {
 
     void run(const std::vector<Pointer>& params, const std::vector<Pointer>& constants,
              const std::vector<Pointer>& rates, Pointer x_s, Pointer y_s, Pointer x_q, Pointer y_q, Pointer weights,
-             Pointer cotangent, const std::vector<Pointer>& adapted, Pointer losses, Pointer outputs,
+             Pointer cotangent, const std::vector<Pointer>& adapted, Pointer losses, Pointer objective, Pointer outputs,
              const std::vector<Pointer>& gradients, Pointer rate_gradient, Pointer dx_s, Pointer dx_q,
              const std::vector<Pointer>& adapted_out, bool add, int threads) {
         auto p = addresses(params), c = addresses(constants), r = addresses(rates), a = addresses(adapted),
@@ -104,6 +105,7 @@ class Plan {
         call.cotangent = address(cotangent);
         call.adapted = a.data();
         call.losses = writable(losses);
+        call.objective = writable(objective);
         call.outputs = writable(outputs);
         call.gradients = gradients.empty() ? nullptr : g.data();
         call.rate_gradient = writable(rate_gradient);

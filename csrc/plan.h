@@ -32,7 +32,8 @@ enum class Code : int {
 
 struct Param {
     long size;
-    long offset;       // in a slot; -1 where the parameter has no gradient
+    long offset;       // in a slot; -1 where the parameter has no gradient or its layer is low-rank
+    long sum;          // in the sum over tasks; -1 where the parameter has no gradient
     int rate;          // index of its learning rate
     bool elementwise;  // the rate has one number per element
     bool adapts;
@@ -58,8 +59,25 @@ struct Op {
     const bool* has_tangent;   // per input
     bool out_has_tangent;
     bool out_wants_delta;
+    bool low_rank;       // the adapted weight is never formed: W_k = W_0 + Σ_r c_r P_rᵀ Q_r
     long pack_forward;   // offset of the shared weight's panels, or -1
     long pack_backward;
+};
+
+// A term c Pᵀ Q of a low-rank weight. P holds a layer's output deltas and Q its inputs, of `tape`;
+// or one of them is replaced by its tangent of Hessian-vector product `hvp`.
+enum class Term : int { gradient, tangent_delta, tangent_input };
+
+struct Factor {
+    Term term;
+    int tape, hvp;
+    int sign;
+    bool rate;  // times the learning rate
+};
+
+struct Factors {
+    const Factor* p;
+    int n;
 };
 
 struct Instr {
@@ -67,6 +85,9 @@ struct Instr {
     int a, b, c, d;
     bool inputs;  // also the gradient w.r.t. the batch's inputs
     int batch;
+    int hvp;          // which tangents a Hessian-vector product writes
+    Factors theta;    // low-rank part of slot a's weights (of slot b's in a sum)
+    Factors vector;   // of the direction
 };
 
 // Offsets of one tape's buffers; -1 where absent (or, for the input, the caller's memory).
@@ -79,7 +100,16 @@ struct TapeView {
     int batch;
 };
 
+// Offsets of one Hessian-vector product's buffers.
+struct TangentView {
+    const long* value;  // per buffer: ẋ
+    const long* delta;  // per buffer: δ̇
+    const long* aux1;   // per op: tangent of the normalised input
+    const long* aux2;   // per op: tangent of σ
+};
+
 struct PlanView {
+    long tasks;
     const Op* ops;
     int n_ops;
     const long* features;  // per buffer: numbers a sample has
@@ -90,17 +120,15 @@ struct PlanView {
     const Instr* code;
     int n_code;
     const TapeView* tapes;
-    const long* tangent;        // per buffer: offset of ẋ
-    const long* tangent_delta;  // per buffer: offset of δ̇
-    const long* tangent_aux1;   // per op
-    const long* tangent_aux2;
+    const TangentView* tangents;
     const long* slots;  // offset of each slot
     const long* rate_offset;  // per rate: offset in the rate gradient
     const long* rate_size;
     int n_rates;
     long samples[2];  // support, query
     long parameters;  // numbers in a slot
-    long rates;       // numbers in the rate gradient
+    long sums;        // numbers in the sum over tasks of parameter gradients
+    long rates;       // numbers in the rate gradient, which stands behind them
     long scratch;     // offset of the scratch for packed weights and channel sums
     long gemm_scratch;
     long workspace;   // numbers a thread needs
@@ -124,7 +152,8 @@ struct Call {
     const void* weights;
     const void* cotangent;
     const void* const* adapted;
-    void* losses;
+    void* losses;     // (T,), or null
+    void* objective;  // Σ_t w_t L_t, or null
     void* outputs;
     void* const* gradients;  // per parameter, or null
     void* rate_gradient;

@@ -55,7 +55,7 @@ Buffer<S> allocate(long count) {
 
 template <class S>
 struct Memory {
-    Buffer<S> arena, total;
+    Buffer<S> arena, total, losses;
     std::vector<Buffer<S>> workspaces, partials;
 };
 
@@ -135,7 +135,7 @@ Runner<S>::~Runner() = default;
 template <class S>
 long Runner<S>::bytes(int threads) const {
     const PlanView& plan = layout_.view();
-    long sums = plan.parameters + plan.rates;
+    long sums = plan.sums + plan.rates;
     return long(sizeof(S)) * (plan.packed + sums + threads * (plan.workspace + sums));
 }
 
@@ -150,11 +150,12 @@ std::unique_ptr<Memory<S>> Runner<S>::borrow(int threads) {
             idle_.pop_back();
         }
     }
-    long sums = plan.parameters + plan.rates;
+    long sums = plan.sums + plan.rates;
     if (!memory) {
         memory = std::make_unique<Memory<S>>();
         memory->arena = allocate<S>(plan.packed);
         memory->total = allocate<S>(sums);
+        memory->losses = allocate<S>(plan.tasks);
     }
     while (int(memory->workspaces.size()) < threads) {
         memory->workspaces.push_back(allocate<S>(plan.workspace));
@@ -185,10 +186,12 @@ void Runner<S>::run(Call& call) {
     long blocks = (call.tasks + plan.block - 1) / plan.block;
     if (call.threads > blocks) call.threads = int(blocks);
     auto memory = borrow(call.threads);
+    if (call.objective) call.losses = memory->losses.get();
     pack(call, memory->arena.get());
-    Job<S> job{kernels_, plan, call, *memory, blocks, call.gradients ? plan.parameters + plan.rates : 0};
+    Job<S> job{kernels_, plan, call, *memory, blocks, call.gradients ? plan.sums + plan.rates : 0};
     Pool::instance().run(call.threads, [](void* c, int worker) { static_cast<Job<S>*>(c)->work(worker); }, &job);
     if (call.gradients) reduce(call, memory->total.get());
+    if (call.objective) add_up(call);
     give_back(std::move(memory));
 }
 
@@ -199,8 +202,8 @@ void Runner<S>::reduce(const Call& call, const S* total) {
     for (int p = 0; p < plan.n_params; ++p) {
         S* to = static_cast<S*>(call.gradients[p]);
         const Param& param = plan.params[p];
-        if (!to || param.offset < 0) continue;
-        const S* from = total + param.offset;
+        if (!to || param.sum < 0) continue;
+        const S* from = total + param.sum;
         if (call.add)
             for (long i = 0; i < param.size; ++i) to[i] += from[i];
         else
@@ -208,7 +211,16 @@ void Runner<S>::reduce(const Call& call, const S* total) {
     }
     S* rates = static_cast<S*>(call.rate_gradient);
     if (rates)
-        for (long i = 0; i < plan.rates; ++i) rates[i] = total[plan.parameters + i];
+        for (long i = 0; i < plan.rates; ++i) rates[i] = total[plan.sums + i];
+}
+
+// The objective Σ_t w_t L_t.
+template <class S>
+void Runner<S>::add_up(const Call& call) {
+    const S *losses = static_cast<const S*>(call.losses), *weights = static_cast<const S*>(call.weights);
+    S sum = S(0);
+    for (long t = 0; t < call.tasks; ++t) sum += weights[t] * losses[t];
+    *static_cast<S*>(call.objective) = sum;
 }
 
 template class Runner<float>;

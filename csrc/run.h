@@ -28,6 +28,7 @@ class Runner {
     void give_back(std::unique_ptr<Memory<S>> memory);
     void pack(const Call& call, S* arena);
     void reduce(const Call& call, const S* total);
+    void add_up(const Call& call);
 
     const KernelsOf<S>& kernels_;
     Layout layout_;

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .plan import Mode, Tensors
+from .plan import Mode
 
 if TYPE_CHECKING:
     from .maml import MAML
@@ -42,8 +42,8 @@ class Adapted:
         checks.inputs("x", x, values[0].dtype, values[0].device)
         if x.shape[0] != values[0].shape[0]:
             raise ValueError(f"x: expected {values[0].shape[0]} tasks, got {x.shape[0]}")
-        tensors = self._maml._tensors(None, None, x)
-        tensors.adapted = values
-        outputs = self._maml._run(Mode.APPLY, tensors).outputs
+        prepared = self._maml._prepare(Mode.APPLY, None, None, x)
+        prepared.tensors.adapted = values
+        outputs = prepared.run().outputs
         assert outputs is not None
         return outputs

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from .losses import Loss
 
-_FLOATS = (torch.float32, torch.float64)
-
 
 def inputs(name: str, x: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Check a batch of inputs (T, N, *in) with at least one task and one sample."""
@@ -28,7 +26,7 @@ def inputs(name: str, x: Any, dtype: torch.dtype, device: torch.device) -> Tenso
 def targets(name: str, y: Any, of: str, x: Tensor, loss: Loss) -> Tensor:
     """Check targets: labels (T, N) int64 or values (T, N, *out) of the inputs' dtype."""
     _tensor(name, y)
-    if loss.takes_labels and y.dtype != torch.int64 and not (y.is_floating_point() and y.dim() > 2):
+    if loss.takes_labels and y.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64 class labels for {loss.name}, got {y.dtype}")
     if not loss.takes_labels and loss.name != "custom" and y.dtype != x.dtype:
         raise TypeError(f"{name}: expected {x.dtype} targets for {loss.name}, got {y.dtype}")
@@ -40,6 +38,14 @@ def targets(name: str, y: Any, of: str, x: Tensor, loss: Loss) -> Tensor:
     if y.requires_grad:
         raise ValueError(f"{name}: expected targets without requires_grad; gradients w.r.t. targets are not computed")
     return y
+
+
+def target_shape(name: str, y: Tensor, out_shape: tuple[int, ...], loss: Loss) -> None:
+    """Raise ValueError unless the targets of a known loss fit outputs of shape `out_shape` a sample."""
+    expected = out_shape[1:] if loss.takes_labels else out_shape
+    if loss.name != "custom" and tuple(y.shape[2:]) != expected:
+        wanted = (*y.shape[:2], *expected)
+        raise ValueError(f"{name}: expected shape {wanted} for outputs of shape {out_shape}, got {tuple(y.shape)}")
 
 
 def labels_in_range(name: str, y: Tensor, classes: int) -> None:

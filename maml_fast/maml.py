@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import checks, dispatch, losses
+from . import checks, dispatch, losses, ops
 from .adapted import Adapted
 from .model import Adapts, Model, common_device, common_dtype
-from .ops import meta_loss, query_outputs
 from .plan import Inner, Mode, Needs, Plan, Result, Tensors
 from .rates import LearningRates, RateLike
+
+
+class Call(NamedTuple):
+    """What was decided for one set of shapes: the plan, and the backend that runs it."""
+
+    plan: Plan
+    choice: dispatch.Choice
+
+
+class Prepared(NamedTuple):
+    """A checked call with its numbers, ready to run."""
+
+    call: Call
+    tensors: Tensors
+
+    def run(self) -> Result:
+        return self.call.choice.backend.run(self.call.plan, self.tensors)
 
 
 class MAML(nn.Module):
@@ -81,14 +98,15 @@ class MAML(nn.Module):
         self._rates = LearningRates(lr, self._model)
         for name, parameter in self._rates.parameters().items():
             self.register_parameter(name, parameter)
-        self._calls: dict[Any, tuple[Plan, dispatch.Choice]] = {}
+        self._calls: dict[Any, Call] = {}
         self._warned = False
+        self._handle = ops.register(self)
 
     @property
     def steps(self) -> int:
         return self._inner.steps
 
-    # ---- the public calls: check everything, then compute -------------------------------------
+    # ---- the public calls ----------------------------------------------------------------------
 
     def meta_loss(self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean") -> Tensor:
         """Query loss after adaptation, L = mean_t L_q(θ_K); its gradient is exact.
@@ -100,9 +118,7 @@ class MAML(nn.Module):
         Returns:
             The loss, differentiable once w.r.t. parameters, learnable rates, `x_s` and `x_q`.
         """
-        checks.reduction(reduction)
-        self._check_batch(x_s, y_s, x_q, y_q)
-        return meta_loss(self, x_s, y_s, x_q, y_q, reduction)
+        return ops.meta_loss(self, x_s, y_s, x_q, y_q, checks.reduction(reduction))
 
     def backward(self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean") -> Tensor:
         """Equal to `meta_loss(…).backward()`, without autograd's overhead.
@@ -115,41 +131,40 @@ class MAML(nn.Module):
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-        self._check_batch(x_s, y_s, x_q, y_q)
-        tensors = self._tensors(x_s, y_s, x_q, y_q)
-        leaves = [*tensors.parameters, *tensors.rates, x_s, x_q]
-        if any(leaf.requires_grad and not leaf.is_leaf for leaf in leaves):
-            loss = meta_loss(self, x_s, y_s, x_q, y_q, reduction)
+        prepared = self._prepare(Mode.META_GRADIENT, x_s, y_s, x_q, y_q)
+        tensors = prepared.tensors
+        leaves = tensors.leaves()
+        if any([leaf.grad_fn is not None for leaf in leaves]):
+            loss = ops.meta_loss(self, x_s, y_s, x_q, y_q, reduction)
             loss.backward()
             return loss.detach()
-        tensors.weights = self._weights(x_s, reduction)
-        result = self._run(Mode.META_GRADIENT, tensors)
-        gradients = [*result.parameters, *result.rates, result.x_s, result.x_q]
-        for leaf, gradient in zip(leaves, gradients, strict=True):
+        tensors.weights = self._weights(prepared.call.plan, reduction)
+        result = prepared.run()
+        for leaf, gradient in zip(leaves, result.gradients(), strict=True):
             if gradient is not None:
-                leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
-        assert result.losses is not None
-        return torch.dot(result.losses, tensors.weights)
+                if leaf.grad is None:
+                    leaf.grad = gradient
+                else:
+                    leaf.grad += gradient
+        assert result.objective is not None
+        return result.objective
 
     def forward(self, x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Tensor:
         """Query outputs after adaptation, (T, Nq, *out), differentiable once like `meta_loss`."""
-        self._check_batch(x_s, y_s, x_q)
-        return query_outputs(self, x_s, y_s, x_q)
+        return ops.query_outputs(self, x_s, y_s, x_q)
 
     @torch.no_grad()
     def adapt(self, x_s: Tensor, y_s: Tensor) -> Adapted:
         """Per-task parameters θ_K, without a graph."""
-        self._check_batch(x_s, y_s)
-        result = self._run(Mode.ADAPT, self._tensors(x_s, y_s))
+        result = self._prepare(Mode.ADAPT, x_s, y_s).run()
         return Adapted(self, dict(zip(self._model.names, result.adapted, strict=True)))
 
     def explain(self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor | None = None) -> str:
         """Which backend runs this meta-batch, and why the others do not."""
-        self._check_batch(x_s, y_s, x_q, y_q)
         mode = Mode.META_GRADIENT if y_q is not None else Mode.LOGITS
-        return str(self._call(mode, self._tensors(x_s, y_s, x_q, y_q))[1])
+        return str(self._prepare(mode, x_s, y_s, x_q, y_q).call.choice)
 
-    # ---- private: no checks below this line ----------------------------------------------------
+    # ---- from tensors to a plan ----------------------------------------------------------------
 
     def _snapshot(self) -> Model:
         model = Model(self.module, self._adapts)
@@ -160,79 +175,117 @@ class MAML(nn.Module):
         common_device(parameters)
         return model
 
-    def _check_batch(
-        self, x_s: Tensor, y_s: Tensor, x_q: Tensor | None = None, y_q: Tensor | None = None
-    ) -> None:
-        parameters = self._model.parameters()
-        dtype, device = common_dtype(parameters), common_device(parameters)
-        loss = self._inner.loss
-        checks.inputs("x_s", x_s, dtype, device)
-        checks.targets("y_s", y_s, "x_s", x_s, loss)
-        if x_q is None:
-            return
-        checks.inputs("x_q", x_q, dtype, device)
-        checks.same_tasks(x_s, x_q)
-        if y_q is not None:
-            checks.targets("y_q", y_q, "x_q", x_q, loss)
-
-    def _tensors(
+    def _prepare(
         self,
+        mode: Mode,
         x_s: Tensor | None,
         y_s: Tensor | None,
         x_q: Tensor | None = None,
         y_q: Tensor | None = None,
-    ) -> Tensors:
+        leaves: Sequence[Tensor] | None = None,
+    ) -> Prepared:
+        """Check everything and find the plan.
+
+        What depends on shapes and types alone is checked once for each combination of them.
+
+        Args:
+            leaves: stand-ins for the model's parameters and the learning rates.
+        """
         if self._model.restructured():
             self._model = self._snapshot()
             self._calls.clear()
-        parameters = self._model.parameters()
+        parameters = self._model.parameters() if leaves is None else list(leaves[: len(self._model.names)])
+        batch = (x_s, y_s, x_q, y_q)
         first = parameters[0]
-        return Tensors(parameters, self._rates.tensors(first.dtype, first.device), x_s, y_s, x_q, y_q)
-
-    def _weights(self, x: Tensor, reduction: str) -> Tensor:
-        """Weight of each task's loss in the reduced one."""
-        tasks = x.shape[0]
-        return torch.full((tasks,), 1.0 / tasks if reduction == "mean" else 1.0, dtype=x.dtype, device=x.device)
-
-    def _run(self, mode: Mode, tensors: Tensors) -> Result:
-        plan, choice = self._call(mode, tensors)
-        return choice.backend.run(plan, tensors)
-
-    def _call(self, mode: Mode, t: Tensors) -> tuple[Plan, dispatch.Choice]:
-        """The plan and backend for these shapes, made once."""
-        x = t.x_s if t.x_s is not None else t.x_q
-        assert x is not None
-        needs = Needs(
-            self._model.trainable,
-            self._rates.learnable(),
-            t.x_s is not None and t.x_s.requires_grad,
-            t.x_q is not None and t.x_q.requires_grad,
-        )
-        shapes = tuple([None if v is None else v.shape for v in (t.x_s, t.y_s, t.x_q, t.y_q)])
-        key = (mode, shapes, x.dtype, x.device, needs, self._model.modes())
-        call = self._calls.get(key)
+        try:
+            key = (
+                mode,
+                *[None if v is None else (v.shape, v.dtype, v.device, v.requires_grad) for v in batch],
+                first.dtype,
+                first.device,
+                self._model.modes(),
+                self._rates.learnable(),
+            )
+        except AttributeError:
+            key = None
+        call = None if key is None else self._calls.get(key)
         if call is None:
-            call = self._calls[key] = self._make_call(mode, t, x, needs)
-        return call
+            self._check_batch(mode, *batch)
+            call = self._calls[key] = self._make_call(mode, *batch)
+        self._check_labels(call.plan, y_s, y_q)
+        rates = self._rates.tensors(first.dtype, first.device) if leaves is None else leaves[len(parameters) :]
+        return Prepared(call, Tensors(parameters, rates, x_s, y_s, x_q, y_q))
 
-    def _make_call(self, mode: Mode, t: Tensors, x: Tensor, needs: Needs) -> tuple[Plan, dispatch.Choice]:
+    def _check_batch(self, mode: Mode, x_s: Any, y_s: Any, x_q: Any, y_q: Any) -> None:
+        parameters = self._model.parameters()
+        dtype, device, loss = common_dtype(parameters), common_device(parameters), self._inner.loss
+        if mode is not Mode.APPLY:
+            checks.inputs("x_s", x_s, dtype, device)
+            checks.targets("y_s", y_s, "x_s", x_s, loss)
+        if mode is not Mode.ADAPT:
+            checks.inputs("x_q" if x_s is not None else "x", x_q, dtype, device)
+        if x_s is not None and x_q is not None:
+            checks.same_tasks(x_s, x_q)
+        if mode in (Mode.LOSS, Mode.META_GRADIENT):
+            checks.targets("y_q", y_q, "x_q", x_q, loss)
+
+    def _output_of(self, leaves: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The model's output for the first task's samples; shapes are all that the caller wants."""
+        return self._model.call(self._model.named(leaves[: len(self._model.names)]), self._model.buffers(), x[0])
+
+    def _check_labels(self, plan: Plan, y_s: Tensor | None, y_q: Tensor | None) -> None:
+        if plan.classes is not None:
+            for name, y in (("y_s", y_s), ("y_q", y_q)):
+                if y is not None:
+                    checks.labels_in_range(name, y, plan.classes)
+
+    def _weights(self, plan: Plan, reduction: str) -> Tensor:
+        """Weight of each task's loss in the reduced one; made once, never written."""
+        key = f"weights {reduction}"
+        weights = plan.state.get(key)
+        if weights is None:
+            value = 1.0 / plan.tasks if reduction == "mean" else 1.0
+            weights = plan.state[key] = torch.full((plan.tasks,), value, dtype=plan.dtype, device=plan.device)
+        assert isinstance(weights, Tensor)
+        return weights
+
+    def _make_call(
+        self, mode: Mode, x_s: Tensor | None, y_s: Tensor | None, x_q: Tensor | None, y_q: Tensor | None
+    ) -> Call:
+        x = x_s if x_s is not None else x_q
+        assert x is not None
         plan = Plan(
             mode=mode,
             model=self._model,
             inner=self._inner,
             rates=self._rates.shapes,
-            needs=needs,
+            needs=Needs(
+                self._model.trainable,
+                self._rates.learnable(),
+                x_s is not None and x_s.requires_grad,
+                x_q is not None and x_q.requires_grad,
+            ),
             tasks=x.shape[0],
-            support=0 if t.x_s is None else t.x_s.shape[1],
-            query=0 if t.x_q is None else t.x_q.shape[1],
+            support=0 if x_s is None else x_s.shape[1],
+            query=0 if x_q is None else x_q.shape[1],
             in_shape=tuple(x.shape[2:]),
-            target_shapes=tuple(None if y is None else tuple(y.shape[2:]) for y in (t.y_s, t.y_q)),  # type: ignore[arg-type]
             dtype=x.dtype,
             device=x.device,
             tape_bytes=self.tape_bytes,
         )
+        self._check_model(plan)
+        for name, y in (("y_s", y_s), ("y_q", y_q)):
+            if y is not None and plan.out_shape is not None:
+                checks.target_shape(name, y, plan.out_shape, self._inner.loss)
         choice = dispatch.choose(plan, self.backend)
         if self.backend == "auto" and not self._warned and not choice.backend.fused:
             dispatch.warn_of_fallback(choice)
             self._warned = True
-        return plan, choice
+        return Call(plan, choice)
+
+    def _check_model(self, plan: Plan) -> None:
+        graph = plan.trace[0]
+        if self.allow_unused is False and graph is not None:
+            unused = set(range(len(plan.model.names))) - graph.used_parameters()
+            if unused:
+                raise ValueError(f"model: parameter {plan.model.names[min(unused)]!r} does not reach the output")

@@ -1,40 +1,60 @@
-"""The calls as differentiable operations: once, in reverse mode."""
+"""The calls as differentiable operations: once, in reverse mode.
+
+Eager calls go through `torch.autograd.Function`, which costs least; inside `torch.compile` the same
+call is the opaque operator `maml_fast::meta_loss` or `maml_fast::query_outputs`.
+"""
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .plan import Mode, Result, Tensors
+from .plan import Mode, Result
 
 if TYPE_CHECKING:
-    from .maml import MAML
+    from .maml import MAML, Prepared
+
+_MODULES: weakref.WeakValueDictionary[int, MAML] = weakref.WeakValueDictionary()
+_HANDLES = itertools.count()
+
+
+def register(maml: MAML) -> int:
+    """A number by which a compiled graph can name the module."""
+    handle = next(_HANDLES)
+    _MODULES[handle] = maml
+    return handle
 
 
 def meta_loss(maml: MAML, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str) -> Tensor:
     """The reduced query loss; see `MAML.meta_loss`."""
-    tensors = maml._tensors(x_s, y_s, x_q, y_q)
-    leaves = _leaves(tensors)
-    if not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
-        losses = maml._run(Mode.LOSS, tensors).losses
-        assert losses is not None
-        return _reduce(losses, reduction)
-    function = _TaskLosses if reduction == "none" else _ReducedLoss
-    return function.apply(maml, tensors, reduction, *leaves)
+    if torch.compiler.is_compiling():
+        leaves = _compiled_leaves(maml, x_s, x_q)
+        return _meta_loss_op(leaves, y_s, y_q, [t.requires_grad for t in leaves], maml._handle, reduction)[0]
+    if torch.is_grad_enabled():
+        prepared = maml._prepare(Mode.META_GRADIENT, x_s, y_s, x_q, y_q)
+        leaves = prepared.tensors.leaves()
+        if any([leaf.requires_grad for leaf in leaves]):
+            if reduction == "none":
+                return _TaskLosses.apply(maml, prepared, *leaves)
+            prepared.tensors.weights = maml._weights(prepared.call.plan, reduction)
+            return _ReducedLoss.apply(prepared, *leaves)
+    losses = maml._prepare(Mode.LOSS, x_s, y_s, x_q, y_q).run().losses
+    assert losses is not None
+    return _reduce(losses, reduction)
 
 
 def query_outputs(maml: MAML, x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Tensor:
     """The query outputs; see `MAML.forward`."""
-    tensors = maml._tensors(x_s, y_s, x_q)
-    return _QueryOutputs.apply(maml, tensors, *_leaves(tensors))
-
-
-def _leaves(t: Tensors) -> list[Tensor]:
-    assert t.x_s is not None and t.x_q is not None
-    return [*t.parameters, *t.rates, t.x_s, t.x_q]
+    if torch.compiler.is_compiling():
+        leaves = _compiled_leaves(maml, x_s, x_q)
+        return _query_outputs_op(leaves, y_s, [t.requires_grad for t in leaves], maml._handle)
+    prepared = maml._prepare(Mode.PULLBACK, x_s, y_s, x_q)
+    return _QueryOutputs.apply(maml, prepared, *prepared.tensors.leaves())
 
 
 def _reduce(losses: Tensor, reduction: str) -> Tensor:
@@ -43,67 +63,196 @@ def _reduce(losses: Tensor, reduction: str) -> Tensor:
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
-def _gradients(result: Result) -> list[Tensor | None]:
-    return [*result.parameters, *result.rates, result.x_s, result.x_q]
+def _run_again(maml: MAML, mode: Mode, prepared: Prepared) -> Result:
+    t = prepared.tensors
+    return maml._prepare(mode, t.x_s, t.y_s, t.x_q, t.y_q).run()
 
 
 class _ReducedLoss(torch.autograd.Function):
     """One fused call computes loss and gradient; backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, maml: MAML, tensors: Tensors, reduction: str, *leaves: Tensor) -> Tensor:
-        assert tensors.x_s is not None
-        tensors.weights = maml._weights(tensors.x_s, reduction)
-        result = maml._run(Mode.META_GRADIENT, tensors)
-        ctx.gradients = _gradients(result)
-        assert result.losses is not None
-        return torch.dot(result.losses, tensors.weights)
+    def forward(ctx: Any, prepared: Prepared, *leaves: Tensor) -> Tensor:
+        result = prepared.run()
+        ctx.gradients = result.gradients()
+        assert result.objective is not None
+        return result.objective
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, None, *(None if g is None else g * upstream for g in ctx.gradients))
+        return (None, *[None if g is None else g * upstream for g in ctx.gradients])
 
 
 class _TaskLosses(torch.autograd.Function):
     """Per-task losses; the weights of the gradients are known only in backward."""
 
     @staticmethod
-    def forward(ctx: Any, maml: MAML, tensors: Tensors, reduction: str, *leaves: Tensor) -> Tensor:
-        ctx.maml, ctx.tensors = maml, tensors
+    def forward(ctx: Any, maml: MAML, prepared: Prepared, *leaves: Tensor) -> Tensor:
+        ctx.prepared = prepared
         ctx.save_for_backward(*leaves)
-        losses = maml._run(Mode.LOSS, tensors).losses
+        losses = _run_again(maml, Mode.LOSS, prepared).losses
         assert losses is not None
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = _restored(ctx)
-        tensors.weights = upstream.contiguous()
-        return (None, None, None, *_gradients(ctx.maml._run(Mode.META_GRADIENT, tensors)))
+        _check_versions(ctx)
+        ctx.prepared.tensors.weights = upstream.contiguous()
+        return (None, None, *ctx.prepared.run().gradients())
 
 
 class _QueryOutputs(torch.autograd.Function):
     """Query outputs; backward adapts again rather than keep every task's tape."""
 
     @staticmethod
-    def forward(ctx: Any, maml: MAML, tensors: Tensors, *leaves: Tensor) -> Tensor:
-        ctx.maml, ctx.tensors = maml, tensors
+    def forward(ctx: Any, maml: MAML, prepared: Prepared, *leaves: Tensor) -> Tensor:
+        ctx.prepared = prepared
         ctx.save_for_backward(*leaves)
-        outputs = maml._run(Mode.LOGITS, tensors).outputs
+        outputs = _run_again(maml, Mode.LOGITS, prepared).outputs
         assert outputs is not None
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = _restored(ctx)
-        tensors.cotangent = upstream.contiguous()
-        return (None, None, *_gradients(ctx.maml._run(Mode.PULLBACK, tensors)))
+        _check_versions(ctx)
+        ctx.prepared.tensors.cotangent = upstream.contiguous()
+        return (None, None, *ctx.prepared.run().gradients())
 
 
-def _restored(ctx: Any) -> Tensors:
-    """The forward's tensors; raises, as autograd does, if one was changed in place since."""
-    ctx.saved_tensors  # noqa: B018  # reading them is what checks their versions
-    return ctx.tensors  # type: ignore[no-any-return]
+def _check_versions(ctx: Any) -> None:
+    """Raise, as autograd does, if a tensor of the forward pass was changed in place since."""
+    ctx.saved_tensors  # noqa: B018  # reading them is the check
+
+
+# ---- the operators that compiled graphs hold ---------------------------------------------------
+
+
+def _compiled_leaves(maml: MAML, x_s: Tensor, x_q: Tensor) -> list[Tensor]:
+    parameters = list(maml.module.parameters())
+    first = parameters[0]
+    return [*parameters, *maml._rates.tensors(first.dtype, first.device), x_s, x_q]
+
+
+def _prepare_leaves(
+    mode: Mode, leaves: list[Tensor], y_s: Tensor, y_q: Tensor | None, needs: list[bool], handle: int
+) -> Prepared:
+    """The call for tensors that have lost their `requires_grad` on the way through a graph."""
+    *rest, x_s, x_q = [leaf.detach().requires_grad_(need) for leaf, need in zip(leaves, needs, strict=True)]
+    return _MODULES[handle]._prepare(mode, x_s, y_s, x_q, y_q, leaves=rest)
+
+
+def _needed(result: Result, leaves: list[Tensor]) -> list[Tensor]:
+    """A gradient for every leaf: an operator cannot return None."""
+    return [g if g is not None else leaf.new_empty(0) for g, leaf in zip(result.gradients(), leaves, strict=True)]
+
+
+@torch.library.custom_op("maml_fast::meta_loss", mutates_args=())
+def _meta_loss_op(
+    leaves: list[Tensor], y_s: Tensor, y_q: Tensor, needs: list[bool], handle: int, reduction: str
+) -> list[Tensor]:
+    if reduction == "none" or not any(needs):
+        prepared = _prepare_leaves(Mode.LOSS, leaves, y_s, y_q, needs, handle)
+        losses = prepared.run().losses
+        assert losses is not None
+        return [_reduce(losses, reduction)]
+    prepared = _prepare_leaves(Mode.META_GRADIENT, leaves, y_s, y_q, needs, handle)
+    prepared.tensors.weights = _MODULES[handle]._weights(prepared.call.plan, reduction)
+    result = prepared.run()
+    assert result.objective is not None
+    return [result.objective, *_needed(result, leaves)]
+
+
+@_meta_loss_op.register_fake
+def _(
+    leaves: list[Tensor], y_s: Tensor, y_q: Tensor, needs: list[bool], handle: int, reduction: str
+) -> list[Tensor]:
+    x_s = leaves[-2]
+    loss = x_s.new_empty((x_s.shape[0],) if reduction == "none" else ())
+    if reduction == "none" or not any(needs):
+        return [loss]
+    return [loss, *_fake_gradients(leaves, needs)]
+
+
+def _fake_gradients(leaves: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    return [x.new_empty(x.shape if need else (0,)) for x, need in zip(leaves, needs, strict=True)]
+
+
+@torch.library.custom_op("maml_fast::meta_gradient", mutates_args=())
+def _meta_gradient_op(
+    leaves: list[Tensor], y_s: Tensor, y_q: Tensor, weights: Tensor, needs: list[bool], handle: int
+) -> list[Tensor]:
+    prepared = _prepare_leaves(Mode.META_GRADIENT, leaves, y_s, y_q, needs, handle)
+    prepared.tensors.weights = weights.contiguous()
+    return _needed(prepared.run(), leaves)
+
+
+@_meta_gradient_op.register_fake
+def _(
+    leaves: list[Tensor], y_s: Tensor, y_q: Tensor, weights: Tensor, needs: list[bool], handle: int
+) -> list[Tensor]:
+    return _fake_gradients(leaves, needs)
+
+
+def _meta_loss_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    leaves, y_s, y_q, ctx.needs, ctx.handle, ctx.reduction = inputs
+    saved = [*leaves, y_s, y_q] if ctx.reduction == "none" else output[1:]
+    ctx.save_for_backward(*saved)
+
+
+def _meta_loss_backward(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
+    saved = list(ctx.saved_tensors)
+    if ctx.reduction == "none":
+        *leaves, y_s, y_q = saved
+        gradients = _meta_gradient_op(leaves, y_s, y_q, upstream[0], ctx.needs, ctx.handle)
+    else:
+        gradients = [g * upstream[0] for g in saved]
+    return [g if n else None for g, n in zip(gradients, ctx.needs, strict=True)], None, None, None, None, None
+
+
+_meta_loss_op.register_autograd(_meta_loss_backward, setup_context=_meta_loss_context)
+
+
+@torch.library.custom_op("maml_fast::query_outputs", mutates_args=())
+def _query_outputs_op(leaves: list[Tensor], y_s: Tensor, needs: list[bool], handle: int) -> Tensor:
+    outputs = _prepare_leaves(Mode.LOGITS, leaves, y_s, None, needs, handle).run().outputs
+    assert outputs is not None
+    return outputs
+
+
+@_query_outputs_op.register_fake
+def _(leaves: list[Tensor], y_s: Tensor, needs: list[bool], handle: int) -> Tensor:
+    x_q = leaves[-1]
+    with torch.no_grad():
+        sample = _MODULES[handle]._output_of(leaves, x_q)
+    return x_q.new_empty((*x_q.shape[:2], *sample.shape[1:]))
+
+
+@torch.library.custom_op("maml_fast::pullback", mutates_args=())
+def _pullback_op(
+    leaves: list[Tensor], y_s: Tensor, cotangent: Tensor, needs: list[bool], handle: int
+) -> list[Tensor]:
+    prepared = _prepare_leaves(Mode.PULLBACK, leaves, y_s, None, needs, handle)
+    prepared.tensors.cotangent = cotangent.contiguous()
+    return _needed(prepared.run(), leaves)
+
+
+@_pullback_op.register_fake
+def _(leaves: list[Tensor], y_s: Tensor, cotangent: Tensor, needs: list[bool], handle: int) -> list[Tensor]:
+    return _fake_gradients(leaves, needs)
+
+
+def _query_outputs_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    leaves, y_s, ctx.needs, ctx.handle = inputs
+    ctx.save_for_backward(*leaves, y_s)
+
+
+def _query_outputs_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    *leaves, y_s = ctx.saved_tensors
+    gradients = _pullback_op(leaves, y_s, upstream, ctx.needs, ctx.handle)
+    return [g if n else None for g, n in zip(gradients, ctx.needs, strict=True)], None, None, None
+
+
+_query_outputs_op.register_autograd(_query_outputs_backward, setup_context=_query_outputs_context)

@@ -23,7 +23,7 @@ class Mode(enum.Enum):
     """What a call computes."""
 
     LOSS = "loss"  # query losses (T,)
-    META_GRADIENT = "meta_gradient"  # query losses and the gradient of Σ_t w_t L_t
+    META_GRADIENT = "meta_gradient"  # Σ_t w_t L_t and its gradient
     LOGITS = "logits"  # query outputs (T, Nq, *out)
     PULLBACK = "pullback"  # the gradient of ⟨c, query outputs⟩ for a given cotangent c
     ADAPT = "adapt"  # adapted parameters, each (T, *shape)
@@ -68,7 +68,7 @@ class Plan:
 
     Attributes:
         tasks: T. support, query: samples a task (0 where the mode has none).
-        in_shape: shape of one sample. target_shapes: per-sample shapes of `y_s` and `y_q`.
+        in_shape: shape of one sample.
         tape_bytes: how much memory a thread may spend on saved activations.
     """
 
@@ -81,7 +81,6 @@ class Plan:
     support: int
     query: int
     in_shape: tuple[int, ...]
-    target_shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
     dtype: torch.dtype
     device: torch.device
     tape_bytes: int = 1 << 28
@@ -93,6 +92,17 @@ class Plan:
         from .trace import trace
 
         return trace(self.model.module, self.in_shape)
+
+    @cached_property
+    def out_shape(self) -> tuple[int, ...] | None:
+        """Shape of one sample's output; None where only running the model would tell."""
+        graph = self.trace[0]
+        return None if graph is None else graph.shapes[graph.output]
+
+    @cached_property
+    def classes(self) -> int | None:
+        """The number of classes, where the loss takes labels and the graph is known."""
+        return self.out_shape[0] if self.inner.loss.takes_labels and self.out_shape else None
 
     @cached_property
     def program(self) -> Program:
@@ -124,15 +134,29 @@ class Tensors:
     cotangent: Tensor | None = None
     adapted: Sequence[Tensor] = ()
 
+    def leaves(self) -> list[Tensor]:
+        """What a meta-gradient is taken with respect to, in the order of `Result.gradients`."""
+        assert self.x_s is not None and self.x_q is not None
+        return [*self.parameters, *self.rates, self.x_s, self.x_q]
+
 
 @dataclass
 class Result:
-    """What a backend returns; gradients stand in the order of `Tensors`, None where not needed."""
+    """What a backend returns; gradients stand in the order of `Tensors`, None where not needed.
+
+    Attributes:
+        losses: (T,) query losses. objective: Σ_t w_t L_t.
+    """
 
     losses: Tensor | None = None
+    objective: Tensor | None = None
     outputs: Tensor | None = None
     adapted: list[Tensor] = field(default_factory=list)
     parameters: list[Tensor | None] = field(default_factory=list)
     rates: list[Tensor | None] = field(default_factory=list)
     x_s: Tensor | None = None
     x_q: Tensor | None = None
+
+    def gradients(self) -> list[Tensor | None]:
+        """In the order of `Tensors.leaves`."""
+        return [*self.parameters, *self.rates, self.x_s, self.x_q]

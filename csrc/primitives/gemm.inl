@@ -1,4 +1,4 @@
-// C = alpha · A B + source + bias, with B in packed panels or in place.
+// C = A B + (source | bias | 0), with B in packed panels or in place.
 
 // A: element (m, k) at p[m·rs + k·cs].
 template <class S>
@@ -7,7 +7,8 @@ struct Left {
     long rs, cs;
 };
 
-// B: element (k, n). In place: p[k·ld + n]. Packed: panels of `panel_width` columns, each k-major.
+// B: element (k, n). In place: p[k·ld + n]. Packed: panels of `panel_width` columns, each k-major and `ld`
+// rows deep.
 template <class S>
 struct Right {
     const S* p;
@@ -16,27 +17,61 @@ struct Right {
     bool padded;  // reading a vector past the end of a row is allowed
 };
 
+// Where C goes and what the sum starts from: source (laid out like p, may be p itself), a bias per
+// column, or zero where both are null; at most one is given.
 template <class S>
 struct Result {
     S* p;
     long ld;
-    S alpha;
-    const S* source;  // laid out like p, may be p itself; null for none
-    const S* bias;    // per column; null for none
+    const S* source;
+    const S* bias;
+
+    Result at(long row, long column) const {
+        return {p + row * ld + column, ld, source ? source + row * ld + column : nullptr,
+                bias ? bias + column : nullptr};
+    }
 };
 
-constexpr long tile_rows(int vectors) {
+// Tile heights that keep the accumulators in registers and the multipliers busy.
+constexpr int tile_rows(int vectors) {
     return vectors == 2 || MAML_FAST_ROWS > 6 ? MAML_FAST_ROWS : 2 * MAML_FAST_ROWS;
 }
 
-// MR rows by NV vectors of C in registers.
-template <class S, int MR, int NV>
-inline void tile(long K, const S* a, long rs, long cs, const S* b, long ldb, const Result<S>& c, long columns) {
+// The first `columns` lanes of a vector: a ragged edge must not touch what lies behind it.
+template <class S>
+inline vec<S> load_edge(const S* p, long columns) {
+    vec<S> v{};
+    for (long i = 0; i < columns && i < lanes<S>; ++i) v[i] = p[i];
+    return v;
+}
+
+template <class S>
+inline void store_edge(S* p, vec<S> v, long columns) {
+    for (long i = 0; i < columns && i < lanes<S>; ++i) p[i] = v[i];
+}
+
+// MR rows by NV vectors of C in registers. Edge: fewer columns than NV vectors hold.
+template <class S, int MR, int NV, bool Edge>
+__attribute__((noinline)) void tile(long K, const S* a, long rs, long cs, const S* b, long ldb, Result<S> c,
+                                    long columns) {
     constexpr long L = lanes<S>;
+    auto read = [&](const S* p, int v) { return Edge ? load_edge(p + v * L, columns - v * L) : load(p + v * L); };
     vec<S> acc[MR][NV];
-    for (int r = 0; r < MR; ++r)
-        for (int v = 0; v < NV; ++v) acc[r][v] = vec<S>{};
+    if (c.source) {
+#pragma GCC unroll 32
+        for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; ++v) acc[r][v] = read(c.source + r * c.ld, v);
+    } else {
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) {
+            vec<S> start = c.bias ? read(c.bias, v) : vec<S>{};
+#pragma GCC unroll 32
+            for (int r = 0; r < MR; ++r) acc[r][v] = start;
+        }
+    }
     const S* row[MR];
+#pragma GCC unroll 32
     for (int r = 0; r < MR; ++r) row[r] = a + r * rs;
     for (long k = 0, ka = 0; k < K; ++k, ka += cs, b += ldb) {
         vec<S> bv[NV];
@@ -49,47 +84,36 @@ inline void tile(long K, const S* a, long rs, long cs, const S* b, long ldb, con
             for (int v = 0; v < NV; ++v) acc[r][v] += x * bv[v];
         }
     }
-    if (columns == NV * L) {
 #pragma GCC unroll 32
-        for (int r = 0; r < MR; ++r)
+    for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 2
-            for (int v = 0; v < NV; ++v) {
-                vec<S> out = c.alpha * acc[r][v];
-                if (c.source) out += load(c.source + r * c.ld + v * L);
-                if (c.bias) out += load(c.bias + v * L);
-                store(c.p + r * c.ld + v * L, out);
-            }
-        return;
-    }
-    S spill[NV * L];
-    for (int r = 0; r < MR; ++r) {
-        for (int v = 0; v < NV; ++v) store(spill + v * L, acc[r][v]);
-        for (long j = 0; j < columns; ++j) {
-            S out = c.alpha * spill[j];
-            if (c.source) out += c.source[r * c.ld + j];
-            if (c.bias) out += c.bias[j];
-            c.p[r * c.ld + j] = out;
+        for (int v = 0; v < NV; ++v) {
+            if (Edge)
+                store_edge(c.p + r * c.ld + v * L, acc[r][v], columns - v * L);
+            else
+                store(c.p + r * c.ld + v * L, acc[r][v]);
         }
-    }
 }
 
-template <class S, int NV, int MR = tile_rows(NV)>
-inline void tile_of(long rows, long K, const S* a, long rs, long cs, const S* b, long ldb, const Result<S>& c,
-                    long columns) {
-    if constexpr (MR > 1) {
-        if (rows < MR) return tile_of<S, NV, MR - 1>(rows, K, a, rs, cs, b, ldb, c, columns);
-    }
-    tile<S, MR, NV>(K, a, rs, cs, b, ldb, c, columns);
+template <class S>
+using Tile = void (*)(long, const S*, long, long, const S*, long, Result<S>, long);
+
+// Tiles by height: tiles<S, NV, Edge>[rows - 1].
+template <class S, int NV, bool Edge, int... MR>
+inline Tile<S> pick(unsigned rows, Heights<MR...>) {
+    static constexpr Tile<S> table[] = {tile<S, MR + 1, NV, Edge>...};
+    return table[rows - 1];
 }
 
 // All rows of C for the columns of one panel, in tiles of nearly equal height.
-template <class S, int NV>
-__attribute__((noinline)) void panel(long M, long K, const Left<S>& a, const S* b, long ldb, const Result<S>& c, long columns) {
-    long tiles = ceil_div(M, tile_rows(NV)), done = 0;
-    for (long i = 0; i < tiles; ++i) {
-        long rows = (M - done) / (tiles - i);
-        Result<S> ci{c.p + done * c.ld, c.ld, c.alpha, c.source ? c.source + done * c.ld : nullptr, c.bias};
-        tile_of<S, NV>(rows, K, a.p + done * a.rs, a.rs, a.cs, b, ldb, ci, columns);
+template <class S, int NV, bool Edge>
+inline void panel(long M, long K, const Left<S>& a, const S* b, long ldb, const Result<S>& c, long columns) {
+    unsigned tiles = (unsigned(M) + tile_rows(NV) - 1) / tile_rows(NV);
+    unsigned low = tiles > 1 ? unsigned(M) / tiles : unsigned(M), higher = unsigned(M) - low * tiles;
+    for (unsigned i = 0, done = 0; i < tiles; ++i) {
+        unsigned rows = low + (i < higher);
+        pick<S, NV, Edge>(rows, HeightsTo<tile_rows(NV)>{})(K, a.p + done * a.rs, a.rs, a.cs, b, ldb, c.at(done, 0),
+                                                            columns);
         done += rows;
     }
 }
@@ -112,17 +136,21 @@ inline void pack(long K, long N, const S* b, long ld, S* out) {
     }
 }
 
-// The transpose of row-major W (N × K) into panels of a K × N matrix.
+// The transpose of row-major W (N × K) into panels of a K × N matrix, block by block in registers.
 template <class S>
 inline void pack_transposed(long K, long N, const S* w, S* out) {
+    constexpr long L = lanes<S>;
     for (long j = 0; j < N;) {
-        long width = panel_width(N, j, lanes<S>), columns = least(width, N - j);
-        for (long n = 0; n < columns; ++n) {
-            const S* row = w + (j + n) * K;
-            for (long k = 0; k < K; ++k) out[k * width + n] = row[k];
+        long width = panel_width(N, j, L);
+        for (long v = 0; v < width; v += L) {
+            long rows = least(L, N - j - v), k = 0;
+            const S* from = w + (j + v) * K;
+            S* to = out + v;
+            if (rows == L)
+                for (; k + L <= K; k += L) transpose_block(from + k, K, to + k * width, width);
+            for (; k < K; ++k)
+                for (long n = 0; n < L; ++n) to[k * width + n] = n < rows ? from[n * K + k] : S(0);
         }
-        for (long n = columns; n < width; ++n)
-            for (long k = 0; k < K; ++k) out[k * width + n] = S(0);
         out += K * width;
         j += width;
     }
@@ -137,42 +165,48 @@ inline long gemm_scratch(long N) {
     return packed_size(kBlockDepth, N, lanes<S>);
 }
 
+// One block of rows: all panels of B, from row k0 of B on, K rows deep.
+template <class S>
+inline void panels(long M, long N, long k0, long K, const Left<S>& a, const Right<S>& b, const Result<S>& c,
+                   S* scratch) {
+    constexpr long L = lanes<S>;
+    for (long j = 0; j < N;) {
+        long width = panel_width(N, j, L), columns = least(width, N - j);
+        const S* bj = b.packed ? b.p + j * b.ld + k0 * width : b.p + k0 * b.ld + j;
+        long ldb = b.packed ? width : b.ld;
+        if (!b.packed && !b.padded && columns < width) {
+            pack(K, columns, bj, ldb, scratch);
+            bj = scratch;
+            ldb = width;
+        }
+        if (columns == width)
+            width == L ? panel<S, 1, false>(M, K, a, bj, ldb, c.at(0, j), columns)
+                       : panel<S, 2, false>(M, K, a, bj, ldb, c.at(0, j), columns);
+        else
+            width == L ? panel<S, 1, true>(M, K, a, bj, ldb, c.at(0, j), columns)
+                       : panel<S, 2, true>(M, K, a, bj, ldb, c.at(0, j), columns);
+        j += width;
+    }
+}
+
 template <class S>
 __attribute__((noinline)) void gemm(long M, long N, long K, Left<S> a, Right<S> b, Result<S> c, S* scratch) {
-    constexpr long L = lanes<S>;
-    bool ragged = N % L != 0;
-    bool pack_all = !b.packed && M >= kPackFrom;
-    long depth_blocks = ceil_div(K, kBlockDepth);
-    for (long kb = 0, k0 = 0; kb < depth_blocks; ++kb) {
-        long depth = (K - k0) / (depth_blocks - kb);
-        if (pack_all) pack(depth, N, b.p + k0 * b.ld, b.ld, scratch);
-        Result<S> ck = k0 == 0 ? c : Result<S>{c.p, c.ld, c.alpha, c.p, nullptr};
-        for (long m0 = 0; m0 < M; m0 += kBlockRows) {
-            long rows = least(kBlockRows, M - m0);
-            Left<S> am{a.p + m0 * a.rs + k0 * a.cs, a.rs, a.cs};
-            for (long j = 0; j < N;) {
-                long width = panel_width(N, j, L), columns = least(width, N - j);
-                const S* bj;
-                long ldb = width;
-                if (b.packed) {
-                    bj = b.p + j * K + k0 * width;
-                } else if (pack_all) {
-                    bj = scratch + j * depth;
-                } else if (ragged && columns < width && !b.padded) {
-                    pack(depth, columns, b.p + k0 * b.ld + j, b.ld, scratch);
-                    bj = scratch;
-                } else {
-                    bj = b.p + k0 * b.ld + j;
-                    ldb = b.ld;
-                }
-                Result<S> cj{ck.p + m0 * c.ld + j, c.ld, c.alpha, ck.source ? ck.source + m0 * c.ld + j : nullptr,
-                             ck.bias ? ck.bias + j : nullptr};
-                if (width == L)
-                    panel<S, 1>(rows, depth, am, bj, ldb, cj, columns);
-                else
-                    panel<S, 2>(rows, depth, am, bj, ldb, cj, columns);
-                j += width;
-            }
+    if (M < kPackFrom && K <= kBlockDepth) return panels(M, N, 0, K, a, b, c, scratch);
+    long blocks = ceil_div(K, kBlockDepth);
+    for (long k0 = 0, left = blocks; left > 0; --left) {
+        long depth = (K - k0) / left;
+        Right<S> bk = b;
+        long kb = k0;
+        if (!b.packed && M >= kPackFrom) {
+            pack(depth, N, b.p + k0 * b.ld, b.ld, scratch);
+            bk = {scratch, depth, true, true};
+            kb = 0;
+        }
+        for (long m = 0; m < M; m += kBlockRows) {
+            long rows = least(kBlockRows, M - m);
+            Result<S> cm = c.at(m, 0);
+            if (k0 > 0) cm = {cm.p, cm.ld, cm.p, nullptr};
+            panels(rows, N, kb, depth, {a.p + m * a.rs + k0 * a.cs, a.rs, a.cs}, bk, cm, scratch);
         }
         k0 += depth;
     }

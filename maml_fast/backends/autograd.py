@@ -47,7 +47,7 @@ def differentiate(
             objective = (values * tensors.cotangent).sum()
     result = _gradients(plan, fresh, objective)
     if plan.mode is Mode.META_GRADIENT:
-        result.losses = values.detach()
+        result.objective = objective.detach()
     return result
 
 

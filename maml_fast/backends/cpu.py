@@ -131,8 +131,10 @@ class _Call:
         inputs = [None if v is None else v.contiguous() for v in (t.x_s, t.y_s, t.x_q, t.y_q)]
         adapted = [a.contiguous() for a in t.adapted]
         like = parameters[0]
-        if plan.mode in (Mode.LOSS, Mode.META_GRADIENT):
+        if plan.mode is Mode.LOSS:
             result.losses = like.new_empty(plan.tasks)
+        if plan.mode is Mode.META_GRADIENT:
+            result.objective = like.new_empty(())
         if plan.mode in (Mode.LOGITS, Mode.APPLY):
             result.outputs = like.new_empty(shape)
         if plan.mode is Mode.ADAPT:
@@ -151,6 +153,7 @@ class _Call:
             _pointer(t.cotangent),
             _pointers(adapted),
             _pointer(result.losses),
+            _pointer(result.objective),
             _pointer(result.outputs),
             [_pointer(g) for g in result.parameters],
             _pointer(rate_gradient),
@@ -277,8 +280,18 @@ class _Spec:
             "input_gradients": reverse and (plan.needs.x_s or plan.needs.x_q),
             "reverse": reverse,
             "second_order": reverse and not plan.inner.first_order,
+            "low_rank": _allows_low_rank(plan),
             "tasks": plan.tasks,
         }
+
+
+def _allows_low_rank(plan: Plan) -> bool:
+    """Whether adapted weights may stay factored: their factors must outlive the inner step they come from."""
+    program, stored = plan.program, (Load, StoreParameters, RateGradient)
+    if any(isinstance(i, stored) for i in program.instructions):
+        return False
+    steps = sum(isinstance(i, Update) for i in program.instructions)
+    return program.tapes.count(Batch.SUPPORT) == steps
 
 
 # The core's instruction numbers, and which fields are its operands a, b, c, d.
