@@ -64,6 +64,7 @@ def broken(problem: Problem) -> peers.Step:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "select", lambda names, tag: [SINUSOID])
     monkeypatch.setattr(bench, "_unsupported", lambda case, device: "")
+    monkeypatch.setattr(bench, "_too_slow", lambda step, seconds, synchronize: "")
     everyone = [
         peers.Contender("vmap", peers.torch_vmap),
         peers.Contender("wrong", off_by_a_percent),
@@ -83,10 +84,7 @@ def test_run_times_only_what_is_right(tmp_path: Path, capsys: pytest.CaptureFixt
     for part in ("wrong parameters", "failed: OSError: no compiler", "absent: not installed", "vs best peer"):
         assert part in text
     content = json.loads(out.read_text())
-    assert (
-        content["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
-        or content["machine"]["versions"]["torch"]
-    )
+    assert content["machine"]["versions"]["torch"]
     (record,) = content["cases"]
     timed = {name for name, c in record["contenders"].items() if c["samples_s"]}
     assert timed == {"vmap", "backward"}

@@ -345,20 +345,36 @@ def test_fallback_warns_once_with_the_reasons(regression: Problem) -> None:
         maml.backward(*[v[:2] for v in regression.batch])
 
 
+each_call = pytest.mark.parametrize("call", ["meta_loss", "none", "forward"])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("call", ["meta_loss", "none", "forward"])
+@each_call
 def test_third_derivatives_raise(regression: Problem, backend: str, call: str) -> None:
     function, parameters = differentiable(regression, backend, call)
-    (gradient,) = torch.autograd.grad(function(), parameters[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-        torch.autograd.grad(gradient.sum(), parameters[:1])
+    (gradient,) = torch.autograd.grad(function().square(), parameters[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
+@pytest.mark.xfail(reason="the gradient of an unscaled loss carries no graph node that could raise", strict=False)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("call", ["meta_loss", "none", "forward"])
+@each_call
+def test_third_derivatives_are_not_silently_zero(regression: Problem, backend: str, call: str) -> None:
+    """A gradient penalty: the loss alone would give a gradient, and the penalty's part would be missing."""
+    function, parameters = differentiable(regression, backend, call)
+    loss = function()
+    (gradient,) = torch.autograd.grad(loss, parameters[:1], create_graph=True)
+    penalised = loss + gradient.square().sum()
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        penalised.backward()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")  # PyTorch's own, on the first dual
+@pytest.mark.parametrize("backend", BACKENDS)
+@each_call
 def test_forward_mode_raises(regression: Problem, backend: str, call: str) -> None:
-    function, _ = differentiable(regression, backend, call)
-    function()
+    differentiable(regression, backend, call)[0]()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(regression.x_q, torch.ones_like(regression.x_q))
         function, _ = differentiable(replace(regression, x_q=dual), backend, call)
