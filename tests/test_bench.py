@@ -24,11 +24,17 @@ TINY = [
     Case("pooled", partial(conv4, 3, 4, 3, 16), (3, 32, 32), (3,), "cross_entropy", tasks=2, support=4, query=3),
 ]
 CONTENDERS = [c for c in peers.contenders() if c.name != "compile(vmap)"]
+# JAX takes tens of seconds to compile a convolutional meta-gradient
+PAIRS = [
+    pytest.param(c, case, id=f"{c.name}-{case.name}", marks=pytest.mark.slow if slow else ())
+    for c in CONTENDERS
+    for case in TINY
+    for slow in [c.name.startswith("JAX") and case.name in ("strided", "pooled")]
+]
 
 
 @pytest.mark.filterwarnings("ignore:maml_fast falls back")
-@pytest.mark.parametrize("case", TINY, ids=lambda c: c.name)
-@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda c: c.name)
+@pytest.mark.parametrize(("contender", "case"), PAIRS)
 def test_contenders_compute_the_meta_gradient(contender: peers.Contender, case: Case) -> None:
     if contender.missing:
         pytest.skip(contender.missing)
