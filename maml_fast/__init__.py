@@ -2,7 +2,8 @@
 
 from . import nn
 from .adapted import Adapted
+from .flat import FlatParameters
 from .maml import MAML
 
 __version__ = "0.1.0"
-__all__ = ["MAML", "Adapted", "__version__", "nn"]
+__all__ = ["MAML", "Adapted", "FlatParameters", "__version__", "nn"]

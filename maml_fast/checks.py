@@ -94,4 +94,6 @@ def _tensor(name: str, value: Any) -> None:
 
 def _on(name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device} like the model's parameters, got one on {value.device}")
+        raise ValueError(
+            f"{name}: expected a tensor on {device} like the model's parameters, got one on {value.device}"
+        )

@@ -134,11 +134,13 @@ class MAML(nn.Module):
         prepared = self._prepare(Mode.META_GRADIENT, x_s, y_s, x_q, y_q)
         tensors = prepared.tensors
         leaves = tensors.leaves()
-        if any([leaf.grad_fn is not None for leaf in leaves]):
+        if any(leaf.grad_fn is not None for leaf in leaves):
             loss = ops.meta_loss(self, x_s, y_s, x_q, y_q, reduction)
             loss.backward()
             return loss.detach()
         tensors.weights = self._weights(prepared.call.plan, reduction)
+        if prepared.call.choice.backend.accumulates:
+            tensors.into = _existing_gradients(tensors.parameters)
         result = prepared.run()
         for leaf, gradient in zip(leaves, result.gradients(), strict=True):
             if gradient is not None:
@@ -289,3 +291,12 @@ class MAML(nn.Module):
             unused = set(range(len(plan.model.names))) - graph.used_parameters()
             if unused:
                 raise ValueError(f"model: parameter {plan.model.names[min(unused)]!r} does not reach the output")
+
+
+def _existing_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters' gradients, if all have one that a kernel can add to in place."""
+    gradients = [p.grad for p in parameters]
+    usable = all(
+        g is not None and g.dtype == p.dtype and g.is_contiguous() for g, p in zip(gradients, parameters, strict=True)
+    )
+    return gradients if usable else []  # type: ignore[return-value]

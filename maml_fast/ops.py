@@ -38,7 +38,7 @@ def meta_loss(maml: MAML, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, re
     if torch.is_grad_enabled():
         prepared = maml._prepare(Mode.META_GRADIENT, x_s, y_s, x_q, y_q)
         leaves = prepared.tensors.leaves()
-        if any([leaf.requires_grad for leaf in leaves]):
+        if any(leaf.requires_grad for leaf in leaves):
             if reduction == "none":
                 return _TaskLosses.apply(maml, prepared, *leaves)
             prepared.tensors.weights = maml._weights(prepared.call.plan, reduction)
@@ -166,9 +166,7 @@ def _meta_loss_op(
 
 
 @_meta_loss_op.register_fake
-def _(
-    leaves: list[Tensor], y_s: Tensor, y_q: Tensor, needs: list[bool], handle: int, reduction: str
-) -> list[Tensor]:
+def _(leaves: list[Tensor], y_s: Tensor, y_q: Tensor, needs: list[bool], handle: int, reduction: str) -> list[Tensor]:
     x_s = leaves[-2]
     loss = x_s.new_empty((x_s.shape[0],) if reduction == "none" else ())
     if reduction == "none" or not any(needs):
@@ -190,9 +188,7 @@ def _meta_gradient_op(
 
 
 @_meta_gradient_op.register_fake
-def _(
-    leaves: list[Tensor], y_s: Tensor, y_q: Tensor, weights: Tensor, needs: list[bool], handle: int
-) -> list[Tensor]:
+def _(leaves: list[Tensor], y_s: Tensor, y_q: Tensor, weights: Tensor, needs: list[bool], handle: int) -> list[Tensor]:
     return _fake_gradients(leaves, needs)
 
 
@@ -231,9 +227,7 @@ def _(leaves: list[Tensor], y_s: Tensor, needs: list[bool], handle: int) -> Tens
 
 
 @torch.library.custom_op("maml_fast::pullback", mutates_args=())
-def _pullback_op(
-    leaves: list[Tensor], y_s: Tensor, cotangent: Tensor, needs: list[bool], handle: int
-) -> list[Tensor]:
+def _pullback_op(leaves: list[Tensor], y_s: Tensor, cotangent: Tensor, needs: list[bool], handle: int) -> list[Tensor]:
     prepared = _prepare_leaves(Mode.PULLBACK, leaves, y_s, None, needs, handle)
     prepared.tensors.cotangent = cotangent.contiguous()
     return _needed(prepared.run(), leaves)

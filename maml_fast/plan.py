@@ -122,6 +122,8 @@ class Tensors:
         weights: (T,) weight of each task's loss in the meta-objective.
         cotangent: dL/d(query outputs), (T, Nq, *out).
         adapted: per-task parameters for `Mode.APPLY`, each (T, *shape).
+        into: contiguous gradients of all parameters, to which a backend whose `accumulates` is set
+            adds instead of returning new ones.
     """
 
     parameters: Sequence[Tensor]
@@ -133,6 +135,7 @@ class Tensors:
     weights: Tensor | None = None
     cotangent: Tensor | None = None
     adapted: Sequence[Tensor] = ()
+    into: Sequence[Tensor] = ()
 
     def leaves(self) -> list[Tensor]:
         """What a meta-gradient is taken with respect to, in the order of `Result.gradients`."""

@@ -13,10 +13,12 @@ class Backend(Protocol):
     Attributes:
         name: what the user writes in `backend=`.
         fused: whether it runs all tasks in fused kernels of this package.
+        accumulates: whether it can add to existing gradients (`Tensors.into`).
     """
 
     name: str
     fused: bool
+    accumulates: bool
 
     def why_not(self, plan: Plan) -> list[str]:
         """Every reason why it cannot run the plan; empty where it can."""

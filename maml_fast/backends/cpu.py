@@ -21,7 +21,6 @@ from ..program import (
     Hvp,
     Instruction,
     Load,
-    Program,
     QueryLoss,
     RateGradient,
     Scale,
@@ -69,6 +68,7 @@ class CpuBackend:
 
     name = "cpu"
     fused = True
+    accumulates = True
 
     def why_not(self, plan: Plan) -> list[str]:
         reasons = [] if _core is not None else [_WHY_NO_CORE]
@@ -124,12 +124,12 @@ class _Call:
     def __call__(self, t: Tensors) -> Result:
         plan, result = self.plan, Result()
         shape = (plan.tasks, plan.query, *self.out_shape)
-        parameters = [p.contiguous() for p in t.parameters]
+        parameters = [_dense(p) for p in t.parameters]
         buffers = dict(plan.model.module.named_buffers()) if self.constants else {}
-        constants = [buffers[name].to(plan.dtype).contiguous() for name in self.constants]
-        rates = [r.contiguous() for r in t.rates]
-        inputs = [None if v is None else v.contiguous() for v in (t.x_s, t.y_s, t.x_q, t.y_q)]
-        adapted = [a.contiguous() for a in t.adapted]
+        constants = [_dense(buffers[name].to(plan.dtype)) for name in self.constants]
+        rates = [_dense(r) for r in t.rates]
+        inputs = [None if v is None else _dense(v) for v in (t.x_s, t.y_s, t.x_q, t.y_q)]
+        adapted = [_dense(a) for a in t.adapted]
         like = parameters[0]
         if plan.mode is Mode.LOSS:
             result.losses = like.new_empty(plan.tasks)
@@ -155,12 +155,12 @@ class _Call:
             _pointer(result.losses),
             _pointer(result.objective),
             _pointer(result.outputs),
-            [_pointer(g) for g in result.parameters],
+            _pointers(t.into) if t.into else [_pointer(g) for g in result.parameters],
             _pointer(rate_gradient),
             _pointer(result.x_s),
             _pointer(result.x_q),
             _pointers(result.adapted),
-            False,
+            bool(t.into),
             torch.get_num_threads(),
         )
         if rate_gradient is not None:
@@ -170,13 +170,20 @@ class _Call:
 
     def _allocate_gradients(self, result: Result, t: Tensors) -> None:
         needs = self.plan.needs
-        result.parameters = [
-            None if not need else torch.empty_like(p) if i in self.used else torch.zeros_like(p)
-            for i, (p, need) in enumerate(zip(t.parameters, needs.parameters, strict=True))
-        ]
+        if t.into:
+            result.parameters = [None] * len(needs.parameters)
+        else:
+            result.parameters = [
+                None if not need else torch.empty_like(p) if i in self.used else torch.zeros_like(p)
+                for i, (p, need) in enumerate(zip(t.parameters, needs.parameters, strict=True))
+            ]
         result.rates = [None] * len(needs.rates)
         result.x_s = torch.zeros_like(t.x_s, memory_format=torch.contiguous_format) if needs.x_s else None
         result.x_q = torch.zeros_like(t.x_q, memory_format=torch.contiguous_format) if needs.x_q else None
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -19,6 +19,7 @@ class ReferenceBackend:
 
     name = "reference"
     fused = False
+    accumulates = False
 
     def why_not(self, plan: Plan) -> list[str]:
         return []

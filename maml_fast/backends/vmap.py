@@ -20,6 +20,7 @@ class VmapBackend:
 
     name = "vmap"
     fused = False
+    accumulates = False
 
     def why_not(self, plan: Plan) -> list[str]:
         reason = plan.state.get("vmap")

@@ -30,6 +30,7 @@ class TritonBackend:
 
     name = "triton"
     fused = True
+    accumulates = False
 
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
