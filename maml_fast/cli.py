@@ -177,7 +177,7 @@ def bench(
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="JSON file for the results.", show_default="none")] = None,
     case: Annotated[list[str] | None, typer.Option(help="A case by name; may be repeated.", show_default="all")] = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Time for each contender in each case.")] = 1.0,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time spent on samples in each case.")] = 20.0,
 ) -> None:
     """Time meta-gradients against the installed peers, after checking them."""
     from .bench import run
