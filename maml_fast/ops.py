@@ -6,13 +6,14 @@ call is the opaque operator `maml_fast::meta_loss` or `maml_fast::query_outputs`
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .plan import Mode, Result
 
@@ -68,6 +69,33 @@ def _run_again(maml: MAML, mode: Mode, prepared: Prepared) -> Result:
     return maml._prepare(mode, t.x_s, t.y_s, t.x_q, t.y_q).run()
 
 
+class _Raise(torch.autograd.Function):
+    """A graph node that says what is missing instead of a derivative that silently lacks a term."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None]:
+        raise RuntimeError("maml_fast: derivatives of a meta-gradient are not computed")
+
+
+def _first_derivative_only(backward: Callable[[Any, Tensor], tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """With `create_graph=True`, hang a node on every gradient that raises when differentiated."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, upstream)
+        if not torch.is_grad_enabled():
+            return gradients
+        anchor = torch.zeros((), requires_grad=True)
+        return tuple([None if g is None else _Raise.apply(anchor, g) for g in gradients])
+
+    return wrapper
+
+
 class _ReducedLoss(torch.autograd.Function):
     """One fused call computes loss and gradient; backward only scales it."""
 
@@ -79,7 +107,7 @@ class _ReducedLoss(torch.autograd.Function):
         return result.objective
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *[None if g is None else g * upstream for g in ctx.gradients])
 
@@ -96,7 +124,7 @@ class _TaskLosses(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         _check_versions(ctx)
         ctx.prepared.tensors.weights = upstream.contiguous()
@@ -115,7 +143,7 @@ class _QueryOutputs(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         _check_versions(ctx)
         ctx.prepared.tensors.cotangent = upstream.contiguous()

@@ -106,10 +106,16 @@ class Plan:
 
     @cached_property
     def program(self) -> Program:
-        """The algorithm's instructions for this mode."""
+        """The algorithm's instructions for this mode; tapes are saved if they fit `tape_bytes`."""
         from .algorithms import maml
 
-        return maml.emit(self)
+        return maml.emit(self, save=self.saved_tapes_bytes() <= self.tape_bytes)
+
+    def saved_tapes_bytes(self) -> int:
+        """About what one task's tapes of all inner steps take: activations, deltas, slopes, curvatures."""
+        graph = self.trace[0]
+        features = 0 if graph is None else sum(graph.features(v) for v in range(1, len(graph.shapes)))
+        return 4 * self.dtype.itemsize * self.inner.steps * self.support * features
 
 
 @dataclass
