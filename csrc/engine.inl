@@ -2,6 +2,7 @@
 // Included once per instruction set, inside that file's own unnamed namespace: nothing here may be a
 // symbol that another instruction set could link against.
 
+// clang-format off: in order of dependence
 #include "primitives/vector.inl"
 #include "primitives/gemm.inl"
 #include "primitives/math.inl"
@@ -11,6 +12,7 @@
 #include "layers/losses.inl"
 #include "layers/norms.inl"
 #include "layers/running_norm.inl"
+// clang-format on
 
 // A parameter-sized piece of memory for every task of the block; stride 0 where they share it.
 template <class S>
@@ -38,20 +40,34 @@ class Engine {
   private:
     void execute(const Instr& in) {
         switch (in.code) {
-            case Code::load: return load_parameters(in.a);
-            case Code::forward: return forward(in);
-            case Code::support_loss: return loss(in.a, 0, nullptr, true);
-            case Code::query_loss: return loss(in.a, 1, static_cast<S*>(call_.losses) + t0_, in.b != 0);
-            case Code::cotangent: return cotangent(in.a);
-            case Code::backward: return backward(in);
-            case Code::update: return update(in.a, in.b, in.c);
-            case Code::scale: return scale(in.a, in.b);
-            case Code::hvp: return hvp(in);
-            case Code::subtract: return subtract(in.a, in.b);
-            case Code::rate_gradient: return rate_gradient(in.a, in.b);
-            case Code::accumulate: return accumulate(in);
-            case Code::store_parameters: return store_parameters(in.a);
-            case Code::store_outputs: return store_outputs(in.a);
+            case Code::load:
+                return load_parameters(in.a);
+            case Code::forward:
+                return forward(in);
+            case Code::support_loss:
+                return loss(in.a, 0, nullptr, true);
+            case Code::query_loss:
+                return loss(in.a, 1, static_cast<S*>(call_.losses) + t0_, in.b != 0);
+            case Code::cotangent:
+                return cotangent(in.a);
+            case Code::backward:
+                return backward(in);
+            case Code::update:
+                return update(in.a, in.b, in.c);
+            case Code::scale:
+                return scale(in.a, in.b);
+            case Code::hvp:
+                return hvp(in);
+            case Code::subtract:
+                return subtract(in.a, in.b);
+            case Code::rate_gradient:
+                return rate_gradient(in.a, in.b);
+            case Code::accumulate:
+                return accumulate(in);
+            case Code::store_parameters:
+                return store_parameters(in.a);
+            case Code::store_outputs:
+                return store_outputs(in.a);
         }
     }
 
@@ -103,8 +119,12 @@ class Engine {
             long size = per_task(tape, op.out);
             S *aux1 = at(tape.aux1[i]), *aux2 = at(tape.aux2[i]);
             switch (op.kind) {
-                case OpKind::linear: linear_values(op, slot, in.theta, N, x, y); break;
-                case OpKind::activation: activation_forward<S>(op, B_ * size, x, y, aux1, aux2); break;
+                case OpKind::linear:
+                    linear_values(op, slot, in.theta, N, x, y);
+                    break;
+                case OpKind::activation:
+                    activation_forward<S>(op, B_ * size, x, y, aux1, aux2);
+                    break;
                 case OpKind::affine: {
                     S f = S(op.f0), c = S(op.f1);
                     put(true, y, B_ * size, [=](long j) { return f * x[j] + c; });
@@ -116,8 +136,11 @@ class Engine {
                     put(true, y, B_ * size, [=](long j) { return x[j] + f * z[j]; });
                     break;
                 }
-                case OpKind::cat: join(op, N, y, [&](int b) { return value(tape, b); }); break;
-                default: norm_forward(op, slot, N, size, x, y, aux1, aux2);
+                case OpKind::cat:
+                    join(op, N, y, [&](int b) { return value(tape, b); });
+                    break;
+                default:
+                    norm_forward(op, slot, N, size, x, y, aux1, aux2);
             }
         }
     }
@@ -149,25 +172,28 @@ class Engine {
 
     // y += x (Σ_r c_r P_rᵀ Q_r)ᵀ = Σ_r c_r (x Q_rᵀ) P_r.
     void add_product(const Op& op, Factors factors, long N, const S* x, S* y) {
-        for (int r = 0; r < factors.n; ++r)
-            if (!absent(op, factors.p[r]))
-                add_term(op, factors.p[r], N, op.width, op.out_width, x, inputs(op, factors.p[r]),
-                         deltas(op, factors.p[r]), y);
+        for (int r = 0; r < factors.n; ++r) {
+            const Factor& f = factors.p[r];
+            if (absent(op, f)) continue;
+            add_term(op, f, N, op.width, op.out_width, x, inputs(op, f), deltas(op, f), true, y);
+        }
     }
 
     // dx += dy (Σ_r c_r P_rᵀ Q_r) = Σ_r c_r (dy P_rᵀ) Q_r.
     void add_transposed_product(const Op& op, Factors factors, long N, const S* dy, S* dx) {
-        for (int r = 0; r < factors.n; ++r)
-            if (!absent(op, factors.p[r]))
-                add_term(op, factors.p[r], N, op.out_width, op.width, dy, deltas(op, factors.p[r]),
-                         inputs(op, factors.p[r]), dx);
+        for (int r = 0; r < factors.n; ++r) {
+            const Factor& f = factors.p[r];
+            if (absent(op, f)) continue;
+            bool owned = plan_.tapes[f.tape].value[op.in[0]] >= 0;
+            add_term(op, f, N, op.out_width, op.width, dy, deltas(op, f), inputs(op, f), owned, dx);
+        }
     }
 
-    void add_term(const Op& op, const Factor& f, long N, long I, long O, const S* x, const S* q, const S* p, S* y) {
+    // y += c (x qᵀ) p for every task. `owned`: p lies in the workspace.
+    void add_term(const Op& op, const Factor& f, long N, long I, long O, const S* x, const S* q, const S* p, bool owned,
+                  S* y) {
         long rows = N * op.rows, rank = samples(plan_.tapes[f.tape]) * op.rows;
         S c = coefficient(op, f);
-        bool owned = p != static_cast<const S*>(call_.x[0]) + t0_ * rank * O &&
-                     p != static_cast<const S*>(call_.x[1]) + t0_ * rank * O;
         for (long b = 0; b < B_; ++b)
             low_rank_product<S>(rows, I, O, rank, c, x + b * rows * I, q + b * rank * I, p + b * rank * O, owned,
                                 y + b * rows * O, scratch(), gemm_scratch());
@@ -201,8 +227,8 @@ class Engine {
                 pack_transposed(op.width, op.out_width, w.of(b), scratch());
                 panels = scratch();
             }
-            linear_forward<S>(op, rows, x + b * rows * op.width, panels, bias.of(b), add,
-                              y + b * rows * op.out_width, gemm_scratch());
+            linear_forward<S>(op, rows, x + b * rows * op.width, panels, bias.of(b), add, y + b * rows * op.out_width,
+                              gemm_scratch());
         }
     }
 
@@ -212,8 +238,8 @@ class Engine {
         if (w.stride == 0)
             return linear_backward<S>(op, first, B_ * rows, dy, arena_ + op.pack_backward, true, dx, gemm_scratch());
         for (long b = 0; b < B_; ++b)
-            linear_backward<S>(op, first, rows, dy + b * rows * op.out_width, w.of(b), false,
-                               dx + b * rows * op.width, gemm_scratch());
+            linear_backward<S>(op, first, rows, dy + b * rows * op.out_width, w.of(b), false, dx + b * rows * op.width,
+                               gemm_scratch());
     }
 
     void norm_forward(const Op& op, int slot, long N, long size, const S* x, S* y, S* xhat, S* inv) {
@@ -303,8 +329,7 @@ class Engine {
                 const S* y = static_cast<const S*>(call_.y[0]) + (t0_ + b) * size;
                 LossKind kind = plan_.loss;
                 S scale = S(1) / S(size);
-                put(true, ez, size,
-                    [=](long i) { return scale * pointwise_curvature(kind, z[i], y[i], d) * tz[i]; });
+                put(true, ez, size, [=](long i) { return scale * pointwise_curvature(kind, z[i], y[i], d) * tz[i]; });
             }
         }
     }
@@ -365,7 +390,8 @@ class Engine {
                     for (int j = 0; j < op.n_in; ++j)
                         if (S* dj = input_delta(tape, op, j, inputs)) split(op, j, op.delta_first[j], N, dy, dj);
                     break;
-                default: norm_backward(op, i, slot, tape, out, adapted_only, dy, dx);
+                default:
+                    norm_backward(op, i, slot, tape, out, adapted_only, dy, dx);
             }
         }
     }
@@ -446,8 +472,12 @@ class Engine {
             const S* tx = tangent(op, 0);
             long size = B_ * per_task(tape, op.out);
             switch (op.kind) {
-                case OpKind::linear: linear_tangent(op, in, tape, tx, ty); break;
-                case OpKind::activation: activation_tangent<S>(size, ws_ + tape.aux1[i], tx, ty); break;
+                case OpKind::linear:
+                    linear_tangent(op, in, tape, tx, ty);
+                    break;
+                case OpKind::activation:
+                    activation_tangent<S>(size, ws_ + tape.aux1[i], tx, ty);
+                    break;
                 case OpKind::affine: {
                     S f = S(op.f0);
                     put(true, ty, size, [=](long j) { return f * tx[j]; });
@@ -469,7 +499,8 @@ class Engine {
                     join(op, N, ty, [&](int) { return tangent(op, j++); });
                     break;
                 }
-                default: norm_tangent(op, i, slot, vector, tape, tx, ty);
+                default:
+                    norm_tangent(op, i, slot, vector, tape, tx, ty);
             }
         }
     }
@@ -537,7 +568,9 @@ class Engine {
             const S* tx = tangent(op, 0);
             bool first = op.delta_first[0];
             switch (op.kind) {
-                case OpKind::linear: linear_backward_tangent(op, in, tape, tx, dy, ey, ex); break;
+                case OpKind::linear:
+                    linear_backward_tangent(op, in, tape, tx, dy, ey, ex);
+                    break;
                 case OpKind::activation:
                     if (ex)
                         activation_backward_tangent<S>(first, size, ws_ + tape.aux1[i], at(tape.aux2[i]), tx, dy, ey,
@@ -560,7 +593,8 @@ class Engine {
                         if (S* ej = input_tangent_delta(tape, op, j, inputs))
                             split(op, j, op.delta_first[j], N, ey, ej);
                     break;
-                default: norm_backward_tangent(op, i, slot, vector, tape, out, dy, ey, ex);
+                default:
+                    norm_backward_tangent(op, i, slot, vector, tape, out, dy, ey, ex);
             }
         }
     }
@@ -579,11 +613,9 @@ class Engine {
         PerTask<S> hw = gradient(out, op.w, false), hb = gradient(out, op.b, false);
         linear_gradients(op, N, value(tape, op.in[0]), ey, hw, hb);
         if (!hw || !tx) return;
-        Op more = op;
-        more.w_first = false;
         for (long b = 0; b < B_; ++b)
-            linear_weight_gradient<S>(more, false, rows, dy + b * rows * op.out_width, tx + b * rows * op.width,
-                                      hw.of(b), gemm_scratch());
+            linear_weight_gradient<S>(op, false, rows, dy + b * rows * op.out_width, tx + b * rows * op.width, hw.of(b),
+                                      gemm_scratch());
     }
 
     void norm_backward_tangent(const Op& op, int i, int slot, int vector, const TapeView& tape, int out, const S* dy,

@@ -6,24 +6,20 @@ namespace maml_fast {
 
 namespace {
 
-constexpr long kAlignment = 16;       // numbers: a cache line of floats
-constexpr long kSlack = 64;           // a vector read past the last buffer stays inside
+constexpr long kAlignment = 16;              // numbers: a cache line of floats
+constexpr long kSlack = 64;                  // a vector read past the last buffer stays inside
 constexpr long kWorkspaceBytes = 384 << 10;  // what tasks in lockstep may take: most of a private cache
 constexpr long kLockstep = 4;
 constexpr long kLargeModel = 1 << 16;  // parameters from which fewer partial sums are cheaper
-constexpr long kBlocks = 16;          // partial sums a call is cut into, whatever the number of threads
+constexpr long kBlocks = 16;           // partial sums a call is cut into, whatever the number of threads
 
 bool is_norm(OpKind kind) {
     return kind == OpKind::batch_norm || kind == OpKind::running_norm || kind == OpKind::layer_norm;
 }
 
-long groups(const Op& op, long n) {
-    return op.kind == OpKind::layer_norm ? n * op.rows : op.width;
-}
+long groups(const Op& op, long n) { return op.kind == OpKind::layer_norm ? n * op.rows : op.width; }
 
-bool is_piecewise_linear(Act act) {
-    return act == Act::relu || act == Act::leaky_relu;
-}
+bool is_piecewise_linear(Act act) { return act == Act::relu || act == Act::leaky_relu; }
 
 }  // namespace
 
@@ -50,7 +46,8 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     find_low_rank();
     for (std::size_t i = 0; i < spec_.params.size(); ++i) {
         const ParamSpec& s = spec_.params[i];
-        bool formed = std::none_of(ops_.begin(), ops_.end(), [&](const Op& op) { return op.low_rank && op.w == int(i); });
+        bool formed =
+            std::none_of(ops_.begin(), ops_.end(), [&](const Op& op) { return op.low_rank && op.w == int(i); });
         bool dense = s.active && formed;
         params_.push_back({s.size, dense ? view_.parameters : -1, s.active ? view_.sums : -1, s.rate, s.elementwise,
                            s.adapts && dense});
@@ -96,7 +93,8 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
 //   factored: Gram matrices of the factors, in the query passes and in the Hessian-vector products
 void Layout::find_low_rank() {
     if (!spec_.low_rank) return;
-    long steps = std::count_if(spec_.code.begin(), spec_.code.end(), [](const Instr& i) { return i.code == Code::update; });
+    long steps =
+        std::count_if(spec_.code.begin(), spec_.code.end(), [](const Instr& i) { return i.code == Code::update; });
     for (Op& op : ops_) {
         if (op.kind != OpKind::linear) continue;
         const ParamSpec& p = spec_.params[op.w];
@@ -120,7 +118,9 @@ void Layout::find_factors() {
     for (Instr& in : spec_.code) {
         in.theta = in.vector = {nullptr, 0};
         switch (in.code) {
-            case Code::forward: in.theta = freeze(slots[in.a]); break;
+            case Code::forward:
+                in.theta = freeze(slots[in.a]);
+                break;
             case Code::backward:
                 in.theta = freeze(slots[in.a]);
                 if (in.c >= 0) slots[in.c] = {{Term::gradient, in.b, -1, 1, false}};
@@ -139,13 +139,17 @@ void Layout::find_factors() {
                 in.hvp = hvps_++;
                 in.theta = freeze(slots[in.a]);
                 in.vector = freeze(slots[in.c]);
-                slots[in.d] = {{Term::tangent_delta, in.b, in.hvp, 1, false}, {Term::tangent_input, in.b, in.hvp, 1, false}};
+                slots[in.d] = {{Term::tangent_delta, in.b, in.hvp, 1, false},
+                               {Term::tangent_input, in.b, in.hvp, 1, false}};
                 break;
             case Code::subtract:
                 for (Factor f : slots[in.b]) slots[in.a].push_back({f.term, f.tape, f.hvp, -f.sign, f.rate});
                 break;
-            case Code::accumulate: in.theta = freeze(slots[in.a]); break;
-            default: break;
+            case Code::accumulate:
+                in.theta = freeze(slots[in.a]);
+                break;
+            default:
+                break;
         }
     }
 }
@@ -234,9 +238,7 @@ long Layout::gemm_scratch_size() const {
     return size;
 }
 
-long* Layout::table(std::size_t n) {
-    return tables_.emplace_back(n, -1).data();
-}
+long* Layout::table(std::size_t n) { return tables_.emplace_back(n, -1).data(); }
 
 // All Hessian-vector products share their buffers, but for those whose tangents are factors of a
 // low-rank weight: they live on.

@@ -17,12 +17,8 @@ namespace {
 
 using Pointer = std::uintptr_t;
 
-const void* address(Pointer p) {
-    return reinterpret_cast<const void*>(p);
-}
-void* writable(Pointer p) {
-    return reinterpret_cast<void*>(p);
-}
+const void* address(Pointer p) { return reinterpret_cast<const void*>(p); }
+void* writable(Pointer p) { return reinterpret_cast<void*>(p); }
 
 std::vector<void*> addresses(const std::vector<Pointer>& pointers) {
     std::vector<void*> out;
@@ -50,8 +46,16 @@ Spec parse(const py::dict& d) {
     }
     for (auto item : d["code"]) {
         auto c = item.cast<py::dict>();
-        s.code.push_back({Code(c["code"].cast<int>()), c["a"].cast<int>(), c["b"].cast<int>(), c["c"].cast<int>(),
-                          c["d"].cast<int>(), c["inputs"].cast<bool>(), c["batch"].cast<int>(), -1, {nullptr, 0}, {nullptr, 0}});
+        s.code.push_back({Code(c["code"].cast<int>()),
+                          c["a"].cast<int>(),
+                          c["b"].cast<int>(),
+                          c["c"].cast<int>(),
+                          c["d"].cast<int>(),
+                          c["inputs"].cast<bool>(),
+                          c["batch"].cast<int>(),
+                          -1,
+                          {nullptr, 0},
+                          {nullptr, 0}});
     }
     s.tapes = d["tapes"].cast<std::vector<int>>();
     s.slots = d["slots"].cast<int>();
@@ -145,8 +149,7 @@ std::vector<std::string> available_names() {
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Task-batched kernels for meta-learning.";
     py::class_<Plan>(m, "Plan")
-        .def(py::init<const py::dict&, bool, const std::string&>(), py::arg("spec"), py::arg("float64"),
-             py::arg("isa"))
+        .def(py::init<const py::dict&, bool, const std::string&>(), py::arg("spec"), py::arg("float64"), py::arg("isa"))
         .def("run", &Plan::run)
         .def("bytes", &Plan::bytes, py::arg("threads"));
     m.def("labels_in_range", &labels_in_range);

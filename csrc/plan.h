@@ -51,16 +51,16 @@ struct Op {
     long rows;   // independent rows a sample has (linear, layer_norm); outer size (cat)
     long width;  // features in (linear), normalised size (layer_norm), channels (norms)
     long out_width;
-    long length;               // values a channel has in one sample (norms)
-    double f0, f1;             // attributes
-    bool w_first, b_first;     // first to write the parameter's gradient in a reverse sweep
-    const bool* delta_first;   // per input: first to write that input's delta
-    const bool* wants_delta;   // per input
-    const bool* has_tangent;   // per input
+    long length;              // values a channel has in one sample (norms)
+    double f0, f1;            // attributes
+    bool w_first, b_first;    // first to write the parameter's gradient in a reverse sweep
+    const bool* delta_first;  // per input: first to write that input's delta
+    const bool* wants_delta;  // per input
+    const bool* has_tangent;  // per input
     bool out_has_tangent;
     bool out_wants_delta;
-    bool low_rank;       // the adapted weight is never formed: W_k = W_0 + Σ_r c_r P_rᵀ Q_r
-    long pack_forward;   // offset of the shared weight's panels, or -1
+    bool low_rank;      // the adapted weight is never formed: W_k = W_0 + Σ_r c_r P_rᵀ Q_r
+    long pack_forward;  // offset of the shared weight's panels, or -1
     long pack_backward;
 };
 
@@ -85,9 +85,9 @@ struct Instr {
     int a, b, c, d;
     bool inputs;  // also the gradient w.r.t. the batch's inputs
     int batch;
-    int hvp;          // which tangents a Hessian-vector product writes
-    Factors theta;    // low-rank part of slot a's weights (of slot b's in a sum)
-    Factors vector;   // of the direction
+    int hvp;         // which tangents a Hessian-vector product writes
+    Factors theta;   // low-rank part of slot a's weights (of slot b's in a sum)
+    Factors vector;  // of the direction
 };
 
 // Offsets of one tape's buffers; -1 where absent (or, for the input, the caller's memory).
@@ -121,7 +121,7 @@ struct PlanView {
     int n_code;
     const TapeView* tapes;
     const TangentView* tangents;
-    const long* slots;  // offset of each slot
+    const long* slots;        // offset of each slot
     const long* rate_offset;  // per rate: offset in the rate gradient
     const long* rate_size;
     int n_rates;
@@ -131,10 +131,10 @@ struct PlanView {
     long rates;       // numbers in the rate gradient, which stands behind them
     long scratch;     // offset of the scratch for packed weights and channel sums
     long gemm_scratch;
-    long workspace;   // numbers a thread needs
-    long packed;      // numbers in the shared panels
-    long lockstep;    // tasks a thread works on at once
-    long block;       // tasks whose gradients are summed before the ordered reduction
+    long workspace;  // numbers a thread needs
+    long packed;     // numbers in the shared panels
+    long lockstep;   // tasks a thread works on at once
+    long block;      // tasks whose gradients are summed before the ordered reduction
     LossKind loss;
     double loss_parameter;
     long classes;
@@ -166,7 +166,7 @@ struct Call {
 // The kernels of one instruction set for one scalar type.
 template <class S>
 struct KernelsOf {
-    long lanes;  // numbers a vector register holds
+    long lanes;       // numbers a vector register holds
     long gemm_depth;  // rows of B that a GEMM packs at once
     // Packs op's shared weight into `arena`, once a call.
     void (*pack)(const PlanView&, const Call&, int op, S* arena);
@@ -184,9 +184,7 @@ const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 
 // Width of the packed panel that starts at column `j` of `columns`.
-inline long panel_width(long columns, long j, long lanes) {
-    return columns - j > lanes ? 2 * lanes : lanes;
-}
+inline long panel_width(long columns, long j, long lanes) { return columns - j > lanes ? 2 * lanes : lanes; }
 
 // Numbers a packed matrix takes: full double-width panels and a last one padded to one or two vectors.
 inline long packed_size(long rows, long columns, long lanes) {

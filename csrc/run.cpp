@@ -144,8 +144,9 @@ std::unique_ptr<Memory<S>> Runner<S>::borrow(int threads) {
     const PlanView& plan = layout_.view();
     std::unique_ptr<Memory<S>> memory;
     {
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (!idle_.empty()) {
+        // only tried: a thread of the parent that held the lock is gone in a forked child
+        std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+        if (lock && !idle_.empty()) {
             memory = std::move(idle_.back());
             idle_.pop_back();
         }
@@ -168,8 +169,8 @@ std::unique_ptr<Memory<S>> Runner<S>::borrow(int threads) {
 
 template <class S>
 void Runner<S>::give_back(std::unique_ptr<Memory<S>> memory) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    idle_.push_back(std::move(memory));
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock) idle_.push_back(std::move(memory));
 }
 
 template <class S>

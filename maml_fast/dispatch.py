@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from .backends.base import Backend
 from .backends.cpu import CpuBackend
 from .backends.reference import ReferenceBackend
+from .backends.triton import TritonBackend
 from .backends.vmap import VmapBackend
 from .plan import Plan
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), VmapBackend(), ReferenceBackend())}
-"""In order of preference. A new backend is one line here."""
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), VmapBackend(), ReferenceBackend(), TritonBackend())}
+"""In order of preference. A new backend is one line here. The reference always can, so what stands behind it runs
+only by name: the Triton kernels do until they have been verified on hardware."""
 
 
 @dataclass(frozen=True)

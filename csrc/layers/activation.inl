@@ -90,15 +90,24 @@ template <class S>
 void activation_forward(const Op& op, long n, const S* x, S* y, S* d1, S* d2) {
     S p0 = S(op.f0), p1 = S(op.f1);
     switch (op.act) {
-        case Act::relu: return activation_map<Act::relu>(n, p0, p1, x, y, d1, d2);
-        case Act::leaky_relu: return activation_map<Act::leaky_relu>(n, p0, p1, x, y, d1, d2);
-        case Act::elu: return activation_map<Act::elu>(n, p0, p1, x, y, d1, d2);
-        case Act::gelu: return activation_map<Act::gelu>(n, p0, p1, x, y, d1, d2);
-        case Act::gelu_tanh: return activation_map<Act::gelu_tanh>(n, p0, p1, x, y, d1, d2);
-        case Act::silu: return activation_map<Act::silu>(n, p0, p1, x, y, d1, d2);
-        case Act::tanh: return activation_map<Act::tanh>(n, p0, p1, x, y, d1, d2);
-        case Act::sigmoid: return activation_map<Act::sigmoid>(n, p0, p1, x, y, d1, d2);
-        case Act::softplus: return activation_map<Act::softplus>(n, p0, p1, x, y, d1, d2);
+        case Act::relu:
+            return activation_map<Act::relu>(n, p0, p1, x, y, d1, d2);
+        case Act::leaky_relu:
+            return activation_map<Act::leaky_relu>(n, p0, p1, x, y, d1, d2);
+        case Act::elu:
+            return activation_map<Act::elu>(n, p0, p1, x, y, d1, d2);
+        case Act::gelu:
+            return activation_map<Act::gelu>(n, p0, p1, x, y, d1, d2);
+        case Act::gelu_tanh:
+            return activation_map<Act::gelu_tanh>(n, p0, p1, x, y, d1, d2);
+        case Act::silu:
+            return activation_map<Act::silu>(n, p0, p1, x, y, d1, d2);
+        case Act::tanh:
+            return activation_map<Act::tanh>(n, p0, p1, x, y, d1, d2);
+        case Act::sigmoid:
+            return activation_map<Act::sigmoid>(n, p0, p1, x, y, d1, d2);
+        case Act::softplus:
+            return activation_map<Act::softplus>(n, p0, p1, x, y, d1, d2);
         case Act::sine:
             activation_map<Act::sine>(n, p0, p1, x, y, d1, d2);
             return large_angles(n, p0, x, y, d1, d2);

@@ -14,7 +14,8 @@ void linear_forward(const Op& op, long rows, const S* x, const S* panels, const 
 template <class S>
 void linear_backward(const Op& op, bool first, long rows, const S* dy, const S* w, bool packed, S* dx, S* scratch) {
     long I = op.width, O = op.out_width;
-    gemm<S>(rows, I, O, {dy, O, 1}, {w, packed ? O : I, packed, false}, {dx, I, first ? nullptr : dx, nullptr}, scratch);
+    gemm<S>(rows, I, O, {dy, O, 1}, {w, packed ? O : I, packed, false}, {dx, I, first ? nullptr : dx, nullptr},
+            scratch);
 }
 
 // ∇W (+)= δyᵀ x. A narrow input would waste vector lanes, so there the transpose is computed.

@@ -13,10 +13,14 @@ template <class S>
 inline S pointwise_value(LossKind kind, S z, S y, S d) {
     S r = z - y;
     switch (kind) {
-        case LossKind::mse: return r * r;
-        case LossKind::bce_with_logits: return (z < S(0) ? S(0) : z) - z * y + log1p_unit(exp_(-abs_(z)));
-        case LossKind::l1: return abs_(r);
-        default: return abs_(r) > d ? d * (abs_(r) - S(0.5) * d) : S(0.5) * r * r;
+        case LossKind::mse:
+            return r * r;
+        case LossKind::bce_with_logits:
+            return (z < S(0) ? S(0) : z) - z * y + log1p_unit(exp_(-abs_(z)));
+        case LossKind::l1:
+            return abs_(r);
+        default:
+            return abs_(r) > d ? d * (abs_(r) - S(0.5) * d) : S(0.5) * r * r;
     }
 }
 
@@ -24,23 +28,30 @@ template <class S>
 inline S pointwise_slope(LossKind kind, S z, S y, S d) {
     S r = z - y;
     switch (kind) {
-        case LossKind::mse: return S(2) * r;
-        case LossKind::bce_with_logits: return S(1) / (S(1) + exp_(-z)) - y;
-        case LossKind::l1: return sign_of(r);
-        default: return abs_(r) > d ? d * sign_of(r) : r;
+        case LossKind::mse:
+            return S(2) * r;
+        case LossKind::bce_with_logits:
+            return S(1) / (S(1) + exp_(-z)) - y;
+        case LossKind::l1:
+            return sign_of(r);
+        default:
+            return abs_(r) > d ? d * sign_of(r) : r;
     }
 }
 
 template <class S>
 inline S pointwise_curvature(LossKind kind, S z, S y, S d) {
     switch (kind) {
-        case LossKind::mse: return S(2);
+        case LossKind::mse:
+            return S(2);
         case LossKind::bce_with_logits: {
             S s = S(1) / (S(1) + exp_(-z));
             return s * (S(1) - s);
         }
-        case LossKind::l1: return S(0);
-        default: return abs_(z - y) > d ? S(0) : S(1);
+        case LossKind::l1:
+            return S(0);
+        default:
+            return abs_(z - y) > d ? S(0) : S(1);
     }
 }
 

@@ -55,8 +55,8 @@ void batch_norm_sums(const Op& op, long N, const S* __restrict xhat, const S* __
 
 template <class S>
 void batch_norm_backward(const Op& op, bool first, long N, const S* __restrict xhat, const S* __restrict inv,
-                         const S* __restrict w, const S* __restrict dw, const S* __restrict db,
-                         const S* __restrict dy, S* __restrict dx) {
+                         const S* __restrict w, const S* __restrict dw, const S* __restrict db, const S* __restrict dy,
+                         S* __restrict dx) {
     long C = op.width, L = op.length;
     S m = S(1) / S(N * L);
     each_of_channels(N, C, L, [=](long i, long c) {
@@ -68,10 +68,9 @@ void batch_norm_backward(const Op& op, bool first, long N, const S* __restrict x
 
 // taux: xhat˙ (n·c·l), s = mean(x̂ ẋ) (c). tx, vw, vb may be null (zero).
 template <class S>
-void batch_norm_tangent(const Op& op, long N, const S* __restrict xhat, const S* __restrict inv,
-                        const S* __restrict w, const S* __restrict vw, const S* __restrict vb,
-                        const S* __restrict tx, S* __restrict ty, S* __restrict txhat, S* __restrict s,
-                        S* __restrict scratch) {
+void batch_norm_tangent(const Op& op, long N, const S* __restrict xhat, const S* __restrict inv, const S* __restrict w,
+                        const S* __restrict vw, const S* __restrict vb, const S* __restrict tx, S* __restrict ty,
+                        S* __restrict txhat, S* __restrict s, S* __restrict scratch) {
     long C = op.width, L = op.length;
     S m = S(1) / S(N * L), *mean = scratch;
     fill(s, C, S(0));
@@ -108,10 +107,10 @@ void batch_norm_tangent_sums(const Op& op, long N, const S* __restrict xhat, con
 }
 
 template <class S>
-void batch_norm_backward_tangent(const Op& op, bool first, long N, const S* __restrict xhat,
-                                 const S* __restrict inv, const S* __restrict txhat, const S* __restrict s,
-                                 const S* __restrict w, const S* __restrict vw, const S* __restrict sums,
-                                 const S* __restrict dy, const S* __restrict ey, S* __restrict ex) {
+void batch_norm_backward_tangent(const Op& op, bool first, long N, const S* __restrict xhat, const S* __restrict inv,
+                                 const S* __restrict txhat, const S* __restrict s, const S* __restrict w,
+                                 const S* __restrict vw, const S* __restrict sums, const S* __restrict dy,
+                                 const S* __restrict ey, S* __restrict ex) {
     long C = op.width, L = op.length;
     S m = S(1) / S(N * L);
     each_of_channels(N, C, L, [=](long i, long c) {
@@ -128,8 +127,8 @@ void batch_norm_backward_tangent(const Op& op, bool first, long N, const S* __re
 
 // aux: xhat (rows·width), inv (rows).
 template <class S>
-void layer_norm_forward(const Op& op, long rows, const S* __restrict x, const S* __restrict w,
-                        const S* __restrict b, S* __restrict y, S* __restrict xhat, S* __restrict inv) {
+void layer_norm_forward(const Op& op, long rows, const S* __restrict x, const S* __restrict w, const S* __restrict b,
+                        S* __restrict y, S* __restrict xhat, S* __restrict inv) {
     long W = op.width;
     for (long r = 0; r < rows; ++r) {
         const S* xr = x + r * W;
@@ -162,8 +161,8 @@ void layer_norm_backward(const Op& op, bool first, long rows, const S* __restric
 // taux: xhat˙ (rows·width), s (rows).
 template <class S>
 void layer_norm_tangent(const Op& op, long rows, const S* __restrict xhat, const S* __restrict inv,
-                        const S* __restrict w, const S* __restrict vw, const S* __restrict vb,
-                        const S* __restrict tx, S* __restrict ty, S* __restrict txhat, S* __restrict s) {
+                        const S* __restrict w, const S* __restrict vw, const S* __restrict vb, const S* __restrict tx,
+                        S* __restrict ty, S* __restrict txhat, S* __restrict s) {
     long W = op.width;
     for (long r = 0; r < rows; ++r) {
         const S *h = xhat + r * W, *t = tx ? tx + r * W : nullptr;
@@ -180,10 +179,10 @@ void layer_norm_tangent(const Op& op, long rows, const S* __restrict xhat, const
 }
 
 template <class S>
-void layer_norm_backward_tangent(const Op& op, bool first, long rows, const S* __restrict xhat,
-                                 const S* __restrict inv, const S* __restrict txhat, const S* __restrict s,
-                                 const S* __restrict w, const S* __restrict vw, const S* __restrict dy,
-                                 const S* __restrict ey, S* __restrict ex) {
+void layer_norm_backward_tangent(const Op& op, bool first, long rows, const S* __restrict xhat, const S* __restrict inv,
+                                 const S* __restrict txhat, const S* __restrict s, const S* __restrict w,
+                                 const S* __restrict vw, const S* __restrict dy, const S* __restrict ey,
+                                 S* __restrict ex) {
     long W = op.width;
     for (long r = 0; r < rows; ++r) {
         const S *h = xhat + r * W, *th = txhat + r * W, *d = dy + r * W, *e = ey + r * W;

@@ -25,9 +25,9 @@ void running_norm_backward(const Op& op, bool first, long N, const S* __restrict
 
 // taux: xhat˙ = r ẋ.
 template <class S>
-void running_norm_tangent(const Op& op, long N, const S* __restrict xhat, const S* __restrict r,
-                          const S* __restrict w, const S* __restrict vw, const S* __restrict vb,
-                          const S* __restrict tx, S* __restrict ty, S* __restrict txhat) {
+void running_norm_tangent(const Op& op, long N, const S* __restrict xhat, const S* __restrict r, const S* __restrict w,
+                          const S* __restrict vw, const S* __restrict vb, const S* __restrict tx, S* __restrict ty,
+                          S* __restrict txhat) {
     each_of_channels(N, op.width, op.length, [=](long i, long c) {
         S t = tx ? r[c] * tx[i] : S(0);
         txhat[i] = t;
@@ -36,9 +36,9 @@ void running_norm_tangent(const Op& op, long N, const S* __restrict xhat, const 
 }
 
 template <class S>
-void running_norm_backward_tangent(const Op& op, bool first, long N, const S* __restrict r,
-                                   const S* __restrict w, const S* __restrict vw, const S* __restrict dy,
-                                   const S* __restrict ey, S* __restrict ex) {
+void running_norm_backward_tangent(const Op& op, bool first, long N, const S* __restrict r, const S* __restrict w,
+                                   const S* __restrict vw, const S* __restrict dy, const S* __restrict ey,
+                                   S* __restrict ex) {
     each_of_channels(N, op.width, op.length, [=](long i, long c) {
         S out = r[c] * ((w ? w[c] : S(1)) * ey[i] + (vw ? vw[c] * dy[i] : S(0)));
         ex[i] = first ? out : ex[i] + out;

@@ -52,8 +52,8 @@ inline void store_edge(S* p, vec<S> v, long columns) {
 
 // MR rows by NV vectors of C in registers. Edge: fewer columns than NV vectors hold.
 template <class S, int MR, int NV, bool Edge>
-__attribute__((noinline)) void tile(long K, const S* a, long rs, long cs, const S* b, long ldb,
-                                    const Result<S>& c, long columns) {
+__attribute__((noinline)) void tile(long K, const S* a, long rs, long cs, const S* b, long ldb, const Result<S>& c,
+                                    long columns) {
     constexpr long L = lanes<S>;
     auto read = [&](const S* p, int v) { return Edge ? load_edge(p + v * L, columns - v * L) : load(p + v * L); };
     vec<S> acc[MR][NV];
@@ -190,8 +190,8 @@ inline void panels(long M, long N, long k0, long K, const Left<S>& a, const Righ
 }
 
 template <class S>
-__attribute__((noinline)) void gemm(long M, long N, long K, const Left<S>& a, const Right<S>& b,
-                                    const Result<S>& c, S* scratch) {
+__attribute__((noinline)) void gemm(long M, long N, long K, const Left<S>& a, const Right<S>& b, const Result<S>& c,
+                                    S* scratch) {
     if (M < kPackFrom && K <= kBlockDepth) return panels(M, N, 0, K, a, b, c, scratch);
     long blocks = ceil_div(K, kBlockDepth);
     for (long k0 = 0, left = blocks; left > 0; --left) {

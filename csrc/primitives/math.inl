@@ -57,13 +57,9 @@ inline float log1p_unit(float u) {
     return 2.0f * (p * z * s + s);
 }
 
-inline float log_(float x) {
-    return __builtin_logf(x);
-}
+inline float log_(float x) { return __builtin_logf(x); }
 
-inline float abs_(float x) {
-    return as_float(as_bits(x) & 0x7fffffff);
-}
+inline float abs_(float x) { return as_float(as_bits(x) & 0x7fffffff); }
 
 inline float with_sign(float magnitude, float sign) {
     return as_float((as_bits(magnitude) & 0x7fffffff) | (as_bits(sign) & std::int32_t(0x80000000)));
@@ -122,35 +118,17 @@ inline void sincos_(float x, float& sine, float& cosine) {
     cosine = as_float(as_bits(b) ^ (((quadrant + 1) & 2) << 30));
 }
 
-inline double exp_(double x) {
-    return __builtin_exp(x);
-}
-inline double expm1_(double x) {
-    return __builtin_expm1(x);
-}
-inline double log1p_unit(double u) {
-    return __builtin_log1p(u);
-}
-inline double log_(double x) {
-    return __builtin_log(x);
-}
-inline double abs_(double x) {
-    return __builtin_fabs(x);
-}
-inline double tanh_(double x) {
-    return __builtin_tanh(x);
-}
-inline double erf_(double x) {
-    return __builtin_erf(x);
-}
+inline double exp_(double x) { return __builtin_exp(x); }
+inline double expm1_(double x) { return __builtin_expm1(x); }
+inline double log1p_unit(double u) { return __builtin_log1p(u); }
+inline double log_(double x) { return __builtin_log(x); }
+inline double abs_(double x) { return __builtin_fabs(x); }
+inline double tanh_(double x) { return __builtin_tanh(x); }
+inline double erf_(double x) { return __builtin_erf(x); }
 inline void sincos_(double x, double& sine, double& cosine) {
     sine = __builtin_sin(x);
     cosine = __builtin_cos(x);
 }
 
-inline float sqrt_(float x) {
-    return __builtin_sqrtf(x);
-}
-inline double sqrt_(double x) {
-    return __builtin_sqrt(x);
-}
+inline float sqrt_(float x) { return __builtin_sqrtf(x); }
+inline double sqrt_(double x) { return __builtin_sqrt(x); }

@@ -37,9 +37,7 @@ inline T least(T a, T b) {
     return a < b ? a : b;
 }
 
-inline long ceil_div(long a, long b) {
-    return (a + b - 1) / b;
-}
+inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
 
 // The integers 0 … N − 1 as a type, for tables of template instances.
 template <int... I>

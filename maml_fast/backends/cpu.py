@@ -88,7 +88,7 @@ class CpuBackend:
         call = plan.state.get("cpu")
         if call is None:
             call = plan.state["cpu"] = _Call(plan)
-        return call(tensors)  # type: ignore[operator,no-any-return]
+        return call(tensors)  # type: ignore[operator]
 
 
 def _unsupported(plan: Plan, graph: Graph) -> list[str]:
@@ -118,7 +118,6 @@ class _Call:
         spec = _Spec(plan, graph).as_dict()
         self.core = _core.Plan(spec, plan.dtype == torch.float64, _core.choose())
         self.reverse = plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
-        self.sizes = [math.prod(s) for s in plan.model.shapes]
         self.rate_sizes = [math.prod(s) for s in plan.rates.shapes]
 
     def __call__(self, t: Tensors) -> Result:
@@ -128,7 +127,7 @@ class _Call:
         buffers = dict(plan.model.module.named_buffers()) if self.constants else {}
         constants = [_dense(buffers[name].to(plan.dtype)) for name in self.constants]
         rates = [_dense(r) for r in t.rates]
-        inputs = [None if v is None else _dense(v) for v in (t.x_s, t.y_s, t.x_q, t.y_q)]
+        x_s, y_s, x_q, y_q = [None if v is None else _dense(v) for v in (t.x_s, t.y_s, t.x_q, t.y_q)]
         adapted = [_dense(a) for a in t.adapted]
         like = parameters[0]
         if plan.mode is Mode.LOSS:
@@ -148,7 +147,10 @@ class _Call:
             _pointers(parameters),
             _pointers(constants),
             _pointers(rates),
-            *[_pointer(v) for v in inputs],
+            _pointer(x_s),
+            _pointer(y_s),
+            _pointer(x_q),
+            _pointer(y_q),
             _pointer(t.weights),
             _pointer(t.cotangent),
             _pointers(adapted),
@@ -169,17 +171,20 @@ class _Call:
         return result
 
     def _allocate_gradients(self, result: Result, t: Tensors) -> None:
+        """New memory for the gradients; zeros where the core has nothing to write."""
+        assert t.x_s is not None and t.x_q is not None
         needs = self.plan.needs
-        if t.into:
-            result.parameters = [None] * len(needs.parameters)
-        else:
-            result.parameters = [
-                None if not need else torch.empty_like(p) if i in self.used else torch.zeros_like(p)
-                for i, (p, need) in enumerate(zip(t.parameters, needs.parameters, strict=True))
-            ]
+        result.parameters = [
+            None if t.into or not need else _empty(p) if i in self.used else torch.zeros_like(p)
+            for i, (p, need) in enumerate(zip(t.parameters, needs.parameters, strict=True))
+        ]
         result.rates = [None] * len(needs.rates)
-        result.x_s = torch.zeros_like(t.x_s, memory_format=torch.contiguous_format) if needs.x_s else None
-        result.x_q = torch.zeros_like(t.x_q, memory_format=torch.contiguous_format) if needs.x_q else None
+        result.x_s = _empty(t.x_s).zero_() if needs.x_s else None
+        result.x_q = _empty(t.x_q).zero_() if needs.x_q else None
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _dense(tensor: Tensor) -> Tensor:

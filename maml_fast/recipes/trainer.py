@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import Sampler
 from ..data.sampler import positive
+from ..flat import FlatParameters
 from ..maml import MAML
 from . import files
 from .display import Display, results_table
@@ -124,8 +125,8 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> None:
         self.recipe, self.config, self.console = recipe, recipe.config, console or Console()
-        self.parameters: list[nn.Parameter] = list(recipe.maml.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.config.meta_lr, fused=True)
+        self.parameters = FlatParameters(recipe.maml.module)
+        self.optimizer = torch.optim.Adam([self.parameters.flat], lr=self.config.meta_lr, fused=True)
         self.iteration = 0
         self.window: list[Tensor] = []
         self.best: dict[str, Any] = {"accuracy": -1.0, "model": {}}
@@ -171,8 +172,7 @@ class Trainer:
         backward, step, sampler = self.recipe.maml.backward, self.optimizer.step, self.recipe.sampler
         parameters, window, now = self.parameters, self.window, time.perf_counter
         while self.iteration < until and interrupt.signal is None:
-            for parameter in parameters:
-                parameter.grad = None
+            parameters.zero_grad()
             window.append(backward(*next(sampler)))
             step()
             self.iteration += 1
