@@ -18,7 +18,7 @@ using Clock = std::chrono::steady_clock;
 
 // Longer would keep a core from PyTorch's own pool, shorter would let the helpers fall asleep between two
 // calls of a training loop; waking one costs tens of microseconds.
-constexpr auto spin_time = std::chrono::microseconds(100);
+constexpr auto spin_time = std::chrono::microseconds(300);
 constexpr int pauses_per_look_at_clock = 32;
 constexpr std::uint64_t wanted_mask = 0xffffffffu;
 

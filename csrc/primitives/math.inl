@@ -23,7 +23,7 @@ inline float expm1_reduced(float x, float& scale) {
     float shifted = x * 1.44269504f + kRound;
     float n = shifted - kRound;
     float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    scale = as_float((as_bits(shifted) << 23) + 0x3f800000);
+    scale = as_float(std::int32_t((std::uint32_t(as_bits(shifted)) << 23) + 0x3f800000u));
     // Taylor's series to r⁷: its remainder is below 4e-9 of the result on this interval.
     float p = 1.0f / 5040.0f;
     p = p * r + 1.0f / 720.0f;
@@ -62,7 +62,7 @@ inline float log_(float x) { return __builtin_logf(x); }
 inline float abs_(float x) { return as_float(as_bits(x) & 0x7fffffff); }
 
 inline float with_sign(float magnitude, float sign) {
-    return as_float((as_bits(magnitude) & 0x7fffffff) | (as_bits(sign) & std::int32_t(0x80000000)));
+    return as_float((as_bits(magnitude) & 0x7fffffff) | (as_bits(sign) & ~0x7fffffff));
 }
 
 inline float tanh_(float x) {
@@ -103,7 +103,7 @@ constexpr float kLargeAngle = 8192.0f;
 inline void sincos_(float x, float& sine, float& cosine) {
     float shifted = x * 0.636619772f + kRound;
     float q = shifted - kRound;
-    std::int32_t quadrant = as_bits(shifted);
+    std::uint32_t quadrant = std::uint32_t(as_bits(shifted));
     float r = x - q * 1.5703125f;
     r = r - q * 4.8351287841796875e-4f;
     r = r - q * 3.13855707645416259765625e-7f;
@@ -114,8 +114,8 @@ inline void sincos_(float x, float& sine, float& cosine) {
     float c = ((2.45433857e-05f * z + -0.00138882687f) * z + 0.0416666642f) * z * z - 0.5f * z + 1.0f;
     bool swap = quadrant & 1;
     float a = swap ? c : s, b = swap ? s : c;
-    sine = as_float(as_bits(a) ^ ((quadrant & 2) << 30));
-    cosine = as_float(as_bits(b) ^ (((quadrant + 1) & 2) << 30));
+    sine = as_float(std::int32_t(std::uint32_t(as_bits(a)) ^ ((quadrant & 2) << 30)));
+    cosine = as_float(std::int32_t(std::uint32_t(as_bits(b)) ^ (((quadrant + 1) & 2) << 30)));
 }
 
 inline double exp_(double x) { return __builtin_exp(x); }
