@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
-
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from maml_fast import MAML, cases, dispatch, verify
-from maml_fast.algorithms import maml as algorithm
-from maml_fast.backends.triton import TritonBackend, workspace
-
 pytest.importorskip("triton")
+os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+
+from maml_fast import MAML, cases, dispatch, verify  # noqa: E402
+from maml_fast.algorithms import maml as algorithm  # noqa: E402
+from maml_fast.backends.triton import TritonBackend, workspace  # noqa: E402
 
 # Every layer kind, loss and option once; each costs about a second of interpretation.
 SECOND_ORDER = (
