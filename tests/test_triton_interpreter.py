@@ -12,9 +12,9 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
-from maml_fast import MAML, cases, dispatch, verify  # noqa: E402
-from maml_fast.algorithms import maml as algorithm  # noqa: E402
-from maml_fast.backends.triton import TritonBackend, workspace  # noqa: E402
+from maml_fast import MAML, cases, dispatch, verify
+from maml_fast.algorithms import maml as algorithm
+from maml_fast.backends.triton import TritonBackend, workspace
 
 # Every layer kind, loss and option once; each costs about a second of interpretation.
 SECOND_ORDER = (
