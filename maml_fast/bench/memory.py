@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -58,8 +57,9 @@ def _reset_peak() -> int:
 
 
 def _peak() -> int:
-    """KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """KiB. Not `ru_maxrss`, which starts from the size of the process that launched this one."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
 
 
 if __name__ == "__main__":
