@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import maml_fast as mf
 
 
+@pytest.mark.no_sanitizer
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_calls_match_eager_ones(reduction: str) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))

@@ -103,6 +103,7 @@ def test_same_bits_for_any_number_of_threads(forced: str, case: Case, dtype: tor
             assert bits(case, dtype) == alone, f"{count} threads"
 
 
+@pytest.mark.no_sanitizer  # unoptimised code contracts nothing
 def test_another_name_runs_other_code(core: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors of another width sum in another order: were the name ignored, the bits would be the same."""
     case, seen = select(["size-65"])[0], {}
