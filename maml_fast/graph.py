@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 Shape = tuple[int, ...]
+Attribute: TypeAlias = Any  # float | int | tuple[int, ...]; the layer's kind and the attribute's name tell which
 
 
 @dataclass(frozen=True)
@@ -14,10 +16,11 @@ class Op:
     """One layer: `output = kind(inputs; parameters, attributes)`.
 
     Attributes:
-        kind: the layer's name in `trace.py`'s table.
+        kind: the layer's name, as the emitters in `trace/` write it.
         inputs, output: indices of values in `Graph.shapes`.
         parameters: indices into `Model.names`; None for an absent bias or weight.
-        attributes: numbers that belong to the layer, such as `eps`.
+        attributes: numbers that belong to the layer, such as `eps`; what belongs to each
+            spatial dimension, such as `stride`, is a tuple of ints with one entry for each.
         constants: names of buffers the layer reads, such as running statistics.
     """
 
@@ -25,7 +28,7 @@ class Op:
     inputs: tuple[int, ...]
     output: int
     parameters: tuple[int | None, ...] = ()
-    attributes: Mapping[str, float] = field(default_factory=dict)
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
 
 
@@ -34,7 +37,7 @@ class Graph:
     """Operations in topological order over values; value 0 is the input.
 
     Attributes:
-        shapes: per-sample shape of each value.
+        shapes: per-sample shape of each value; images are channels first, (C, *space).
         output: index of the value that the network returns.
     """
 

@@ -1,0 +1,110 @@
+"""From `nn.Module` to `Graph`: the only package that knows PyTorch's modules and functions.
+
+A layer is one emitter in the file of its family, and its rows in the tables at the end of that file.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from ..graph import Graph, Shape
+from . import activations, arithmetic, linear, norms, pools, shapes
+from .graphs import Emitter, Tracing, Untraceable, Value
+
+_MODULES: dict[type[nn.Module], Emitter] = {
+    **linear.MODULES,
+    **norms.MODULES,
+    **activations.MODULES,
+    **pools.MODULES,
+    **shapes.MODULES,
+}
+_FUNCTIONS: dict[Callable[..., Any], Emitter] = {
+    **linear.FUNCTIONS,
+    **norms.FUNCTIONS,
+    **activations.FUNCTIONS,
+    **pools.FUNCTIONS,
+    **arithmetic.FUNCTIONS,
+    **shapes.FUNCTIONS,
+}
+_METHODS: dict[str, Emitter] = {
+    **activations.METHODS,
+    **pools.METHODS,
+    **arithmetic.METHODS,
+    **shapes.METHODS,
+}
+
+
+def trace(module: nn.Module, in_shape: Shape) -> tuple[Graph | None, list[str]]:
+    """The module's graph for samples of shape `in_shape`, or the reasons why there is none."""
+    try:
+        _refuse_hooks(module)
+        return _interpret(_fx_graph(module), module, in_shape), []
+    except Untraceable as error:
+        return None, [str(error)]
+
+
+class _LeafTracer(fx.Tracer):
+    """Symbolic tracing that stops at the modules of the table."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in _MODULES or super().is_leaf_module(m, module_qualified_name)
+
+
+def _fx_graph(module: nn.Module) -> fx.Graph:
+    if type(module) in _MODULES:
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        graph.output(graph.call_module("", (x,)))
+        return graph
+    try:
+        return _LeafTracer().trace(module)
+    except Exception as error:  # whatever the user's forward raises under tracing is the reason
+        raise Untraceable(f"torch.fx cannot trace forward: {str(error).strip().splitlines()[0]}") from error
+
+
+def _interpret(graph: fx.Graph, module: nn.Module, in_shape: Shape) -> Graph:
+    """Run an fx graph over `Value`s, collecting operations."""
+    tracing, results = Tracing(module, in_shape), dict[fx.Node, Any]()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if results:
+                raise Untraceable(f"forward takes more than one input ({node.target!r})")
+            results[node] = Value(0, in_shape)
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), results.__getitem__)
+        if node.op == "output":
+            if not isinstance(args[0], Value):
+                raise Untraceable("forward does not return a single tensor")
+            return Graph(tuple(tracing.ops), tuple(tracing.shapes), args[0].index)
+        results[node] = _node(tracing, module, node, args, kwargs)
+    raise Untraceable("forward returns nothing")
+
+
+def _node(t: Tracing, module: nn.Module, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if node.op == "get_attr":
+        return operator.attrgetter(str(node.target))(module)
+    if node.op == "call_module":
+        layer = module.get_submodule(str(node.target))
+        emit = _MODULES.get(type(layer))
+        if emit is None:
+            raise Untraceable(f"layer {node.target!r} is a {type(layer).__name__}, which has no fused kernel")
+        return emit(t, layer, *args, **kwargs)
+    table: dict[Any, Emitter] = _FUNCTIONS if node.op == "call_function" else _METHODS
+    emit = table.get(node.target)
+    if emit is None:
+        name = getattr(node.target, "__name__", node.target)
+        raise Untraceable(f"forward calls {name}, which has no fused kernel")
+    try:
+        return emit(t, *args, **kwargs)
+    except TypeError as error:
+        raise Untraceable(f"forward calls {node.target} with unsupported arguments ({error})") from error
+
+
+def _refuse_hooks(module: nn.Module) -> None:
+    for name, m in module.named_modules():
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            raise Untraceable(f"layer {name!r} has hooks, which fused kernels would not call")
