@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml_fast import dispatch, verify
@@ -166,8 +169,9 @@ def test_results_follow_changed_parameters(backend: str, request: pytest.Fixture
 
 
 @each_backend
-def test_batch_norm_leaves_its_buffers_alone(backend: str, request: pytest.FixtureRequest) -> None:
-    problem = build(select(["batchnorm"])[0], backend, request)
+@pytest.mark.parametrize("name", ["batchnorm", "batchnorm2d", "instancenorm-tracked", "conv-function"])
+def test_norms_leave_their_buffers_alone(backend: str, name: str, request: pytest.FixtureRequest) -> None:
+    problem = build(select([name])[0], backend, request)
     before = {name: b.clone() for name, b in problem.model.named_buffers()}
     maml = problem.maml(backend)
     maml.backward(*problem.batch)
@@ -178,8 +182,9 @@ def test_batch_norm_leaves_its_buffers_alone(backend: str, request: pytest.Fixtu
 
 
 @each_backend
-def test_eval_mode_uses_running_statistics(backend: str, request: pytest.FixtureRequest) -> None:
-    problem = build(select(["batchnorm"])[0], backend, request)
+@pytest.mark.parametrize("name", ["batchnorm", "batchnorm2d", "instancenorm-tracked"])
+def test_eval_mode_uses_running_statistics(backend: str, name: str, request: pytest.FixtureRequest) -> None:
+    problem = build(select([name])[0], backend, request)
     maml = problem.maml(backend)
     training = maml.meta_loss(*problem.batch).item()
     problem.model.eval()
@@ -258,8 +263,33 @@ def test_bit_identical_for_any_number_of_threads(threads: int, case: Case, reque
     assert same(*results)
 
 
-def test_weighted_norms_are_right_under_vmap() -> None:
+class DirectNorm(nn.Module):
+    """A norm in the middle, called as a function of its input (N, 4, L), weight and bias."""
+
+    def __init__(self, norm: Callable[[Tensor, Tensor, Tensor], Tensor], features: int) -> None:
+        super().__init__()
+        self.norm = norm
+        self.first, self.last = nn.Conv1d(2, 4, 1), nn.Conv1d(4, 3, 1)
+        self.weight, self.bias = nn.Parameter(torch.rand(features)), nn.Parameter(torch.rand(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.norm(self.first(x), self.weight, self.bias)))
+
+
+DIRECT_NORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]] = {
+    "F.batch_norm": (lambda x, w, b: F.batch_norm(x, None, None, w, b, True), 4),
+    "F.instance_norm": (lambda x, w, b: F.instance_norm(x, None, None, w, b), 4),
+    "F.layer_norm": (lambda x, w, b: F.layer_norm(x, (5,), w, b), 5),
+    "F.group_norm": (lambda x, w, b: F.group_norm(x, 2, w, b), 4),
+    "torch.batch_norm": (lambda x, w, b: torch.batch_norm(x, w, b, None, None, True, 0.1, 1e-5, False), 4),
+    "torch.instance_norm": (lambda x, w, b: torch.instance_norm(x, w, b, None, None, True, 0.1, 1e-5, False), 4),
+    "torch.layer_norm": (lambda x, w, b: torch.layer_norm(x, (5,), w, b), 5),
+    "torch.group_norm": (lambda x, w, b: torch.group_norm(x, 2, w, b), 4),
+}
+
+
+@pytest.mark.parametrize("name", DIRECT_NORMS)
+def test_weighted_norms_are_right_under_vmap(name: str) -> None:
     """PyTorch's batching rules lose a term of their second derivative; this backend must not."""
-    for name in ("batchnorm", "layernorm"):
-        (case,) = select([name])
-        assert all(error.ok for error in verify.compare(case, "vmap", torch.float64, False))
+    case = Case(name, partial(DirectNorm, *DIRECT_NORMS[name]), (2, 5), (3, 5))
+    assert all(error.ok for error in verify.compare(case, "vmap", torch.float64, False))

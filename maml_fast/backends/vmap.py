@@ -36,9 +36,10 @@ class VmapBackend:
 class _NormsThenAffine(TorchFunctionMode):
     """Evaluates norm(x; w, b) as norm(x) ∘ w + b.
 
-    Under vmap, PyTorch computes dL/dw of batch and layer norms from saved statistics that it then
+    Under vmap, PyTorch computes dL/dw of batch, instance and layer norms from saved statistics that it then
     takes for constants: second derivatives through w are silently wrong by tens of percent (seen
-    in 2.13; the root cause is that of pytorch/pytorch#186256). Without w the rules are right.
+    in 2.13; the root cause is that of pytorch/pytorch#186256). Without w the rules are right, and
+    so are those of group norms with it.
     """
 
     def __torch_function__(
@@ -52,7 +53,13 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequen
     return x if bias is None else x + bias.reshape(shape)
 
 
-def _channels_first(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _over_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return _affine(x, weight, bias, (-1, *[1] * (x.dim() - 2)))
+
+
+def _functional(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For F.batch_norm and F.instance_norm."""
+
     def then_affine(
         input: Tensor,
         running_mean: Tensor | None = None,
@@ -63,27 +70,42 @@ def _channels_first(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         **kwargs: Any,
     ) -> Tensor:
         normed = norm(input, running_mean, running_var, None, None, *args, **kwargs)
-        return _affine(normed, weight, bias, (-1, *[1] * (input.dim() - 2)))
+        return _over_channels(normed, weight, bias)
 
     return then_affine
 
 
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    normed = F.layer_norm(input, normalized_shape, None, None, *args, **kwargs)
-    return _affine(normed, weight, bias, tuple(normalized_shape))
+def _builtin(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For torch.batch_norm and torch.instance_norm, whose arguments stand in another order."""
+
+    def then_affine(input: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        return _over_channels(norm(input, None, None, *args, **kwargs), weight, bias)
+
+    return then_affine
+
+
+def _layer_norm(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def then_affine(
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        normed = norm(input, normalized_shape, None, None, *args, **kwargs)
+        return _affine(normed, weight, bias, tuple(normalized_shape))
+
+    return then_affine
 
 
 _NORMS: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.batch_norm: _channels_first(F.batch_norm),
-    F.instance_norm: _channels_first(F.instance_norm),
-    F.layer_norm: _layer_norm,
+    F.batch_norm: _functional(F.batch_norm),
+    F.instance_norm: _functional(F.instance_norm),
+    F.layer_norm: _layer_norm(F.layer_norm),
+    torch.batch_norm: _builtin(torch.batch_norm),
+    torch.instance_norm: _builtin(torch.instance_norm),
+    torch.layer_norm: _layer_norm(torch.layer_norm),
 }
 
 

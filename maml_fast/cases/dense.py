@@ -1,173 +1,20 @@
-"""One list of cases for the tests, the gradient checks, `verify` and the benchmark.
-
-`SMALL` covers every layer, loss and option one by one at sizes that take milliseconds; `BENCH`
-are the sizes whose speed is reported.
-"""
+"""Small cases over features: layers and losses one by one, sizes, and what adapts at which rate."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import losses
-from .maml import MAML
-from .model import Adapts
-from .nn import Sine
-from .rates import RateLike
-
-Shape = tuple[int, ...]
-Rate = Literal["constant", "scalar", "per_tensor", "per_element"]
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """A model and the sizes of a meta-batch.
-
-    Attributes:
-        network: makes the module; its parameters come from PyTorch's global generator.
-        in_shape, out_shape: shape of one sample and of its output.
-        rate: α as a number, one learnable scalar, a scalar per parameter tensor, or one per element.
-        tags: what `select` looks for: `"bench"`, `"conv"`, or a layer family.
-    """
-
-    name: str
-    network: Callable[[], nn.Module]
-    in_shape: Shape
-    out_shape: Shape
-    loss: losses.LossLike = "mse"
-    tasks: int = 3
-    support: int = 5
-    query: int = 4
-    steps: int = 2
-    lr: float = 0.1
-    rate: Rate = "constant"
-    adapts: Adapts = None
-    tags: frozenset[str] = frozenset()
-
-    def build(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Problem:
-        """The case's numbers, drawn in float32 and then cast: every dtype sees the same ones."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = _perturb_norms(self.network()).to(device, dtype)
-            x_s, y_s = self._batch(self.support, dtype, device)
-            x_q, y_q = self._batch(self.query, dtype, device)
-            lr = self._rates(model)
-        return Problem(self, model, lr, x_s, y_s, x_q, y_q)
-
-    def _batch(self, samples: int, dtype: torch.dtype, device: str | torch.device) -> tuple[Tensor, Tensor]:
-        x = torch.randn(self.tasks, samples, *self.in_shape)
-        loss = losses.resolve(self.loss)
-        if loss.takes_labels:
-            labels = torch.randint(self.out_shape[0], (self.tasks, samples, *self.out_shape[1:]))
-            return x.to(device, dtype), labels.to(device)
-        y = torch.randn(self.tasks, samples, *self.out_shape)
-        y = (y > 0).float() if loss.name == "bce_with_logits" else y
-        return x.to(device, dtype), y.to(device, dtype)
-
-    def _rates(self, model: nn.Module) -> RateLike:
-        if self.rate == "constant":
-            return self.lr
-        like = next(model.parameters())
-        if self.rate == "scalar":
-            return nn.Parameter(torch.full_like(like.detach().flatten()[0], self.lr))
-        named = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        shapes = {n: p.shape if self.rate == "per_element" else torch.Size() for n, p in named.items()}
-        return {n: nn.Parameter((self.lr * (0.5 + torch.rand(s))).to(like)) for n, s in shapes.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """A case's model, learning rate and meta-batch in one dtype on one device."""
-
-    case: Case
-    model: nn.Module
-    lr: RateLike
-    x_s: Tensor
-    y_s: Tensor
-    x_q: Tensor
-    y_q: Tensor
-
-    @property
-    def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.x_s, self.y_s, self.x_q, self.y_q
-
-    @property
-    def rates(self) -> list[Tensor]:
-        """The learnable rates."""
-        values = self.lr.values() if isinstance(self.lr, Mapping) else [self.lr]
-        return [v for v in values if isinstance(v, Tensor)]
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """Everything that the meta-gradient adds to: trainable parameters and rates."""
-        return [*(p for p in self.model.parameters() if p.requires_grad), *self.rates]
-
-    def maml(self, backend: str, first_order: bool = False) -> MAML:
-        case = self.case
-        return MAML(
-            self.model,
-            self.lr,
-            first_order,
-            steps=case.steps,
-            loss=case.loss,
-            backend=backend,
-            adapts=case.adapts,
-        )
-
-
-def select(names: list[str] | None = None, tag: str | None = None) -> list[Case]:
-    """Cases by name (all of `SMALL` and `BENCH` by default), kept if they have the tag.
-
-    Raises:
-        ValueError: a name that no case has.
-    """
-    known = {case.name: case for case in (*SMALL, *BENCH)}
-    if unknown := [n for n in names or () if n not in known]:
-        raise ValueError(f"cases: no case named {unknown[0]!r}; there are {', '.join(known)}")
-    chosen = known.values() if names is None else [known[n] for n in names]
-    return [case for case in chosen if tag is None or tag in case.tags]
-
-
-def _perturb_norms(model: nn.Module) -> nn.Module:
-    """Norms start as identities; random scales, shifts and running statistics show more mistakes."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm):
-                for p in module.parameters(recurse=False):
-                    p.add_(torch.randn_like(p), alpha=0.3)
-                for name, buffer in module.named_buffers(recurse=False):
-                    if buffer.is_floating_point():
-                        buffer.add_(torch.rand_like(buffer) if name == "running_var" else torch.randn_like(buffer))
-    return model
-
+from .. import losses
+from ..nn import Sine
+from .case import Case, Shape
+from .networks import mlp, siren
 
 # ---- networks -----------------------------------------------------------------------------------
-
-
-def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU, bias: bool = True) -> nn.Sequential:
-    """Linear layers with an activation between every two."""
-    layers: list[nn.Module] = []
-    for i, o in itertools.pairwise(widths):
-        layers += [nn.Linear(i, o, bias), activation()]
-    return nn.Sequential(*layers[:-1])
-
-
-def siren(*widths: int, w0: float = 30.0) -> nn.Sequential:
-    """A SIREN with the initialisation of Sitzmann et al. (arXiv 2006.09661, section 3.2)."""
-    model = mlp(*widths, activation=lambda: Sine(w0))
-    linears = [m for m in model if isinstance(m, nn.Linear)]
-    for layer in linears:
-        bound = 1 / layer.in_features if layer is linears[0] else math.sqrt(6 / layer.in_features) / w0
-        nn.init.uniform_(layer.weight, -bound, bound)
-    return model
 
 
 def normed(norm: Callable[[int], nn.Module], training: bool = True) -> nn.Module:
@@ -277,7 +124,7 @@ class Viewed(nn.Module):
         return self.body(_image_view(x)).reshape(-1, 3)
 
 
-# ---- the small cases: one thing each ------------------------------------------------------------
+# ---- the cases: one thing each -------------------------------------------------------------------
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -344,10 +191,6 @@ _BACK = ("3.weight", "3.bias")
 
 def _classifier() -> nn.Module:
     return mlp(4, 6, 3, activation=nn.Tanh)
-
-
-def _tagged(tag: str, cases: list[Case]) -> list[Case]:
-    return [replace(case, tags=case.tags | {tag}) for case in cases]
 
 
 def _layers() -> list[Case]:
@@ -430,50 +273,8 @@ def _options() -> list[Case]:
     ]  # fmt: skip
 
 
-SMALL: tuple[Case, ...] = tuple(
-    _tagged("layers", _layers() + _linears()) + _tagged("sizes", _sizes()) + _tagged("options", _options())
-)
-
-# ---- the sizes that are timed -------------------------------------------------------------------
-
-
-def strided_conv(channels: int, width: int, classes: int) -> nn.Module:
-    """The paper's Omniglot network: 4 × [conv 3×3 stride 2, BN, ReLU], mean over space, linear."""
-    layers: list[nn.Module] = []
-    for i in range(4):
-        layers += [nn.Conv2d(width if i else channels, width, 3, 2, 1), _bn2d(width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
-
-
-def conv4(channels: int, width: int, classes: int, features: int) -> nn.Module:
-    """Conv4: 4 × [conv 3×3, BN, ReLU, max-pool 2], linear."""
-    layers: list[nn.Module] = []
-    for i in range(4):
-        layers += [nn.Conv2d(width if i else channels, width, 3, padding=1), _bn2d(width), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, classes))
-
-
-def _bn2d(width: int) -> nn.Module:
-    # no running statistics: torch.func.vmap cannot write them, and MAML never reads them
-    return nn.BatchNorm2d(width, track_running_stats=False)
-
-
-def _timed(name: str, network: Callable[[], nn.Module], in_shape: Shape, out: int, loss: str, tasks: int,
-           samples: tuple[int, int], steps: int, lr: float, *tags: str) -> Case:  # fmt: skip
-    return Case(name, network, in_shape, (out,), loss, tasks, *samples, steps, lr, tags=frozenset({"bench", *tags}))
-
-
-BENCH: tuple[Case, ...] = (
-    _timed("sinusoid-k1", lambda: mlp(1, 40, 40, 1), (1,), 1, "mse", 25, (10, 10), 1, 0.01, "mlp"),
-    _timed("sinusoid-k5", lambda: mlp(1, 40, 40, 1), (1,), 1, "mse", 25, (10, 10), 5, 0.01, "mlp"),
-    _timed(
-        "omniglot-mlp", lambda: mlp(784, 256, 128, 64, 64, 5), (784,), 5, "cross_entropy", 32, (5, 75), 1, 0.4, "mlp"
-    ),
-    _timed(
-        "omniglot-conv", lambda: strided_conv(1, 64, 5), (1, 28, 28), 5, "cross_entropy", 32, (5, 5), 1, 0.4, "conv"
-    ),
-    _timed("conv4-k1", lambda: conv4(1, 64, 5, 64), (1, 28, 28), 5, "cross_entropy", 8, (5, 75), 1, 0.4, "conv"),
-    _timed("conv4-k5", lambda: conv4(1, 64, 5, 64), (1, 28, 28), 5, "cross_entropy", 8, (5, 75), 5, 0.4, "conv"),
-    _timed("miniimagenet", lambda: conv4(3, 32, 5, 800), (3, 84, 84), 5, "cross_entropy", 2, (5, 75), 5, 0.01, "conv"),
-    _timed("siren", lambda: siren(2, 128, 128, 128, 3), (2,), 3, "mse", 8, (1024, 1024), 3, 0.01, "mlp"),
+CASES: tuple[Case, ...] = tuple(
+    case.tagged(tag)
+    for tag, cases in {"layers": _layers() + _linears(), "sizes": _sizes(), "options": _options()}.items()
+    for case in cases
 )
