@@ -5,13 +5,17 @@
 // clang-format off: in order of dependence
 #include "primitives/vector.inl"
 #include "primitives/gemm.inl"
+#include "primitives/indirect.inl"
 #include "primitives/math.inl"
 #include "primitives/reduce.inl"
 #include "layers/activation.inl"
+#include "layers/channel_norm.inl"
+#include "layers/conv.inl"
+#include "layers/layer_norm.inl"
 #include "layers/linear.inl"
 #include "layers/losses.inl"
-#include "layers/norms.inl"
-#include "layers/running_norm.inl"
+#include "layers/pool.inl"
+#include "layers/rearrange.inl"
 // clang-format on
 
 // A parameter-sized piece of memory for every task of the block; stride 0 where they share it.
@@ -88,7 +92,8 @@ class Engine {
     PerTask<const S> weight(int slot, int param) const {
         if (param < 0) return {nullptr, 0};
         const Param& p = plan_.params[param];
-        if (slot == 0 || !p.adapts) return {static_cast<const S*>(call_.params[param]), 0};
+        if (slot == 0 || !p.adapts)
+            return {p.packed >= 0 ? arena_ + p.packed : static_cast<const S*>(call_.params[param]), 0};
         return {ws_ + plan_.slots[slot] + p.offset, plan_.parameters};
     }
 
@@ -139,11 +144,311 @@ class Engine {
                 case OpKind::cat:
                     join(op, N, y, [&](int b) { return value(tape, b); });
                     break;
+                case OpKind::conv:
+                    conv_values(op, slot, N, x, y);
+                    break;
+                case OpKind::max_pool:
+                    each_samples(B_ * N, [=, &op](long first, long last) {
+                        max_pool_forward(op.window, op.width, first, last, x, y, aux1);
+                    });
+                    break;
+                case OpKind::layer_norm:
+                    layer_norm_values(op, slot, N, size, x, y, aux1, aux2);
+                    break;
+                case OpKind::batch_norm:
+                case OpKind::running_norm:
+                case OpKind::group_norm:
+                    norm_forward(op, i, slot, tape, x, y);
+                    break;
                 default:
-                    norm_forward(op, slot, N, size, x, y, aux1, aux2);
+                    moved(op, N, x, y);
             }
         }
     }
+
+    // ---- threads that share a task -------------------------------------------------------------
+
+    // f(0) … f(n − 1), each by one thread; which one makes no difference to the result.
+    template <class F>
+    void each(long n, F f) const {
+        if (call_.team <= 1 || n <= 1) {
+            for (long i = 0; i < n; ++i) f(i);
+            return;
+        }
+        struct Job {
+            F& f;
+            long n, next;
+        } job{f, n, 0};
+        auto work = [](void* context, int) {
+            Job& j = *static_cast<Job*>(context);
+            for (long i; (i = __atomic_fetch_add(&j.next, 1, __ATOMIC_RELAXED)) < j.n;) j.f(i);
+        };
+        call_.parallel(call_.team, work, &job);
+    }
+
+    // f(first, last) over n in a few pieces, or in one where nobody shares them.
+    template <class F>
+    void each_samples(long n, F f) const {
+        long pieces = call_.team > 1 ? least(n, 4L * call_.team) : least(n, 1L);
+        each(pieces, [=](long i) { f(i * n / pieces, (i + 1) * n / pieces); });
+    }
+
+    // ---- layers that move or average numbers: linear, so their tangents are themselves ----------
+
+    void moved(const Op& op, long N, const S* x, S* y) const {
+        if (op.kind == OpKind::transpose) return transpose_samples(true, B_ * N, op.rows, op.width, x, y);
+        each_samples(B_ * N, [=, &op](long first, long last) {
+            if (op.kind == OpKind::pad)
+                pad_forward(op.window, op.width, first, last, x, y);
+            else if (op.kind == OpKind::upsample)
+                upsample_forward(op.window, op.width, first, last, x, y);
+            else
+                mean_pool_forward(op.window, op.f0 != 0, op.width, first, last, x, y);
+        });
+    }
+
+    void moved_back(const Op& op, bool first_writer, long N, const S* dy, S* dx) const {
+        if (op.kind == OpKind::transpose) return transpose_samples(first_writer, B_ * N, op.width, op.rows, dy, dx);
+        long size = plan_.features[op.in[0]];
+        each_samples(B_ * N, [=, &op](long first, long last) {
+            if (op.kind == OpKind::pad) return pad_backward(op.window, op.width, first_writer, first, last, dy, dx);
+            if (first_writer) fill(dx + first * size, (last - first) * size, S(0));
+            if (op.kind == OpKind::upsample)
+                upsample_backward(op.window, op.width, first, last, dy, dx);
+            else
+                mean_pool_backward(op.window, op.f0 != 0, op.width, first, last, dy, dx);
+        });
+    }
+
+    void max_pool_deltas(const Op& op, bool first_writer, long N, const S* where, const S* dy, S* dx) const {
+        long size = plan_.features[op.in[0]];
+        each_samples(B_ * N, [=, &op](long first, long last) {
+            if (first_writer) fill(dx + first * size, (last - first) * size, S(0));
+            max_pool_backward(op.window, op.width, first, last, where, dy, dx);
+        });
+    }
+
+    // ---- convolutions --------------------------------------------------------------------------
+
+    void conv_values(const Op& op, int slot, long N, const S* x, S* y) const {
+        PerTask<const S> w = weight(slot, op.w), bias = weight(slot, op.b);
+        conv_products(op, N, x, w, nullptr, w, bias, y);
+    }
+
+    // y = w * x + v * x' + bias.
+    void conv_products(const Op& op, long N, const S* x, PerTask<const S> w, const S* x2, PerTask<const S> v,
+                       PerTask<const S> bias, S* y) const {
+        const Convolution& c = *op.conv;
+        for (long b = 0; b < B_; ++b) {
+            auto pair = [&](const S* p, PerTask<const S> weights) {
+                return p ? Pair<S>{p + b * N * c.in_size(), weights.of(b)} : Pair<S>{nullptr, nullptr};
+            };
+            Pair<S> one = pair(x, w), two = pair(x2, v);
+            const S* bb = bias.of(b);
+            S* yb = y + b * N * c.out_size();
+            each_samples(N, [=, &c](long first, long last) { conv_forward(c, one, two, bb, false, first, last, yb); });
+        }
+    }
+
+    // The turned weights of task b: shared ones are packed already.
+    const S* turned(const Op& op, PerTask<const S> w, long b, S* memory) const {
+        const Param& p = plan_.params[op.w];
+        if (w.stride == 0) return arena_ + op.pack_backward;
+        turn_weights(p.o, p.c, p.taps, w.of(b), memory);
+        return memory;
+    }
+
+    // dx (+)= wᵀ * dy + vᵀ * dy'.
+    void conv_deltas(const Op& op, bool first_writer, long N, const S* dy, PerTask<const S> w, const S* dy2,
+                     PerTask<const S> v, S* dx) const {
+        const Convolution& c = *op.conv;
+        long size = N * c.out_size();
+        for (long b = 0; b < B_; ++b) {
+            Pair<S> one{dy + b * size, turned(op, w, b, scratch())}, two{nullptr, nullptr};
+            if (dy2) two = {dy2 + b * size, turned(op, v, b, scratch() + plan_.params[op.w].size)};
+            S* to = dx + b * N * c.in_size();
+            each_samples(
+                N, [=, &c](long first, long last) { conv_backward(c, one, two, !first_writer, first, last, to); });
+        }
+    }
+
+    void conv_gradients(const Op& op, bool add, long N, const S* x, const S* dy, PerTask<S> gw, PerTask<S> gb) const {
+        const Convolution& c = *op.conv;
+        for (long b = 0; b < B_; ++b) {
+            const S *xb = x + b * N * c.in_size(), *db = dy + b * N * c.out_size();
+            if (gw) {
+                S* to = gw.of(b);
+                bool more = add || !op.w_first;
+                each_piece(c, N, [&](long first, long last, long top, long bottom) {
+                    bool sum = more;
+                    each(gradient_tiles(c),
+                         [=, &c](long i) { conv_gradient_tile(c, i, first, last, top, bottom, xb, db, sum, to); });
+                    more = true;
+                });
+            }
+            if (gb) sum_rows(op.b_first, N * c.window.oh * c.window.ow, c.outputs, db, gb.of(b));
+        }
+    }
+
+    // to (+)= Σ_rows.
+    void sum_rows(bool first_writer, long rows, long width, const S* m, S* to) const {
+        S *sums = scratch(), *partial = sums + width;
+        chunked_sums<S>(
+            rows, width, partial, sums, [this](long n, auto f) { each(n, f); },
+            [=](long first, long last, S* mine) { column_sums(false, last - first, width, m + first * width, mine); });
+        put(first_writer, to, width, [=](long i) { return sums[i]; });
+    }
+
+    // ---- norms over channels -------------------------------------------------------------------
+
+    Norm<S> norm_of(const Op& op, long N) const {
+        const Window& g = op.window;
+        bool grouped = op.kind == OpKind::group_norm;
+        return {op.width, grouped ? op.groups : 0,         grouped ? 1 : N, g.h,     g.w, g.oh, g.ow, g.kh,
+                g.kw,     op.kind == OpKind::running_norm, S(op.f0),        S(op.f1)};
+    }
+
+    // Calls f(b, first row of x, first row of y, statistics so far) for every set of rows that share statistics.
+    template <class F>
+    void each_set(const Norm<S>& n, long N, F f) const {
+        long sets = N / n.samples;
+        for (long b = 0; b < B_; ++b)
+            for (long s = 0; s < sets; ++s)
+                f(b, (b * sets + s) * n.rows(), (b * sets + s) * n.out_rows(), b * sets + s, s == 0);
+    }
+
+    // Row chunks [first, last) of n rows.
+    template <class F>
+    void each_rows(long rows, F f) const {
+        if (call_.team <= 1) return f(0, rows);
+        long chunks = ceil_div(rows, kNormChunk);
+        each(chunks, [=](long i) { f(i * kNormChunk, least((i + 1) * kNormChunk, rows)); });
+    }
+
+    NormTape<S> norm_tape(const Op& op, int i, const TapeView& tape, const Norm<S>& n, long row, long out_row,
+                          long set) const {
+        long C = n.C, all = B_ * per_task(tape, op.out);
+        const S *stats = ws_ + tape.aux2[i] + set * 2 * C, *maxima = at(tape.aux1[i]);
+        return {value(tape, op.in[0]) + row * C, stats, stats + C, maxima ? maxima + out_row * C : nullptr,
+                maxima ? maxima + all + out_row * C : nullptr};
+    }
+
+    NormTangents<S> norm_tangents(const Op& op, int i, const Norm<S>& n, long row, long out_row, long set) const {
+        long C = n.C;
+        const S *stats = ws_ + tangents_.aux2[i] + set * 2 * C, *best = at(tangents_.aux1[i]), *tx = tangent(op, 0);
+        return {tx ? tx + row * C : nullptr, stats, stats + C, best ? best + out_row * C : nullptr};
+    }
+
+    void norm_forward(const Op& op, int i, int slot, const TapeView& tape, const S* x, S* y) {
+        PerTask<const S> w = weight(slot, op.w), bias = weight(slot, op.b);
+        long N = samples(tape), C = op.width;
+        Norm<S> n = norm_of(op, N);
+        S *arrays = scratch(), *partial = arrays + kNormArrays * C;
+        auto pieces = [this](long count, auto f) { each(count, f); };
+        each_set(n, N, [&](long b, long row, long out_row, long set, bool) {
+            NormTape<S> t = norm_tape(op, i, tape, n, row, out_row, set);
+            S *mean = const_cast<S*>(t.mean), *inv = const_cast<S*>(t.inv);
+            norm_parameters<S>(C, w.of(b), bias.of(b), nullptr, nullptr, arrays);
+            if (n.constant)
+                running_moments(n, constant(op.c0), constant(op.c1), mean, inv);
+            else
+                norm_moments(n, t.x, mean, inv, partial, pieces);
+            each_rows(n.out_rows(), [=](long first, long last) {
+                norm_values(n, arrays, mean, inv, first, last, t.x, y + out_row * C, const_cast<S*>(t.where),
+                            const_cast<S*>(t.best));
+            });
+        });
+    }
+
+    void norm_backward(const Op& op, int i, int slot, const TapeView& tape, int out, bool adapted_only, const S* dy,
+                       S* dx) {
+        PerTask<S> gw = gradient(out, op.w, adapted_only), gb = gradient(out, op.b, adapted_only);
+        PerTask<const S> w = weight(slot, op.w), bias = weight(slot, op.b);
+        long N = samples(tape), C = op.width;
+        Norm<S> n = norm_of(op, N);
+        S *arrays = scratch(), *partial = arrays + kNormArrays * C, *sums = arrays + kSumD * C;
+        each_set(n, N, [&](long b, long row, long out_row, long set, bool first_set) {
+            NormTape<S> t = norm_tape(op, i, tape, n, row, out_row, set);
+            const S* d = dy + out_row * C;
+            norm_parameters<S>(C, w.of(b), bias.of(b), nullptr, nullptr, arrays);
+            chunked_sums<S>(
+                n.out_rows(), 2 * C, partial, sums, [this](long count, auto f) { each(count, f); },
+                [=](long first, long last, S* mine) { norm_sums(n, arrays, t, first, last, d, mine); });
+            norm_means(n, arrays);
+            if (gw) put(op.w_first && first_set, gw.of(b), C, [=](long c) { return arrays[kSumDx * C + c]; });
+            if (gb) put(op.b_first && first_set, gb.of(b), C, [=](long c) { return arrays[kSumD * C + c]; });
+            if (!dx) return;
+            S* to = dx + row * C;
+            bool put_first = op.delta_first[0];
+            each_rows(n.rows(), [=](long first, long last) {
+                n.pooled() ? norm_deltas<true>(n, arrays, t, put_first, first, last, d, to)
+                           : norm_deltas<false>(n, arrays, t, put_first, first, last, d, to);
+            });
+        });
+    }
+
+    void norm_tangent(const Op& op, int i, int slot, int vector, const TapeView& tape, S* ty) {
+        PerTask<const S> w = weight(slot, op.w), bias = weight(slot, op.b), vw = direction(vector, op.w),
+                         vb = direction(vector, op.b);
+        long N = samples(tape), C = op.width;
+        Norm<S> n = norm_of(op, N);
+        S *arrays = scratch(), *partial = arrays + kNormArrays * C;
+        each_set(n, N, [&](long b, long row, long out_row, long set, bool) {
+            NormTape<S> t = norm_tape(op, i, tape, n, row, out_row, set);
+            NormTangents<S> v = norm_tangents(op, i, n, row, out_row, set);
+            norm_parameters(C, w.of(b), bias.of(b), vw.of(b), vb.of(b), arrays);
+            norm_tangent_means_of(n, t, v, partial);
+            each_rows(n.out_rows(), [=](long first, long last) {
+                norm_tangent_values(n, arrays, t, v, first, last, ty + out_row * C, const_cast<S*>(v.best));
+            });
+        });
+    }
+
+    // mean(ẋ) and s of a set.
+    void norm_tangent_means_of(const Norm<S>& n, const NormTape<S>& t, const NormTangents<S>& v, S* partial) {
+        long C = n.C;
+        S *mean = const_cast<S*>(v.mean), *s = const_cast<S*>(v.s);
+        if (n.constant || !v.tx) return fill(mean, 2 * C, S(0));
+        chunked_sums<S>(
+            n.rows(), 2 * C, partial, mean, [this](long count, auto f) { each(count, f); },
+            [=](long first, long last, S* mine) { norm_tangent_moments(n, t, v.tx, first, last, mine); });
+        S m = S(1) / S(n.rows());
+        for (long c = 0; c < 2 * C; ++c) mean[c] *= m;
+        merge_groups(n, mean);
+        merge_groups(n, s);
+    }
+
+    void norm_backward_tangent(const Op& op, int i, int slot, int vector, const TapeView& tape, int out, const S* dy,
+                               const S* ey, S* ex) {
+        PerTask<const S> w = weight(slot, op.w), bias = weight(slot, op.b), vw = direction(vector, op.w),
+                         vb = direction(vector, op.b);
+        PerTask<S> hw = gradient(out, op.w, false), hb = gradient(out, op.b, false);
+        long N = samples(tape), C = op.width;
+        Norm<S> n = norm_of(op, N);
+        S *arrays = scratch(), *partial = arrays + kNormArrays * C, *sums = arrays + kSumD * C;
+        each_set(n, N, [&](long b, long row, long out_row, long set, bool first_set) {
+            NormTape<S> t = norm_tape(op, i, tape, n, row, out_row, set);
+            NormTangents<S> v = norm_tangents(op, i, n, row, out_row, set);
+            const S *d = dy + out_row * C, *e = ey + out_row * C;
+            norm_parameters(C, w.of(b), bias.of(b), vw.of(b), vb.of(b), arrays);
+            chunked_sums<S>(
+                n.out_rows(), 4 * C, partial, sums, [this](long count, auto f) { each(count, f); },
+                [=](long first, long last, S* mine) { norm_tangent_sums(n, arrays, t, v, first, last, d, e, mine); });
+            norm_means(n, arrays);
+            norm_tangent_means(n, arrays);
+            if (hw) put(op.w_first && first_set, hw.of(b), C, [=](long c) { return arrays[kSumTx * C + c]; });
+            if (hb) put(op.b_first && first_set, hb.of(b), C, [=](long c) { return arrays[kSumE * C + c]; });
+            if (!ex) return;
+            S* to = ex + row * C;
+            bool put_first = op.delta_first[0];
+            each_rows(n.rows(), [=](long first, long last) {
+                n.pooled() ? norm_tangent_deltas<true>(n, arrays, t, v, put_first, first, last, d, e, to)
+                           : norm_tangent_deltas<false>(n, arrays, t, v, put_first, first, last, d, e, to);
+            });
+        });
+    }
+
+    // ---- dense layers --------------------------------------------------------------------------
 
     void linear_values(const Op& op, int slot, Factors theta, long N, const S* x, S* y) {
         PerTask<const S> bias = weight(slot, op.b);
@@ -242,22 +547,14 @@ class Engine {
                                gemm_scratch());
     }
 
-    void norm_forward(const Op& op, int slot, long N, long size, const S* x, S* y, S* xhat, S* inv) {
+    void layer_norm_values(const Op& op, int slot, long N, long size, const S* x, S* y, S* xhat, S* inv) {
         PerTask<const S> w = weight(slot, op.w), bias = weight(slot, op.b);
-        long groups = norm_groups(op, N);
-        for (long b = 0; b < B_; ++b) {
-            const S *wb = w.of(b), *bb = bias.of(b), *xb = x + b * size;
-            S *yb = y + b * size, *hb = xhat + b * size, *ib = inv + b * groups;
-            if (op.kind == OpKind::batch_norm)
-                batch_norm_forward<S>(op, N, xb, wb, bb, yb, hb, ib, scratch());
-            else if (op.kind == OpKind::running_norm)
-                running_norm_forward<S>(op, N, constant(op.c0), constant(op.c1), xb, wb, bb, yb, hb, ib);
-            else
-                layer_norm_forward<S>(op, groups, xb, wb, bb, yb, hb, ib);
-        }
+        long rows = N * op.rows;
+        for (long b = 0; b < B_; ++b)
+            layer_norm_forward<S>(op, rows, x + b * size, w.of(b), bias.of(b), y + b * size, xhat + b * size,
+                                  inv + b * rows);
     }
 
-    static long norm_groups(const Op& op, long N) { return op.kind == OpKind::layer_norm ? N * op.rows : op.width; }
     const S* constant(int c) const { return static_cast<const S*>(call_.constants[c]); }
 
     // Concatenates the inputs' runs of features, `op.rows` runs a sample.
@@ -390,8 +687,26 @@ class Engine {
                     for (int j = 0; j < op.n_in; ++j)
                         if (S* dj = input_delta(tape, op, j, inputs)) split(op, j, op.delta_first[j], N, dy, dj);
                     break;
-                default:
+                case OpKind::conv: {
+                    PerTask<S> gw = gradient(out, op.w, adapted_only), gb = gradient(out, op.b, adapted_only);
+                    PerTask<const S> w = weight(slot, op.w);
+                    if (dx) conv_deltas(op, first, N, dy, w, nullptr, w, dx);
+                    conv_gradients(op, false, N, value(tape, op.in[0]), dy, gw, gb);
+                    break;
+                }
+                case OpKind::max_pool:
+                    if (dx) max_pool_deltas(op, first, N, ws_ + tape.aux1[i], dy, dx);
+                    break;
+                case OpKind::layer_norm:
+                    layer_norm_deltas(op, i, slot, tape, out, adapted_only, dy, dx);
+                    break;
+                case OpKind::batch_norm:
+                case OpKind::running_norm:
+                case OpKind::group_norm:
                     norm_backward(op, i, slot, tape, out, adapted_only, dy, dx);
+                    break;
+                default:
+                    if (dx) moved_back(op, first, N, dy, dx);
             }
         }
     }
@@ -406,26 +721,16 @@ class Engine {
         }
     }
 
-    void norm_backward(const Op& op, int i, int slot, const TapeView& tape, int out, bool adapted_only, const S* dy,
-                       S* dx) {
+    void layer_norm_deltas(const Op& op, int i, int slot, const TapeView& tape, int out, bool adapted_only, const S* dy,
+                           S* dx) {
         PerTask<S> gw = gradient(out, op.w, adapted_only), gb = gradient(out, op.b, adapted_only);
         PerTask<const S> w = weight(slot, op.w);
-        long N = samples(tape), size = per_task(tape, op.out), groups = norm_groups(op, N), C = op.width;
-        bool first = op.delta_first[0];
+        long size = per_task(tape, op.out), rows = samples(tape) * op.rows, C = op.width;
         S* sums = scratch();
         for (long b = 0; b < B_; ++b) {
-            const S *hb = ws_ + tape.aux1[i] + b * size, *ib = ws_ + tape.aux2[i] + b * groups, *db = dy + b * size;
-            S* xb = dx ? dx + b * size : nullptr;
-            if (op.kind == OpKind::layer_norm) {
-                if (xb) layer_norm_backward<S>(op, first, groups, hb, ib, w.of(b), db, xb);
-                if (gw || gb) row_norm_sums(C, groups, hb, db, sums);
-            } else {
-                batch_norm_sums<S>(op, N, hb, db, sums, sums + C);
-                if (xb && op.kind == OpKind::batch_norm)
-                    batch_norm_backward<S>(op, first, N, hb, ib, w.of(b), sums, sums + C, db, xb);
-                else if (xb)
-                    running_norm_backward<S>(op, first, N, ib, w.of(b), db, xb);
-            }
+            const S *hb = ws_ + tape.aux1[i] + b * size, *ib = ws_ + tape.aux2[i] + b * rows, *db = dy + b * size;
+            if (dx) layer_norm_backward<S>(op, op.delta_first[0], rows, hb, ib, w.of(b), db, dx + b * size);
+            if (gw || gb) row_norm_sums(C, rows, hb, db, sums);
             if (gw) put(op.w_first, gw.of(b), C, [=](long c) { return sums[c]; });
             if (gb) put(op.b_first, gb.of(b), C, [=](long c) { return sums[C + c]; });
         }
@@ -499,16 +804,47 @@ class Engine {
                     join(op, N, ty, [&](int) { return tangent(op, j++); });
                     break;
                 }
+                case OpKind::conv:
+                    conv_tangent(op, in, tape, tx, ty);
+                    break;
+                case OpKind::max_pool: {
+                    const S* where = ws_ + tape.aux1[i];
+                    each_samples(B_ * N, [=, &op](long first, long last) {
+                        max_pool_tangent(op.window, op.width, first, last, where, tx, ty);
+                    });
+                    break;
+                }
+                case OpKind::layer_norm:
+                    layer_norm_tangents(op, i, slot, vector, tape, tx, ty);
+                    break;
+                case OpKind::batch_norm:
+                case OpKind::running_norm:
+                case OpKind::group_norm:
+                    norm_tangent(op, i, slot, vector, tape, ty);
+                    break;
                 default:
-                    norm_tangent(op, i, slot, vector, tape, tx, ty);
+                    moved(op, N, tx, ty);
             }
         }
+    }
+
+    void conv_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, S* ty) {
+        PerTask<const S> w = weight(in.a, op.w), v = direction(in.c, op.w), vb = direction(in.c, op.b);
+        const S* x = v ? value(tape, op.in[0]) : nullptr;
+        if (tx)
+            conv_products(op, samples(tape), tx, w, x, v, vb, ty);
+        else
+            conv_products(op, samples(tape), x, v, nullptr, v, vb, ty);
     }
 
     // The backward tangent of a norm reads these even where nothing upstream moves.
     void clear_tangent_aux(const Op& op, int i, const TapeView& tape) {
         if (tangents_.aux1[i] >= 0) fill(ws_ + tangents_.aux1[i], B_ * per_task(tape, op.out), S(0));
-        if (tangents_.aux2[i] >= 0) fill(ws_ + tangents_.aux2[i], B_ * norm_groups(op, samples(tape)), S(0));
+        if (tangents_.aux2[i] < 0) return;
+        long N = samples(tape);
+        long numbers =
+            op.kind == OpKind::layer_norm ? N * op.rows : 2 * op.width * (op.kind == OpKind::group_norm ? N : 1);
+        fill(ws_ + tangents_.aux2[i], B_ * numbers, S(0));
     }
 
     void linear_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, S* ty) {
@@ -532,21 +868,13 @@ class Engine {
             for (long r = 0; r < rows; ++r) copy(v.of(b), y + (b * rows + r) * width, width);
     }
 
-    void norm_tangent(const Op& op, int i, int slot, int vector, const TapeView& tape, const S* tx, S* ty) {
+    void layer_norm_tangents(const Op& op, int i, int slot, int vector, const TapeView& tape, const S* tx, S* ty) {
         PerTask<const S> w = weight(slot, op.w), vw = direction(vector, op.w), vb = direction(vector, op.b);
-        long N = samples(tape), size = per_task(tape, op.out), groups = norm_groups(op, N);
-        for (long b = 0; b < B_; ++b) {
-            const S *hb = ws_ + tape.aux1[i] + b * size, *ib = ws_ + tape.aux2[i] + b * groups;
-            const S* txb = tx ? tx + b * size : nullptr;
-            S *tyb = ty + b * size, *thb = ws_ + tangents_.aux1[i] + b * size,
-              *sb = ws_ + tangents_.aux2[i] + b * groups;
-            if (op.kind == OpKind::batch_norm)
-                batch_norm_tangent<S>(op, N, hb, ib, w.of(b), vw.of(b), vb.of(b), txb, tyb, thb, sb, scratch());
-            else if (op.kind == OpKind::running_norm)
-                running_norm_tangent<S>(op, N, hb, ib, w.of(b), vw.of(b), vb.of(b), txb, tyb, thb);
-            else
-                layer_norm_tangent<S>(op, groups, hb, ib, w.of(b), vw.of(b), vb.of(b), txb, tyb, thb, sb);
-        }
+        long size = per_task(tape, op.out), rows = samples(tape) * op.rows;
+        for (long b = 0; b < B_; ++b)
+            layer_norm_tangent<S>(op, rows, ws_ + tape.aux1[i] + b * size, ws_ + tape.aux2[i] + b * rows, w.of(b),
+                                  vw.of(b), vb.of(b), tx ? tx + b * size : nullptr, ty + b * size,
+                                  ws_ + tangents_.aux1[i] + b * size, ws_ + tangents_.aux2[i] + b * rows);
     }
 
     // The tangent of an input's delta; null where it is not wanted.
@@ -593,8 +921,22 @@ class Engine {
                         if (S* ej = input_tangent_delta(tape, op, j, inputs))
                             split(op, j, op.delta_first[j], N, ey, ej);
                     break;
-                default:
+                case OpKind::conv:
+                    conv_backward_tangent(op, in, tape, tx, dy, ey, ex);
+                    break;
+                case OpKind::max_pool:
+                    if (ex) max_pool_deltas(op, first, N, ws_ + tape.aux1[i], ey, ex);
+                    break;
+                case OpKind::layer_norm:
+                    layer_norm_tangent_deltas(op, i, slot, vector, tape, out, dy, ey, ex);
+                    break;
+                case OpKind::batch_norm:
+                case OpKind::running_norm:
+                case OpKind::group_norm:
                     norm_backward_tangent(op, i, slot, vector, tape, out, dy, ey, ex);
+                    break;
+                default:
+                    if (ex) moved_back(op, first, N, ey, ex);
             }
         }
     }
@@ -618,28 +960,30 @@ class Engine {
                                       gemm_scratch());
     }
 
-    void norm_backward_tangent(const Op& op, int i, int slot, int vector, const TapeView& tape, int out, const S* dy,
+    void conv_backward_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, const S* dy,
                                const S* ey, S* ex) {
+        long N = samples(tape);
+        PerTask<const S> v = direction(in.c, op.w);
+        if (ex) conv_deltas(op, op.delta_first[0], N, ey, weight(in.a, op.w), v ? dy : nullptr, v, ex);
+        PerTask<S> hw = gradient(in.d, op.w, false), hb = gradient(in.d, op.b, false), none{nullptr, 0};
+        conv_gradients(op, false, N, value(tape, op.in[0]), ey, hw, hb);
+        if (tx) conv_gradients(op, true, N, tx, dy, hw, none);
+    }
+
+    void layer_norm_tangent_deltas(const Op& op, int i, int slot, int vector, const TapeView& tape, int out,
+                                   const S* dy, const S* ey, S* ex) {
         PerTask<const S> w = weight(slot, op.w), vw = direction(vector, op.w);
         PerTask<S> hw = gradient(out, op.w, false), hb = gradient(out, op.b, false);
-        long N = samples(tape), size = per_task(tape, op.out), groups = norm_groups(op, N), C = op.width;
-        bool first = op.delta_first[0];
+        long size = per_task(tape, op.out), rows = samples(tape) * op.rows, C = op.width;
         S* sums = scratch();
         for (long b = 0; b < B_; ++b) {
-            const S *xh = ws_ + tape.aux1[i] + b * size, *ib = ws_ + tape.aux2[i] + b * groups;
-            const S *th = ws_ + tangents_.aux1[i] + b * size, *sb = ws_ + tangents_.aux2[i] + b * groups;
+            const S *xh = ws_ + tape.aux1[i] + b * size, *ib = ws_ + tape.aux2[i] + b * rows;
+            const S *th = ws_ + tangents_.aux1[i] + b * size, *sb = ws_ + tangents_.aux2[i] + b * rows;
             const S *db = dy + b * size, *eb = ey + b * size;
-            S* xb = ex ? ex + b * size : nullptr;
-            if (op.kind == OpKind::layer_norm)
-                row_norm_tangent_sums(C, groups, xh, th, db, eb, sums);
-            else
-                batch_norm_tangent_sums<S>(op, N, xh, th, db, eb, sums);
-            if (xb && op.kind == OpKind::batch_norm)
-                batch_norm_backward_tangent<S>(op, first, N, xh, ib, th, sb, w.of(b), vw.of(b), sums, db, eb, xb);
-            else if (xb && op.kind == OpKind::running_norm)
-                running_norm_backward_tangent<S>(op, first, N, ib, w.of(b), vw.of(b), db, eb, xb);
-            else if (xb)
-                layer_norm_backward_tangent<S>(op, first, groups, xh, ib, th, sb, w.of(b), vw.of(b), db, eb, xb);
+            row_norm_tangent_sums(C, rows, xh, th, db, eb, sums);
+            if (ex)
+                layer_norm_backward_tangent<S>(op, op.delta_first[0], rows, xh, ib, th, sb, w.of(b), vw.of(b), db, eb,
+                                               ex + b * size);
             if (hw) put(op.w_first, hw.of(b), C, [=](long c) { return sums[2 * C + c]; });
             if (hb) put(op.b_first, hb.of(b), C, [=](long c) { return sums[3 * C + c]; });
         }
@@ -669,7 +1013,9 @@ class Engine {
         return ws_ + plan_.slots[index] + b * plan_.parameters + p.offset;
     }
 
-    const S* rate(const Param& p) const { return static_cast<const S*>(call_.rates[p.rate]); }
+    const S* rate(const Param& p) const {
+        return p.rate_packed >= 0 ? arena_ + p.rate_packed : static_cast<const S*>(call_.rates[p.rate]);
+    }
 
     void update(int out, int theta, int grad) {
         each_adapted([&](int index, const Param& p, long b) {
@@ -724,15 +1070,19 @@ class Engine {
 
     void load_parameters(int index) {
         each_adapted([&](int param, const Param& p, long b) {
-            copy(static_cast<const S*>(call_.adapted[param]) + (t0_ + b) * p.size, slot(index, p, b), p.size);
+            const S* from = static_cast<const S*>(call_.adapted[param]) + (t0_ + b) * p.size;
+            p.taps ? conv_weights_inward(p.o, p.c, p.taps, from, slot(index, p, b))
+                   : copy(from, slot(index, p, b), p.size);
         });
     }
 
     void store_parameters(int theta) {
         for (int p = 0; p < plan_.n_params; ++p)
             for (long b = 0; b < B_; ++b) {
-                long size = plan_.params[p].size;
-                copy(weight(theta, p).of(b), static_cast<S*>(call_.adapted_out[p]) + (t0_ + b) * size, size);
+                const Param& param = plan_.params[p];
+                S* to = static_cast<S*>(call_.adapted_out[p]) + (t0_ + b) * param.size;
+                const S* from = weight(theta, p).of(b);
+                param.taps ? conv_weights_outward(param.o, param.c, param.taps, from, to) : copy(from, to, param.size);
             }
     }
 
@@ -757,10 +1107,19 @@ class Engine {
 template <class S>
 void pack_op(const PlanView& plan, const Call& call, int index, S* arena) {
     const Op& op = plan.ops[index];
-    if (op.kind != OpKind::linear) return;
+    if (op.kind != OpKind::linear && op.kind != OpKind::conv) return;
     const S* w = static_cast<const S*>(call.params[op.w]);
-    if (op.pack_forward >= 0) pack_transposed(op.width, op.out_width, w, arena + op.pack_forward);
-    if (op.pack_backward >= 0) pack(op.out_width, op.width, w, op.width, arena + op.pack_backward);
+    if (op.kind == OpKind::linear) {
+        if (op.pack_forward >= 0) pack_transposed(op.width, op.out_width, w, arena + op.pack_forward);
+        if (op.pack_backward >= 0) pack(op.out_width, op.width, w, op.width, arena + op.pack_backward);
+        return;
+    }
+    const Param& p = plan.params[op.w];
+    if (op.pack_backward >= 0) conv_weights_turned(p.o, p.c, p.taps, w, arena + op.pack_backward);
+    if (!op.packs) return;
+    conv_weights_inward(p.o, p.c, p.taps, w, arena + p.packed);
+    if (p.rate_packed >= 0)
+        conv_weights_inward(p.o, p.c, p.taps, static_cast<const S*>(call.rates[p.rate]), arena + p.rate_packed);
 }
 
 template <class S>

@@ -13,36 +13,55 @@ constexpr long kLockstep = 4;
 constexpr long kLargeModel = 1 << 16;  // parameters from which fewer partial sums are cheaper
 constexpr long kBlocks = 16;           // partial sums a call is cut into, whatever the number of threads
 
-bool is_norm(OpKind kind) {
-    return kind == OpKind::batch_norm || kind == OpKind::running_norm || kind == OpKind::layer_norm;
+bool is_channel_norm(OpKind kind) {
+    return kind == OpKind::batch_norm || kind == OpKind::running_norm || kind == OpKind::group_norm;
 }
 
-long groups(const Op& op, long n) { return op.kind == OpKind::layer_norm ? n * op.rows : op.width; }
+bool is_pooled(const Op& op) { return is_channel_norm(op.kind) && op.window.kh * op.window.kw > 1; }
+
+// Numbers of statistics of n samples: 1/σ of every row, or mean and 1/σ of every channel.
+long statistics(const Op& op, long n) {
+    if (op.kind == OpKind::layer_norm) return n * op.rows;
+    return 2 * op.width * (op.kind == OpKind::group_norm ? n : 1);
+}
+
+Window window_of(const std::vector<long>& v) {
+    if (v.empty()) return {1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1};
+    return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11]};
+}
 
 bool is_piecewise_linear(Act act) { return act == Act::relu || act == Act::leaky_relu; }
 
 }  // namespace
 
-Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), machine_(machine) {
-    for (const OpSpec& s : spec_.ops) {
-        Op op{};
-        op.kind = OpKind(s.kind);
-        op.act = Act(s.act);
-        op.in = s.inputs.data();
-        op.n_in = int(s.inputs.size());
-        op.out = s.out;
-        op.w = s.w;
-        op.b = s.b;
-        op.c0 = s.c0;
-        op.c1 = s.c1;
-        op.rows = s.rows;
-        op.width = s.width;
-        op.out_width = s.out_width;
-        op.length = s.length;
-        op.f0 = s.f0;
-        op.f1 = s.f1;
-        ops_.push_back(op);
+void Layout::add_op(const OpSpec& s) {
+    Op op{};
+    op.kind = OpKind(s.kind);
+    op.act = Act(s.act);
+    op.in = s.inputs.data();
+    op.n_in = int(s.inputs.size());
+    op.out = s.out;
+    op.w = s.w;
+    op.b = s.b;
+    op.c0 = s.c0;
+    op.c1 = s.c1;
+    op.rows = s.rows;
+    op.width = s.width;
+    op.out_width = s.out_width;
+    op.groups = s.groups;
+    op.f0 = s.f0;
+    op.f1 = s.f1;
+    op.window = window_of(s.window);
+    op.packs = std::none_of(ops_.begin(), ops_.end(), [&](const Op& o) { return o.w == s.w; });
+    if (op.kind == OpKind::conv) {
+        convolutions_.push_back(std::make_unique<ConvolutionTables>(op.window, s.width, s.out_width, s.groups));
+        op.conv = &convolutions_.back()->view();
     }
+    ops_.push_back(op);
+}
+
+Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), machine_(machine) {
+    for (const OpSpec& s : spec_.ops) add_op(s);
     find_low_rank();
     for (std::size_t i = 0; i < spec_.params.size(); ++i) {
         const ParamSpec& s = spec_.params[i];
@@ -50,7 +69,8 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
             std::none_of(ops_.begin(), ops_.end(), [&](const Op& op) { return op.low_rank && op.w == int(i); });
         bool dense = s.active && formed;
         params_.push_back({s.size, dense ? view_.parameters : -1, s.active ? view_.sums : -1, s.rate, s.elementwise,
-                           s.adapts && dense});
+                           s.adapts && dense, s.o, s.c, s.taps, s.taps ? packed(s.size) : -1,
+                           s.taps && s.elementwise ? packed(s.size) : -1});
         if (dense) view_.parameters += s.size;
         if (s.active) view_.sums += s.size;
     }
@@ -194,17 +214,24 @@ void Layout::find_flags() {
     view_.moves = moves[spec_.out];
 }
 
-// Panels of the weights that all tasks share, packed once a call.
+// Weights that all tasks share, in the order that products read, packed once a call.
 void Layout::place_panels() {
+    bool backward = spec_.reverse || spec_.samples[0] > 0;
     for (Op& op : ops_) {
         op.pack_forward = op.pack_backward = -1;
-        if (op.kind != OpKind::linear) continue;
-        op.pack_forward = view_.packed;
-        view_.packed += packed_size(op.width, op.out_width, machine_.lanes);
-        if (!spec_.reverse && spec_.samples[0] == 0) continue;
-        op.pack_backward = view_.packed;
-        view_.packed += packed_size(op.out_width, op.width, machine_.lanes);
+        if (op.kind == OpKind::linear) {
+            op.pack_forward = packed(packed_size(op.width, op.out_width, machine_.lanes));
+            if (backward) op.pack_backward = packed(packed_size(op.out_width, op.width, machine_.lanes));
+        }
+        if (op.kind == OpKind::conv && backward) op.pack_backward = packed(params_[op.w].size);
     }
+    packed(kSlack);
+}
+
+long Layout::packed(long size) {
+    long offset = view_.packed;
+    view_.packed += (size + kAlignment - 1) / kAlignment * kAlignment;
+    return offset;
 }
 
 long Layout::take(long size) {
@@ -216,11 +243,18 @@ long Layout::take(long size) {
 long Layout::scratch_size(long lockstep) const {
     long size = 0;
     for (const Op& op : ops_) {
-        size = std::max(size, 4 * op.width);
+        long samples = std::max(spec_.samples[0], spec_.samples[1]);
+        if (op.kind == OpKind::layer_norm) size = std::max(size, 4 * op.width);
+        if (is_channel_norm(op.kind))
+            size = std::max(size, norm_scratch(op.width, samples * op.window.h * op.window.w));
+        if (op.kind == OpKind::conv) {
+            size = std::max(size, 2 * params_[op.w].size + kSlack);
+            size = std::max(size, norm_scratch(op.out_width, samples * op.window.oh * op.window.ow));
+        }
         if (op.kind != OpKind::linear) continue;
         size = std::max(size, packed_size(op.width, op.out_width, machine_.lanes));
         if (!op.low_rank) continue;
-        long rows = std::max(spec_.samples[0], spec_.samples[1]) * op.rows, widest = std::max(op.width, op.out_width);
+        long rows = samples * op.rows, widest = std::max(op.width, op.out_width);
         size = std::max(size, packed_size(widest, rows, machine_.lanes) + rows * rows);
         size = std::max(size, lockstep * rows * op.out_width);
     }
@@ -258,9 +292,11 @@ void Layout::place_tangents(long lockstep) {
             if (v > 0 || spec_.input_gradients) delta[v] = reuse ? tangents_[0].delta[v] : take(size);
         }
         for (std::size_t i = 0; i < ops_.size(); ++i) {
-            if (!is_norm(ops_[i].kind)) continue;
-            aux1[i] = h > 0 ? tangents_[0].aux1[i] : take(lockstep * n * spec_.features[ops_[i].out]);
-            aux2[i] = h > 0 ? tangents_[0].aux2[i] : take(lockstep * groups(ops_[i], n));
+            const Op& op = ops_[i];
+            bool normed = op.kind == OpKind::layer_norm || is_pooled(op);
+            if (normed) aux1[i] = h > 0 ? tangents_[0].aux1[i] : take(lockstep * n * spec_.features[op.out]);
+            if (op.kind == OpKind::layer_norm || is_channel_norm(op.kind))
+                aux2[i] = h > 0 ? tangents_[0].aux2[i] : take(lockstep * statistics(op, n));
         }
         tangents_.push_back({value, delta, aux1, aux2});
     }
@@ -287,8 +323,9 @@ void Layout::place_buffers(long lockstep) {
             bool curved = batch == 0 && spec_.second_order && !is_piecewise_linear(op.act);
             if (op.kind == OpKind::activation && (batch == 0 || spec_.reverse)) aux1[i] = take(size);
             if (op.kind == OpKind::activation && curved) aux2[i] = take(size);
-            if (is_norm(op.kind)) aux1[i] = take(size);
-            if (is_norm(op.kind)) aux2[i] = take(lockstep * groups(op, n));
+            if (op.kind == OpKind::layer_norm || op.kind == OpKind::max_pool) aux1[i] = take(size);
+            if (is_pooled(op)) aux1[i] = take(2 * size);
+            if (op.kind == OpKind::layer_norm || is_channel_norm(op.kind)) aux2[i] = take(lockstep * statistics(op, n));
         }
         bool softmax = LossKind(spec_.loss) == LossKind::cross_entropy;
         long loss = softmax ? take(lockstep * n * spec_.features[spec_.out]) : -1;

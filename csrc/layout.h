@@ -12,8 +12,9 @@ struct OpSpec {
     int kind, act;
     std::vector<int> inputs;
     int out, w, b, c0, c1;
-    long rows, width, out_width, length;
+    long rows, width, out_width, groups;
     double f0, f1;
+    std::vector<long> window;  // the fields of a Window, or empty
 };
 
 struct ParamSpec {
@@ -21,6 +22,7 @@ struct ParamSpec {
     bool adapts, active;
     int rate;
     bool elementwise;
+    long o, c, taps;  // of a convolution's weights, else 0
 };
 
 struct Spec {
@@ -52,6 +54,7 @@ class Layout {
     const PlanView& view() const { return view_; }
 
   private:
+    void add_op(const OpSpec& spec);
     void find_low_rank();
     void find_factors();
     void find_flags();
@@ -60,6 +63,7 @@ class Layout {
     void place_tangents(long lockstep);
     long* table(std::size_t n);
     long take(long size);
+    long packed(long size);
     long scratch_size(long lockstep) const;
     long gemm_scratch_size() const;
 
@@ -70,6 +74,7 @@ class Layout {
     std::vector<Op> ops_;
     std::vector<std::unique_ptr<bool[]>> flags_;
     std::vector<Param> params_;
+    std::vector<std::unique_ptr<ConvolutionTables>> convolutions_;
     std::vector<std::vector<Factor>> factors_;
     std::vector<TangentView> tangents_;
     int hvps_ = 0;

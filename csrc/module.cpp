@@ -34,15 +34,16 @@ Spec parse(const py::dict& d) {
         s.ops.push_back({o["kind"].cast<int>(), o["act"].cast<int>(), o["inputs"].cast<std::vector<int>>(),
                          o["out"].cast<int>(), o["w"].cast<int>(), o["b"].cast<int>(), o["c0"].cast<int>(),
                          o["c1"].cast<int>(), o["rows"].cast<long>(), o["width"].cast<long>(),
-                         o["out_width"].cast<long>(), o["length"].cast<long>(), o["f0"].cast<double>(),
-                         o["f1"].cast<double>()});
+                         o["out_width"].cast<long>(), o["groups"].cast<long>(), o["f0"].cast<double>(),
+                         o["f1"].cast<double>(), o["window"].cast<std::vector<long>>()});
     }
     s.features = d["features"].cast<std::vector<long>>();
     s.out = d["out"].cast<int>();
     for (auto item : d["params"]) {
         auto p = item.cast<py::dict>();
         s.params.push_back({p["size"].cast<long>(), p["adapts"].cast<bool>(), p["active"].cast<bool>(),
-                            p["rate"].cast<int>(), p["elementwise"].cast<bool>()});
+                            p["rate"].cast<int>(), p["elementwise"].cast<bool>(), p["o"].cast<long>(),
+                            p["c"].cast<long>(), p["taps"].cast<long>()});
     }
     for (auto item : d["code"]) {
         auto c = item.cast<py::dict>();

@@ -5,9 +5,27 @@
 
 #include <cstdint>
 
+#include "spatial.h"
+
 namespace maml_fast {
 
-enum class OpKind : int { linear, activation, batch_norm, running_norm, layer_norm, affine, add, cat };
+enum class OpKind : int {
+    linear,
+    activation,
+    batch_norm,
+    running_norm,
+    layer_norm,
+    affine,
+    add,
+    cat,
+    conv,
+    group_norm,
+    max_pool,
+    mean_pool,
+    transpose,
+    pad,
+    upsample
+};
 
 enum class Act : int { relu, leaky_relu, elu, gelu, gelu_tanh, silu, tanh, sigmoid, softplus, sine };
 
@@ -37,6 +55,11 @@ struct Param {
     int rate;          // index of its learning rate
     bool elementwise;  // the rate has one number per element
     bool adapts;
+    // A convolution's weights: (o, c, taps) in the caller's memory, (taps, c, o) everywhere else; 0 for other
+    // parameters.
+    long o, c, taps;
+    long packed;       // offset of θ_0 in that order, or -1
+    long rate_packed;  // of an elementwise rate, or -1
 };
 
 // One layer. Which fields mean something depends on the kind.
@@ -48,11 +71,14 @@ struct Op {
     int out;
     int w, b;    // parameters, or -1
     int c0, c1;  // constants, or -1
-    long rows;   // independent rows a sample has (linear, layer_norm); outer size (cat)
-    long width;  // features in (linear), normalised size (layer_norm), channels (norms)
+    long rows;   // independent rows a sample has (linear, layer_norm, transpose); outer size (cat)
+    long width;  // features in (linear), normalised size (layer_norm), channels (norms, pools), columns (transpose)
     long out_width;
-    long length;              // values a channel has in one sample (norms)
-    double f0, f1;            // attributes
+    long groups;              // of a group norm
+    double f0, f1;            // attributes; a channel norm's f1 is its activation's slope below zero
+    Window window;            // pools, pad, upsample; the pool behind a channel norm
+    const Convolution* conv;  // convolutions
+    bool packs;               // first to use its weight: the one that packs it
     bool w_first, b_first;    // first to write the parameter's gradient in a reverse sweep
     const bool* delta_first;  // per input: first to write that input's delta
     const bool* wants_delta;  // per input
@@ -94,8 +120,8 @@ struct Instr {
 struct TapeView {
     const long* value;  // per buffer: activations
     const long* delta;  // per buffer
-    const long* aux1;   // per op: f' (activation), normalised input (norms)
-    const long* aux2;   // per op: f'' (activation), 1/σ (norms)
+    const long* aux1;   // per op: f' (activation), normalised input (layer norm), maxima (pools, pooled norms)
+    const long* aux2;   // per op: f'' (activation), 1/σ (layer norm), means and 1/σ (other norms)
     long loss;          // probabilities, or -1
     int batch;
 };
@@ -104,8 +130,8 @@ struct TapeView {
 struct TangentView {
     const long* value;  // per buffer: ẋ
     const long* delta;  // per buffer: δ̇
-    const long* aux1;   // per op: tangent of the normalised input
-    const long* aux2;   // per op: tangent of σ
+    const long* aux1;   // per op: tangent of the normalised input (layer norm; at the maxima of pooled norms)
+    const long* aux2;   // per op: tangent of σ, of means and σ
 };
 
 struct PlanView {
@@ -161,6 +187,8 @@ struct Call {
     void* const* adapted_out;
     bool add;  // add to `gradients` rather than overwrite
     int threads;
+    int team;  // threads that share one task: more than 1 where there are fewer tasks than threads
+    void (*parallel)(int threads, void (*fn)(void* context, int worker), void* context);
 };
 
 // The kernels of one instruction set for one scalar type.
@@ -185,6 +213,14 @@ const Kernels& kernels_avx512();
 
 // Width of the packed panel that starts at column `j` of `columns`.
 inline long panel_width(long columns, long j, long lanes) { return columns - j > lanes ? 2 * lanes : lanes; }
+
+constexpr long kNormChunk = 256;  // rows summed apart before their sums are: small errors, the same for any threads
+constexpr int kNormArrays = 12;   // numbers a channel that a channel norm's loops read
+
+// Numbers of scratch for a channel norm over `rows` rows: its arrays and the chunks' sums.
+inline long norm_scratch(long channels, long rows) {
+    return channels * (kNormArrays + 4 * ((rows + kNormChunk - 1) / kNormChunk));
+}
 
 // Numbers a packed matrix takes: full double-width panels and a last one padded to one or two vectors.
 inline long packed_size(long rows, long columns, long lanes) {

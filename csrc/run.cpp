@@ -185,6 +185,12 @@ template <class S>
 void Runner<S>::run(Call& call) {
     const PlanView& plan = layout_.view();
     long blocks = (call.tasks + plan.block - 1) / plan.block;
+    bool shared = call.tasks < call.threads;  // too few tasks: the threads share each of them
+    call.team = shared ? call.threads : 1;
+    call.parallel = [](int threads, void (*fn)(void*, int), void* context) {
+        Pool::instance().run(threads, fn, context);
+    };
+    if (shared) call.threads = 1;
     if (call.threads > blocks) call.threads = int(blocks);
     auto memory = borrow(call.threads);
     if (call.objective) call.losses = memory->losses.get();
@@ -196,6 +202,21 @@ void Runner<S>::run(Call& call) {
     give_back(std::move(memory));
 }
 
+// Numbers in the order of the kernels to the caller's order, which differs for convolutions.
+template <class S>
+void hand_over(const Param& p, const S* from, bool add, S* to) {
+    if (!p.taps) {
+        for (long i = 0; i < p.size; ++i) to[i] = add ? to[i] + from[i] : from[i];
+        return;
+    }
+    for (long o = 0; o < p.o; ++o)
+        for (long c = 0; c < p.c; ++c)
+            for (long t = 0; t < p.taps; ++t, ++to) {
+                S value = from[(t * p.c + c) * p.o + o];
+                *to = add ? *to + value : value;
+            }
+}
+
 // Hands the sums over tasks to the caller's gradient tensors.
 template <class S>
 void Runner<S>::reduce(const Call& call, const S* total) {
@@ -204,15 +225,16 @@ void Runner<S>::reduce(const Call& call, const S* total) {
         S* to = static_cast<S*>(call.gradients[p]);
         const Param& param = plan.params[p];
         if (!to || param.sum < 0) continue;
-        const S* from = total + param.sum;
-        if (call.add)
-            for (long i = 0; i < param.size; ++i) to[i] += from[i];
-        else
-            for (long i = 0; i < param.size; ++i) to[i] = from[i];
+        hand_over(param, total + param.sum, call.add, to);
     }
     S* rates = static_cast<S*>(call.rate_gradient);
-    if (rates)
-        for (long i = 0; i < plan.rates; ++i) rates[i] = total[plan.sums + i];
+    if (!rates) return;
+    for (long i = 0; i < plan.rates; ++i) rates[i] = total[plan.sums + i];
+    for (int p = 0; p < plan.n_params; ++p) {
+        const Param& param = plan.params[p];
+        long offset = plan.rate_offset[param.rate];
+        if (param.taps && param.elementwise) hand_over(param, total + plan.sums + offset, false, rates + offset);
+    }
 }
 
 // The objective Σ_t w_t L_t.

@@ -19,6 +19,20 @@ if TYPE_CHECKING:
     from .program import Program
 
 
+_PLAIN = (
+    "linear",
+    "conv",
+    "reshape",
+    "transpose",
+    "pad",
+    "affine",
+    "add",
+    "cat",
+    "avg_pool",
+    "upsample",
+)  # no more than that
+
+
 class Mode(enum.Enum):
     """What a call computes."""
 
@@ -94,6 +108,15 @@ class Plan:
         return trace(self.model.module, self.in_shape)
 
     @cached_property
+    def kernel_graph(self) -> Graph | None:
+        """The graph as fused kernels take it: norms with what follows them, images channels last."""
+        from .channels_last import channels_last
+        from .fusion import fuse
+
+        graph = self.trace[0]
+        return None if graph is None else channels_last(fuse(graph))
+
+    @cached_property
     def out_shape(self) -> tuple[int, ...] | None:
         """Shape of one sample's output; None where only running the model would tell."""
         graph = self.trace[0]
@@ -112,10 +135,12 @@ class Plan:
         return maml.emit(self, save=self.saved_tapes_bytes() <= self.tape_bytes)
 
     def saved_tapes_bytes(self) -> int:
-        """About what one task's tapes of all inner steps take: activations, deltas, slopes, curvatures."""
-        graph = self.trace[0]
-        features = 0 if graph is None else sum(graph.features(v) for v in range(1, len(graph.shapes)))
-        return 4 * self.dtype.itemsize * self.inner.steps * self.support * features
+        """About what one task's tapes of all inner steps take: of every op a value, a delta, and up to two more."""
+        graph = self.kernel_graph
+        if graph is None:
+            return 0
+        numbers = sum((2 if op.kind in _PLAIN else 4) * graph.features(op.output) for op in graph.ops)
+        return self.dtype.itemsize * self.inner.steps * self.support * numbers
 
 
 @dataclass

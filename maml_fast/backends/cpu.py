@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..graph import Graph, Op
+from ..fusion import NORMS
+from ..graph import Attribute, Graph, Op, Shape
 from ..losses import NAMES
 from ..plan import Mode, Plan, Result, Tensors
 from ..program import (
@@ -37,7 +38,23 @@ except ImportError as error:
     _core = None  # type: ignore[assignment]
     _WHY_NO_CORE = f"maml_fast._core is not built ({error})"
 
-_KINDS = ("linear", "activation", "batch_norm", "running_norm", "layer_norm", "affine", "add", "cat")
+_KINDS = (
+    "linear",
+    "activation",
+    "batch_norm",
+    "running_norm",
+    "layer_norm",
+    "affine",
+    "add",
+    "cat",
+    "conv",
+    "group_norm",
+    "max_pool",
+    "avg_pool",
+    "transpose",
+    "pad",
+    "upsample",
+)
 _ACTIVATIONS = {
     "relu": (),
     "leaky_relu": ("negative_slope",),
@@ -94,22 +111,32 @@ class CpuBackend:
 def _unsupported(plan: Plan, graph: Graph) -> list[str]:
     reasons = []
     for op in graph.live_ops():
-        if op.kind not in _KINDS and op.kind not in _ACTIVATIONS and op.kind != "reshape":
+        if op.kind not in _KINDS and op.kind not in _ACTIVATIONS and op.kind not in ("reshape", "spatial_mean"):
             reasons.append(f"layer {op.kind} has no kernel")
         if op.kind == "batch_norm":
             positions = math.prod(graph.shapes[op.output][1:])
             if 1 in [n * positions for n in (plan.support, plan.query)]:
                 reasons.append("BatchNorm in training mode over a single value per channel")
+    reasons += [
+        f"parameter {plan.model.names[p]!r} is a weight of convolutions and of other layers" for p in _mixed(graph)
+    ]
     if plan.inner.loss.takes_labels and len(graph.shapes[graph.output]) != 1:
         reasons.append(f"cross_entropy over outputs of shape {graph.shapes[graph.output]}, not (classes,)")
     return reasons
+
+
+def _mixed(graph: Graph) -> list[int]:
+    """Parameters that convolutions share with other layers, for which they would stand in another order."""
+    conv = {op.parameters[0] for op in graph.live_ops() if op.kind == "conv"}
+    other = {p for op in graph.live_ops() for p in op.parameters[int(op.kind == "conv") :]}
+    return sorted(p for p in conv & other if p is not None)
 
 
 class _Call:
     """A plan in the core, and the tensors each run of it needs."""
 
     def __init__(self, plan: Plan) -> None:
-        graph = plan.trace[0]
+        graph = plan.kernel_graph
         assert graph is not None
         self.plan = plan
         self.constants = _constants(graph)
@@ -212,6 +239,7 @@ class _Spec:
         self.features = [graph.features(0)]
         self.constants = _constants(graph)
         self.ops = [self._op(op) for op in graph.live_ops() if not self._alias(op)]
+        self.convolved = {op.parameters[0] for op in graph.live_ops() if op.kind == "conv"}
 
     def _alias(self, op: Op) -> bool:
         if op.kind == "reshape":
@@ -223,8 +251,10 @@ class _Spec:
         self.buffer[op.output] = len(self.features)
         self.features.append(math.prod(shape))
         weight, bias = (*op.parameters, None, None)[:2]
+        kind = {"spatial_mean": "avg_pool"}.get(op.kind, "activation" if op.kind in _ACTIVATIONS else op.kind)
+        in_shape = self.graph.shapes[op.inputs[0]]
         spec = {
-            "kind": _KINDS.index("activation" if op.kind in _ACTIVATIONS else op.kind),
+            "kind": _KINDS.index(kind),
             "act": 0,
             "inputs": [self.buffer[i] for i in op.inputs],
             "out": self.buffer[op.output],
@@ -235,12 +265,12 @@ class _Spec:
             "rows": 1,
             "width": 0,
             "out_width": 0,
-            "length": 1,
+            "groups": 1,
             "f0": attributes.get("eps", 0.0),
             "f1": 0.0,
+            "window": [],
         }
         if op.kind == "linear":
-            in_shape = self.graph.shapes[op.inputs[0]]
             spec |= {"rows": math.prod(shape[:-1]), "width": in_shape[-1], "out_width": shape[-1]}
         elif op.kind in _ACTIVATIONS:
             values = [attributes[name] for name in _ACTIVATIONS[op.kind]]
@@ -248,9 +278,16 @@ class _Spec:
         elif op.kind == "layer_norm":
             width = int(attributes["size"])
             spec |= {"rows": math.prod(shape) // width, "width": width}
-        elif op.kind in ("batch_norm", "running_norm"):
-            spec |= {"width": shape[0], "length": math.prod(shape[1:])}
+        elif op.kind in NORMS:
+            window = _window(in_shape, shape, {"kernel": attributes["pool"]} if "pool" in attributes else {})
+            spec |= {"width": shape[-1], "f1": attributes.get("slope", 1.0), "window": window}
+            spec |= {"groups": attributes.get("groups", 1)}
             spec |= dict(zip(("c0", "c1"), map(self.constants.index, op.constants), strict=False))
+        elif op.kind in ("conv", "max_pool", "avg_pool", "spatial_mean", "pad", "upsample"):
+            spec |= {"width": in_shape[-1], "out_width": shape[-1], "groups": attributes.get("groups", 1)}
+            spec |= {"window": _window(in_shape, shape, attributes), "f0": float(attributes.get("include_pad", 0))}
+        elif op.kind == "transpose":
+            spec |= {"rows": attributes["rows"], "width": attributes["columns"]}
         elif op.kind == "affine":
             spec |= {"f0": attributes["factor"], "f1": attributes["shift"]}
         elif op.kind == "add":
@@ -258,6 +295,10 @@ class _Spec:
         elif op.kind == "cat":
             spec |= {"rows": int(attributes["outer"])}
         return spec
+
+    def _conv_dims(self, parameter: int, shape: Shape) -> tuple[int, int, int]:
+        """(out, in, taps) of a convolution's weights, zeros for other parameters."""
+        return (shape[0], shape[1], math.prod(shape[2:])) if parameter in self.convolved else (0, 0, 0)
 
     def as_dict(self) -> dict[str, Any]:
         plan, graph = self.plan, self.graph
@@ -276,6 +317,7 @@ class _Spec:
                     "active": (trainable or loads) and i in used,
                     "rate": plan.rates.of_parameter[i],
                     "elementwise": plan.rates.shapes[plan.rates.of_parameter[i]] != (),
+                    **dict(zip(("o", "c", "taps"), self._conv_dims(i, shape), strict=True)),
                 }
                 for i, (shape, adapts, trainable) in enumerate(
                     zip(plan.model.shapes, plan.model.adapts, plan.model.trainable, strict=True)
@@ -295,6 +337,19 @@ class _Spec:
             "low_rank": _allows_low_rank(plan),
             "tasks": plan.tasks,
         }
+
+
+def _window(in_shape: Shape, out_shape: Shape, attributes: Mapping[str, Attribute]) -> list[int]:
+    """Sizes in and out, kernel, stride, padding and dilation over two dimensions; of images (*space, C)."""
+    space, out = in_shape[:-1], out_shape[:-1]
+    if len(space) > 2:  # the norms do not ask how positions are arranged
+        space, out = (math.prod(space),), (math.prod(out),)
+    kernel = attributes.get("kernel", tuple(n // m for n, m in zip(space, out, strict=True)))
+    ones = (1,) * len(space)
+    stride = attributes.get("stride", attributes.get("scale", kernel))
+    padding = (0, 0, *attributes.get("padding", ()))
+    rows = (space, out, kernel, stride, padding, attributes.get("dilation", ones))
+    return [n for row in rows for n in (1, 1, *row)[-2:]]
 
 
 def _allows_low_rank(plan: Plan) -> bool:

@@ -1,0 +1,158 @@
+// C[row] = (C[row] | bias | 0) + Σ_segments A[row + a …] B[b …], where the rows of A and C stand anywhere: a product
+// that never gathers its operands.
+
+// One operand pair of a product: the source rows, and the weights (row-major, `ld` apart).
+template <class S>
+struct Pair {
+    const S* a;
+    const S* b;
+};
+
+template <class S>
+struct Indirect {
+    Pair<S> pairs[2];  // the second is absent where pairs[1].a is null
+    const Segment* segments;
+    int n;
+    long ld;
+    bool add;
+    const S* bias;
+};
+
+constexpr int kTileRows = MAML_FAST_ROWS;
+
+// MR rows by NV vectors of C in registers. Edge: fewer columns than NV vectors hold.
+template <class S, int MR, int NV, bool Edge>
+__attribute__((noinline)) void indirect_tile(const Indirect<S>& p, long column, const long* from, const long* to, S* y,
+                                             long columns) {
+    constexpr long L = lanes<S>;
+    auto read = [&](const S* q, int v) { return Edge ? load_edge(q + v * L, columns - v * L) : load(q + v * L); };
+    vec<S> acc[MR][NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+        vec<S> start = p.bias ? read(p.bias + column, v) : vec<S>{};
+#pragma GCC unroll 32
+        for (int r = 0; r < MR; ++r) acc[r][v] = p.add ? read(y + to[r] + column, v) : start;
+    }
+    for (int half = 0; half < 2 && p.pairs[half].a; ++half) {
+        const S *a = p.pairs[half].a, *b0 = p.pairs[half].b + column;
+        for (int s = 0; s < p.n; ++s) {
+            const Segment& segment = p.segments[s];
+            const S *row[MR], *b = b0 + segment.b * p.ld;
+#pragma GCC unroll 32
+            for (int r = 0; r < MR; ++r) row[r] = a + from[r] + segment.a;
+            for (long k = 0; k < segment.depth; ++k, b += p.ld) {
+                vec<S> bv[NV];
+#pragma GCC unroll 2
+                for (int v = 0; v < NV; ++v) bv[v] = load(b + v * L);
+#pragma GCC unroll 32
+                for (int r = 0; r < MR; ++r) {
+                    S x = row[r][k];
+#pragma GCC unroll 2
+                    for (int v = 0; v < NV; ++v) acc[r][v] += x * bv[v];
+                }
+            }
+        }
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) {
+            S* q = y + to[r] + column + v * L;
+            Edge ? store_edge(q, acc[r][v], columns - v * L) : store(q, acc[r][v]);
+        }
+}
+
+template <class S>
+using IndirectTile = void (*)(const Indirect<S>&, long, const long*, const long*, S*, long);
+
+template <class S, int NV, bool Edge, int... MR>
+inline IndirectTile<S> pick_indirect(int rows, Heights<MR...>) {
+    static constexpr IndirectTile<S> table[] = {indirect_tile<S, MR + 1, NV, Edge>...};
+    return table[rows - 1];
+}
+
+// All columns of `rows` rows of C.
+template <class S>
+inline void indirect_rows(const Indirect<S>& p, int rows, const long* from, const long* to, S* y, long columns) {
+    constexpr long L = lanes<S>;
+    for (long j = 0; j < columns; j += 2 * L) {
+        long left = columns - j;
+        auto tile = left >= 2 * L ? pick_indirect<S, 2, false>(rows, HeightsTo<kTileRows>{})
+                    : left > L    ? pick_indirect<S, 2, true>(rows, HeightsTo<kTileRows>{})
+                    : left == L   ? pick_indirect<S, 1, false>(rows, HeightsTo<kTileRows>{})
+                                  : pick_indirect<S, 1, true>(rows, HeightsTo<kTileRows>{});
+        tile(p, j, from, to, y, left);
+    }
+}
+
+// ---- the transposed product: Σ over the positions of a lattice ------------------------------------
+
+// C[m] (+)= Σ_positions A[position + a_m] B[position …] for m < MR, `ld` between rows of C.
+template <class S>
+struct Lattice {
+    const S *a, *b;
+    long samples, a_sample, b_sample;
+    long ny, a_y, b_y;
+    long nx, a_x, b_x;
+};
+
+template <class S, int MR, int NV, bool Edge>
+__attribute__((noinline)) void lattice_tile(const Lattice<S>& t, const long* offsets, bool add, S* c, long ld,
+                                            long columns) {
+    constexpr long L = lanes<S>;
+    vec<S> acc[MR][NV];
+#pragma GCC unroll 32
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) {
+            const S* q = c + r * ld + v * L;
+            acc[r][v] = !add ? vec<S>{} : Edge ? load_edge(q, columns - v * L) : load(q);
+        }
+    for (long n = 0; n < t.samples; ++n)
+        for (long y = 0; y < t.ny; ++y) {
+            const S *a0 = t.a + n * t.a_sample + y * t.a_y, *b = t.b + n * t.b_sample + y * t.b_y;
+            const S* row[MR];
+#pragma GCC unroll 32
+            for (int r = 0; r < MR; ++r) row[r] = a0 + offsets[r];
+            for (long x = 0, xa = 0; x < t.nx; ++x, xa += t.a_x, b += t.b_x) {
+                vec<S> bv[NV];
+#pragma GCC unroll 2
+                for (int v = 0; v < NV; ++v) bv[v] = load(b + v * L);
+#pragma GCC unroll 32
+                for (int r = 0; r < MR; ++r) {
+                    S s = row[r][xa];
+#pragma GCC unroll 2
+                    for (int v = 0; v < NV; ++v) acc[r][v] += s * bv[v];
+                }
+            }
+        }
+#pragma GCC unroll 32
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) {
+            S* q = c + r * ld + v * L;
+            Edge ? store_edge(q, acc[r][v], columns - v * L) : store(q, acc[r][v]);
+        }
+}
+
+template <class S>
+using LatticeTile = void (*)(const Lattice<S>&, const long*, bool, S*, long, long);
+
+template <class S, int NV, bool Edge, int... MR>
+inline LatticeTile<S> pick_lattice(int rows, Heights<MR...>) {
+    static constexpr LatticeTile<S> table[] = {lattice_tile<S, MR + 1, NV, Edge>...};
+    return table[rows - 1];
+}
+
+template <class S>
+inline void lattice_rows(Lattice<S> t, int rows, const long* offsets, bool add, S* c, long ld, long columns) {
+    constexpr long L = lanes<S>;
+    for (long j = 0; j < columns; j += 2 * L, t.b += 2 * L) {
+        long left = columns - j;
+        auto tile = left >= 2 * L ? pick_lattice<S, 2, false>(rows, HeightsTo<kTileRows>{})
+                    : left > L    ? pick_lattice<S, 2, true>(rows, HeightsTo<kTileRows>{})
+                    : left == L   ? pick_lattice<S, 1, false>(rows, HeightsTo<kTileRows>{})
+                                  : pick_lattice<S, 1, true>(rows, HeightsTo<kTileRows>{});
+        tile(t, offsets, add, c + j, ld, left);
+    }
+}

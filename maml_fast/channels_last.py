@@ -1,0 +1,109 @@
+"""Images channels last: the order of memory that the kernels want, whatever the module's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from .fusion import NORMS
+from .graph import Attribute, Graph, Op, Shape
+
+_IMAGE_OPS = ("conv", "max_pool", "avg_pool", "spatial_mean", "upsample", *NORMS)
+_ANY_ORDER = ("affine", "add", "cat")
+_ONE_ORDER = ("linear", "layer_norm", "reshape")
+_FEW_CHANNELS = 4  # up to which a padded copy of the input is cheaper than short products at its border
+
+
+def channels_last(graph: Graph) -> Graph:
+    """The same network with images (*space, C), and ops `transpose` where the module's own order is needed.
+
+    A transpose has attributes `rows` and `columns`: (rows, columns) of a sample become (columns, rows). Convolutions of
+    few channels get their padding as an op `pad` before them, with attribute `padding`.
+    """
+    return _Rewriter(graph).run()
+
+
+class _Rewriter:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.ops: list[Op] = []
+        self.shapes: list[Shape] = [graph.shapes[0]]
+        self.first: dict[int, int] = {0: 0}
+        self.last: dict[int, int] = {}
+
+    def run(self) -> Graph:
+        for op in self.graph.ops:
+            if self._wants_images(op):
+                self._image_op(op)
+            else:
+                inputs = tuple(self._in_first(v) for v in op.inputs)
+                self.first[op.output] = self._emit(replace(op, inputs=inputs), self.graph.shapes[op.output])
+        output = self._in_first(self.graph.output)
+        return Graph(tuple(self.ops), tuple(self.shapes), output)
+
+    def _wants_images(self, op: Op) -> bool:
+        """Whether the op works on images: it must, or it may and one of its inputs is one."""
+        if len(self.graph.shapes[op.output]) < 2 or op.kind in _ONE_ORDER:
+            return False
+        return op.kind in _IMAGE_OPS or any(v in self.last for v in op.inputs)
+
+    def _image_op(self, op: Op) -> None:
+        inputs = tuple(self._in_last(v) for v in op.inputs)
+        attributes = dict(op.attributes)
+        shape = _moved_back(self.graph.shapes[op.output])
+        if op.kind == "conv" and self._is_padded_apart(op):
+            padding = attributes["padding"]
+            inputs = (self._pad(inputs[0], padding),)
+            attributes["padding"] = (0,) * len(padding)
+        if op.kind == "cat":
+            attributes["outer"] = math.prod(shape[: _cat_axis(op, self.graph, shape)])
+        self.last[op.output] = self._emit(replace(op, inputs=inputs, attributes=attributes), shape)
+
+    def _is_padded_apart(self, op: Op) -> bool:
+        channels = self.graph.shapes[op.inputs[0]][0]
+        return op.attributes["groups"] == 1 and channels <= _FEW_CHANNELS and any(op.attributes["padding"])
+
+    def _pad(self, value: int, padding: tuple[int, ...]) -> int:
+        *space, channels = self.shapes[value]
+        shape = (*[n + 2 * p for n, p in zip(space, padding, strict=True)], channels)
+        return self._new("pad", value, shape, {"padding": padding})
+
+    def _in_first(self, value: int) -> int:
+        if value not in self.first:
+            shape = self.graph.shapes[value]
+            self.first[value] = self._transposed(self.last[value], shape, math.prod(shape[1:]), shape[0])
+        return self.first[value]
+
+    def _in_last(self, value: int) -> int:
+        shape = self.graph.shapes[value]
+        if value not in self.last:
+            place = self.first[value]
+            moved = self._transposed(place, _moved_back(shape), shape[0], math.prod(shape[1:]))
+            self.last[value] = moved
+        return self.last[value]
+
+    def _transposed(self, value: int, shape: Shape, rows: int, columns: int) -> int:
+        if rows == 1 or columns == 1:
+            return self._new("reshape", value, shape, {})
+        return self._new("transpose", value, shape, {"rows": rows, "columns": columns})
+
+    def _new(self, kind: str, value: int, shape: Shape, attributes: Mapping[str, Attribute]) -> int:
+        return self._emit(Op(kind, (value,), -1, attributes=attributes), shape)
+
+    def _emit(self, op: Op, shape: Shape) -> int:
+        index = len(self.shapes)
+        self.shapes.append(shape)
+        self.ops.append(replace(op, output=index))
+        return index
+
+
+def _moved_back(shape: Shape) -> Shape:
+    """(C, *space) as (*space, C)."""
+    return (*shape[1:], *shape[:1])
+
+
+def _cat_axis(op: Op, graph: Graph, shape: Shape) -> int:
+    """The axis along which images are joined, in the order (*space, C)."""
+    parts = [_moved_back(graph.shapes[v]) for v in op.inputs]
+    return next((d for d in range(len(shape)) if any(p[d] != shape[d] for p in parts)), len(shape) - 1)
