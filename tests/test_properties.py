@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -12,10 +14,22 @@ from torch import Tensor, nn
 
 from maml_fast import verify
 from maml_fast.backends import cpu
-from maml_fast.cases import Case
+from maml_fast.cases import Case, select
 from maml_fast.nn import Sine
 
 BACKENDS = ["cpu", "vmap"] if cpu.info()["built"] else ["vmap"]
+
+
+def runs_images(backend: str) -> bool:
+    problem = select(["resnet12"])[0].build(torch.float32)
+    try:
+        problem.maml(backend).explain(*problem.batch)
+    except RuntimeError:
+        return False
+    return True
+
+
+IMAGE_BACKENDS = list(filter(runs_images, BACKENDS))
 WIDTHS = st.sampled_from([1, 2, 3, 7, 8, 16, 17, 33, 63, 65])
 # smooth ones: a kink that rounding crosses is a difference that no kernel is to blame for
 ACTIVATIONS = st.sampled_from(
@@ -69,6 +83,88 @@ def cases(draw: st.DrawFn) -> Case:
         lr=0.05,
         rate=draw(st.sampled_from(["constant", "scalar", "per_tensor", "per_element"])),
     )
+
+
+@st.composite
+def windows(draw: st.DrawFn, space: list[int]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Kernel, stride, padding and dilation that fit, and how many windows there are along each dimension."""
+    columns, counts = [], []
+    for n in space:
+        padding, dilation, stride = draw(st.integers(0, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+        kernel = draw(st.integers(1, min(5, (n + 2 * padding - 1) // dilation + 1)))
+        columns.append((kernel, stride, padding, dilation))
+        counts.append((n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
+    return list(zip(*columns, strict=True)), counts
+
+
+def image_norms(channels: int) -> list[Callable[[], nn.Module]]:
+    return [
+        partial(nn.BatchNorm2d, channels),
+        partial(nn.InstanceNorm2d, channels, affine=True),
+        partial(nn.GroupNorm, math.gcd(channels, 2), channels),
+    ]
+
+
+def resizings(space: list[int]) -> list[tuple[Callable[[], nn.Module], list[int]]]:
+    """Layers that change the size, and the sizes they give."""
+    halves = [(n - 1) // 2 + 1 for n in space]
+    return [
+        (partial(nn.MaxPool2d, 3, 2, 1), halves),
+        (partial(nn.AvgPool2d, 3, 2, 1), halves),
+        (partial(nn.AvgPool2d, 3, 2, 1, count_include_pad=False), halves),
+        (partial(nn.AdaptiveAvgPool2d, 1), [1, 1]),
+        (partial(nn.Upsample, scale_factor=(1, 2)), [space[0], 2 * space[1]]),
+        (nn.Identity, space),
+    ]
+
+
+@st.composite
+def image_networks(draw: st.DrawFn, in_shape: tuple[int, ...]) -> list[Callable[[], nn.Module]]:
+    """Convolutions, norms, activations and changes of size, then a linear layer; as constructors."""
+    (channels, *space), layers = in_shape, []
+    for _ in range(draw(st.integers(1, 2))):
+        groups = draw(st.sampled_from([g for g in (1, 1, 2, channels) if channels % g == 0]))
+        wide = groups * draw(st.sampled_from([1, 2, 3] if groups > 1 else [1, 2, 4, 8, 17]))
+        window, counts = draw(windows(space))
+        layers.append(partial(nn.Conv2d, channels, wide, *window, groups, draw(st.booleans())))
+        # a norm over few values (many are padding's) is nearly constant, whose relative error says nothing
+        norms = image_norms(wide) if min(math.prod(space), math.prod(counts)) > 8 else []
+        layers += draw(st.sampled_from([[], *([norm] for norm in norms)]))
+        resizing, space = draw(st.sampled_from(resizings(counts)))
+        layers += [draw(ACTIVATIONS), resizing]
+        channels = wide
+    return [*layers, nn.Flatten, partial(nn.Linear, channels * math.prod(space), 3)]
+
+
+@st.composite
+def image_cases(draw: st.DrawFn) -> Case:
+    sizes = st.integers(1, 9)
+    in_shape = (draw(st.sampled_from([1, 2, 3, 4])), draw(sizes), draw(sizes))
+    support, query = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    layers = draw(image_networks(in_shape))
+    return Case(
+        "random",
+        lambda: nn.Sequential(*[layer() for layer in layers]),
+        in_shape,
+        (3,),
+        draw(st.sampled_from(["mse", "cross_entropy"])),
+        tasks=draw(st.integers(1, 3)),
+        support=support,
+        query=query,
+        steps=draw(st.integers(0, 2)),
+        lr=0.05,
+        rate=draw(st.sampled_from(["constant", "per_element"])),
+    )
+
+
+@pytest.mark.parametrize("backend", IMAGE_BACKENDS)
+@settings(max_examples=30)
+@given(case=image_cases(), dtype=st.sampled_from([torch.float32, torch.float64]), first_order=st.booleans())
+def test_random_image_networks_match_the_reference(
+    backend: str, case: Case, dtype: torch.dtype, first_order: bool
+) -> None:
+    errors = verify.compare(case, backend, dtype, first_order)
+    assert not [e for e in errors if not e.ok]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
