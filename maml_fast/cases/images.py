@@ -207,7 +207,7 @@ def _networks() -> list[Case]:
         Case("conv4", lambda: conv4(1, 3, 5, 3), (1, 16, 19), (5,), "cross_entropy", steps=1),
         Case("strided", lambda: strided_conv(1, 3, 5), (1, 13, 13), (5,), "cross_entropy", steps=1),
         Case("strided-steps", lambda: strided_conv(3, 4, 5), (3, 11, 9), (5,), "cross_entropy", steps=3),
-        Case("resnet12", lambda: resnet12(3, 2, 3, 4, 3, classes=5), (3, 16, 18), (5,), "cross_entropy", steps=1),
+        Case("resnet12", lambda: resnet12(3, 4, 6, 8, 5, classes=5), (3, 16, 18), (5,), "cross_entropy", steps=1),
     ]
 
 
