@@ -16,8 +16,9 @@ from maml_fast.backends import cpu
 from maml_fast.cases import SMALL, Case, Problem, select
 
 FEW = select(
-    ["tanh", "batchnorm", "loss-cross-entropy", "frozen", "tied", "unreached", "rate-per_element", "size-tasks"]
-)
+    ["tanh", "batchnorm", "loss-cross-entropy", "frozen", "tied", "unreached", "rate-per_element", "size-tasks",
+     "pooled-block", "conv-residual"]
+)  # fmt: skip
 
 
 def names(value: object) -> str | None:
