@@ -158,7 +158,7 @@ class Engine {
                 case OpKind::batch_norm:
                 case OpKind::running_norm:
                 case OpKind::group_norm:
-                    norm_forward(op, i, slot, tape, x, y);
+                    norm_forward(op, i, slot, tape, y);
                     break;
                 default:
                     moved(op, N, x, y);
@@ -295,7 +295,7 @@ class Engine {
         S *sums = scratch(), *partial = sums + width;
         chunked_sums<S>(
             rows, width, partial, sums, [this](long n, auto f) { each(n, f); },
-            [=](long first, long last, S* mine) { column_sums(false, last - first, width, m + first * width, mine); });
+            [=](long first, long last, S* mine) { column_sums(true, last - first, width, m + first * width, mine); });
         put(first_writer, to, width, [=](long i) { return sums[i]; });
     }
 
@@ -339,7 +339,7 @@ class Engine {
         return {tx ? tx + row * C : nullptr, stats, stats + C, best ? best + out_row * C : nullptr};
     }
 
-    void norm_forward(const Op& op, int i, int slot, const TapeView& tape, const S* x, S* y) {
+    void norm_forward(const Op& op, int i, int slot, const TapeView& tape, S* y) {
         PerTask<const S> w = weight(slot, op.w), bias = weight(slot, op.b);
         long N = samples(tape), C = op.width;
         Norm<S> n = norm_of(op, N);
@@ -354,7 +354,7 @@ class Engine {
             else
                 norm_moments(n, t.x, mean, inv, partial, pieces);
             each_rows(n.out_rows(), [=](long first, long last) {
-                norm_values(n, arrays, mean, inv, first, last, t.x, y + out_row * C, const_cast<S*>(t.where),
+                norm_values(n, arrays, t, first, last, y + out_row * C, const_cast<S*>(t.where),
                             const_cast<S*>(t.best));
             });
         });
@@ -397,7 +397,7 @@ class Engine {
             NormTape<S> t = norm_tape(op, i, tape, n, row, out_row, set);
             NormTangents<S> v = norm_tangents(op, i, n, row, out_row, set);
             norm_parameters(C, w.of(b), bias.of(b), vw.of(b), vb.of(b), arrays);
-            norm_tangent_means_of(n, t, v, partial);
+            norm_tangent_means_of(n, arrays, t, v, partial);
             each_rows(n.out_rows(), [=](long first, long last) {
                 norm_tangent_values(n, arrays, t, v, first, last, ty + out_row * C, const_cast<S*>(v.best));
             });
@@ -405,13 +405,14 @@ class Engine {
     }
 
     // mean(ẋ) and s of a set.
-    void norm_tangent_means_of(const Norm<S>& n, const NormTape<S>& t, const NormTangents<S>& v, S* partial) {
+    void norm_tangent_means_of(const Norm<S>& n, const S* arrays, const NormTape<S>& t, const NormTangents<S>& v,
+                               S* partial) {
         long C = n.C;
         S *mean = const_cast<S*>(v.mean), *s = const_cast<S*>(v.s);
         if (n.constant || !v.tx) return fill(mean, 2 * C, S(0));
         chunked_sums<S>(
             n.rows(), 2 * C, partial, mean, [this](long count, auto f) { each(count, f); },
-            [=](long first, long last, S* mine) { norm_tangent_moments(n, t, v.tx, first, last, mine); });
+            [=](long first, long last, S* mine) { norm_tangent_moments(n, arrays, t, v.tx, first, last, mine); });
         S m = S(1) / S(n.rows());
         for (long c = 0; c < 2 * C; ++c) mean[c] *= m;
         merge_groups(n, mean);

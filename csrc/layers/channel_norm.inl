@@ -26,18 +26,38 @@ struct Norm {
 enum NormArray { kW, kB, kVw, kVb, kQ, kP, kTq, kTp, kSumD, kSumDx, kSumE, kSumTx };
 static_assert(kSumTx + 1 == kNormArrays, "plan.h sizes the scratch");
 
-// sums (arrays × C) = Σ_rows, in chunks; add(first, last, sums) adds those rows to zeroed sums.
+// sums (arrays × C) = Σ_rows, in chunks; add(first, last, sums) puts those rows' sums.
 template <class S, class Each, class F>
 void chunked_sums(long rows, long width, S* partial, S* sums, Each each, F add) {
     long chunks = ceil_div(rows, kNormChunk);
-    each(chunks, [=](long i) {
-        S* mine = partial + i * width;
-        fill(mine, width, S(0));
-        add(i * kNormChunk, least((i + 1) * kNormChunk, rows), mine);
-    });
-    fill(sums, width, S(0));
-    for (long i = 0; i < chunks; ++i)
-        for (long c = 0; c < width; ++c) sums[c] += partial[i * width + c];
+    each(chunks, [=](long i) { add(i * kNormChunk, least((i + 1) * kNormChunk, rows), partial + i * width); });
+    copy(partial, sums, width);
+    for (long i = 1; i < chunks; ++i) put(false, sums, width, [=](long c) { return partial[i * width + c]; });
+}
+
+// K sums over rows [first, last) in registers, even and odd rows apart; f(row, sums) adds to them.
+template <int K, class W, class F>
+inline void register_sums(W, long first, long last, typename W::type* sums, F f) {
+    typename W::type even[K] = {}, odd[K] = {};
+    long r = first;
+    for (; r + 2 <= last; r += 2) {
+        f(r, even);
+        f(r + 1, odd);
+    }
+    if (r < last) f(r, even);
+    for (int k = 0; k < K; ++k) sums[k] = even[k] + odd[k];
+}
+
+// Rows [first, last) in blocks that stay in the nearest cache, each channel vector over all rows of a block: its
+// statistics and weights then stay in registers. block(first, last) may prepare what all channels share.
+constexpr long kNormBlock = 64;
+template <class S, class Block, class F>
+inline void each_block(long first, long last, long C, Block block, F f) {
+    for (long r = first; r < last; r += kNormBlock) {
+        long end = least(r + kNormBlock, last);
+        block(r, end);
+        each_lane<S>(C, [=](auto w, long c) { f(w, c, r, end); });
+    }
 }
 
 // Averages every group's channels and gives all of them the result.
@@ -57,27 +77,31 @@ template <class S, class Each>
 void norm_moments(const Norm<S>& n, const S* x, S* mean, S* inv, S* partial, Each each) {
     long C = n.C, rows = n.rows(), chunks = ceil_div(rows, kNormChunk);
     each(chunks, [=](long i) {
-        S* __restrict m = partial + 2 * i * C, * __restrict d2 = m + C;
+        S *m = partial + 2 * i * C, *d2 = m + C;
         long first = i * kNormChunk, last = least(first + kNormChunk, rows);
-        fill(m, 2 * C, S(0));
-        for (long r = first; r < last; ++r)
-            for (long c = 0; c < C; ++c) m[c] += x[r * C + c];
-        for (long c = 0; c < C; ++c) m[c] /= S(last - first);
-        for (long r = first; r < last; ++r)
-            for (long c = 0; c < C; ++c) {
-                S d = x[r * C + c] - m[c];
-                d2[c] += d * d;
-            }
+        each_lane<S>(C, [=](auto w, long c) {
+            using V = typename decltype(w)::type;
+            V sum, square;
+            register_sums<1>(w, first, last, &sum, [=](long r, V* s) { s[0] += get(w, x + r * C + c); });
+            V centre = sum / S(last - first);
+            register_sums<1>(w, first, last, &square, [=](long r, V* s) {
+                V d = get(w, x + r * C + c) - centre;
+                s[0] += d * d;
+            });
+            set(w, m + c, centre);
+            set(w, d2 + c, square);
+        });
     });
     copy(partial, mean, C);
     copy(partial + C, inv, C);
     for (long i = 1; i < chunks; ++i) {
         const S *m = partial + 2 * i * C, *d2 = m + C;
         S before = S(i * kNormChunk), more = S(least(kNormChunk, rows - i * kNormChunk)), total = before + more;
+        S share = more / total, weight = before * share;
         for (long c = 0; c < C; ++c) {
             S d = m[c] - mean[c];
-            mean[c] += d * (more / total);
-            inv[c] += d2[c] + d * d * (before * more / total);
+            mean[c] += d * share;
+            inv[c] += d2[c] + d * d * weight;
         }
     }
     for (long c = 0; c < C; ++c) inv[c] /= S(rows);
@@ -108,102 +132,132 @@ void norm_parameters(long C, const S* w, const S* b, const S* vw, const S* vb, S
     put(true, arrays + kVb * C, C, [=](long c) { return vb ? vb[c] : S(0); });
 }
 
-// The row of x under window position k of result row r.
+// Under every result row of a block: the row of x at its window's corner.
 template <class S>
-inline long row_under(const Norm<S>& n, long r, long k) {
-    long x = r % n.ow, y = r / n.ow % n.oh, sample = r / (n.ow * n.oh);
-    return (sample * n.h + y * n.kh + k / n.kw) * n.w + x * n.kw + k % n.kw;
-}
+struct Under {
+    long row[kNormBlock];
 
-// The result row over a row of x and its place in the window; −1 where the window's floor leaves it out.
-template <class S>
-inline long row_over(const Norm<S>& n, long r, S& k) {
-    long x = r % n.w, y = r / n.w % n.h, sample = r / (n.w * n.h), oy = y / n.kh, ox = x / n.kw;
-    k = S(y % n.kh * n.kw + x % n.kw);
-    return oy < n.oh && ox < n.ow ? (sample * n.oh + oy) * n.ow + ox : -1;
-}
-
-// Results [first, last). Pooled: `where` is the maximum's place in its window, or −1 − place where φ' = slope; `best`
-// its x̂.
-template <class S>
-void norm_values(const Norm<S>& n, const S* arrays, const S* mean, const S* inv, long first, long last, const S* x,
-                 S* y, S* where, S* best) {
-    long C = n.C;
-    const S* __restrict w = arrays + kW * C, * __restrict b = arrays + kB * C, * __restrict mu = mean, * __restrict r = inv;
-    S slope = n.slope;
-    for (long i = first; i < last; ++i) {
-        S* __restrict out = y + i * C;
-        if (!n.pooled()) {
-            const S* __restrict in = x + i * C;
-            for (long c = 0; c < C; ++c) {
-                S t = w[c] * ((in[c] - mu[c]) * r[c]) + b[c];
-                out[c] = t <= S(0) ? slope * t : t;
-            }
-            continue;
-        }
-        S* __restrict at = where + i * C, * __restrict xh = best + i * C;
-        for (long k = 0; k < n.kh * n.kw; ++k) {
-            const S* __restrict in = x + row_under(n, i, k) * C;
-            S place = S(k);
-            if (k == 0) {
-                for (long c = 0; c < C; ++c) {
-                    S h = (in[c] - mu[c]) * r[c];
-                    out[c] = w[c] * h + b[c];
-                    at[c] = S(0);
-                    xh[c] = h;
-                }
-            } else {
-                for (long c = 0; c < C; ++c) {
-                    S h = (in[c] - mu[c]) * r[c], t = w[c] * h + b[c];
-                    bool more = t > out[c] || t != t;  // a NaN wins, as in PyTorch
-                    out[c] = more ? t : out[c];
-                    at[c] = more ? place : at[c];
-                    xh[c] = more ? h : xh[c];
-                }
-            }
-        }
-        for (long c = 0; c < C; ++c) {
-            bool below = out[c] <= S(0);
-            out[c] = below ? slope * out[c] : out[c];
-            at[c] = below ? S(-1) - at[c] : at[c];
+    void find(const Norm<S>& n, long first, long last) {
+        for (long i = first; i < last; ++i) {
+            long x = i % n.ow, line = i / n.ow;
+            row[i - first] = (line / n.oh * n.h + line % n.oh * n.kh) * n.w + x * n.kw;
         }
     }
-}
+};
 
-// What a loop over result rows reads besides its own arrays.
+// Over every row of x of a block: the result row, or −1 where the window's floor leaves it out, and its place there.
+template <class S>
+struct Over {
+    long row[kNormBlock];
+    S place[kNormBlock];
+
+    void find(const Norm<S>& n, long first, long last) {
+        for (long i = first; i < last; ++i) {
+            long x = i % n.w, line = i / n.w, y = line % n.h, oy = y / n.kh, ox = x / n.kw;
+            place[i - first] = S((y - oy * n.kh) * n.kw + x - ox * n.kw);
+            row[i - first] = oy < n.oh && ox < n.ow ? (line / n.h * n.oh + oy) * n.ow + ox : -1;
+        }
+    }
+};
+
+// What the loops read of the forward pass, and of the tangents (tx null: zero). Pooled: `where` is the maximum's place
+// in its window, or −1 − place where φ' = slope; `best` its x̂, or x̂˙.
 template <class S>
 struct NormTape {
     const S *x, *mean, *inv, *where, *best;
 };
 template <class S>
 struct NormTangents {
-    const S *tx, *mean, *s, *best;  // tx null: zero
+    const S *tx, *mean, *s, *best;
 };
+
+// One channel vector's constants.
+template <class W>
+struct NormLane {
+    using S = typename W::scalar;
+    using V = typename W::type;
+    W w;
+    V weight, bias, mean, inv, zero;
+    S slope;
+
+    NormLane(W w_, const Norm<S>& n, const S* arrays, const NormTape<S>& t, long c)
+        : w(w_),
+          weight(get(w_, arrays + kW * n.C + c)),
+          bias(get(w_, arrays + kB * n.C + c)),
+          mean(get(w_, t.mean + c)),
+          inv(get(w_, t.inv + c)),
+          zero(splat(w_, S(0))),
+          slope(n.slope) {}
+
+    V hat(const S* x) const { return (get(w, x) - mean) * inv; }
+    V below(V hat_value, V negative, V otherwise) const {
+        return weight * hat_value + bias <= zero ? negative : otherwise;
+    }
+};
+
+// Results [first, last).
+template <class S>
+void norm_values(const Norm<S>& n, const S* arrays, const NormTape<S>& t, long first, long last, S* y, S* where,
+                 S* best) {
+    long C = n.C;
+    if (!n.pooled()) {
+        each_block<S>(
+            first, last, C, [](long, long) {},
+            [&](auto w, long c, long r0, long r1) {
+                NormLane k(w, n, arrays, t, c);
+                for (long r = r0; r < r1; ++r) {
+                    auto v = k.weight * k.hat(t.x + r * C + c) + k.bias;
+                    set(w, y + r * C + c, v <= k.zero ? n.slope * v : v);
+                }
+            });
+        return;
+    }
+    Under<S> under;
+    each_block<S>(
+        first, last, C, [&](long r0, long r1) { under.find(n, r0, r1); },
+        [&](auto w, long c, long r0, long r1) {
+            NormLane k(w, n, arrays, t, c);
+            for (long r = r0; r < r1; ++r) {
+                const S* x = t.x + under.row[r - r0] * C + c;
+                auto top_hat = k.hat(x), top = k.weight * top_hat + k.bias, place = k.zero;
+                for (long j = 1; j < n.kh * n.kw; ++j) {
+                    auto h = k.hat(x + (j / n.kw * n.w + j % n.kw) * C), v = k.weight * h + k.bias;
+                    auto more = (v > top) | (v != v);  // a NaN wins, as in PyTorch
+                    top = more ? v : top;
+                    top_hat = more ? h : top_hat;
+                    place = more ? splat(w, S(j)) : place;
+                }
+                auto low = top <= k.zero;
+                set(w, y + r * C + c, low ? n.slope * top : top);
+                set(w, where + r * C + c, low ? S(-1) - place : place);
+                set(w, best + r * C + c, top_hat);
+            }
+        });
+}
 
 // Σ φ' δy and Σ φ' δy x̂ of result rows [first, last).
 template <class S>
 void norm_sums(const Norm<S>& n, const S* arrays, const NormTape<S>& t, long first, long last, const S* dy, S* sums) {
     long C = n.C;
-    const S* __restrict w = arrays + kW * C, * __restrict b = arrays + kB * C;
-    S* __restrict d_sum = sums, * __restrict dx_sum = sums + C, slope = n.slope;
-    for (long i = first; i < last; ++i) {
-        const S* __restrict d = dy + i * C;
-        if (n.pooled()) {
-            const S* __restrict at = t.where + i * C, * __restrict h = t.best + i * C;
-            for (long c = 0; c < C; ++c) {
-                S g = at[c] < S(0) ? slope * d[c] : d[c];
-                d_sum[c] += g;
-                dx_sum[c] += g * h[c];
-            }
-        } else {
-            const S* __restrict x = t.x + i * C, * __restrict mu = t.mean, * __restrict r = t.inv;
-            for (long c = 0; c < C; ++c) {
-                S h = (x[c] - mu[c]) * r[c], v = w[c] * h + b[c], g = v <= S(0) ? slope * d[c] : d[c];
-                d_sum[c] += g;
-                dx_sum[c] += g * h;
-            }
-        }
-    }
+    each_lane<S>(C, [&](auto w, long c) {
+        using V = typename decltype(w)::type;
+        NormLane k(w, n, arrays, t, c);
+        V total[2];
+        if (n.pooled())
+            register_sums<2>(w, first, last, total, [&](long r, V* s) {
+                V d = get(w, dy + r * C + c), g = get(w, t.where + r * C + c) < k.zero ? n.slope * d : d;
+                s[0] += g;
+                s[1] += g * get(w, t.best + r * C + c);
+            });
+        else
+            register_sums<2>(w, first, last, total, [&](long r, V* s) {
+                V h = k.hat(t.x + r * C + c), d = get(w, dy + r * C + c), g = k.below(h, n.slope * d, d);
+                s[0] += g;
+                s[1] += g * h;
+            });
+        set(w, sums + c, total[0]);
+        set(w, sums + C + c, total[1]);
+    });
 }
 
 // q and p from the sums of a set.
@@ -218,90 +272,118 @@ void norm_means(const Norm<S>& n, S* arrays) {
     merge_groups(n, arrays + kP * C);
 }
 
-// φ' δy on a row of x that stands at place k of its window; `v` is w x̂ + b.
-template <bool Pooled, class S>
-inline S spread_back(S at, S k, S v, S d, S slope) {
-    if (Pooled) return at == k ? d : at == S(-1) - k ? slope * d : S(0);
-    return v <= S(0) ? slope * d : d;
+// φ' δy over a row of x at `place` of its window, of which `at` is the maximum.
+template <class V, class S>
+inline V from_maximum(V at, S place, V d, S slope, V zero) {
+    return at == place ? d : at == S(-1) - place ? slope * d : zero;
 }
 
 template <bool Pooled, class S>
 void norm_deltas(const Norm<S>& n, const S* arrays, const NormTape<S>& t, bool put_first, long first, long last,
                  const S* dy, S* dx) {
     long C = n.C;
-    const S* __restrict w = arrays + kW * C, * __restrict b = arrays + kB * C, * __restrict q = arrays + kQ * C, * __restrict p = arrays + kP * C, * __restrict mu = t.mean, * __restrict r = t.inv;
-    S slope = n.slope;
-    for (long i = first; i < last; ++i) {
-        S k = S(0);
-        long o = Pooled ? row_over(n, i, k) : i;
-        const S* __restrict x = t.x + i * C;
-        S* __restrict to = dx + i * C;
-        auto rest = [=](long c, S g) { return r[c] * (w[c] * g - q[c] - (x[c] - mu[c]) * r[c] * p[c]); };
-        if (o < 0) {
-            put(put_first, to, C, [=](long c) { return rest(c, S(0)); });
-            continue;
+    Over<S> over;
+    auto block = [&](long r0, long r1) {
+        if (Pooled) over.find(n, r0, r1);
+    };
+    each_block<S>(first, last, C, block, [&](auto w, long c, long r0, long r1) {
+        using V = typename decltype(w)::type;
+        NormLane k(w, n, arrays, t, c);
+        V q = get(w, arrays + kQ * C + c), p = get(w, arrays + kP * C + c);
+        for (long r = r0; r < r1; ++r) {
+            V h = k.hat(t.x + r * C + c), g = k.zero;
+            long o = Pooled ? over.row[r - r0] : r;
+            if (o >= 0) {
+                V d = get(w, dy + o * C + c);
+                g = Pooled ? from_maximum(get(w, t.where + o * C + c), over.place[r - r0], d, n.slope, k.zero)
+                           : k.below(h, n.slope * d, d);
+            }
+            V out = k.inv * (k.weight * g - q - h * p);
+            S* to = dx + r * C + c;
+            set(w, to, put_first ? out : get(w, to) + out);
         }
-        const S* __restrict d = dy + o * C, * __restrict at = Pooled ? t.where + o * C : nullptr;
-        put(put_first, to, C, [=](long c) {
-            S v = Pooled ? S(0) : w[c] * ((x[c] - mu[c]) * r[c]) + b[c];
-            return rest(c, spread_back<Pooled>(Pooled ? at[c] : S(0), k, v, d[c], slope));
-        });
-    }
+    });
 }
 
 // Σ ẋ and Σ x̂ ẋ of rows [first, last) of x.
 template <class S>
-void norm_tangent_moments(const Norm<S>& n, const NormTape<S>& t, const S* tx, long first, long last, S* sums) {
+void norm_tangent_moments(const Norm<S>& n, const S* arrays, const NormTape<S>& t, const S* tx, long first, long last,
+                          S* sums) {
     long C = n.C;
-    const S* __restrict mu = t.mean, * __restrict r = t.inv;
-    S* __restrict m = sums, * __restrict s = sums + C;
-    for (long i = first; i < last; ++i) {
-        const S* __restrict x = t.x + i * C, * __restrict v = tx + i * C;
-        for (long c = 0; c < C; ++c) {
-            m[c] += v[c];
-            s[c] += (x[c] - mu[c]) * r[c] * v[c];
-        }
-    }
+    each_lane<S>(C, [&](auto w, long c) {
+        using V = typename decltype(w)::type;
+        NormLane k(w, n, arrays, t, c);
+        V total[2];
+        register_sums<2>(w, first, last, total, [&](long r, V* s) {
+            V v = get(w, tx + r * C + c);
+            s[0] += v;
+            s[1] += k.hat(t.x + r * C + c) * v;
+        });
+        set(w, sums + c, total[0]);
+        set(w, sums + C + c, total[1]);
+    });
 }
+
+// A channel vector's constants of the tangents.
+template <class W>
+struct TangentLane {
+    using S = typename W::scalar;
+    using V = typename W::type;
+    NormLane<W> k;
+    V vw, vb, mean, s;
+    const S* tx;
+
+    TangentLane(W w, const Norm<S>& n, const S* arrays, const NormTape<S>& t, const NormTangents<S>& v, long c)
+        : k(w, n, arrays, t, c),
+          vw(get(w, arrays + kVw * n.C + c)),
+          vb(get(w, arrays + kVb * n.C + c)),
+          mean(get(w, v.mean + c)),
+          s(get(w, v.s + c)),
+          tx(v.tx ? v.tx + c : nullptr) {}
+
+    V from(V value, V hat) const { return (value - mean - hat * s) * k.inv; }
+    V hat_tangent(long offset, V hat) const { return tx ? from(get(k.w, tx + offset), hat) : k.zero; }
+    V value(V hat, V tangent) const { return k.weight * tangent + vw * hat + vb; }
+};
 
 // ẏ of result rows [first, last); pooled: `best` is x̂˙ at the maximum.
 template <class S>
 void norm_tangent_values(const Norm<S>& n, const S* arrays, const NormTape<S>& t, const NormTangents<S>& v, long first,
                          long last, S* ty, S* best) {
     long C = n.C;
-    const S* __restrict w = arrays + kW * C, * __restrict b = arrays + kB * C, * __restrict vw = arrays + kVw * C, * __restrict vb = arrays + kVb * C, * __restrict mu = t.mean, * __restrict r = t.inv, * __restrict tm = v.mean, * __restrict s = v.s;
-    S slope = n.slope;
-    for (long i = first; i < last; ++i) {
-        S* __restrict out = ty + i * C;
-        if (!n.pooled()) {
-            const S* __restrict x = t.x + i * C, * __restrict tx = v.tx ? v.tx + i * C : nullptr;
-            auto value = [=](long c, S h, S th) {
-                S a = w[c] * th + vw[c] * h + vb[c];
-                return w[c] * h + b[c] <= S(0) ? slope * a : a;
-            };
-            if (tx)
-                for (long c = 0; c < C; ++c) {
-                    S h = (x[c] - mu[c]) * r[c];
-                    out[c] = value(c, h, (tx[c] - tm[c] - h * s[c]) * r[c]);
+    if (!n.pooled()) {
+        each_block<S>(
+            first, last, C, [](long, long) {},
+            [&](auto w, long c, long r0, long r1) {
+                TangentLane l(w, n, arrays, t, v, c);
+                for (long r = r0; r < r1; ++r) {
+                    auto h = l.k.hat(t.x + r * C + c), a = l.value(h, l.hat_tangent(r * C, h));
+                    set(w, ty + r * C + c, l.k.below(h, n.slope * a, a));
                 }
-            else
-                for (long c = 0; c < C; ++c) out[c] = value(c, (x[c] - mu[c]) * r[c], S(0));
-            continue;
-        }
-        const S* __restrict at = t.where + i * C, * __restrict h = t.best + i * C;
-        S* __restrict th = best + i * C;
-        fill(th, C, S(0));
-        for (long k = 0; v.tx && k < n.kh * n.kw; ++k) {
-            const S* __restrict tx = v.tx + row_under(n, i, k) * C;
-            S place = S(k);
-            for (long c = 0; c < C; ++c) th[c] = at[c] == place || at[c] == S(-1) - place ? tx[c] : th[c];
-        }
-        for (long c = 0; c < C; ++c) {
-            S g = v.tx ? (th[c] - tm[c] - h[c] * s[c]) * r[c] : S(0), a = w[c] * g + vw[c] * h[c] + vb[c];
-            th[c] = g;
-            out[c] = at[c] < S(0) ? slope * a : a;
-        }
+            });
+        return;
     }
+    Under<S> under;
+    each_block<S>(
+        first, last, C, [&](long r0, long r1) { under.find(n, r0, r1); },
+        [&](auto w, long c, long r0, long r1) {
+            TangentLane l(w, n, arrays, t, v, c);
+            for (long r = r0; r < r1; ++r) {
+                auto at = get(w, t.where + r * C + c), h = get(w, t.best + r * C + c), th = l.k.zero;
+                auto low = at < l.k.zero;
+                if (l.tx) {
+                    auto place = low ? S(-1) - at : at;
+                    for (long j = 0; j < n.kh * n.kw; ++j) {
+                        long row = under.row[r - r0] + j / n.kw * n.w + j % n.kw;
+                        th = place == S(j) ? get(w, l.tx + row * C) : th;
+                    }
+                    th = l.from(th, h);
+                }
+                auto a = l.value(h, th);
+                set(w, best + r * C + c, th);
+                set(w, ty + r * C + c, low ? n.slope * a : a);
+            }
+        });
 }
 
 // Σ φ' δy, Σ φ' δy x̂, Σ φ' δ̇y and Σ φ' (δ̇y x̂ + δy x̂˙) of result rows [first, last).
@@ -309,36 +391,31 @@ template <class S>
 void norm_tangent_sums(const Norm<S>& n, const S* arrays, const NormTape<S>& t, const NormTangents<S>& v, long first,
                        long last, const S* dy, const S* ey, S* sums) {
     long C = n.C;
-    const S* __restrict w = arrays + kW * C, * __restrict b = arrays + kB * C, * __restrict mu = t.mean, * __restrict r = t.inv, * __restrict tm = v.mean, * __restrict s = v.s;
-    S* __restrict sd = sums, * __restrict sdx = sums + C, * __restrict se = sums + 2 * C, * __restrict st = sums + 3 * C;
-    S slope = n.slope;
-    for (long i = first; i < last; ++i) {
-        const S* __restrict d = dy + i * C, * __restrict e = ey + i * C;
-        auto add = [=](long c, S f, S h, S th) {
-            S g = f * d[c], tg = f * e[c];
-            sd[c] += g;
-            sdx[c] += g * h;
-            se[c] += tg;
-            st[c] += tg * h + g * th;
-        };
-        if (n.pooled()) {
-            const S* __restrict at = t.where + i * C, * __restrict h = t.best + i * C, * __restrict th = v.best + i * C;
-            for (long c = 0; c < C; ++c) add(c, at[c] < S(0) ? slope : S(1), h[c], th[c]);
-            continue;
-        }
-        const S* __restrict x = t.x + i * C, * __restrict tx = v.tx ? v.tx + i * C : nullptr;
-        auto factor = [=](long c, S h) { return w[c] * h + b[c] <= S(0) ? slope : S(1); };
-        if (tx)
-            for (long c = 0; c < C; ++c) {
-                S h = (x[c] - mu[c]) * r[c];
-                add(c, factor(c, h), h, (tx[c] - tm[c] - h * s[c]) * r[c]);
+    each_lane<S>(C, [&](auto w, long c) {
+        using V = typename decltype(w)::type;
+        TangentLane l(w, n, arrays, t, v, c);
+        V total[4];
+        register_sums<4>(w, first, last, total, [&](long r, V* s) {
+            V d = get(w, dy + r * C + c), e = get(w, ey + r * C + c), h, th, g, tg;
+            if (n.pooled()) {
+                auto low = get(w, t.where + r * C + c) < l.k.zero;
+                h = get(w, t.best + r * C + c);
+                th = get(w, v.best + r * C + c);
+                g = low ? n.slope * d : d;
+                tg = low ? n.slope * e : e;
+            } else {
+                h = l.k.hat(t.x + r * C + c);
+                th = l.hat_tangent(r * C, h);
+                g = l.k.below(h, n.slope * d, d);
+                tg = l.k.below(h, n.slope * e, e);
             }
-        else
-            for (long c = 0; c < C; ++c) {
-                S h = (x[c] - mu[c]) * r[c];
-                add(c, factor(c, h), h, S(0));
-            }
-    }
+            s[0] += g;
+            s[1] += g * h;
+            s[2] += tg;
+            s[3] += tg * h + g * th;
+        });
+        for (int j = 0; j < 4; ++j) set(w, sums + j * C + c, total[j]);
+    });
 }
 
 // The tangents of q and p.
@@ -358,31 +435,34 @@ template <bool Pooled, class S>
 void norm_tangent_deltas(const Norm<S>& n, const S* arrays, const NormTape<S>& t, const NormTangents<S>& v,
                          bool put_first, long first, long last, const S* dy, const S* ey, S* ex) {
     long C = n.C;
-    const S* __restrict w = arrays + kW * C, * __restrict b = arrays + kB * C, * __restrict vw = arrays + kVw * C, * __restrict q = arrays + kQ * C, * __restrict p = arrays + kP * C, * __restrict tq = arrays + kTq * C, * __restrict tp = arrays + kTp * C, * __restrict mu = t.mean, * __restrict r = t.inv, * __restrict tm = v.mean, * __restrict s = v.s;
-    S slope = n.slope;
-    for (long i = first; i < last; ++i) {
-        S k = S(0);
-        long o = Pooled ? row_over(n, i, k) : i;
-        const S* __restrict x = t.x + i * C, * __restrict tx = v.tx ? v.tx + i * C : nullptr;
-        S* __restrict to = ex + i * C;
-        auto finish = [=](long c, S h, S th, S g, S tg) {
-            S u = w[c] * g - q[c] - h * p[c];
-            S tu = w[c] * tg + vw[c] * g - tq[c] - th * p[c] - h * tp[c];
-            return r[c] * (tu - u * s[c] * r[c]);
-        };
-        auto tangent = [=](long c, S h) { return tx ? (tx[c] - tm[c] - h * s[c]) * r[c] : S(0); };
-        if (o < 0) {
-            put(put_first, to, C, [=](long c) {
-                S h = (x[c] - mu[c]) * r[c];
-                return finish(c, h, tangent(c, h), S(0), S(0));
-            });
-            continue;
+    Over<S> over;
+    auto block = [&](long r0, long r1) {
+        if (Pooled) over.find(n, r0, r1);
+    };
+    each_block<S>(first, last, C, block, [&](auto w, long c, long r0, long r1) {
+        using V = typename decltype(w)::type;
+        TangentLane l(w, n, arrays, t, v, c);
+        V q = get(w, arrays + kQ * C + c), p = get(w, arrays + kP * C + c), tq = get(w, arrays + kTq * C + c),
+          tp = get(w, arrays + kTp * C + c);
+        for (long r = r0; r < r1; ++r) {
+            V h = l.k.hat(t.x + r * C + c), th = l.hat_tangent(r * C, h), g = l.k.zero, tg = l.k.zero;
+            long o = Pooled ? over.row[r - r0] : r;
+            if (o >= 0) {
+                V d = get(w, dy + o * C + c), e = get(w, ey + o * C + c);
+                if (Pooled) {
+                    V at = get(w, t.where + o * C + c);
+                    g = from_maximum(at, over.place[r - r0], d, n.slope, l.k.zero);
+                    tg = from_maximum(at, over.place[r - r0], e, n.slope, l.k.zero);
+                } else {
+                    g = l.k.below(h, n.slope * d, d);
+                    tg = l.k.below(h, n.slope * e, e);
+                }
+            }
+            V u = l.k.weight * g - q - h * p;
+            V tu = l.k.weight * tg + l.vw * g - tq - th * p - h * tp;
+            V out = l.k.inv * (tu - u * l.s * l.k.inv);
+            S* to = ex + r * C + c;
+            set(w, to, put_first ? out : get(w, to) + out);
         }
-        const S* __restrict d = dy + o * C, * __restrict e = ey + o * C, * __restrict at = Pooled ? t.where + o * C : nullptr;
-        put(put_first, to, C, [=](long c) {
-            S h = (x[c] - mu[c]) * r[c], a = Pooled ? at[c] : S(0), y = w[c] * h + b[c];
-            return finish(c, h, tangent(c, h), spread_back<Pooled>(a, k, y, d[c], slope),
-                          spread_back<Pooled>(a, k, y, e[c], slope));
-        });
-    }
+    });
 }

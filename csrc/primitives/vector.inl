@@ -95,3 +95,49 @@ inline void transpose_block(const S* from, long from_ld, S* to, long to_ld) {
         for (int j = 0; j < L; ++j) to[i * to_ld + j] = from[j * from_ld + i];
 #endif
 }
+
+// ---- loops over channels, a vector at a time and one by one at the end -----------------------------
+// f(w, c) is written once for both: `w` says which, get(w, p), set(w, p, x) and splat(w, s) follow it.
+
+template <class S>
+struct Wide {
+    using type = vec<S>;
+    using scalar = S;
+};
+template <class S>
+struct Narrow {
+    using type = S;
+    using scalar = S;
+};
+
+template <class S>
+inline vec<S> get(Wide<S>, const S* p) {
+    return load(p);
+}
+template <class S>
+inline S get(Narrow<S>, const S* p) {
+    return *p;
+}
+template <class S>
+inline void set(Wide<S>, S* p, vec<S> x) {
+    store(p, x);
+}
+template <class S>
+inline void set(Narrow<S>, S* p, S x) {
+    *p = x;
+}
+template <class S>
+inline vec<S> splat(Wide<S>, S x) {
+    return vec<S>{} + x;
+}
+template <class S>
+inline S splat(Narrow<S>, S x) {
+    return x;
+}
+
+template <class S, class F>
+inline void each_lane(long C, F f) {
+    long c = 0;
+    for (; c + lanes<S> <= C; c += lanes<S>) f(Wide<S>{}, c);
+    for (; c < C; ++c) f(Narrow<S>{}, c);
+}
