@@ -1,3 +1,5 @@
+#include <immintrin.h>
+
 #include "../plan.h"
 
 #define MAML_FAST_BYTES 64

@@ -37,19 +37,6 @@ constexpr int tile_rows(int vectors) {
     return vectors == 2 || MAML_FAST_ROWS > 6 ? MAML_FAST_ROWS : 2 * MAML_FAST_ROWS;
 }
 
-// The first `columns` lanes of a vector: a ragged edge must not touch what lies behind it.
-template <class S>
-inline vec<S> load_edge(const S* p, long columns) {
-    vec<S> v{};
-    for (long i = 0; i < columns && i < lanes<S>; ++i) v[i] = p[i];
-    return v;
-}
-
-template <class S>
-inline void store_edge(S* p, vec<S> v, long columns) {
-    for (long i = 0; i < columns && i < lanes<S>; ++i) p[i] = v[i];
-}
-
 // MR rows by NV vectors of C in registers. Edge: fewer columns than NV vectors hold.
 template <class S, int MR, int NV, bool Edge>
 __attribute__((noinline)) void tile(long K, const S* a, long rs, long cs, const S* b, long ldb, const Result<S>& c,
@@ -76,7 +63,8 @@ __attribute__((noinline)) void tile(long K, const S* a, long rs, long cs, const 
     for (long k = 0, ka = 0; k < K; ++k, ka += cs, b += ldb) {
         vec<S> bv[NV];
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) bv[v] = load(b + v * L);
+        for (int v = 0; v < NV; ++v)
+            bv[v] = Edge && kMaskedEdges<S> ? load_edge(b + v * L, columns - v * L) : load(b + v * L);
 #pragma GCC unroll 32
         for (int r = 0; r < MR; ++r) {
             S x = row[r][ka];
@@ -174,7 +162,7 @@ inline void panels(long M, long N, long k0, long K, const Left<S>& a, const Righ
         long width = panel_width(N, j, L), columns = least(width, N - j);
         const S* bj = b.packed ? b.p + j * b.ld + k0 * width : b.p + k0 * b.ld + j;
         long ldb = b.packed ? width : b.ld;
-        if (!b.packed && !b.padded && columns < width) {
+        if (!kMaskedEdges<S> && !b.packed && !b.padded && columns < width) {
             pack(K, columns, bj, ldb, scratch);
             bj = scratch;
             ldb = width;

@@ -43,7 +43,8 @@ __attribute__((noinline)) void indirect_tile(const Indirect<S>& p, long column, 
             for (long k = 0; k < segment.depth; ++k, b += p.ld) {
                 vec<S> bv[NV];
 #pragma GCC unroll 2
-                for (int v = 0; v < NV; ++v) bv[v] = load(b + v * L);
+                for (int v = 0; v < NV; ++v)
+                    bv[v] = Edge && kMaskedEdges<S> ? load_edge(b + v * L, columns - v * L) : load(b + v * L);
 #pragma GCC unroll 32
                 for (int r = 0; r < MR; ++r) {
                     S x = row[r][k];
@@ -117,7 +118,8 @@ __attribute__((noinline)) void lattice_tile(const Lattice<S>& t, const long* off
             for (long x = 0, xa = 0; x < t.nx; ++x, xa += t.a_x, b += t.b_x) {
                 vec<S> bv[NV];
 #pragma GCC unroll 2
-                for (int v = 0; v < NV; ++v) bv[v] = load(b + v * L);
+                for (int v = 0; v < NV; ++v)
+                    bv[v] = Edge && kMaskedEdges<S> ? load_edge(b + v * L, columns - v * L) : load(b + v * L);
 #pragma GCC unroll 32
                 for (int r = 0; r < MR; ++r) {
                     S s = row[r][xa];
