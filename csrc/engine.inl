@@ -169,10 +169,11 @@ class Engine {
 
     // ---- threads that share a task -------------------------------------------------------------
 
-    // f(0) … f(n − 1), each by one thread; which one makes no difference to the result.
+    // f(0) … f(n − 1), each by one thread; which one makes no difference to the result. Fewer than `fewest` are not
+    // worth waking anybody.
     template <class F>
-    void each(long n, F f) const {
-        if (call_.team <= 1 || n <= 1) {
+    void each(long n, F f, long fewest = 2) const {
+        if (call_.team <= 1 || n < fewest) {
             for (long i = 0; i < n; ++i) f(i);
             return;
         }
@@ -192,6 +193,19 @@ class Engine {
     void each_samples(long n, F f) const {
         long pieces = call_.team > 1 ? least(n, 4L * call_.team) : least(n, 1L);
         each(pieces, [=](long i) { f(i * n / pieces, (i + 1) * n / pieces); });
+    }
+
+    // A convolution's result in pieces: of samples where they have rows enough for full tiles, and of panels.
+    template <class F>
+    void each_piece(long N, long positions, long columns, F f) const {
+        if (call_.team <= 1) return f(Piece{0, N, 0, columns});
+        constexpr long kRows = 512, kColumns = kPanel * lanes<S>;
+        long pieces = least(least(N, 4L * call_.team), 1 + N * positions / kRows), panels = ceil_div(columns, kColumns);
+        each(pieces * panels, [=](long i) {
+            long piece = i / panels, panel = i % panels;
+            f(Piece{piece * N / pieces, (piece + 1) * N / pieces, panel * kColumns,
+                    least((panel + 1) * kColumns, columns)});
+        });
     }
 
     // ---- layers that move or average numbers: linear, so their tangents are themselves ----------
@@ -247,7 +261,8 @@ class Engine {
             Pair<S> one = pair(x, w), two = pair(x2, v);
             const S* bb = bias.of(b);
             S* yb = y + b * N * c.out_size();
-            each_samples(N, [=, &c](long first, long last) { conv_forward(c, one, two, bb, false, first, last, yb); });
+            each_piece(N, c.window.oh * c.window.ow, c.group_outputs(),
+                       [=, &c](const Piece& piece) { conv_forward(c, one, two, bb, false, piece, yb); });
         }
     }
 
@@ -268,8 +283,8 @@ class Engine {
             Pair<S> one{dy + b * size, turned(op, w, b, scratch())}, two{nullptr, nullptr};
             if (dy2) two = {dy2 + b * size, turned(op, v, b, scratch() + plan_.params[op.w].size)};
             S* to = dx + b * N * c.in_size();
-            each_samples(
-                N, [=, &c](long first, long last) { conv_backward(c, one, two, !first_writer, first, last, to); });
+            each_piece(N, c.window.h * c.window.w, c.group_channels(),
+                       [=, &c](const Piece& piece) { conv_backward(c, one, two, !first_writer, piece, to); });
         }
     }
 
@@ -280,7 +295,8 @@ class Engine {
             if (gw) {
                 S* to = gw.of(b);
                 bool more = add || !op.w_first;
-                each_piece(c, N, [&](long first, long last, long top, long bottom) {
+                long rows = call_.team > 1 ? 4 * kLatticeRows : kLatticeRows;
+                each_stretch(c, N, rows, [&](long first, long last, long top, long bottom) {
                     bool sum = more;
                     each(gradient_tiles(c),
                          [=, &c](long i) { conv_gradient_tile(c, i, first, last, top, bottom, xb, db, sum, to); });
@@ -295,7 +311,7 @@ class Engine {
     void sum_rows(bool first_writer, long rows, long width, const S* m, S* to) const {
         S *sums = scratch(), *partial = sums + width;
         chunked_sums<S>(
-            rows, width, partial, sums, [this](long n, auto f) { each(n, f); },
+            rows, width, partial, sums, [this](long n, auto f) { each(n, f, kFewChunks); },
             [=](long first, long last, S* mine) { column_sums(true, last - first, width, m + first * width, mine); });
         put(first_writer, to, width, [=](long i) { return sums[i]; });
     }
@@ -318,12 +334,14 @@ class Engine {
                 f(b, (b * sets + s) * n.rows(), (b * sets + s) * n.out_rows(), b * sets + s, s == 0);
     }
 
+    static constexpr long kFewChunks = 4;
+
     // Row chunks [first, last) of n rows.
     template <class F>
     void each_rows(long rows, F f) const {
         if (call_.team <= 1) return f(0, rows);
         long chunks = ceil_div(rows, kNormChunk);
-        each(chunks, [=](long i) { f(i * kNormChunk, least((i + 1) * kNormChunk, rows)); });
+        each(chunks, [=](long i) { f(i * kNormChunk, least((i + 1) * kNormChunk, rows)); }, kFewChunks);
     }
 
     NormTape<S> norm_tape(const Op& op, int i, const TapeView& tape, const Norm<S>& n, long row, long out_row,
@@ -345,7 +363,7 @@ class Engine {
         long N = samples(tape), C = op.width;
         Norm<S> n = norm_of(op, N);
         S *arrays = scratch(), *partial = arrays + kNormArrays * C;
-        auto pieces = [this](long count, auto f) { each(count, f); };
+        auto pieces = [this](long count, auto f) { each(count, f, kFewChunks); };
         each_set(n, N, [&](long b, long row, long out_row, long set, bool) {
             NormTape<S> t = norm_tape(op, i, tape, n, row, out_row, set);
             S *mean = const_cast<S*>(t.mean), *inv = const_cast<S*>(t.inv);
@@ -373,7 +391,7 @@ class Engine {
             const S* d = dy + out_row * C;
             norm_parameters<S>(C, w.of(b), bias.of(b), nullptr, nullptr, arrays);
             chunked_sums<S>(
-                n.out_rows(), 2 * C, partial, sums, [this](long count, auto f) { each(count, f); },
+                n.out_rows(), 2 * C, partial, sums, [this](long count, auto f) { each(count, f, kFewChunks); },
                 [=](long first, long last, S* mine) { norm_sums(n, arrays, t, first, last, d, mine); });
             norm_means(n, arrays);
             if (gw) put(op.w_first && first_set, gw.of(b), C, [=](long c) { return arrays[kSumDx * C + c]; });
@@ -412,7 +430,7 @@ class Engine {
         S *mean = const_cast<S*>(v.mean), *s = const_cast<S*>(v.s);
         if (n.constant || !v.tx) return fill(mean, 2 * C, S(0));
         chunked_sums<S>(
-            n.rows(), 2 * C, partial, mean, [this](long count, auto f) { each(count, f); },
+            n.rows(), 2 * C, partial, mean, [this](long count, auto f) { each(count, f, kFewChunks); },
             [=](long first, long last, S* mine) { norm_tangent_moments(n, arrays, t, v.tx, first, last, mine); });
         S m = S(1) / S(n.rows());
         for (long c = 0; c < 2 * C; ++c) mean[c] *= m;
@@ -434,7 +452,7 @@ class Engine {
             const S *d = dy + out_row * C, *e = ey + out_row * C;
             norm_parameters(C, w.of(b), bias.of(b), vw.of(b), vb.of(b), arrays);
             chunked_sums<S>(
-                n.out_rows(), 4 * C, partial, sums, [this](long count, auto f) { each(count, f); },
+                n.out_rows(), 4 * C, partial, sums, [this](long count, auto f) { each(count, f, kFewChunks); },
                 [=](long first, long last, S* mine) { norm_tangent_sums(n, arrays, t, v, first, last, d, e, mine); });
             norm_means(n, arrays);
             norm_tangent_means(n, arrays);

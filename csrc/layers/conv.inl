@@ -45,16 +45,21 @@ void turn_weights(long O, long C, long T, const S* from, S* to) {
     }
 }
 
+// The part of a product that one thread computes: samples [first, last), columns [begin, end) of a group.
+struct Piece {
+    long first, last, begin, end;
+};
+
 // The products of all regions for samples [first, last); `p` lacks the segments. `from_size`, `to_size`: numbers a
 // sample.
 template <class S>
-void conv_regions(const Region* regions, int n_regions, Indirect<S> p, long first, long last, long from_size,
-                  long to_size, long columns, S* y) {
+void conv_regions(const Region* regions, int n_regions, Indirect<S> p, const Piece& piece, long from_size, long to_size,
+                  S* y) {
     for (int i = 0; i < n_regions; ++i) {
         const Region& g = regions[i];
         p.segments = g.segments;
         p.n = g.n;
-        long total = (last - first) * g.ny * g.nx, n = first, jy = 0, jx = 0;
+        long total = (piece.last - piece.first) * g.ny * g.nx, n = piece.first, jy = 0, jx = 0;
         long tiles = ceil_div(total, kTileRows), low = tiles ? total / tiles : 0, higher = total - low * tiles;
         for (long t = 0; t < tiles; ++t) {
             int rows = int(low + (t < higher));
@@ -67,31 +72,30 @@ void conv_regions(const Region* regions, int n_regions, Indirect<S> p, long firs
                     if (++jy == g.ny) jy = 0, ++n;
                 }
             }
-            indirect_rows(p, rows, from, to, y, columns);
+            indirect_rows(p, rows, from, to, y, piece.begin, piece.end);
         }
     }
 }
 
-// y (+)= W * x [+ V * x'] + bias for samples [first, last).
+// y (+)= W * x [+ V * x'] + bias.
 template <class S>
-void conv_forward(const Convolution& c, Pair<S> one, Pair<S> two, const S* bias, bool add, long first, long last,
-                  S* y) {
+void conv_forward(const Convolution& c, Pair<S> one, Pair<S> two, const S* bias, bool add, const Piece& piece, S* y) {
     for (long g = 0; g < c.groups; ++g) {
         long in = g * c.group_channels(), out = g * c.group_outputs();
         auto of_group = [&](Pair<S> p) { return p.a ? Pair<S>{p.a + in, p.b + out} : p; };
         Indirect<S> p{{of_group(one), of_group(two)}, nullptr, 0, c.outputs, add, bias ? bias + out : nullptr};
-        conv_regions(c.forward, c.n_forward, p, first, last, c.in_size(), c.out_size(), c.group_outputs(), y + out);
+        conv_regions(c.forward, c.n_forward, p, piece, c.in_size(), c.out_size(), y + out);
     }
 }
 
 // δx (+)= Wᵀ * δy [+ Vᵀ * δy'], with turned weights.
 template <class S>
-void conv_backward(const Convolution& c, Pair<S> one, Pair<S> two, bool add, long first, long last, S* dx) {
+void conv_backward(const Convolution& c, Pair<S> one, Pair<S> two, bool add, const Piece& piece, S* dx) {
     for (long g = 0; g < c.groups; ++g) {
         long in = g * c.group_channels(), out = g * c.group_outputs();
         auto of_group = [&](Pair<S> p) { return p.a ? Pair<S>{p.a + out, p.b + out * c.group_channels()} : p; };
         Indirect<S> p{{of_group(one), of_group(two)}, nullptr, 0, c.group_channels(), add, nullptr};
-        conv_regions(c.backward, c.n_backward, p, first, last, c.out_size(), c.in_size(), c.group_channels(), dx + in);
+        conv_regions(c.backward, c.n_backward, p, piece, c.out_size(), c.in_size(), dx + in);
     }
 }
 
@@ -136,16 +140,16 @@ void conv_gradient_tile(const Convolution& c, long index, long first, long last,
                  c.group_outputs());
 }
 
-// Calls f(first, last, top, bottom) for pieces of the samples with about kLatticeRows positions each.
+// Calls f(first, last, top, bottom) for stretches of the samples with about `rows` positions each.
 template <class F>
-void each_piece(const Convolution& c, long N, F f) {
+void each_stretch(const Convolution& c, long N, long rows, F f) {
     long positions = c.window.oh * c.window.ow;
-    if (positions <= kLatticeRows) {
-        long step = kLatticeRows / positions;
+    if (positions <= rows) {
+        long step = rows / positions;
         for (long n = 0; n < N; n += step) f(n, least(n + step, N), 0, c.window.oh);
         return;
     }
-    long lines = kLatticeRows / c.window.ow + 1;
+    long lines = rows / c.window.ow + 1;
     for (long n = 0; n < N; ++n)
         for (long y = 0; y < c.window.oh; y += lines) f(n, n + 1, y, least(y + lines, c.window.oh));
 }

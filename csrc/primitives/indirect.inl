@@ -72,12 +72,15 @@ inline IndirectTile<S> pick_indirect(int rows, Heights<MR...>) {
     return table[rows - 1];
 }
 
-// All columns of `rows` rows of C.
+constexpr long kPanel = 2;  // vectors a tile is wide
+
+// Columns [first, last) of `rows` rows of C; `first` is a multiple of a panel's width.
 template <class S>
-inline void indirect_rows(const Indirect<S>& p, int rows, const long* from, const long* to, S* y, long columns) {
+inline void indirect_rows(const Indirect<S>& p, int rows, const long* from, const long* to, S* y, long first,
+                          long last) {
     constexpr long L = lanes<S>;
-    for (long j = 0; j < columns; j += 2 * L) {
-        long left = columns - j;
+    for (long j = first; j < last; j += kPanel * L) {
+        long left = last - j;
         auto tile = left >= 2 * L ? pick_indirect<S, 2, false>(rows, HeightsTo<kTileRows>{})
                     : left > L    ? pick_indirect<S, 2, true>(rows, HeightsTo<kTileRows>{})
                     : left == L   ? pick_indirect<S, 1, false>(rows, HeightsTo<kTileRows>{})
