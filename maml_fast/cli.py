@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import torch
 import typer
@@ -19,7 +22,7 @@ from torch import nn
 
 from . import MAML, __version__, dispatch
 from .backends import cpu
-from .recipes import NETS, OmniglotConfig, OmniglotRecipe, Recipe, SinusoidConfig, SinusoidRecipe, Trainer
+from .recipes import Config, OmniglotConfig, OmniglotRecipe, Recipe, SinusoidConfig, SinusoidRecipe, Trainer
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,133 +33,43 @@ app = typer.Typer(
 training = typer.Typer(no_args_is_help=True, help="Meta-train a published experiment from start to finish.")
 app.add_typer(training, name="train")
 
-Out = Annotated[Path, typer.Option(help="Folder of the run: checkpoint, metrics, pictures, evaluation.")]
-Iterations = Annotated[int, typer.Option(help="Outer steps in total.")]
-MetaBatch = Annotated[int, typer.Option(help="Tasks in an outer step.")]
-Steps = Annotated[int, typer.Option(help="Inner steps in training.")]
-InnerLr = Annotated[float, typer.Option(help="Inner learning rate, in terms of the mean loss over a task's samples.")]
-MetaLr = Annotated[float, typer.Option(help="Adam's learning rate.")]
-Seed = Annotated[int, typer.Option(help="Of the initialisation and of all sampling.")]
-Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(dispatch.BACKENDS)}.")]
-Threads = Annotated[int, typer.Option(help="Threads to compute on; 0 leaves PyTorch's number.")]
-LogEvery = Annotated[int, typer.Option(help="Iterations between lines of metrics.")]
-SaveEvery = Annotated[int, typer.Option(help="Iterations between checkpoints.")]
-EvalTasks = Annotated[int, typer.Option(help="Test tasks of the final evaluation.")]
-ValidateEvery = Annotated[int, typer.Option(help="Iterations between validations.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out, bit for bit.")]
 
 
-@training.command()
-def sinusoid(
-    out: Out = SinusoidConfig.out,
-    iterations: Iterations = SinusoidConfig.iterations,
-    meta_batch: MetaBatch = SinusoidConfig.meta_batch,
-    shots: Annotated[int, typer.Option(help="Support points of a task.")] = SinusoidConfig.shots,
-    queries: Annotated[int, typer.Option(help="Query points of a task.")] = SinusoidConfig.queries,
-    steps: Steps = SinusoidConfig.steps,
-    inner_lr: InnerLr = SinusoidConfig.inner_lr,
-    meta_lr: MetaLr = SinusoidConfig.meta_lr,
-    seed: Seed = SinusoidConfig.seed,
-    backend: Backend = SinusoidConfig.backend,
-    threads: Threads = SinusoidConfig.threads,
-    log_every: LogEvery = SinusoidConfig.log_every,
-    save_every: SaveEvery = SinusoidConfig.save_every,
-    eval_tasks: EvalTasks = SinusoidConfig.eval_tasks,
-    resume: Resume = False,
-) -> None:
-    """Regress sinusoids from a few points; the defaults are those of the MAML paper."""
+def _training_command(config: type[Config], recipe: Callable[[Any], Recipe], name: str, summary: str) -> None:
+    """Add `train NAME` with an option for each of the config's fields."""
+    hints = get_type_hints(config, include_extras=True)
 
-    def recipe() -> Recipe:
-        return SinusoidRecipe(
-            SinusoidConfig(
-                out=out,
-                iterations=iterations,
-                meta_batch=meta_batch,
-                shots=shots,
-                queries=queries,
-                steps=steps,
-                inner_lr=inner_lr,
-                meta_lr=meta_lr,
-                seed=seed,
-                backend=backend,
-                threads=threads,
-                log_every=log_every,
-                save_every=save_every,
-                eval_tasks=eval_tasks,
-            )
-        )
+    def command(resume: bool, **settings: Any) -> None:
+        _train(lambda: recipe(config(**settings)), resume)
 
-    _train(recipe, resume)
+    options = [_option(each, hints[each.name]) for each in fields(config)]
+    resume = inspect.Parameter("resume", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Resume)
+    command.__signature__ = inspect.Signature([*options, resume])  # type: ignore[attr-defined]
+    training.command(name, help=summary)(command)
 
 
-@training.command()
-def omniglot(
-    data: Annotated[
-        Path,
-        typer.Option(envvar="MAML_FAST_DATA", help="Folder of images_background and images_evaluation or zips."),
-    ] = OmniglotConfig.data,
-    out: Out = OmniglotConfig.out,
-    net: Annotated[str, typer.Option(help=f"{', '.join(NETS)}.")] = OmniglotConfig.net,
-    iterations: Iterations = OmniglotConfig.iterations,
-    meta_batch: MetaBatch = OmniglotConfig.meta_batch,
-    ways: Annotated[int, typer.Option(help="Classes of a task.")] = OmniglotConfig.ways,
-    shots: Annotated[int, typer.Option(help="Support drawings of each class.")] = OmniglotConfig.shots,
-    queries: Annotated[int | None, typer.Option(help="Query drawings of each class.", show_default="shots")] = None,
-    steps: Steps = OmniglotConfig.steps,
-    test_steps: Annotated[int, typer.Option(help="Inner steps in validation.")] = OmniglotConfig.test_steps,
-    inner_lr: InnerLr = OmniglotConfig.inner_lr,
-    meta_lr: MetaLr = OmniglotConfig.meta_lr,
-    split: Annotated[str, typer.Option(help="random (1100/100/423 characters) or vinyals.")] = OmniglotConfig.split,
-    split_seed: Annotated[int, typer.Option(help="Of the random split.")] = OmniglotConfig.split_seed,
-    split_folder: Annotated[
-        Path | None, typer.Option(help="Text files of the vinyals split.", show_default="splits/ in or beside --data")
-    ] = OmniglotConfig.split_folder,
-    rotations: Annotated[bool, typer.Option(help="Rotated characters are classes too.")] = OmniglotConfig.rotations,
-    validate_every: Annotated[
-        int, typer.Option(help="Iterations between validations.")
-    ] = OmniglotConfig.validate_every,
-    validation_tasks: Annotated[int, typer.Option(help="Tasks of a validation.")] = OmniglotConfig.validation_tasks,
-    seed: Seed = OmniglotConfig.seed,
-    backend: Backend = OmniglotConfig.backend,
-    threads: Threads = OmniglotConfig.threads,
-    log_every: LogEvery = OmniglotConfig.log_every,
-    save_every: SaveEvery = OmniglotConfig.save_every,
-    eval_tasks: EvalTasks = OmniglotConfig.eval_tasks,
-    resume: Resume = False,
-) -> None:
-    """Classify unseen characters from a few drawings; the defaults are the MAML paper's 5-way 1-shot."""
+def _option(setting: Field[Any], hint: Any) -> inspect.Parameter:
+    (info,) = hint.__metadata__
+    if "shown" in setting.metadata:
+        info = copy(info)
+        info.show_default = setting.metadata["shown"]
+    kind, keyword = get_args(hint)[0], inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(setting.name, keyword, default=setting.default, annotation=Annotated[kind, info])
 
-    def recipe() -> Recipe:
-        return OmniglotRecipe(
-            OmniglotConfig(
-                data=data,
-                out=out,
-                net=net,
-                iterations=iterations,
-                meta_batch=meta_batch,
-                ways=ways,
-                shots=shots,
-                queries=shots if queries is None else queries,
-                steps=steps,
-                test_steps=test_steps,
-                inner_lr=inner_lr,
-                meta_lr=meta_lr,
-                split=split,
-                split_seed=split_seed,
-                split_folder=split_folder,
-                rotations=rotations,
-                validate_every=validate_every,
-                validation_tasks=validation_tasks,
-                seed=seed,
-                backend=backend,
-                threads=threads,
-                log_every=log_every,
-                save_every=save_every,
-                eval_tasks=eval_tasks,
-            )
-        )
 
-    _train(recipe, resume)
+_training_command(
+    SinusoidConfig,
+    SinusoidRecipe,
+    "sinusoid",
+    "Regress sinusoids from a few points; the defaults are those of the MAML paper.",
+)
+_training_command(
+    OmniglotConfig,
+    OmniglotRecipe,
+    "omniglot",
+    "Classify unseen characters from a few drawings; the defaults are those of the MAML paper for the number of ways.",
+)
 
 
 @app.command()

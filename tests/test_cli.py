@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 
 from maml_fast import __version__
 from maml_fast.cli import app
+from maml_fast.recipes import Config, OmniglotConfig, SinusoidConfig
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--threads", "1", "--meta-batch", "4", "--eval-tasks", "10", "--log-every", "50"]
@@ -53,6 +56,20 @@ def test_help_lists_the_commands() -> None:
     assert code == 0
     assert "sinusoid" in output
     assert "omniglot" in output
+
+
+@pytest.mark.parametrize("config", [SinusoidConfig, OmniglotConfig])
+def test_every_setting_is_an_option_with_help(config: type[Config]) -> None:
+    code, output = run("train", config.__name__.removesuffix("Config").lower(), "--help")
+    assert code == 0
+    for setting in fields(config):
+        assert re.search(rf"--{setting.name.replace('_', '-')}\b.* <\w+> +\w", output), setting.name
+
+
+def test_defaults_that_depend_on_other_settings_are_told() -> None:
+    _, output = run("train", "omniglot", "--help")
+    assert re.search(r"--meta-batch.*32, or 16 for more than 10 ways", output)
+    assert re.search(r"--queries.*default: \(shots\)", output)
 
 
 def test_sinusoid_trains_and_resumes(tmp_path: Path) -> None:

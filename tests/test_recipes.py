@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from maml_fast.data import LabelledSet, MetaBatch, Sinusoids
 from maml_fast.recipes import (
+    NETS,
     OmniglotConfig,
     OmniglotRecipe,
     Recipe,
@@ -167,8 +169,9 @@ def test_meta_training_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("drawings")
-def test_omniglot_learns_validates_and_keeps_the_best(tmp_path: Path) -> None:
-    assert train(small_omniglot(tmp_path, 40, meta_batch=16), console=quiet()) == 0
+@pytest.mark.parametrize("net", NETS)
+def test_omniglot_learns_validates_and_keeps_the_best(net: str, tmp_path: Path) -> None:
+    assert train(small_omniglot(tmp_path, 40, meta_batch=16, net=net), console=quiet()) == 0
     state = files.load(tmp_path / "checkpoint.pt")
     validated = [line["validation_accuracy"] for line in losses(tmp_path) if "validation_accuracy" in line]
     assert len(validated) == 5
@@ -217,6 +220,47 @@ def test_bad_settings_are_named(name: str, tmp_path: Path) -> None:
 def test_bad_omniglot_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OmniglotConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("ways", "meta_batch", "steps", "test_steps"), [(5, 32, 1, 3), (10, 32, 1, 3), (11, 16, 5, 5), (20, 16, 5, 5)]
+)
+def test_omniglot_defaults_are_the_papers(ways: int, meta_batch: int, steps: int, test_steps: int) -> None:
+    config = OmniglotConfig(ways=ways, shots=5)
+    assert (config.meta_batch, config.steps, config.test_steps) == (meta_batch, steps, test_steps)
+    assert (config.net, config.inner_lr, config.queries, config.iterations) == ("conv", 2.0, 5, 60_000)
+
+
+def test_given_settings_replace_the_defaults() -> None:
+    given = {"meta_batch": 3, "steps": 2, "test_steps": 0, "queries": 4, "inner_lr": 0.3}
+    config = OmniglotConfig(ways=20, **given)
+    assert {name: getattr(config, name) for name in given} == given
+    assert OmniglotConfig(net="conv4").inner_lr == 0.4
+
+
+@pytest.mark.parametrize("net", ["conv", "conv4"])
+def test_convolutional_nets_start_as_in_the_authors_code(net: str) -> None:
+    *layers, head = NETS[net](20)
+    convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    assert [conv.weight.shape for conv in convs] == [(64, 1, 3, 3), *[(64, 64, 3, 3)] * 3]
+    assert not any(layer.bias.any() for layer in (*convs, head))
+    for conv in convs:
+        bound = math.sqrt(6 / (9 * (conv.in_channels + conv.out_channels)))
+        assert 0.95 * bound < conv.weight.abs().max() <= bound
+    assert head.weight.std().item() == pytest.approx(1.0 if net == "conv" else math.sqrt(2 / 84), rel=0.1)
+
+
+@pytest.mark.usefixtures("drawings", "core")
+@pytest.mark.parametrize("net", NETS)
+def test_training_and_evaluation_take_the_core(net: str, tmp_path: Path) -> None:
+    recipe = small_omniglot(tmp_path, 1, net=net)
+    x_s, y_s, x_q, y_q = next(recipe.sampler)
+    assert x_s.shape == (4, 5, 1, 28, 28)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a slower backend would warn
+        for asked in ((x_s, y_s, x_q, y_q), (x_s, y_s, x_q)):
+            assert "backend: cpu" in recipe.maml.explain(*asked)
+        recipe.validate()
 
 
 @pytest.mark.usefixtures("drawings")

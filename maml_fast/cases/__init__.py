@@ -6,9 +6,9 @@ are the sizes whose speed is reported.
 
 from __future__ import annotations
 
+from ..networks import conv4, mlp, resnet12, siren, strided_conv
 from . import dense, images
 from .case import Case, Problem
-from .networks import conv4, mlp, resnet12, siren, strided_conv
 from .timed import BENCH
 
 __all__ = ["BENCH", "SMALL", "Case", "Problem", "conv4", "mlp", "resnet12", "select", "siren", "strided_conv"]

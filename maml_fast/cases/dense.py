@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
+from ..networks import mlp, siren
 from ..nn import Sine
 from .case import Case, Shape
-from .networks import mlp, siren
 
 # ---- networks -----------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import Adapts
+from ..networks import conv4, resnet12, strided_conv
 from .case import Case, Rate, Shape
-from .networks import conv4, resnet12, strided_conv
 
 IMAGE = (2, 5, 7)
 SIGNAL = (2, 11)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..networks import conv4, mlp, siren, strided_conv
 from .case import Case, Shape
-from .networks import conv4, mlp, siren, strided_conv
 
 
 def _timed(name: str, network: Callable[[], nn.Module], in_shape: Shape, out: int, loss: str, tasks: int,

@@ -1,8 +1,10 @@
 """Meta-training from start to finish: sampling, the outer loop, checkpoints, metrics, curves, evaluation."""
 
-from .omniglot import NETS, OmniglotConfig, OmniglotRecipe
+from .config import Config
+from .nets import NETS
+from .omniglot import OmniglotConfig, OmniglotRecipe
 from .sinusoid import SinusoidConfig, SinusoidRecipe
-from .trainer import Config, Recipe, Trainer, train
+from .trainer import Recipe, Trainer, train
 
 __all__ = [
     "NETS",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from torch import nn
 
 from ..data import Sinusoids
 from ..maml import MAML
+from .config import Config, InnerLr, Iterations, MetaBatch, Out, Steps
 from .evaluation import StepResult, evaluate
 from .plots import adaptation_curves
-from .trainer import Config, Recipe, seeded, stream_seed
+from .trainer import Recipe, seeded, stream_seed
 
 EVAL_SHOTS = (5, 10)
 EVAL_QUERIES = 100
@@ -23,13 +26,13 @@ ADAPTATION = "adaptation.png"
 class SinusoidConfig(Config):
     """The paper's settings."""
 
-    out: Path = Path("runs/sinusoid")
-    iterations: int = 70_000
-    meta_batch: int = 25
-    shots: int = 10
-    queries: int = 10
-    steps: int = 1
-    inner_lr: float = 0.01
+    out: Out = Path("runs/sinusoid")
+    iterations: Iterations = 70_000
+    meta_batch: MetaBatch = 25
+    shots: Annotated[int, typer.Option(help="Support points of a task.")] = 10
+    queries: Annotated[int, typer.Option(help="Query points of a task.")] = 10
+    steps: Steps = 1
+    inner_lr: InnerLr = 0.01
 
 
 class SinusoidRecipe(Recipe):

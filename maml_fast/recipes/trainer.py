@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from rich.console import Console
 from torch import Tensor
 
 from ..data import Sampler
-from ..data.sampler import positive
 from ..flat import FlatParameters
 from ..maml import MAML
 from . import files
+from .config import Config
 from .display import Display, results_table
 from .evaluation import StepResult
 from .interrupt import Interrupt
@@ -27,55 +27,6 @@ from .plots import training_curves
 
 CHECKPOINT, METRICS, CURVES, EVALUATION = "checkpoint.pt", "metrics.jsonl", "curves.png", "evaluation.json"
 RUN_FILES = (".pt", ".jsonl", ".png", ".json")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """What every recipe can be told. A resumed run may change `FREE` fields only.
-
-    Attributes:
-        out: the run's folder.
-        iterations: outer steps in total, not further ones.
-        meta_batch: T, tasks of an outer step.
-        shots, queries: support and query samples of a task, for classification of each class.
-        steps: K, inner steps in training.
-        inner_lr: α. meta_lr: Adam's rate.
-        seed: of the initialisation and all sampling.
-        backend: as for `MAML`. threads: of torch and the core; 0 leaves them as they are.
-        log_every, save_every: iterations between metrics and between checkpoints.
-        eval_tasks: test tasks of the final evaluation.
-    """
-
-    out: Path
-    iterations: int
-    meta_batch: int
-    shots: int
-    queries: int
-    steps: int
-    inner_lr: float
-    meta_lr: float = 1e-3
-    seed: int = 0
-    backend: str = "auto"
-    threads: int = 0
-    log_every: int = 100
-    save_every: int = 5000
-    eval_tasks: int = 600
-
-    FREE = ("out", "iterations", "backend", "threads", "save_every", "eval_tasks", "data", "split_folder")
-
-    def __post_init__(self) -> None:
-        for name in ("iterations", "meta_batch", "shots", "queries", "log_every", "save_every", "eval_tasks"):
-            positive(name, getattr(self, name))
-        for name in ("steps", "threads", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        for name in ("inner_lr", "meta_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-
-    def fixed(self) -> dict[str, Any]:
-        """The fields on which the run's numbers depend."""
-        return {name: value for name, value in asdict(self).items() if name not in self.FREE}
 
 
 class Recipe(ABC):

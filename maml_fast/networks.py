@@ -9,7 +9,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn import Sine
+from .nn import Sine
 
 
 def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU, bias: bool = True) -> nn.Sequential:
@@ -30,7 +30,7 @@ def siren(*widths: int, w0: float = 30.0) -> nn.Sequential:
     return model
 
 
-def strided_conv(channels: int, width: int, classes: int) -> nn.Module:
+def strided_conv(channels: int, width: int, classes: int) -> nn.Sequential:
     """The paper's Omniglot network: 4 × [conv 3×3 stride 2, BN, ReLU], mean over space, linear."""
     layers: list[nn.Module] = []
     for i in range(4):
@@ -38,7 +38,7 @@ def strided_conv(channels: int, width: int, classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
 
-def conv4(channels: int, width: int, classes: int, features: int) -> nn.Module:
+def conv4(channels: int, width: int, classes: int, features: int) -> nn.Sequential:
     """Conv4: 4 × [conv 3×3, BN, ReLU, max-pool 2], linear."""
     layers: list[nn.Module] = []
     for i in range(4):

@@ -1,0 +1,75 @@
+"""Settings of a run. Each is written once: its type, its help on the command line, and its default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import dispatch
+from ..data.sampler import positive
+
+Out = Annotated[Path, typer.Option(help="Folder of the run: checkpoint, metrics, pictures, evaluation.")]
+Iterations = Annotated[int, typer.Option(help="Outer steps in total, not further ones.")]
+MetaBatch = Annotated[int, typer.Option(help="Tasks in an outer step.")]
+Steps = Annotated[int, typer.Option(help="Inner steps in training.")]
+InnerLr = Annotated[float, typer.Option(help="Inner learning rate, in terms of the mean loss over a task's samples.")]
+MetaLr = Annotated[float, typer.Option(help="Adam's learning rate.")]
+Seed = Annotated[int, typer.Option(help="Of the initialisation and of all sampling.")]
+Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(dispatch.BACKENDS)}.")]
+Threads = Annotated[int, typer.Option(help="Threads to compute on; 0 leaves PyTorch's number.")]
+LogEvery = Annotated[int, typer.Option(help="Iterations between lines of metrics.")]
+SaveEvery = Annotated[int, typer.Option(help="Iterations between checkpoints.")]
+EvalTasks = Annotated[int, typer.Option(help="Test tasks of the final evaluation.")]
+
+
+def computed(value: Callable[[Any], Any], shown: str) -> Any:
+    """A field whose default depends on the other settings.
+
+    Args:
+        value: from the config, whose plain fields are set.
+        shown: what help shows as the default.
+    """
+    return field(default=None, metadata={"value": value, "shown": shown})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every recipe can be told. A resumed run may change `FREE` fields only."""
+
+    out: Out
+    iterations: Iterations
+    meta_batch: MetaBatch
+    shots: int
+    queries: int
+    steps: Steps
+    inner_lr: InnerLr
+    meta_lr: MetaLr = 1e-3
+    seed: Seed = 0
+    backend: Backend = "auto"
+    threads: Threads = 0
+    log_every: LogEvery = 100
+    save_every: SaveEvery = 5000
+    eval_tasks: EvalTasks = 600
+
+    FREE = ("out", "iterations", "backend", "threads", "save_every", "eval_tasks", "data", "split_folder")
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if each.metadata and getattr(self, each.name) is None:
+                object.__setattr__(self, each.name, each.metadata["value"](self))
+        for name in ("iterations", "meta_batch", "shots", "queries", "log_every", "save_every", "eval_tasks"):
+            positive(name, getattr(self, name))
+        for name in ("steps", "threads", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        for name in ("inner_lr", "meta_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+
+    def fixed(self) -> dict[str, Any]:
+        """The fields on which the run's numbers depend."""
+        return {name: value for name, value in asdict(self).items() if name not in self.FREE}
