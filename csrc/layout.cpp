@@ -9,9 +9,10 @@ namespace {
 constexpr long kAlignment = 16;              // numbers: a cache line of floats
 constexpr long kSlack = 64;                  // a vector read past the last buffer stays inside
 constexpr long kWorkspaceBytes = 384 << 10;  // what tasks in lockstep may take: most of a private cache
-constexpr long kLockstep = 4;
-constexpr long kLargeModel = 1 << 16;  // parameters from which fewer partial sums are cheaper
-constexpr long kBlocks = 16;           // partial sums a call is cut into, whatever the number of threads
+constexpr long kLockstep = 8;
+constexpr long kLargeModel = 1 << 16;         // parameters from which fewer partial sums are cheaper
+constexpr long kFewBlocks = 4, kBlocks = 16;  // partial sums a call is cut into, whatever the number of threads
+constexpr double kBlockWork = 4e6;            // multiply-adds below which a block costs more than it shares out
 
 bool is_channel_norm(OpKind kind) {
     return kind == OpKind::batch_norm || kind == OpKind::running_norm || kind == OpKind::group_norm;
@@ -82,9 +83,8 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
 
     find_flags();
     place_panels();
-    long blocks = view_.sums > kLargeModel ? kBlocks / 2 : kBlocks;
-    view_.block = (spec_.tasks + blocks - 1) / blocks;
-    long lockstep = std::min(view_.block, kLockstep);
+    view_.blocks = blocks();
+    long lockstep = std::min((spec_.tasks + view_.blocks - 1) / view_.blocks, kLockstep);
     do {
         place_buffers(lockstep);
     } while (used_ * machine_.scalar_bytes > kWorkspaceBytes && lockstep-- > 1);
@@ -105,6 +105,30 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     std::copy(spec_.samples, spec_.samples + 2, view_.samples);
     view_.loss = LossKind(spec_.loss);
     view_.loss_parameter = spec_.loss_parameter;
+}
+
+// Multiply-adds of one task, by the textbook.
+double Layout::work() const {
+    double sample = 0, passes = 0;
+    for (const Op& op : ops_) {
+        if (op.kind == OpKind::linear) sample += double(op.rows * op.width * op.out_width);
+        if (op.kind == OpKind::conv) sample += double(op.window.oh * op.window.ow) * double(spec_.params[op.w].size);
+    }
+    for (const Instr& in : spec_.code) {
+        double n = double(spec_.samples[in.batch]);
+        if (in.code == Code::forward) passes += n;
+        if (in.code == Code::backward) passes += 2 * n;
+        if (in.code == Code::hvp) passes += 6 * n;
+    }
+    return sample * passes;
+}
+
+// A power of two, so that an even number of threads finds an even number of blocks.
+long Layout::blocks() const {
+    double most = double(spec_.tasks) * work() / kBlockWork;
+    long blocks = kFewBlocks, limit = view_.sums > kLargeModel ? kBlocks / 2 : kBlocks;
+    while (blocks < limit && 2 * double(blocks) <= most) blocks *= 2;
+    return std::min(blocks, spec_.tasks);
 }
 
 // A linear layer's gradient from few samples has low rank: where forming W_k for every task costs more

@@ -55,6 +55,8 @@ class Layout {
 
   private:
     void add_op(const OpSpec& spec);
+    double work() const;
+    long blocks() const;
     void find_low_rank();
     void find_factors();
     void find_flags();

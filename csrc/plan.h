@@ -160,7 +160,7 @@ struct PlanView {
     long workspace;  // numbers a thread needs
     long packed;     // numbers in the shared panels
     long lockstep;   // tasks a thread works on at once
-    long block;      // tasks whose gradients are summed before the ordered reduction
+    long blocks;     // of tasks, whose gradients are summed before the ordered reduction
     LossKind loss;
     double loss_parameter;
     long classes;

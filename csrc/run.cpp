@@ -184,7 +184,7 @@ void Runner<S>::pack(const Call& call, S* arena) {
 template <class S>
 void Runner<S>::run(Call& call) {
     const PlanView& plan = layout_.view();
-    long blocks = (call.tasks + plan.block - 1) / plan.block;
+    long blocks = plan.blocks;
     bool shared = call.tasks < call.threads;  // too few tasks: the threads share each of them
     call.team = shared ? call.threads : 1;
     call.parallel = [](int threads, void (*fn)(void*, int), void* context) {
