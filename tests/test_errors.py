@@ -171,6 +171,23 @@ def test_inputs_that_the_model_does_not_take(problem: Problem, call: str) -> Non
     raises(problem, call, Exception, "3", **batch)
 
 
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((1, 5, 7), "convolution expects 2 channels, got 1"),
+        ((2, 5), "convolution over 2 spatial dimensions"),
+        ((70,), "convolution over 2 spatial dimensions"),
+        ((2, 1, 1), "max_pool has a window larger than its input"),
+        ((2, 9, 9), "linear expects 4 features, got 16"),
+    ],
+)
+@pytest.mark.parametrize("call", SUPPORT_CALLS)
+def test_images_that_the_model_does_not_take(call: str, shape: tuple[int, ...], reason: str) -> None:
+    problem = select(["pooled-block"])[0].build(torch.float32)
+    batch = {"x_s": torch.zeros(3, 5, *shape), "x_q": torch.zeros(3, 4, *shape)}
+    raises(problem, call, Exception, reason, **batch)
+
+
 # ---- labels ----------------------------------------------------------------------------------------
 
 
