@@ -93,7 +93,6 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     view_.ops = ops_.data();
     view_.n_ops = int(ops_.size());
     view_.features = spec_.features.data();
-    view_.n_buffers = int(spec_.features.size());
     view_.out = spec_.out;
     view_.params = params_.data();
     view_.n_params = int(params_.size());

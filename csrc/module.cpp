@@ -131,14 +131,6 @@ class Plan {
     std::unique_ptr<Runner<double>> f64_;
 };
 
-// Whether every label is in [0, classes).
-bool labels_in_range(Pointer labels, long count, long classes) {
-    auto p = static_cast<const std::int64_t*>(address(labels));
-    bool ok = true;
-    for (long i = 0; i < count; ++i) ok &= p[i] >= 0 && p[i] < classes;
-    return ok;
-}
-
 std::vector<std::string> available_names() {
     std::vector<std::string> names;
     for (Isa isa : available()) names.emplace_back(name(isa));
@@ -153,7 +145,6 @@ PYBIND11_MODULE(_core, m) {
         .def(py::init<const py::dict&, bool, const std::string&>(), py::arg("spec"), py::arg("float64"), py::arg("isa"))
         .def("run", &Plan::run)
         .def("bytes", &Plan::bytes, py::arg("threads"));
-    m.def("labels_in_range", &labels_in_range);
     m.def("available", &available_names);
     m.def("choose", [] { return std::string(name(choose())); });
 }

@@ -139,7 +139,6 @@ struct PlanView {
     const Op* ops;
     int n_ops;
     const long* features;  // per buffer: numbers a sample has
-    int n_buffers;
     int out;
     const Param* params;
     int n_params;
@@ -163,7 +162,6 @@ struct PlanView {
     long blocks;     // of tasks, whose gradients are summed before the ordered reduction
     LossKind loss;
     double loss_parameter;
-    long classes;
     bool moves;  // the output depends on a parameter that adapts
 };
 

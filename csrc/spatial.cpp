@@ -55,6 +55,22 @@ std::vector<Run> backward_runs(const Axis& a) {
     return runs;
 }
 
+// The outputs that a tap meets: an interval along the axis.
+struct Interval {
+    long first, count;
+};
+
+Interval met(const Axis& a, long tap) {
+    Interval outputs{0, 0};
+    for (long o = 0; o < a.out; ++o) {
+        long i = o * a.stride - a.padding + tap * a.dilation;
+        if (i < 0 || i >= a.in) continue;
+        if (outputs.count == 0) outputs.first = o;
+        ++outputs.count;
+    }
+    return outputs;
+}
+
 // Neighbours merge into one segment: the next tap's inputs stand right behind, and so do its weights.
 void append(std::vector<Segment>& segments, Segment next, bool merge) {
     if (merge && !segments.empty()) {
@@ -67,53 +83,63 @@ void append(std::vector<Segment>& segments, Segment next, bool merge) {
     segments.push_back(next);
 }
 
+// One side of a product: how wide an image is and how many channels it has.
+struct Side {
+    long width, channels;
+};
+
+// The taps of a region in the order in which their weights stand; `rows` of the weights belong to each.
+std::vector<Segment> segments_of(const Run& y, const Run& x, const Side& from, const Window& w, long groups, long rows,
+                                 bool turned) {
+    std::vector<Segment> segments;
+    long across = long(x.taps.size()), taps = long(y.taps.size()) * across;
+    for (long i = 0; i < taps; ++i) {
+        long t = turned ? taps - 1 - i : i, p = t / across, q = t % across;
+        long tap = y.taps[p] * w.kw + x.taps[q], place = turned ? w.kh * w.kw - 1 - tap : tap;
+        append(segments, {(y.from[p] * from.width + x.from[q]) * from.channels, place * rows, from.channels / groups},
+               groups == 1);
+    }
+    return segments;
+}
+
+Region region_of(const Run& y, const Run& x, const Side& from, const Side& to, const std::vector<Segment>& segments) {
+    return {y.count,
+            x.count,
+            0,
+            y.from_step * from.width * from.channels,
+            x.from_step * from.channels,
+            (y.to * to.width + x.to) * to.channels,
+            y.to_step * to.width * to.channels,
+            x.to_step * to.channels,
+            segments.data(),
+            int(segments.size())};
+}
+
 }  // namespace
 
 ConvolutionTables::ConvolutionTables(const Window& w, long channels, long outputs, long groups) {
     const Axis y{w.h, w.oh, w.kh, w.sh, w.ph, w.dh}, x{w.w, w.ow, w.kw, w.sw, w.pw, w.dw};
-    auto regions = [&](const std::vector<Run>& ys, const std::vector<Run>& xs, long from_width, long to_width,
-                       long from_c, long to_c, long depth, bool turned, std::vector<Region>& out) {
-        for (const Run& a : ys)
-            for (const Run& b : xs) {
-                auto& segments = *segments_.emplace_back(std::make_unique<std::vector<Segment>>());
-                long n = long(a.taps.size() * b.taps.size()), ny = long(a.taps.size()), nx = long(b.taps.size());
-                for (long i = 0; i < n; ++i) {
-                    long t = turned ? n - 1 - i : i, p = t / nx, q = t % nx;
-                    long tap = a.taps[p] * w.kw + b.taps[q], row = turned ? w.kh * w.kw - 1 - tap : tap;
-                    long rows = turned ? outputs : channels / groups;
-                    append(segments, {(a.from[p] * from_width + b.from[q]) * from_c, row * rows, depth}, groups == 1);
-                }
-                (void)ny;
-                out.push_back({a.count, b.count, 0, a.from_step * from_width * from_c, b.from_step * from_c,
-                               (a.to * to_width + b.to) * to_c, a.to_step * to_width * to_c, b.to_step * to_c,
-                               segments.data(), int(segments.size())});
-            }
-    };
-    regions(forward_runs(y), forward_runs(x), w.w, w.ow, channels, outputs, channels / groups, false, forward_);
-    regions(backward_runs(y), backward_runs(x), w.ow, w.w, outputs, channels, outputs / groups, true, backward_);
-
-    // The outputs that a tap meets form an interval along each axis.
-    auto interval = [](const Axis& a, long k) {
-        long first = -1, count = 0;
-        for (long o = 0; o < a.out; ++o) {
-            long i = o * a.stride - a.padding + k * a.dilation;
-            if (i < 0 || i >= a.in) continue;
-            if (first < 0) first = o;
-            ++count;
+    const Side in{w.w, channels}, out{w.ow, outputs};
+    for (const Run& a : forward_runs(y))
+        for (const Run& b : forward_runs(x)) {
+            segments_.push_back(segments_of(a, b, in, w, groups, channels / groups, false));
+            forward_.push_back(region_of(a, b, in, out, segments_.back()));
         }
-        return std::pair<long, long>(first, count);
-    };
+    for (const Run& a : backward_runs(y))
+        for (const Run& b : backward_runs(x)) {
+            segments_.push_back(segments_of(a, b, out, w, groups, outputs, true));
+            backward_.push_back(region_of(a, b, out, in, segments_.back()));
+        }
     view_.one_lattice = true;
     for (long ky = 0; ky < w.kh; ++ky)
         for (long kx = 0; kx < w.kw; ++kx) {
-            auto [y0, ny] = interval(y, ky);
-            auto [x0, nx] = interval(x, kx);
-            long iy = y0 * w.sh - w.ph + ky * w.dh, ix = x0 * w.sw - w.pw + kx * w.dw;
-            bool some = ny > 0 && nx > 0;
-            taps_.push_back({some ? ny : 0, some ? nx : 0, some ? (iy * w.w + ix) * channels : 0, w.sh * w.w * channels,
-                             w.sw * channels, some ? (y0 * w.ow + x0) * outputs : 0, w.ow * outputs, outputs, nullptr,
-                             0});
-            view_.one_lattice = view_.one_lattice && ny == w.oh && nx == w.ow;
+            Interval ys = met(y, ky), xs = met(x, kx);
+            if (ys.count == 0 || xs.count == 0) ys = xs = {0, 0};
+            long top = ys.first * w.sh - w.ph + ky * w.dh, left = xs.first * w.sw - w.pw + kx * w.dw;
+            long from = ys.count ? (top * w.w + left) * channels : 0;
+            taps_.push_back({ys.count, xs.count, from, w.sh * w.w * channels, w.sw * channels,
+                             (ys.first * w.ow + xs.first) * outputs, w.ow * outputs, outputs, nullptr, 0});
+            view_.one_lattice = view_.one_lattice && ys.count == w.oh && xs.count == w.ow;
         }
     view_.window = w;
     view_.channels = channels;

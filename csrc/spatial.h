@@ -2,7 +2,7 @@
 // (y, x, channel), an offset counts numbers inside a sample.
 #pragma once
 
-#include <memory>
+#include <list>
 #include <vector>
 
 namespace maml_fast {
@@ -55,7 +55,7 @@ class ConvolutionTables {
   private:
     Convolution view_{};
     std::vector<Region> forward_, backward_, taps_;
-    std::vector<std::unique_ptr<std::vector<Segment>>> segments_;
+    std::list<std::vector<Segment>> segments_;  // regions point into them
 };
 
 }  // namespace maml_fast

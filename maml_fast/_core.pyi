@@ -34,7 +34,6 @@ class Plan:
     def bytes(self, threads: int) -> int:
         """Memory that a call on so many threads holds beyond its inputs and outputs."""
 
-def labels_in_range(labels: int, count: int, classes: int, /) -> bool: ...
 def available() -> list[str]:
     """Instruction sets that this processor can run, narrowest first."""
 

@@ -91,11 +91,15 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="JSON file for the results.", show_default="none")] = None,
     case: Annotated[list[str] | None, typer.Option(help="A case by name; may be repeated.", show_default="all")] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time spent on samples in each case.")] = 20.0,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory on the CPU instead of time.")] = False,
 ) -> None:
     """Time meta-gradients against the installed peers, after checking them."""
-    from .bench import run
+    from .bench import run, show_memory
 
     with _explained():
+        if memory:
+            show_memory(case or None)
+            raise typer.Exit
         code = run(device, out, case or None, seconds)
     raise typer.Exit(code)
 

@@ -14,12 +14,12 @@ import torch
 
 from .. import verify
 from ..cases import Case, select
-from .memory import memory
+from .memory import memory, show_memory
 from .peers import Contender, Step, contenders
 from .report import Entry, Outcome, show, write
 from .timing import interleave, one_call
 
-__all__ = ["memory", "run"]
+__all__ = ["memory", "run", "show_memory"]
 
 
 def run(device: str = "cpu", out: Path | None = None, cases: list[str] | None = None, seconds: float = 20.0) -> int:

@@ -1,4 +1,4 @@
-"""Peak memory of one contender, each in a process of its own."""
+"""Peak memory of the contenders, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,36 @@ from pathlib import Path
 import torch
 
 from ..cases import select
+from ..verify import print_table
+
+CONTENDERS = ("torch loop", "vmap", "backward")
+
+
+def show_memory(cases: list[str] | None) -> dict[str, dict[str, list[float | str]]]:
+    """Print and return case -> contender -> MiB as timed, with 4 T tasks, and with K + 4 steps (or why there is none).
+
+    Raises:
+        ValueError: no case of that name.
+    """
+    found: dict[str, dict[str, list[float | str]]] = {}
+    for case in select(cases, "bench"):
+        sizes = ((case.tasks, case.steps), (4 * case.tasks, case.steps), (case.tasks, case.steps + 4))
+        found[case.name] = {c: [_memory_or_note(case.name, c, *size) for size in sizes] for c in CONTENDERS}
+        rows = [(case.name, c, *map(_cell, cells)) for c, cells in found[case.name].items()]
+        print("MiB that one meta-gradient adds at its peak to a process that holds the problem")
+        print_table(("case", "contender", *[f"T={t}, K={k}" for t, k in sizes]), rows)
+    return found
+
+
+def _memory_or_note(case: str, contender: str, tasks: int, steps: int) -> float | str:
+    try:
+        return memory(case, contender, tasks, steps)
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[-1][:60]
+
+
+def _cell(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.0f}"
 
 
 def memory(case: str, contender: str, tasks: int | None = None, steps: int | None = None) -> float:
