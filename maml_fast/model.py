@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,9 @@ class Model:
         named = dict(module.named_parameters())
         self.names = tuple(named)
         self._slots = tuple(owners[id(p)] for p in named.values())
-        self._children = tuple(tuple(m._modules.values()) for m in self.modules)
+        self._children = [tuple(m._modules.values()) for m in self.modules]
         self.chosen = _choose(named, adapts)
+        self._kinds = [_kind(p) for p in named.values()]
         self.trainable = tuple(p.requires_grad for p in named.values())
         self.adapts = tuple(c and t for c, t in zip(self.chosen, self.trainable, strict=True))
         self.shapes = tuple(tuple(p.shape) for p in named.values())
@@ -46,14 +48,13 @@ class Model:
         return [owner[key] for owner, key in self._slots]  # type: ignore[misc]
 
     def restructured(self) -> bool:
-        """Whether submodules or parameters were added, removed or replaced by another shape."""
-        for module, children in zip(self.modules, self._children, strict=True):
-            if tuple(module._modules.values()) != children:
-                return True
-        return any(
-            (p := owner.get(key)) is None or p.requires_grad != t
-            for (owner, key), t in zip(self._slots, self.trainable, strict=True)
-        )
+        """Whether submodules or parameters were added, removed, frozen, or replaced by others of another kind."""
+        if [tuple(m._modules.values()) if m._modules else () for m in self.modules] != self._children:
+            return True
+        try:
+            return [_kind(owner[key]) for owner, key in self._slots] != self._kinds
+        except (KeyError, AttributeError):
+            return True
 
     def modes(self) -> tuple[bool, ...]:
         """Each submodule's `training` flag: it changes what normalisation and dropout compute."""
@@ -72,6 +73,10 @@ class Model:
 
     def named(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.names, values, strict=True))
+
+
+def _kind(p: Any) -> tuple[bool, torch.Size, torch.dtype, torch.device]:
+    return p.requires_grad, p.shape, p.dtype, p.device
 
 
 def _choose(named: Mapping[str, nn.Parameter], adapts: Adapts) -> tuple[bool, ...]:

@@ -54,7 +54,7 @@ class LearningRates:
             if key not in self._constants:
                 self._constants[key] = [torch.tensor(v, dtype=dtype, device=device) for v in self.values]
             return self._constants[key]
-        return [_like_model(v, dtype, device) for v in self.values]
+        return [_like_model(v, s, dtype, device) for v, s in zip(self.values, self.shapes.shapes, strict=True)]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Those to register in the `MAML` module, under names without dots."""
@@ -83,9 +83,11 @@ def _check(name: str, value: Any, shape: tuple[int, ...]) -> float | Tensor:
     return float(value)
 
 
-def _like_model(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _like_model(value: float | Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.tensor(value, dtype=dtype, device=device)
+    if value.shape != shape:
+        raise ValueError(f"lr: expected shape {shape} as when MAML was made, got {tuple(value.shape)}")
     if value.dtype != dtype:
         raise TypeError(f"lr: expected {dtype} like the model's parameters, got {value.dtype}")
     if value.device != device:

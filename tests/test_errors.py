@@ -243,6 +243,53 @@ def test_module_on_two_devices() -> None:
         mf.MAML(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2, device="meta")), 0.1)
 
 
+# ---- what changes between calls ---------------------------------------------------------------------
+
+REPLACED = {
+    "parameter": lambda m: setattr(m[0], "weight", nn.Parameter(torch.randn(2, 2))),
+    "data": lambda m: setattr(m[0].weight, "data", torch.randn(1, 1)),
+    "bias": lambda m: setattr(m[3], "bias", nn.Parameter(torch.randn(2))),
+    "dtype": lambda m: setattr(m[3], "bias", nn.Parameter(torch.randn(3, dtype=torch.float64))),
+    "buffer": lambda m: setattr(m[1], "running_mean", torch.zeros(2)),
+}
+
+
+@pytest.mark.parametrize("change", REPLACED.values(), ids=REPLACED)
+@pytest.mark.filterwarnings("ignore:maml_fast falls back")
+def test_what_a_model_holds_is_replaced_between_calls(change: Callable[[nn.Module], None]) -> None:
+    """The plan of the first call describes other memory: it must not be run on the new one."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    x, y = torch.randn(2, 5, 4), torch.randn(2, 5, 3)
+    maml = mf.MAML(model, 0.1, loss="mse")
+    maml.backward(x, y, x, y)
+    change(model)
+    model.zero_grad()
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        maml.backward(x, y, x, y)
+
+
+def test_a_parameter_of_another_shape_that_fits() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    x, y = torch.randn(2, 5, 4), torch.randn(2, 5, 3)
+    maml = mf.MAML(model, 0.1, loss="mse", backend="cpu")
+    maml.backward(x, y, x, y)
+    model[0].weight, model[0].bias = nn.Parameter(torch.randn(9, 4)), nn.Parameter(torch.randn(9))
+    model[2].weight = nn.Parameter(torch.randn(3, 9))
+    model.zero_grad()
+    loss = maml.backward(x, y, x, y)
+    expected = mf.MAML(model, 0.1, loss="mse", backend="reference").meta_loss(x, y, x, y)
+    torch.testing.assert_close(loss, expected.detach())
+
+
+def test_learning_rate_of_another_shape_later() -> None:
+    lr = nn.Parameter(torch.tensor(0.1))
+    x, y = torch.randn(2, 5, 4), torch.randn(2, 5, 3)
+    maml = mf.MAML(nn.Linear(4, 3), lr, loss="mse")
+    lr.data = torch.zeros(0)
+    with pytest.raises(ValueError, match=r"lr: expected shape \(\)"):
+        maml.backward(x, y, x, y)
+
+
 # ---- the constructor's arguments --------------------------------------------------------------------
 
 

@@ -140,6 +140,7 @@ class _Call:
         assert graph is not None
         self.plan = plan
         self.constants = _constants(graph)
+        self.constant_shapes = [b.shape for b in map(plan.model.module.get_buffer, self.constants)]
         self.out_shape = graph.shapes[graph.output]
         self.used = graph.used_parameters()
         spec = _Spec(plan, graph).as_dict()
@@ -151,8 +152,7 @@ class _Call:
         plan, result = self.plan, Result()
         shape = (plan.tasks, plan.query, *self.out_shape)
         parameters = [_dense(p) for p in t.parameters]
-        buffers = dict(plan.model.module.named_buffers()) if self.constants else {}
-        constants = [_dense(buffers[name].to(plan.dtype)) for name in self.constants]
+        constants = self._buffers() if self.constants else []
         rates = [_dense(r) for r in t.rates]
         x_s, y_s, x_q, y_q = [None if v is None else _dense(v) for v in (t.x_s, t.y_s, t.x_q, t.y_q)]
         adapted = [_dense(a) for a in t.adapted]
@@ -196,6 +196,14 @@ class _Call:
             pieces = zip(rate_gradient.split(self.rate_sizes), plan.rates.shapes, plan.needs.rates, strict=True)
             result.rates = [g.view(s) if need else None for g, s, need in pieces]
         return result
+
+    def _buffers(self) -> list[Tensor]:
+        """The buffers that layers read as constants, in the core's type."""
+        found = [self.plan.model.module.get_buffer(name) for name in self.constants]
+        for name, buffer, shape in zip(self.constants, found, self.constant_shapes, strict=True):
+            if buffer.shape != shape:
+                raise ValueError(f"model: expected buffer {name!r} of shape {tuple(shape)}, got {tuple(buffer.shape)}")
+        return [_dense(b.to(self.plan.device, self.plan.dtype)) for b in found]
 
     def _allocate_gradients(self, result: Result, t: Tensors) -> None:
         """New memory for the gradients; zeros where the core has nothing to write."""
