@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .losses import Loss
 
+_PRECISIONS = ("float32", "tf32", "bf16")
+
 
 def inputs(name: str, x: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Check a batch of inputs (T, N, *in) with at least one task and one sample."""
@@ -78,6 +80,13 @@ def steps(value: Any) -> int:
     if value < 0:
         raise ValueError(f"steps: expected 0 or more, got {value}")
     return value
+
+
+def precision(value: Any) -> str:
+    """The name of a precision of products."""
+    if value not in _PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(map(repr, _PRECISIONS))}, got {value!r}")
+    return str(value)
 
 
 def reduction(value: Any) -> str:

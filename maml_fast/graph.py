@@ -10,6 +10,20 @@ from typing import Any, TypeAlias
 Shape = tuple[int, ...]
 Attribute: TypeAlias = Any  # float | int | tuple[int, ...]; the layer's kind and the attribute's name tell which
 
+ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
+    "relu": (),
+    "leaky_relu": ("negative_slope",),
+    "elu": ("alpha",),
+    "gelu": (),
+    "gelu_tanh": (),
+    "silu": (),
+    "tanh": (),
+    "sigmoid": (),
+    "softplus": ("beta", "threshold"),
+    "sine": ("w0",),
+}
+"""Layers that take every number by itself, and their attributes in the order in which kernels take them."""
+
 
 @dataclass(frozen=True)
 class Op:

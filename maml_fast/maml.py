@@ -56,6 +56,9 @@ class MAML(nn.Module):
         adapts: which parameters the inner loop updates: names, or a predicate
             `(name, parameter) -> bool`. None means all. The others still get meta-gradients.
         tape_bytes: memory a thread may spend on saved activations; beyond it they are recomputed.
+        precision: `"float32"` is exact; `"tf32"` and `"bf16"` allow the Triton backend to round the
+            operands of matrix products and convolutions. Sums, weights and all else stay float32,
+            and the other backends always compute in the parameters' dtype.
 
     Shapes: `x_s (T, Ns, *in)`, `y_s (T, Ns)` int64 labels or `(T, Ns, *out)` targets; `x_q`, `y_q`
     likewise with Nq. Inputs have the parameters' dtype (float32 or float64) and device.
@@ -81,6 +84,7 @@ class MAML(nn.Module):
         backend: str = "auto",
         adapts: Adapts = None,
         tape_bytes: int = 1 << 28,
+        precision: str = "float32",
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -92,6 +96,7 @@ class MAML(nn.Module):
         self.allow_nograd = allow_nograd
         self.backend = backend
         self.tape_bytes = int(tape_bytes)
+        self.precision = checks.precision(precision)
         self._adapts = adapts
         self._inner = Inner(losses.resolve(loss), checks.steps(steps), self.first_order)
         self._model = self._snapshot()
@@ -274,6 +279,7 @@ class MAML(nn.Module):
             dtype=x.dtype,
             device=x.device,
             tape_bytes=self.tape_bytes,
+            precision=self.precision,
         )
         self._check_model(plan)
         for name, y in (("y_s", y_s), ("y_q", y_q)):

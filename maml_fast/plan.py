@@ -84,6 +84,7 @@ class Plan:
         tasks: T. support, query: samples a task (0 where the mode has none).
         in_shape: shape of one sample.
         tape_bytes: how much memory a thread may spend on saved activations.
+        precision: the least that a backend may compute products with: `"float32"`, `"tf32"` or `"bf16"`.
     """
 
     mode: Mode
@@ -98,6 +99,7 @@ class Plan:
     dtype: torch.dtype
     device: torch.device
     tape_bytes: int = 1 << 28
+    precision: str = "float32"
     state: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property

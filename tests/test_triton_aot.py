@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+# Not by importing it: the environment decides how its functions compile.
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
 
 pytestmark = pytest.mark.timeout(600)
 
-MOST_SPILLS = 64  # bytes a thread
+MOST_SPILLS = 16  # bytes a thread
 
 
 def _compiler(cache: str) -> None:
@@ -40,8 +43,8 @@ def _compiled(n: int) -> tuple[str, int, Any]:
 def table(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, int, Any]]:
     cache: Path = tmp_path_factory.mktemp("triton")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, context, _compiler, (str(cache),)) as pool:
-        rows = list(pool.map(_compiled, range(pool.submit(_size).result()), chunksize=4))
+    with ProcessPoolExecutor(1, context, _compiler, (str(cache),)) as pool:
+        rows = list(pool.map(_compiled, range(pool.submit(_size).result()), chunksize=16))
     for name, capability, usage in rows:
         print(f"{capability:4d} {usage.shared:6d} B {usage.registers:3d} regs {usage.spills:4d} B spilt  {name}")
     return rows
@@ -58,5 +61,5 @@ def test_no_kernel_spills_much(table: list[tuple[str, int, Any]]) -> None:
 
 
 def test_every_precision_compiles(table: list[tuple[str, int, Any]]) -> None:
-    for precision in ("ieee", "tf32x3", "tf32", "bf16"):
+    for precision in ("ieee", "tf32", "bf16"):
         assert any(f"PRECISION={precision}" in name for name, _, _ in table), precision

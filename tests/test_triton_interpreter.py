@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from functools import partial
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("triton")
+# Not by importing it: the environment decides how its functions compile.
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
 from maml_fast import MAML, cases, dispatch, verify
 from maml_fast.algorithms import maml as algorithm
-from maml_fast.backends.triton import TritonBackend, workspace
+from maml_fast.backends.triton import TritonBackend, launch, tiles, workspace
 
 # Every layer kind, loss and option once; each costs about a second of interpretation.
 SECOND_ORDER = (
@@ -22,20 +25,34 @@ SECOND_ORDER = (
     "batchnorm", "batchnorm-plain", "batchnorm-eval", "layernorm", "layernorm-no-bias", "batchnorm-sequence",
     "layernorm-sequence", "residual", "branches", "view", "function-shift", "function-twice",
     "loss-cross-entropy-smoothed", "loss-bce", "loss-l1", "loss-huber-delta",
-    "size-one-feature", "size-65", "size-tasks",
+    "size-one-feature", "size-tasks",
     "tied-rates", "frozen-rates", "unreached-rates", "adapts-head", "adapts-body", "adapts-none",
     "rate-scalar", "rate-per_element", "steps-0-classes",
 )  # fmt: skip
-FIRST_ORDER = ("batchnorm", "rate-per_tensor")
-ALL_MODES = ("loss-cross-entropy", "frozen")
+IMAGES = (
+    "conv-1x1", "conv-2x3", "conv-stride-2", "conv-dilation", "conv-everything", "conv-depthwise-wider",
+    "conv1d-strided", "conv-one-image", "conv-branches", "conv-residual", "conv-tied-rates", "conv-frozen",
+    "conv-frozen-weight", "conv-adapts-body", "batchnorm2d-plain", "batchnorm2d-eval", "groupnorm", "groupnorm-signal",
+    "instancenorm-tracked-eval", "layernorm-rows", "maxpool-overlapping", "maxpool-dilated", "maxpool1d",
+    "avgpool-padded", "avgpool-inside", "mean-over-space", "upsample-uneven", "unflatten-image",
+    "pooled-block-eval", "conv4", "strided-steps",
+)  # fmt: skip
+SMALL_TILES = ("size-65", "conv-17", "conv-stride-3")
+OWN_TILES = tiles.product
+FIRST_ORDER = ("batchnorm", "rate-per_tensor", "pooled-block")
+ALL_MODES = ("loss-cross-entropy", "frozen", "conv-rate-tensors")
 
 
 @pytest.fixture(autouse=True)
 def triton(monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
-    """The backend under its name, with memory that is NaN until something is written."""
+    """The backend under its name, with memory that is NaN until something is written.
+
+    Tiles are large, because the interpreter's time goes with their number.
+    """
     torch.set_num_threads(1)
     backend = TritonBackend()
     monkeypatch.setitem(dispatch.BACKENDS, "triton", backend)
+    monkeypatch.setattr(tiles, "product", _large_tile)
     allocate = workspace.Workspace.allocate
 
     def poisoned(self: workspace.Workspace, tasks: int, device: torch.device) -> None:
@@ -71,10 +88,23 @@ def assert_close(case: cases.Case, results: verify.Results, first_order: bool) -
     assert all(e.ok for e in errors), [e for e in errors if not e.ok]
 
 
-@pytest.mark.parametrize("name", SECOND_ORDER)
+@pytest.mark.parametrize("name", SECOND_ORDER + IMAGES)
 def test_second_order(name: str) -> None:
     (case,) = cases.select([name])
     assert_close(case, meta_gradient(case, first_order=False), first_order=False)
+
+
+@pytest.mark.parametrize("name", SMALL_TILES)
+def test_own_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles along each dimension of the products."""
+    monkeypatch.setattr(tiles, "product", OWN_TILES)
+    (case,) = cases.select([name])
+    assert_close(case, meta_gradient(case, first_order=False), first_order=False)
+
+
+def _large_tile(m: int, n: int, k: int, precision: str) -> dict[str, int]:
+    size = launch.power_of_two
+    return {"BM": size(m, 16, 256), "BN": size(n, 16, 64), "BK": size(k, 16, 128), "num_warps": 4}
 
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
@@ -127,6 +157,16 @@ def test_same_bits_every_time() -> None:
     _assert_equal(meta_gradient(case, first_order=False), meta_gradient(case, first_order=False))
 
 
+def test_weights_of_convolutions_keep_their_order() -> None:
+    """Inside they stand channels last; what comes out has PyTorch's order, and nothing aliases anything."""
+    (case,) = cases.select(["conv-everything"])
+    problem = case.build(torch.float32)
+    adapted = problem.maml("triton").adapt(problem.x_s, problem.y_s).parameters
+    for name, value in problem.model.named_parameters():
+        assert adapted[name].shape == (case.tasks, *value.shape)
+        assert adapted[name].is_contiguous(), name
+
+
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
 def test_precision_reaches_the_products(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter computes them all alike: this only shows what the kernels are asked for."""
@@ -176,8 +216,6 @@ def _assert_equal(a: verify.Results, b: verify.Results) -> None:
 
 
 def _record(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
-    from maml_fast.backends.triton import launch
-
     run, seen = launch.run, []
 
     def recorded(kernel: object, programs: int, *arguments: object, **constants: object) -> None:

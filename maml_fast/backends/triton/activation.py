@@ -11,20 +11,6 @@ from torch import Tensor
 
 from .launch import Launch, blocks
 
-PARAMETERS: dict[str, tuple[str, ...]] = {
-    "relu": (),
-    "leaky_relu": ("negative_slope",),
-    "elu": ("alpha",),
-    "gelu": (),
-    "gelu_tanh": (),
-    "silu": (),
-    "tanh": (),
-    "sigmoid": (),
-    "softplus": ("beta", "threshold"),
-    "sine": ("w0",),
-}
-"""Every activation, and the attributes that are its kernel's p0 and p1."""
-
 PIECEWISE_LINEAR = ("relu", "leaky_relu")
 
 _BLOCK = 512
@@ -61,9 +47,11 @@ def _expm1(x):
 @triton.jit
 def activate(x, p0, p1, ACT: tl.constexpr):
     """f(x), f'(x), f''(x)."""
-    if ACT == "relu":
+    if ACT == "identity":
+        return x, tl.zeros_like(x) + 1.0, tl.zeros_like(x)
+    elif ACT == "relu":  # noqa: RET505  # Triton compiles what follows a return in a static branch
         return tl.where(x < 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0), tl.zeros_like(x)
-    elif ACT == "leaky_relu":  # noqa: RET505  # Triton compiles what follows a return in a static branch
+    elif ACT == "leaky_relu":
         return tl.where(x > 0, x, p0 * x), tl.where(x > 0, 1.0, p0), tl.zeros_like(x)
     elif ACT == "elu":
         negative = x < 0
@@ -109,7 +97,7 @@ def activate(x, p0, p1, ACT: tl.constexpr):
         return y, p0 * tl.cos(p0 * x), -p0 * p0 * y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def activation_kernel(x, y, d1, d2, p0, p1, size, ACT: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
@@ -122,9 +110,8 @@ def activation_kernel(x, y, d1, d2, p0, p1, size, ACT: tl.constexpr, BLOCK: tl.c
 
 
 def activation(
-    launch: Launch, kind: str, parameters: tuple[float, ...], x: Tensor, y: Tensor, d1: Tensor | None, d2: Tensor | None
+    launch: Launch, act: tuple[str, float, float], x: Tensor, y: Tensor, d1: Tensor | None, d2: Tensor | None
 ) -> None:
     """y, d1, d2 ← f(x), f'(x), f''(x); contiguous float32 of one size, d1 and d2 where wanted."""
-    p0, p1 = (*parameters, 0.0, 0.0)[:2]
     size = y.numel()
-    launch(activation_kernel, blocks(size, _BLOCK), x, y, d1, d2, p0, p1, size, ACT=kind, BLOCK=_BLOCK)
+    launch(activation_kernel, blocks(size, _BLOCK), x, y, d1, d2, *act[1:], size, ACT=act[0], BLOCK=_BLOCK)

@@ -9,7 +9,7 @@ import math
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,11 @@ class Instance:
         return self.kernel.fn.__name__, self.module, tuple(kept)
 
     @property
+    def rounded(self) -> bool:
+        """Whether it rounds its operands."""
+        return dict(self.constants).get("PRECISION", "ieee") != "ieee"
+
+    @property
     def tile(self) -> int:
         """Numbers in its tile."""
         return math.prod(v for k, v in self.constants if k in _TILES)
@@ -97,18 +102,23 @@ def _instance(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]
     options = {k: v for k, v in constants.items() if k in _LAUNCH_OPTIONS}
     values = dict(zip(kernel.arg_names, arguments, strict=False))
     values |= {k: v for k, v in constants.items() if k not in _LAUNCH_OPTIONS}
-    signature = {name: _type(values[name], name in constants) for name in kernel.arg_names}
+    general = {p.name for p in kernel.params if p.do_not_specialize}
+    signature = {n: _type(values[n], n in constants, n not in general) for n in kernel.arg_names}
     return Instance(
         kernel,
         tuple(signature.items()),
         tuple((n, values[n]) for n in kernel.arg_names if signature[n] == "constexpr"),
-        tuple(i for i, n in enumerate(kernel.arg_names) if signature[n] != "constexpr" and _aligned(values[n])),
+        tuple(
+            i
+            for i, n in enumerate(kernel.arg_names)
+            if signature[n] != "constexpr" and n not in general and _aligned(values[n])
+        ),
         tuple(options.items()),
     )
 
 
-def _type(value: Any, constant: bool) -> str:
-    if constant or value is None or (isinstance(value, int) and value == 1):
+def _type(value: Any, constant: bool, specialised: bool) -> str:
+    if constant or value is None or (specialised and isinstance(value, int) and value == 1):
         return "constexpr"
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]
@@ -151,57 +161,54 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
+NETWORKS = ("batchnorm-deep", "layernorm", "groupnorm", "maxpool", "branches")
+"""Cases with layers that the benchmark's networks lack."""
+
+
 def plans() -> dict[str, Plan]:
-    """Meta-gradient plans of the benchmark's cases that this backend has kernels for, and of networks with norms."""
+    """Meta-gradient plans of the benchmark's cases and of `NETWORKS`."""
     from ...cases import BENCH, select
     from ...plan import Mode
-    from .support import why_not_network
 
     found = {}
-    for case in (*BENCH, *select(["batchnorm-deep", "layernorm", "branches"])):
+    for case in (*BENCH, *select([*NETWORKS])):
         problem = case.build(torch.float32)
-        plan = problem.maml("reference")._prepare(Mode.META_GRADIENT, *problem.batch).call.plan
-        graph = plan.trace[0]
-        if graph is not None and not why_not_network(plan, graph):
-            found[case.name] = plan
+        found[case.name] = problem.maml("reference")._prepare(Mode.META_GRADIENT, *problem.batch).call.plan
     return found
 
 
 @cache
-def work() -> tuple[tuple[int, Instance], ...]:
-    """What the tests compile: of every kernel and set of arguments its largest tile, for capability 9.0.
+def work(every: bool = False) -> tuple[tuple[int, Instance], ...]:
+    """What is compiled, each for every capability: the instances that the plans need.
 
-    For the other capabilities the matrix products and norms, which alone use shared memory; and the
-    products that add two products in every precision.
+    Args:
+        every: also those that differ in strides and alignment only, which the tests leave out; and in
+            the other precisions every tile instead of the largest.
     """
-    chosen: dict[object, Instance] = {}
-    pairs: dict[object, Instance] = {}
+    exact: dict[object, Instance] = {}
+    rounded: dict[object, Instance] = {}
     for plan in plans().values():
+        for instance in instances(plan):
+            key: object = instance if every else instance.name
+            exact[key] = max(instance, exact.get(key, instance), key=lambda i: len(i.aligned))
         for precision in PRECISIONS:
-            plan.state["precision"] = precision
-            for instance in instances(plan):
-                is_pair = instance.module == "gemm" and "a2" not in dict(instance.constants)
-                if precision == "float32" or is_pair:
-                    group = chosen if precision == "float32" else pairs
-                    key = instance.variant
-                    group[key] = max(instance, group.get(key, instance), key=lambda i: i.tile)
-    shared = [i for i in chosen.values() if i.module in ("gemm", "channel_norm", "layer_norm")]
-    return (
-        *((90, i) for i in (*chosen.values(), *pairs.values())),
-        *((c, i) for c in SHARED_LIMIT if c != 90 for i in (*shared, *pairs.values())),
-    )
+            for instance in instances(replace(plan, precision=precision)):
+                if instance.rounded:
+                    key = instance if every else instance.variant
+                    rounded[key] = max(instance, rounded.get(key, instance), key=lambda i: i.tile)
+    return tuple((c, i) for i in (*exact.values(), *rounded.values()) for c in SHARED_LIMIT)
 
 
-def compile_nth(n: int) -> tuple[str, int, Usage]:
+def compile_nth(n: int, every: bool = False) -> tuple[str, int, Usage]:
     """The name, capability and usage of one piece of `work`; for processes that share nothing."""
-    capability, instance = work()[n]
+    capability, instance = work(every)[n]
     return instance.name, capability, compile(instance, capability)
 
 
 def main() -> None:
     for name, plan in plans().items():
         print(f"{name}: {len(launches(plan))} launches a call")
-    for name, capability, usage in map(compile_nth, range(len(work()))):
+    for name, capability, usage in (compile_nth(n, every=True) for n in range(len(work(every=True)))):
         print(f"{capability:4d} {usage.shared:6d} B {usage.registers:3d} regs {usage.spills:4d} B spilt  {name}")
 
 

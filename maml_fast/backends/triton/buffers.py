@@ -71,7 +71,8 @@ class Buffers:
             rate = plan.rates.of_parameter[p]
             self.of_rate[rate].append(p)
             elementwise = plan.rates.shapes[rate] != ()
-            places[flat.slice(p)] = starts[rate] + (torch.arange(flat.sizes[p]) if elementwise else 0)
+            own = torch.arange(flat.sizes[p], dtype=torch.int32).view(plan.model.shapes[p]) if elementwise else 0
+            flat.view(places, p).copy_(torch.as_tensor(starts[rate] + own))
         self.rate_at = places.to(device)
         self.rate_products: Tensor | None = None
         if wanted:
@@ -101,7 +102,7 @@ class Buffers:
         flat, model = self.network.flat, self.plan.model
         named = dict(model.module.named_buffers()) if self.constants else {}
         pairs = [
-            *((self.theta[flat.slice(i)].view(model.shapes[i]), p) for i, p in enumerate(t.parameters)),
+            *((flat.view(self.theta, i), p) for i, p in enumerate(t.parameters)),
             *zip(self.rate_views, t.rates, strict=False),
             *((buffer, named[name]) for name, buffer in self.constants.items()),
             (self.x[Batch.SUPPORT], t.x_s),
@@ -112,11 +113,7 @@ class Buffers:
             (self.cotangent, t.cotangent),
         ]
         if self.given is not None:
-            pairs += [
-                (self.given[:, flat.slice(i)].view(a.shape), a)
-                for i, a in enumerate(t.adapted)
-                if i in flat.adapting_set
-            ]
+            pairs += [(flat.view(self.given, i), a) for i, a in enumerate(t.adapted) if i in flat.adapting_set]
         wanted = [(to, source.detach()) for to, source in pairs if to is not None and source is not None]
         for dtype in {to.dtype for to, _ in wanted}:
             chosen = [pair for pair in wanted if pair[0].dtype == dtype]
@@ -126,20 +123,19 @@ class Buffers:
         """Fresh copies of what the mode returns; parameters' gradients are views of one vector."""
         plan, flat, shapes = self.plan, self.network.flat, self.plan.model.shapes
         result = Result(
-            losses=_copy(self.losses),
-            outputs=_copy(self.outputs),
-            x_s=_copy(self.dx[Batch.SUPPORT]),
-            x_q=_copy(self.dx[Batch.QUERY]),
+            losses=_copied(self.losses),
+            outputs=_copied(self.outputs),
+            x_s=_copied(self.dx[Batch.SUPPORT]),
+            x_q=_copied(self.dx[Batch.QUERY]),
         )
         if self.weights is not None and self.losses is not None:
             result.objective = torch.dot(self.losses, self.weights)
         if self.adapted is not None:
-            result.adapted = [self.adapted[:, flat.slice(i)].clone().view(-1, *s) for i, s in enumerate(shapes)]
+            result.adapted = [_copy(flat.view(self.adapted, i)) for i in range(len(shapes))]
         if self.gradient is not None:
             gradient = self.gradient.clone()
             result.parameters = [
-                gradient[flat.slice(i)].view(s) if need else None
-                for i, (s, need) in enumerate(zip(shapes, plan.needs.parameters, strict=True))
+                flat.view(gradient, i).contiguous() if need else None for i, need in enumerate(plan.needs.parameters)
             ]
             result.rates = [self._rate_gradient(r) if need else None for r, need in enumerate(plan.needs.rates)]
         return result
@@ -151,8 +147,12 @@ class Buffers:
             return self.rate_sums[rate].clone()
         if not adapted:
             return self.rates.new_zeros(shape)
-        return self.rate_products[self.network.flat.slice(adapted[0])].clone().view(shape)
+        return _copy(self.network.flat.view(self.rate_products, adapted[0]))
 
 
-def _copy(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.clone()
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _copied(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _copy(x)

@@ -16,8 +16,8 @@ from .launch import Launch
 from .network import Network
 from .workspace import Workspace
 
-PRECISIONS = {"float32": "ieee", "tf32x3": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
-"""How matrix products read float32 operands, by the user's word for it."""
+PRECISIONS = {"float32": "ieee", "tf32": "tf32", "bf16": "bf16"}
+"""How products read float32 operands, by the user's word for it; `"tf32x3"` would be as exact as `"ieee"`."""
 
 
 class Call:
@@ -41,7 +41,7 @@ class Call:
         self.buffers = Buffers(plan, network, device)
         program, self.workspace, self.chunk = _fit(plan, network, budget - self.buffers.bytes())
         self.workspace.allocate(self.chunk, device)
-        precision = PRECISIONS[str(plan.state.get("precision", "float32"))]
+        precision = PRECISIONS[plan.precision]
         self.executor = Executor(plan, network, program, self.buffers, self.workspace, launch, precision)
         self.capture = Capture(self.run) if device.type == "cuda" else None
 

@@ -1,4 +1,4 @@
-"""Maps over flat arrays: linear combinations, products, and copies of rows."""
+"""Maps over flat arrays: linear combinations, products, copies of rows, transposes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .launch import Launch, blocks
 _BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def combine_kernel(a, b, out, f, g, h, size, ADD: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
@@ -23,7 +23,7 @@ def combine_kernel(a, b, out, f, g, h, size, ADD: tl.constexpr, BLOCK: tl.conste
     tl.store(out + i, y, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def multiply_kernel(a, b, c, d, e, out, size, ADD: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
@@ -36,7 +36,7 @@ def multiply_kernel(a, b, c, d, e, out, size, ADD: tl.constexpr, BLOCK: tl.const
     tl.store(out + i, y, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def copy_rows_kernel(a, out, size, width, a_row, out_row, ADD: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
@@ -48,6 +48,26 @@ def copy_rows_kernel(a, out, size, width, a_row, out_row, ADD: tl.constexpr, BLO
     if ADD:
         y += tl.load(to, mask=inside, other=0.0)
     tl.store(to, y, mask=inside)
+
+
+@triton.jit(do_not_specialize=["size", "rows", "a_t"])
+def spread_rows_kernel(a, out, size, width, rows, a_t, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    at = (i // (width * rows)) * a_t + i % width
+    tl.store(out + i, tl.load(a + at, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["size", "rows", "columns"])
+def transpose_kernel(a, out, size, rows, columns, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    one = rows * columns
+    matrix, rest = i // one, i % one
+    y = tl.load(a + matrix * one + (rest % rows) * columns + rest // rows, mask=inside, other=0.0)
+    if ADD:
+        y += tl.load(out + i, mask=inside, other=0.0)
+    tl.store(out + i, y, mask=inside)
 
 
 def combine(
@@ -85,3 +105,16 @@ def copy_rows(launch: Launch, out: Tensor, a: Tensor | None, *, add: bool = Fals
     size, width = out.numel(), out.shape[1]
     a_row = 0 if a is None else a.stride(0)
     launch(copy_rows_kernel, blocks(size, _BLOCK), a, out, size, width, a_row, out.stride(0), ADD=add, BLOCK=_BLOCK)
+
+
+def spread_rows(launch: Launch, out: Tensor, a: Tensor | None) -> None:
+    """out[t, r] ← a[t]; out (T, R, W) contiguous, a (T, W)."""
+    assert a is not None
+    size, rows, width = out.numel(), out.shape[1], out.shape[2]
+    launch(spread_rows_kernel, blocks(size, _BLOCK), a, out, size, width, rows, a.stride(0), BLOCK=_BLOCK)
+
+
+def transpose(launch: Launch, out: Tensor, a: Tensor, rows: int, columns: int, *, add: bool) -> None:
+    """out (+)= every rows × columns matrix of a, transposed; contiguous float32 of one size."""
+    size = out.numel()
+    launch(transpose_kernel, blocks(size, _BLOCK), a, out, size, rows, columns, ADD=add, BLOCK=_BLOCK)

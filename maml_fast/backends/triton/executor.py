@@ -36,7 +36,7 @@ from .layers import KINDS
 from .losses import TaskLoss
 from .network import Network
 from .passes import Pass
-from .workspace import NORMS, Workspace
+from .workspace import Workspace
 
 
 class Executor:
@@ -183,7 +183,7 @@ class Executor:
             gradients=self._gradients(i.out, adapted_only=False),
         )
         for layer in self.network.layers:
-            if layer.output_moves or layer.kind in NORMS:
+            if layer.output_moves or KINDS[layer.kind].always_tangent:
                 KINDS[layer.kind].tangent(p.of(layer))
         out, y = self.network.out, self._mine(self.buffers.y[Batch.SUPPORT])
         tz, ez = p.view("tangent", out), p.view("tangent_delta", out)

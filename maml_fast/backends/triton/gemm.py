@@ -9,18 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, blocks, power_of_two
+from . import tiles
+from .launch import Launch, blocks, task
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr):
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
     else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "k", "bias_t", "sums_t"])
 def gemm_kernel(
     a, b, a2, b2, bias, c, sums,
     m, n, k,
@@ -46,12 +47,12 @@ def gemm_kernel(
         a_in = (rm[:, None] < m) & (rk[None, :] < k)
         b_in = (rk[:, None] < k) & (rn[None, :] < n)
         left = tl.load(a + t * a_t + a_at, mask=a_in, other=0.0)
-        acc = _dot(left, tl.load(b + t * b_t + b_at, mask=b_in, other=0.0), acc, PRECISION)
+        acc = dot(left, tl.load(b + t * b_t + b_at, mask=b_in, other=0.0), acc, PRECISION)
         if sums is not None:
             total += tl.sum(left, axis=1)
         if a2 is not None:
             left = tl.load(a2 + t * a2_t + a_at, mask=a_in, other=0.0)
-            acc = _dot(left, tl.load(b2 + t * b2_t + b_at, mask=b_in, other=0.0), acc, PRECISION)
+            acc = dot(left, tl.load(b2 + t * b2_t + b_at, mask=b_in, other=0.0), acc, PRECISION)
     if bias is not None:
         acc += tl.load(bias + t * bias_t + rn, mask=rn < n, other=0.0)[None, :]
     out = c + t * c_t + rm.to(tl.int64)[:, None] * n + rn[None, :]
@@ -65,15 +66,6 @@ def gemm_kernel(
         if ADD_SUMS:
             total += tl.load(where, mask=mine, other=0.0)
         tl.store(where, total, mask=mine)
-
-
-def tiles(m: int, n: int, k: int, precision: str) -> dict[str, int]:
-    """Tile and warps for a product's shape. Unverified on hardware: chosen by counting, not by measuring."""
-    # The scalar units (ieee) and three products in one (tf32x3) spill registers in larger tiles.
-    exact = precision in ("ieee", "tf32x3")
-    bm, bn = power_of_two(m, 16, 32 if exact else 64), power_of_two(n, 16, 64)
-    bk = power_of_two(k, 16, 16 if exact else 32)
-    return {"BM": bm, "BN": bn, "BK": bk, "num_warps": 4 if bm * bn >= 1024 else 2 if bm * bn > 256 else 1}
 
 
 def product(
@@ -105,19 +97,15 @@ def product(
             a, c = merged
             tasks, m = 1, tasks * m
     a2, b2 = pair or (None, None)
-    tile = tiles(m, n, k, precision)
+    tile = tiles.product(m, n, k, precision)
     launch(
         gemm_kernel,
         tasks * blocks(m, tile["BM"]) * blocks(n, tile["BN"]),
         a, b, a2, b2, bias, c, sums,
         m, n, k,
-        *a.stride(), *b.stride(), _task(a2), _task(b2), _task(bias), c.stride(0), _task(sums),
+        *a.stride(), *b.stride(), task(a2), task(b2), task(bias), c.stride(0), task(sums),
         ADD=add, ADD_SUMS=add_sums, PRECISION=precision, **tile,
     )  # fmt: skip
-
-
-def _task(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)
 
 
 def _shared(x: Tensor) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 Launch = Callable[..., None]
 """`launch(kernel, programs, *arguments, **constants)`."""
 
@@ -25,3 +27,8 @@ def blocks(size: int, block: int) -> int:
 def power_of_two(size: int, low: int, high: int) -> int:
     """The smallest power of two ≥ size, kept within [low, high]."""
     return min(max(1 << max(size - 1, 0).bit_length(), low), high)
+
+
+def task(*vectors: Tensor | None) -> int:
+    """The distance between tasks of the first vector there is."""
+    return next((v.stride(0) for v in vectors if v is not None), 0)

@@ -4,7 +4,7 @@
     x̂˙ = r (ẋ − mean(ẋ) − x̂ s),  s = mean(x̂ ẋ),   ẏ = w x̂˙ + ẇ x̂ + ḃ
     g˙ = w δ̇y + ẇ δy,  u˙ = g˙ − mean(g˙) − x̂˙ mean(g x̂) − x̂ mean(g˙ x̂ + g x̂˙)
     δ̇x = r (u˙ − u s r)
-One program owns a block of a task's rows.
+One program owns a block of a task's rows; `sums` adds up over rows, for any layer.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .channel_norm import task
-from .launch import Launch, blocks, power_of_two
+from .launch import Launch, blocks, power_of_two, task
 
 WIDEST = 8192
 
@@ -44,7 +43,7 @@ def _row(p, at, inside, default: tl.constexpr):
         return tl.load(p + at, mask=inside, other=0.0)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "w_t", "b_t"])
 def forward_kernel(
     x, w, b, y, xhat, inverse, rows, width, eps, w_t, b_t, BR: tl.constexpr, BW: tl.constexpr
 ):  # fmt: skip
@@ -60,7 +59,7 @@ def forward_kernel(
     tl.store(y + at, _row(w, t * w_t + ri, in_w, 1.0) * h + _row(b, t * b_t + ri, in_w, 0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "w_t"])
 def backward_kernel(
     xhat, inverse, dy, w, dx, rows, width, w_t, ADD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr
 ):  # fmt: skip
@@ -76,7 +75,7 @@ def backward_kernel(
     tl.store(dx + at, u, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "w_t", "v_t"])
 def tangent_kernel(
     xhat, inverse, tx, w, vw, vb, ty, txhat, s, rows, width, w_t, v_t, BR: tl.constexpr, BW: tl.constexpr
 ):  # fmt: skip
@@ -97,7 +96,7 @@ def tangent_kernel(
         tl.store(ty + at, y + _row(vb, t * v_t + ri, in_w, 0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "w_t", "v_t"])
 def backward_tangent_kernel(
     xhat, inverse, txhat, s, dy, ey, w, vw, ex, rows, width, w_t, v_t,
     ADD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
@@ -121,7 +120,7 @@ def backward_tangent_kernel(
     tl.store(ex + at, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "gw_t", "gb_t"])
 def column_sums_kernel(
     a, b, c, d, gw, gb, rows, width, gw_t, gb_t,
     ADD_W: tl.constexpr, ADD_B: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
@@ -227,3 +226,8 @@ class LayerNorm:
             column_sums_kernel, self.tasks * blocks(width, bw), a, b, *(more or (None, None)), gw, gb, rows, width,
             task(gw), task(gb), ADD_W=add_w, ADD_B=add_b, BR=power_of_two(rows, 8, 2048 // bw), BW=bw,
         )  # fmt: skip
+
+
+def sum_rows(launch: Launch, a: Tensor, out: Tensor, *, add: bool) -> None:
+    """out (+)= Σ_rows a; a (T, R, W) contiguous, out (T, W)."""
+    LayerNorm(launch, a.shape[0], a.shape[1], a.shape[2]).sums(a, a, None, None, out, add_w=False, add_b=add)

@@ -42,7 +42,7 @@ def _pointwise(z, y, d, LOSS: tl.constexpr):
         return value, s - y, s * (1.0 - s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def pointwise_kernel(z, y, weights, losses, dz, size, d, LOSS: tl.constexpr, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     scale = 1.0 / size
@@ -63,7 +63,7 @@ def pointwise_kernel(z, y, weights, losses, dz, size, d, LOSS: tl.constexpr, BLO
         tl.store(losses + t, tl.sum(total, axis=0) / size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def pointwise_tangent_kernel(z, y, tz, ez, size, d, LOSS: tl.constexpr, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     for start in range(0, size, BLOCK):
@@ -89,7 +89,7 @@ def _softmax(z, at, inside):
     return v, e / total[:, None], top + tl.log(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "classes"])
 def cross_entropy_kernel(
     z, labels, weights, losses, dz, samples, classes, smoothing, BN: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
@@ -116,7 +116,7 @@ def cross_entropy_kernel(
         tl.store(losses + t, tl.sum(total, axis=0) / samples)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "classes"])
 def cross_entropy_tangent_kernel(z, tz, ez, samples, classes, BN: tl.constexpr, BC: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     rc = tl.arange(0, BC)

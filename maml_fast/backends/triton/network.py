@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from ...graph import Graph, Op
+from torch import Tensor
+
+from ...graph import ACTIVATIONS, Graph, Op
 from ...plan import Mode, Plan
+from .layout import channels_last
 
+_FUSING = ("batch_norm", "running_norm")
 _ALIGNED = 16  # numbers: a parameter starts at a multiple of 64 bytes, so that loads can be vectors
 
 
@@ -17,7 +23,9 @@ class Layer:
     """One layer, and the static facts of its reverse sweep.
 
     Attributes:
-        inputs, output: buffers. weight, bias: parameters. shape: one sample of the output.
+        inputs, output: buffers. weight, bias: parameters.
+        shape, source: of one sample of the output and of the first input; images are channels last.
+        activation: what is applied to the output, and its two parameters.
         first: per input, whether this layer is the first to write that input's delta.
         wants: per input, whether its delta is wanted. moves: per input, whether it has a tangent.
         first_weight, first_bias: whether this layer is the first to write that gradient.
@@ -31,8 +39,10 @@ class Layer:
     weight: int | None
     bias: int | None
     constants: tuple[str, ...]
-    attributes: Mapping[str, float]
+    attributes: Mapping[str, Any]
     shape: tuple[int, ...]
+    source: tuple[int, ...]
+    activation: tuple[str, float, float]
     first: tuple[bool, ...]
     wants: tuple[bool, ...]
     moves: tuple[bool, ...]
@@ -45,16 +55,18 @@ class Layer:
 class Flat:
     """Parameters in one vector: those that adapt, other active ones, other trainable ones, the rest.
 
-    A parameter is active where the output depends on it and a gradient of it is wanted.
+    A parameter is active where the output depends on it and a gradient of it is wanted. Weights of
+    convolutions are stored channels last, (filters, *kernel, channels).
 
     Attributes:
         offsets: where each parameter starts.
         adapting, active, trainable, total: where these groups end.
     """
 
-    def __init__(self, plan: Plan, used: set[int]) -> None:
+    def __init__(self, plan: Plan, used: set[int], filters: set[int]) -> None:
         loads = plan.mode is Mode.APPLY
         model = plan.model
+        self.shapes, self.filters = model.shapes, filters
         self.sizes = [math.prod(s) for s in model.shapes]
         self.active_set = {i for i in used if model.trainable[i] or loads}
         self.adapting_set = {i for i in self.active_set if model.adapts[i] or loads}
@@ -76,6 +88,13 @@ class Flat:
         """Where the parameter's numbers stand."""
         return slice(self.offsets[parameter], self.offsets[parameter] + self.sizes[parameter])
 
+    def view(self, vectors: Tensor, parameter: int) -> Tensor:
+        """The parameter in (…, total) as (…, *shape), in PyTorch's order of dimensions."""
+        found, shape = vectors[..., self.slice(parameter)], self.shapes[parameter]
+        if parameter in self.filters:
+            return found.unflatten(-1, (shape[0], *shape[2:], shape[1])).movedim(-1, 1 - len(shape))
+        return found.unflatten(-1, shape) if shape else found.squeeze(-1)
+
 
 class Network:
     """Layers in order, with reshapes dissolved into other names for the same buffer.
@@ -86,15 +105,40 @@ class Network:
     """
 
     def __init__(self, plan: Plan, graph: Graph) -> None:
-        self.graph = graph
-        self.flat = Flat(plan, graph.used_parameters())
+        self.graph = graph = channels_last(graph)
+        filters = {p for op in graph.ops if op.kind == "conv" and (p := op.parameters[0]) is not None}
+        self.flat = Flat(plan, graph.used_parameters(), filters)
         self.buffers = {0: 0}
         self.features = [graph.features(0)]
-        ops = [op for op in graph.live_ops() if not self._name(op)]
+        self.activations: dict[int, Op] = {}
+        ops = [op for op in self._fused(graph) if not self._name(op)]
         self.out = self.buffers[graph.output]
         self.layers = self._layers(ops, plan.needs.x_s or plan.needs.x_q)
         self.out_moves = any(layer.output_moves for layer in self.layers if layer.output == self.out)
         self.constants = list(dict.fromkeys(name for op in ops for name in op.constants))
+
+    def _fused(self, graph: Graph) -> list[Op]:
+        """The operations, with activations made part of the norms before them."""
+        readers = Counter(i for op in graph.ops for i in op.inputs)
+        followers = {op.inputs[0]: op for op in graph.ops if op.kind in ACTIVATIONS}
+        fused, gone = [], set()
+        for op in graph.ops:
+            after = followers.get(op.output)
+            alone = readers[op.output] == 1 and op.output != graph.output
+            if op.kind in _FUSING and after is not None and alone:
+                self.activations[after.output] = after
+                gone.add(after.output)
+                fused.append(replace(op, output=after.output))
+            elif op.output not in gone:
+                fused.append(op)
+        return fused
+
+    def _activation(self, op: Op) -> tuple[str, float, float]:
+        after = op if op.kind in ACTIVATIONS else self.activations.get(op.output)
+        if after is None:
+            return "identity", 0.0, 0.0
+        p0, p1 = (*(float(after.attributes[name]) for name in ACTIVATIONS[after.kind]), 0.0, 0.0)[:2]
+        return after.kind, p0, p1
 
     def _name(self, op: Op) -> bool:
         """Give the output its buffer; whether that is the input's."""
@@ -136,6 +180,8 @@ class Network:
                     constants=op.constants,
                     attributes=op.attributes,
                     shape=self.graph.shapes[op.output],
+                    source=self.graph.shapes[op.inputs[0]],
+                    activation=self._activation(op),
                     first=tuple(first("delta", i) for i in sources),
                     wants=tuple(wants[i] for i in sources),
                     moves=tuple(moves[i] for i in sources),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .launch import Launch
 from .network import Layer, Network
-from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from .workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,19 @@ class Pass:
         return self._sure("tangent_delta", buffer)
 
     def aux(self, which: int) -> Tensor | None:
-        """f' and f'' of an activation; x̂ and 1/σ of a norm."""
+        """What the layer's `forward` keeps: see its `aux`."""
         return self.view("aux", self.tape, self.layer.index, which)
 
+    def both_aux(self) -> tuple[Tensor, Tensor]:
+        index = self.layer.index
+        return self._sure("aux", self.tape, index, 0), self._sure("aux", self.tape, index, 1)
+
+    def scratch(self) -> Tensor | None:
+        """Room that no other launch needs at the same time."""
+        return self.view("scratch")
+
     def tangent_aux(self) -> tuple[Tensor, Tensor]:
-        """A norm's x̂˙ and mean(x̂ ẋ)."""
+        """What the layer's `tangent` keeps: see its `tangent_aux`."""
         index = self.layer.index
         return self._sure("tangent_aux", index, 0), self._sure("tangent_aux", index, 1)
 
@@ -99,6 +110,11 @@ class Pass:
 
     def w(self) -> Tensor | None:
         return None if self.layer.weight is None else self.weights(self.layer.weight)
+
+    def sure_w(self) -> Tensor:
+        found = self.w()
+        assert found is not None
+        return found
 
     def b(self) -> Tensor | None:
         return None if self.layer.bias is None else self.weights(self.layer.bias)

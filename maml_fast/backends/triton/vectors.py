@@ -15,7 +15,7 @@ _BLOCK = 1024
 _SEGMENT = 1024  # numbers that one program of the first summation adds up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def step_kernel(theta, vector, rates, rate_at, out, size, theta_t, vector_t, out_t, BLOCK: tl.constexpr):
     across = tl.cdiv(size, BLOCK)
     t = (tl.program_id(0) // across).to(tl.int64)
@@ -28,7 +28,7 @@ def step_kernel(theta, vector, rates, rate_at, out, size, theta_t, vector_t, out
     tl.store(out + t * out_t + i, y, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tasks", "size"])
 def sum_tasks_kernel(a, b, out, tasks, size, a_t, b_t, BT: tl.constexpr, BI: tl.constexpr):
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     total = tl.zeros((BT, BI), tl.float32)
@@ -56,6 +56,22 @@ def sum_segments_kernel(a, begins, ends, out, BLOCK: tl.constexpr):
     tl.store(out + s, tl.sum(total, axis=0))
 
 
+@triton.jit(do_not_specialize=["splits", "size"])
+def sum_splits_kernel(a, out, splits, size, out_t, ADD: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr):
+    across = tl.cdiv(size, BI)
+    t = (tl.program_id(0) // across).to(tl.int64)
+    i = (tl.program_id(0) % across) * BI + tl.arange(0, BI)
+    total = tl.zeros((BM, BI), tl.float32)
+    for start in range(0, splits, BM):
+        s = start + tl.arange(0, BM)
+        inside = (s < splits)[:, None] & (i < size)[None, :]
+        total += tl.load(a + (t * splits + s)[:, None] * size + i[None, :], mask=inside, other=0.0)
+    y = tl.sum(total, axis=0)
+    if ADD:
+        y += tl.load(out + t * out_t + i, mask=i < size, other=0.0)
+    tl.store(out + t * out_t + i, y, mask=i < size)
+
+
 def step(launch: Launch, out: Tensor, theta: Tensor | None, vector: Tensor, rates: Tensor, rate_at: Tensor) -> None:
     """out ← theta − α ∘ vector, or α ∘ vector without theta; (T, A) with contiguous rows, rate_at (A,) int32."""
     tasks, size = out.shape
@@ -76,6 +92,13 @@ def sum_tasks(launch: Launch, out: Tensor, a: Tensor, b: Tensor | None = None) -
 def sum_segments(launch: Launch, out: Tensor, a: Tensor, begins: Tensor, ends: Tensor) -> None:
     """out[s] ← Σ a[begins[s] : ends[s]]; begins and ends (S,) int32."""
     launch(sum_segments_kernel, begins.numel(), a, begins, ends, out, BLOCK=_SEGMENT)
+
+
+def sum_splits(launch: Launch, out: Tensor, a: Tensor, *, add: bool) -> None:
+    """out[t] (+)= Σ_s a[t, s], always in one order; a (T, S, I) contiguous, out (T, I)."""
+    tasks, splits, size = a.shape
+    programs = tasks * blocks(size, 128)
+    launch(sum_splits_kernel, programs, a, out, splits, size, out.stride(0), ADD=add, BM=8, BI=128)
 
 
 def segments(pieces: list[list[tuple[int, int]]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

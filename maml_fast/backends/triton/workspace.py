@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ...plan import Plan
 from ...program import Backward, Hvp, Program
-from .activation import PARAMETERS, PIECEWISE_LINEAR
-from .network import Layer, Network
+from .layers import KINDS
+from .network import Network
 
 Key = tuple[str | int, ...]
 
@@ -19,7 +19,7 @@ class Workspace:
     """Named arrays of float32, so many numbers a task each.
 
     Keys: ("slot", slot), ("value" | "delta", tape, buffer), ("aux", tape, layer, which),
-    ("tangent" | "tangent_delta", buffer), ("tangent_aux", layer, which).
+    ("tangent" | "tangent_delta", buffer), ("tangent_aux", layer, which), ("scratch",).
     """
 
     def __init__(self, plan: Plan, network: Network, program: Program) -> None:
@@ -35,6 +35,10 @@ class Workspace:
             self._tape(tape, samples[batch], tape in differentiated, tape in curved)
         if curved:
             self._tangents(plan.support)
+        self.sizes["scratch",] = max(
+            (KINDS[layer.kind].scratch(layer, samples[b]) for layer in network.layers for b in set(program.tapes)),
+            default=0,
+        )
 
     def _tape(self, tape: int, samples: int, differentiated: bool, curved: bool) -> None:
         for layer in self.network.layers:
@@ -42,13 +46,8 @@ class Workspace:
             self.sizes["value", tape, layer.output] = size
             if differentiated and (layer.output_wants or layer.output == self.network.out):
                 self.sizes["delta", tape, layer.output] = size
-            wanted = differentiated if layer.kind in PARAMETERS else layer.kind in NORMS
-            if wanted:
-                self.sizes["aux", tape, layer.index, 0] = size
-            if layer.kind in NORMS:
-                self.sizes["aux", tape, layer.index, 1] = groups(layer, samples)
-            elif wanted and curved and layer.kind not in PIECEWISE_LINEAR:
-                self.sizes["aux", tape, layer.index, 1] = size
+            for which, numbers in KINDS[layer.kind].aux(layer, samples, differentiated, curved).items():
+                self.sizes["aux", tape, layer.index, which] = numbers
 
     def _tangents(self, samples: int) -> None:
         self.sizes["tangent_delta", 0] = samples * self.network.features[0]
@@ -56,9 +55,8 @@ class Workspace:
             size = samples * self.network.features[layer.output]
             self.sizes["tangent", layer.output] = size
             self.sizes["tangent_delta", layer.output] = size
-            if layer.kind in NORMS:
-                self.sizes["tangent_aux", layer.index, 0] = size
-                self.sizes["tangent_aux", layer.index, 1] = groups(layer, samples)
+            for which, numbers in KINDS[layer.kind].tangent_aux(layer, samples).items():
+                self.sizes["tangent_aux", layer.index, which] = numbers
 
     def numbers(self, tasks: int) -> int:
         """Numbers that `tasks` tasks need."""
@@ -84,19 +82,6 @@ class Workspace:
             return None
         offset = self.offsets[key]
         return self.memory[offset : offset + tasks * size].view(tasks, size)
-
-
-NORMS = ("batch_norm", "running_norm", "layer_norm")
-
-
-def groups(layer: Layer, samples: int) -> int:
-    """How many 1/σ a norm has a task."""
-    if layer.kind == "layer_norm":
-        rows = 1
-        for size in layer.shape:
-            rows *= size
-        return samples * rows // int(layer.attributes["size"])
-    return layer.shape[0]
 
 
 def _room(size: int, tasks: int) -> int:

@@ -1,0 +1,309 @@
+"""Convolution of images channels last, as implicit matrix products: no patch is ever written down.
+
+    forward            y[t, q, o] = Σ_{j,c} x[t, at(q, j), c] w[t, o, j, c] + b[t, o]
+    input gradient    δx[t, p, c] = Σ_{j,o} δy[t, at'(p, j), o] w[t, o, j, c]
+    weight gradient   δw[t, o, j, c] = Σ_q δy[t, q, o] x[t, at(q, j), c]
+Index legend: t task, q output position, p input position, j tap of the window, c and o channels of a group;
+positions run over all samples of a task. Along each dimension at(q, j) = stride q − padding + dilation j, and
+at'(p, j) = (p + padding − dilation j) / stride where that is whole; both are (mul · position + shift + step · j) / div.
+A second product into the same sum makes each product of a Hessian-vector product one launch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .gemm import dot
+from .launch import Launch, blocks, task
+from .vectors import sum_splits
+
+_SPLIT = 1024  # positions that one program of the weight gradient adds up
+_MOST_SPLITS = 128
+
+_SIZES = ["rows", "groups", "out_h", "out_w", "in_h", "in_w", "taps", "taps_w"]
+_SIZES += ["mul_h", "mul_w", "shift_h", "shift_w", "step_h", "step_w"]
+"""Numbers that every network has others of, so that few kernels serve all."""
+
+
+@triton.jit
+def _source(position, tap, mul, shift, step, size, DIV: tl.constexpr):
+    """Where the window's tap meets the source along one dimension, and whether it does."""
+    at = (position * mul + shift)[:, None] + (tap * step)[None, :]
+    if DIV == 1:
+        return at, (at >= 0) & (at < size)
+    else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
+        found = at // DIV
+        return found, (at >= 0) & (found * DIV == at) & (found < size)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "bias_t", "b_group"])
+def conv_kernel(
+    a, b, a2, b2, bias, c,
+    rows, columns, depth, groups,
+    out_h, out_w, in_h, in_w, taps, taps_w,
+    mul_h, mul_w, shift_h, shift_w, step_h, step_w,
+    a_t, b_t, b2_t, bias_t, c_t, b_group, b_n, b_tap, b_k,
+    ADD: tl.constexpr, DIV_H: tl.constexpr, DIV_W: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(columns, BN)
+    down = tl.cdiv(rows, BM)
+    n_tile = tl.program_id(0) % across
+    rest = tl.program_id(0) // across
+    m_tile = rest % down
+    rest = rest // down
+    group, t = rest % groups, (rest // groups).to(tl.int64)
+    rm = m_tile * BM + tl.arange(0, BM)
+    rn = n_tile * BN + tl.arange(0, BN)
+    column = rm % out_w
+    row = (rm // out_w) % out_h
+    sample = rm // (out_w * out_h)
+    channels = depth * groups
+    a_rows = sample * (in_h * in_w * channels) + group * depth
+    a += t * a_t
+    b += t * b_t + group * b_group
+    if a2 is not None:
+        a2 += t * a_t
+        b2 += t * b2_t + group * b_group
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, taps * depth, BK):
+        rk = start + tl.arange(0, BK)
+        tap = rk // depth
+        channel = rk % depth
+        y, y_in = _source(row, tap // taps_w, mul_h, shift_h, step_h, in_h, DIV_H)
+        x, x_in = _source(column, tap % taps_w, mul_w, shift_w, step_w, in_w, DIV_W)
+        a_at = a_rows[:, None] + (y * in_w + x) * channels + channel[None, :]
+        a_in = (rm < rows)[:, None] & (tap < taps)[None, :] & y_in & x_in
+        b_at = (tap * b_tap + channel * b_k)[:, None] + (rn * b_n)[None, :]
+        b_in = (tap < taps)[:, None] & (rn < columns)[None, :]
+        left, right = tl.load(a + a_at, mask=a_in, other=0.0), tl.load(b + b_at, mask=b_in, other=0.0)
+        acc = dot(left, right, acc, PRECISION)
+        if a2 is not None:
+            left, right = tl.load(a2 + a_at, mask=a_in, other=0.0), tl.load(b2 + b_at, mask=b_in, other=0.0)
+            acc = dot(left, right, acc, PRECISION)
+    if bias is not None:
+        acc += tl.load(bias + t * bias_t + group * columns + rn, mask=rn < columns, other=0.0)[None, :]
+    out = c + t * c_t + rm[:, None] * (columns * groups) + (group * columns + rn)[None, :]
+    inside = (rm < rows)[:, None] & (rn < columns)[None, :]
+    if ADD:
+        acc += tl.load(out, mask=inside, other=0.0)
+    tl.store(out, acc, mask=inside)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "span", "splits", "sums_t", "sums_split", "c_split"])
+def weight_kernel(
+    a, b, a2, b2, c, sums,
+    rows, filters, depth, groups, span, splits,
+    out_h, out_w, in_h, in_w, taps, taps_w,
+    mul_h, mul_w, shift_h, shift_w, step_h, step_w,
+    a_t, b_t, c_t, c_split, sums_t, sums_split,
+    ADD: tl.constexpr, ADD_SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    columns = taps * depth
+    across = tl.cdiv(columns, BN)
+    down = tl.cdiv(filters, BM)
+    n_tile = tl.program_id(0) % across
+    rest = tl.program_id(0) // across
+    m_tile = rest % down
+    rest = rest // down
+    group = rest % groups
+    rest = rest // groups
+    split, t = rest % splits, (rest // splits).to(tl.int64)
+    rm = m_tile * BM + tl.arange(0, BM)
+    rn = n_tile * BN + tl.arange(0, BN)
+    tap = rn // depth
+    channels = depth * groups
+    channel = group * depth + rn % depth
+    a += t * a_t + group * filters
+    b += t * b_t
+    if a2 is not None:
+        a2 += t * a_t + group * filters
+        b2 += t * b_t
+    acc = tl.zeros((BM, BN), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    end = tl.minimum(split * span + span, rows)
+    for start in range(split * span, end, BK):
+        rk = start + tl.arange(0, BK)
+        row, sample = (rk // out_w) % out_h, rk // (out_w * out_h)
+        y, y_in = _source(row, tap // taps_w, mul_h, shift_h, step_h, in_h, 1)
+        x, x_in = _source(rk % out_w, tap % taps_w, mul_w, shift_w, step_w, in_w, 1)
+        b_at = (sample * (in_h * in_w * channels))[:, None] + (y * in_w + x) * channels + channel[None, :]
+        b_in = (rk < end)[:, None] & (rn < columns)[None, :] & y_in & x_in
+        a_at = (rk * (filters * groups))[None, :] + rm[:, None]
+        a_in = (rm < filters)[:, None] & (rk < end)[None, :]
+        left = tl.load(a + a_at, mask=a_in, other=0.0)
+        acc = dot(left, tl.load(b + b_at, mask=b_in, other=0.0), acc, PRECISION)
+        if sums is not None:
+            total += tl.sum(left, axis=1)
+        if a2 is not None:
+            left = tl.load(a2 + a_at, mask=a_in, other=0.0)
+            acc = dot(left, tl.load(b2 + b_at, mask=b_in, other=0.0), acc, PRECISION)
+    filter = group * filters + rm
+    out = c + t * c_t + split * c_split + (filter * columns)[:, None] + rn[None, :]
+    inside = (rm < filters)[:, None] & (rn < columns)[None, :]
+    if ADD:
+        acc += tl.load(out, mask=inside, other=0.0)
+    tl.store(out, acc, mask=inside)
+    if sums is not None:
+        where = sums + t * sums_t + split * sums_split + filter
+        mine = rm < tl.where(n_tile == 0, filters, 0)
+        if ADD_SUMS:
+            total += tl.load(where, mask=mine, other=0.0)
+        tl.store(where, total, mask=mine)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Shapes of a convolution in two dimensions; one dimension is two of which the first has size 1."""
+
+    source: tuple[int, int]
+    target: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
+
+    @property
+    def padded_shift(self) -> tuple[int, int]:
+        return -self.padding[0], -self.padding[1]
+
+
+class Conv:
+    """The products for x of (T, n·h·w·channels) and y of (T, n·h'·w'·filters), contiguous inside a task, float32.
+
+    Weights and their directions are (T, filters·taps·channels of a group), biases (T, filters).
+
+    Args:
+        channels, filters: of all groups. part: room for `scratch` numbers a task.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        precision: str,
+        tasks: int,
+        samples: int,
+        window: Window,
+        channels: int,
+        filters: int,
+        groups: int,
+        part: Tensor | None,
+    ) -> None:
+        self.launch, self.precision, self.tasks, self.samples = launch, precision, tasks, samples
+        self.window, self.part = window, part
+        self.depth, self.filters, self.groups = channels // groups, filters // groups, groups
+
+    def forward(
+        self, x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None = None, pair: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """y ← x ∗ w + x' ∗ w' + bias, with pair = (x', w')."""
+        o = self.window
+        self._product(
+            x, w, y, bias, pair, False, o.target, o.source, self.filters, self.depth,
+            (*o.stride, *o.padded_shift, *o.dilation), (1, 1),
+            (o.taps * self.depth, self.depth, 1),
+        )  # fmt: skip
+
+    def input_gradient(
+        self, dy: Tensor, w: Tensor, dx: Tensor, add: bool, pair: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """dx (+)= the adjoint of x ↦ x ∗ w at dy, plus the same of the pair (dy', w')."""
+        o = self.window
+        self._product(
+            dy, w, dx, None, pair, add, o.source, o.target, self.depth, self.filters,
+            (1, 1, *o.padding, -o.dilation[0], -o.dilation[1]), o.stride,
+            (1, self.depth, o.taps * self.depth),
+        )  # fmt: skip
+
+    def _product(
+        self,
+        a: Tensor,
+        w: Tensor,
+        c: Tensor,
+        bias: Tensor | None,
+        pair: tuple[Tensor, Tensor] | None,
+        add: bool,
+        target: tuple[int, int],
+        source: tuple[int, int],
+        columns: int,
+        depth: int,
+        walk: tuple[int, ...],
+        div: tuple[int, int],
+        strides: tuple[int, int, int],
+    ) -> None:
+        a2, w2 = pair or (None, None)
+        rows, taps = self.samples * math.prod(target), self.window.taps
+        tile = tiles.product(rows, columns, taps * depth, self.precision)
+        programs = self.tasks * self.groups * blocks(rows, tile["BM"]) * blocks(columns, tile["BN"])
+        group = self.filters * taps * self.depth
+        self.launch(
+            conv_kernel, programs, a, w, a2, w2, bias, c,
+            rows, columns, depth, self.groups, *target, *source, taps, self.window.kernel[1], *walk,
+            a.stride(0), w.stride(0), task(w2), task(bias), c.stride(0), group, *strides,
+            ADD=add, DIV_H=div[0], DIV_W=div[1], PRECISION=self.precision, **tile,
+        )  # fmt: skip
+
+    def weight_gradient(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        gw: Tensor,
+        gb: Tensor | None,
+        adds: tuple[bool, bool],
+        pair: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """gw (+)= Σ dy x + Σ dy' x' with pair = (dy', x');  gb (+)= Σ dy."""
+        o, dy2_x2 = self.window, pair or (None, None)
+        rows = self.samples * math.prod(o.target)
+        splits, span = split(rows)
+        numbers = gw.shape[1]
+        outs, strides = (gw, gb), (gw.stride(0), 0, task(gb), 0)
+        if splits > 1:
+            assert self.part is not None
+            part = self.part.flatten()
+            whole, whole_b = self.tasks * splits * numbers, self.tasks * splits * self.filters * self.groups
+            partial = part[:whole].view(self.tasks, splits, numbers)
+            partial_b = None if gb is None else part[whole : whole + whole_b].view(self.tasks, splits, -1)
+            outs, strides = (partial, partial_b), (*_two(partial), *_two(partial_b))
+        own = adds if splits == 1 else (False, False)
+        columns = o.taps * self.depth
+        tile = tiles.product(self.filters, columns, rows, self.precision)
+        programs = self.tasks * splits * self.groups * blocks(self.filters, tile["BM"]) * blocks(columns, tile["BN"])
+        self.launch(
+            weight_kernel, programs, dy, x, *dy2_x2, *outs,
+            rows, self.filters, self.depth, self.groups, span, splits,
+            *o.target, *o.source, o.taps, o.kernel[1], *o.stride, *o.padded_shift, *o.dilation,
+            dy.stride(0), x.stride(0), *strides,
+            ADD=own[0], ADD_SUMS=own[1], PRECISION=self.precision, **tile,
+        )  # fmt: skip
+        if splits > 1:
+            sum_splits(self.launch, gw, partial, add=adds[0])
+            if gb is not None and partial_b is not None:
+                sum_splits(self.launch, gb, partial_b, add=adds[1])
+
+
+def split(rows: int) -> tuple[int, int]:
+    """Into how many parts a weight gradient's sum over so many positions is cut, and how long they are."""
+    span = max(_SPLIT, blocks(rows, _MOST_SPLITS))
+    return blocks(rows, span), span
+
+
+def scratch(rows: int, weights: int, filters: int) -> int:
+    """Numbers a task needs for the parts of the weight gradient."""
+    splits = split(rows)[0]
+    return splits * (weights + filters) if splits > 1 else 0
+
+
+def _two(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.stride(0), x.stride(1))

@@ -1,0 +1,137 @@
+"""The norms as layers: see `channel_norm.py`, `group_norm.py` and `layer_norm.py`."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from . import channel_norm
+from .channel_norm import ChannelNorm
+from .group_norm import GroupNorm
+from .kinds import Kind, Sizes
+from .layer_norm import LayerNorm
+from .network import Layer
+from .passes import Pass
+
+
+class BatchNorm(Kind):
+    """With batch or running statistics, and the activation after it."""
+
+    def forward(self, p: Pass) -> None:
+        mean, variance = [p.constant(name) for name in p.layer.constants] or (None, None)
+        eps = p.layer.attributes["eps"]
+        self._kernels(p).forward(p.x(0), (mean, variance), p.w(), p.b(), eps, p.y(), p.both_aux())
+
+    def backward(self, p: Pass) -> None:
+        self._kernels(p).backward(
+            p.x(0), p.both_aux(), p.dy(), p.w(), p.b(), p.dx(0), p.gw(), p.gb(), self._adds(p.layer)
+        )
+
+    def tangent(self, p: Pass) -> None:
+        weights = (p.w(), p.b(), p.vw(), p.vb())
+        self._kernels(p).tangent(p.x(0), p.both_aux(), p.tx(0), weights, p.ty(), p.tangent_aux())
+
+    def backward_tangent(self, p: Pass) -> None:
+        weights = (p.w(), p.b(), p.vw(), p.vb())
+        self._kernels(p).backward_tangent(
+            p.x(0), p.both_aux(), p.tx(0), p.tangent_aux(), p.dy(), p.ey(), weights,
+            p.ex(0), p.gw(), p.gb(), self._adds(p.layer),
+        )  # fmt: skip
+
+    def aux(self, layer: Layer, samples: int, differentiated: bool, curved: bool) -> Sizes:
+        """μ and r."""
+        return dict.fromkeys(range(2), layer.shape[-1])
+
+    def tangent_aux(self, layer: Layer, samples: int) -> Sizes:
+        """mean(ẋ) and s."""
+        return dict.fromkeys(range(2), layer.shape[-1])
+
+    def scratch(self, layer: Layer, samples: int) -> int:
+        return channel_norm.scratch(samples * math.prod(layer.shape[:-1]), layer.shape[-1])
+
+    @staticmethod
+    def _adds(layer: Layer) -> dict[str, bool]:
+        return {"ADD": not layer.first[0], "ADD_W": not layer.first_weight, "ADD_B": not layer.first_bias}
+
+    @staticmethod
+    def _kernels(p: Pass) -> ChannelNorm:
+        layer = p.layer
+        rows, batch = p.samples * math.prod(layer.shape[:-1]), layer.kind == "batch_norm"
+        return ChannelNorm(p.launch, p.tasks, rows, layer.shape[-1], batch, layer.activation, p.scratch())
+
+
+class _OwnStatistics(Kind):
+    """A norm whose statistics belong to parts of one sample; it keeps x̂ and r, and their tangents."""
+
+    always_tangent = True
+
+    def forward(self, p: Pass) -> None:
+        self.kernels(p).forward(p.x(0), p.w(), p.b(), p.layer.attributes["eps"], p.y(), p.both_aux())
+
+    def backward(self, p: Pass) -> None:
+        xhat, inverse = p.both_aux()
+        if (dx := p.dx(0)) is not None:
+            self.kernels(p).backward((xhat, inverse), p.dy(), p.w(), dx, add=not p.layer.first[0])
+        self._sums(p, p.dy(), None)
+
+    def tangent(self, p: Pass) -> None:
+        ty = p.ty() if p.layer.output_moves else None
+        self.kernels(p).tangent(p.both_aux(), p.tx(0), p.w(), p.vw(), p.vb(), ty, p.tangent_aux())
+
+    def backward_tangent(self, p: Pass) -> None:
+        taux = p.tangent_aux()
+        if (ex := p.ex(0)) is not None:
+            add = not p.layer.first[0]
+            self.kernels(p).backward_tangent(p.both_aux(), taux, p.dy(), p.ey(), p.w(), p.vw(), ex, add)
+        self._sums(p, p.ey(), (p.dy(), taux[0]))
+
+    def aux(self, layer: Layer, samples: int, differentiated: bool, curved: bool) -> Sizes:
+        return {0: samples * math.prod(layer.shape), 1: samples * self.groups(layer)}
+
+    def tangent_aux(self, layer: Layer, samples: int) -> Sizes:
+        return {0: samples * math.prod(layer.shape), 1: samples * self.groups(layer)}
+
+    def groups(self, layer: Layer) -> int:
+        """Statistics a sample."""
+        raise NotImplementedError
+
+    def width(self, layer: Layer) -> int:
+        """Numbers a weight has."""
+        raise NotImplementedError
+
+    def kernels(self, p: Pass) -> LayerNorm | GroupNorm:
+        raise NotImplementedError
+
+    def _sums(self, p: Pass, dy: Tensor, more: tuple[Tensor, Tensor] | None) -> None:
+        layer, (gw, gb), width = p.layer, (p.gw(), p.gb()), self.width(p.layer)
+        if gw is not None or gb is not None:
+            rows = LayerNorm(p.launch, p.tasks, p.samples * math.prod(layer.shape) // width, width)
+            rows.sums(dy, p.both_aux()[0], more, gw, gb, add_w=not layer.first_weight, add_b=not layer.first_bias)
+
+
+class RowNorm(_OwnStatistics):
+    """LayerNorm."""
+
+    def width(self, layer: Layer) -> int:
+        return int(layer.attributes["size"])
+
+    def groups(self, layer: Layer) -> int:
+        return math.prod(layer.shape) // self.width(layer)
+
+    def kernels(self, p: Pass) -> LayerNorm:
+        return LayerNorm(p.launch, p.tasks, p.samples * self.groups(p.layer), self.width(p.layer))
+
+
+class ImageNorm(_OwnStatistics):
+    """GroupNorm and InstanceNorm."""
+
+    def width(self, layer: Layer) -> int:
+        return layer.shape[-1]
+
+    def groups(self, layer: Layer) -> int:
+        return int(layer.attributes["groups"])
+
+    def kernels(self, p: Pass) -> GroupNorm:
+        *space, channels = p.layer.shape
+        return GroupNorm(p.launch, p.tasks, p.samples, self.groups(p.layer), math.prod(space), channels)

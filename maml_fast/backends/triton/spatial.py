@@ -1,0 +1,176 @@
+"""Layers over images (*space, channels): convolutions and windows without weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import conv
+from .conv import Conv, Window
+from .elementwise import spread_rows
+from .kinds import Kind, LinearMap, Sizes
+from .layer_norm import sum_rows
+from .network import Layer
+from .passes import Pass
+from .pool import Pool
+
+
+class Convolution(Kind):
+    """See `conv.py`."""
+
+    def forward(self, p: Pass) -> None:
+        self._kernels(p).forward(p.x(0), p.sure_w(), p.y(), p.b())
+
+    def backward(self, p: Pass) -> None:
+        if (dx := p.dx(0)) is not None:
+            self._kernels(p).input_gradient(p.dy(), p.sure_w(), dx, add=not p.layer.first[0])
+        self._gradients(p, p.dy(), None)
+
+    def tangent(self, p: Pass) -> None:
+        tx, vw, vb = p.tx(0), p.vw(), p.vb()
+        if tx is not None:
+            pair = None if vw is None else (p.x(0), vw)
+            self._kernels(p).forward(tx, p.sure_w(), p.ty(), vb, pair)
+        elif vw is not None:
+            self._kernels(p).forward(p.x(0), vw, p.ty(), vb)
+        else:
+            spread_rows(p.launch, self._rows(p, p.ty()), vb)
+
+    def backward_tangent(self, p: Pass) -> None:
+        vw, tx = p.vw(), p.tx(0)
+        if (ex := p.ex(0)) is not None:
+            pair = None if vw is None else (p.dy(), vw)
+            self._kernels(p).input_gradient(p.ey(), p.sure_w(), ex, not p.layer.first[0], pair)
+        self._gradients(p, p.ey(), None if tx is None else (p.dy(), tx))
+
+    def scratch(self, layer: Layer, samples: int) -> int:
+        window, filters = _window(layer), layer.shape[-1]
+        weights = filters * window.taps * layer.source[-1] // int(layer.attributes["groups"])
+        return conv.scratch(samples * math.prod(window.target), weights, filters)
+
+    def _gradients(self, p: Pass, dy: Tensor, pair: tuple[Tensor, Tensor] | None) -> None:
+        gw, gb, layer = p.gw(), p.gb(), p.layer
+        if gw is not None:
+            adds = (not layer.first_weight, not layer.first_bias)
+            self._kernels(p).weight_gradient(dy, p.x(0), gw, gb, adds, pair)
+        elif gb is not None:
+            sum_rows(p.launch, self._rows(p, dy), gb, add=not layer.first_bias)
+
+    @staticmethod
+    def _rows(p: Pass, y: Tensor) -> Tensor:
+        return y.view(p.tasks, -1, p.layer.shape[-1])
+
+    @staticmethod
+    def _kernels(p: Pass) -> Conv:
+        layer = p.layer
+        groups = int(layer.attributes["groups"])
+        return Conv(
+            p.launch, p.precision, p.tasks, p.samples, _window(layer), layer.source[-1], layer.shape[-1], groups,
+            p.scratch(),
+        )  # fmt: skip
+
+
+class MaxPool(LinearMap):
+    """See `pool.py`."""
+
+    def forward(self, p: Pass) -> None:
+        self._pool(p).maximum(p.x(0), p.y(), self._where(p))
+
+    def tangent(self, p: Pass) -> None:
+        tx = p.tx(0)
+        assert tx is not None
+        self._pool(p).pick(tx, self._where(p), p.ty())
+
+    def adjoint(self, p: Pass, j: int, dy: Tensor, dx: Tensor, add: bool) -> None:
+        self._pool(p).unpick(dy, self._where(p), dx, add)
+
+    def aux(self, layer: Layer, samples: int, differentiated: bool, curved: bool) -> Sizes:
+        """The position of every maximum."""
+        return {0: samples * math.prod(layer.shape)}
+
+    @staticmethod
+    def _where(p: Pass) -> Tensor:
+        found = p.aux(0)
+        assert found is not None
+        return found.view(torch.int32)
+
+    @staticmethod
+    def _pool(p: Pass) -> Pool:
+        return Pool(p.launch, _window(p.layer), p.layer.shape[-1])
+
+
+class _Windows(LinearMap):
+    """A linear map between images and windows."""
+
+    def tangent(self, p: Pass) -> None:
+        tx = p.tx(0)
+        assert tx is not None
+        self.apply(p, tx, p.ty())
+
+    def forward(self, p: Pass) -> None:
+        self.apply(p, p.x(0), p.y())
+
+    def apply(self, p: Pass, x: Tensor, y: Tensor) -> None:
+        """y ← the map at x."""
+        self.pool(p).gather(x, y)
+
+    def adjoint(self, p: Pass, j: int, dy: Tensor, dx: Tensor, add: bool) -> None:
+        self.pool(p).spread(dy, dx, add)
+
+    def pool(self, p: Pass) -> Pool:
+        raise NotImplementedError
+
+
+class AvgPool(_Windows):
+    """The mean of every window, with or without the padding."""
+
+    def pool(self, p: Pass) -> Pool:
+        window = _window(p.layer)
+        factor = 1.0 / window.taps if p.layer.attributes["include_pad"] else None
+        return Pool(p.launch, window, p.layer.shape[-1], factor)
+
+
+class SpatialMean(_Windows):
+    """The mean over all positions: one window."""
+
+    def pool(self, p: Pass) -> Pool:
+        space = _two(p.layer.source[:-1], 1)
+        window = Window(space, (1, 1), space, (1, 1), (0, 0), (1, 1))
+        return Pool(p.launch, window, p.layer.shape[-1], 1.0 / window.taps)
+
+
+class Upsample(_Windows):
+    """Nearest neighbours: every position fills a window of the output."""
+
+    def apply(self, p: Pass, x: Tensor, y: Tensor) -> None:
+        self.pool(p).spread(x, y)
+
+    def adjoint(self, p: Pass, j: int, dy: Tensor, dx: Tensor, add: bool) -> None:
+        self.pool(p).gather(dy, dx, add)
+
+    def pool(self, p: Pass) -> Pool:
+        scale = _two(p.layer.attributes["scale"], 1)
+        window = Window(
+            _two(p.layer.shape[:-1], 1), _two(p.layer.source[:-1], 1), scale, scale, (0, 0), (1, 1)
+        )  # fmt: skip
+        return Pool(p.launch, window, p.layer.shape[-1])
+
+
+def _window(layer: Layer) -> Window:
+    attributes = layer.attributes
+    return Window(
+        _two(layer.source[:-1], 1),
+        _two(layer.shape[:-1], 1),
+        _two(attributes["kernel"], 1),
+        _two(attributes["stride"], 1),
+        _two(attributes["padding"], 0),
+        _two(attributes.get("dilation", ()), 1),
+    )
+
+
+def _two(numbers: tuple[int, ...], missing: int) -> tuple[int, int]:
+    """One number for each of two dimensions."""
+    first, second = (*(missing,) * (2 - len(numbers)), *numbers)
+    return first, second
