@@ -146,7 +146,12 @@ class Engine {
                     join(op, N, y, [&](int b) { return value(tape, b); });
                     break;
                 case OpKind::conv:
-                    conv_values(op, slot, N, x, y);
+                    if (pairs_with_norm(i)) {
+                        ++i;
+                        conv_norm_forward(op, plan_.ops[i], i, slot, tape);
+                    } else {
+                        conv_values(op, slot, N, x, y);
+                    }
                     break;
                 case OpKind::max_pool:
                     each_samples(B_ * N, [=, &op](long first, long last) {
@@ -159,7 +164,7 @@ class Engine {
                 case OpKind::batch_norm:
                 case OpKind::running_norm:
                 case OpKind::group_norm:
-                    norm_forward(op, i, slot, tape, y);
+                    norm_forward(op, i, slot, tape);
                     break;
                 default:
                     moved(op, N, x, y);
@@ -292,24 +297,92 @@ class Engine {
         const Convolution& c = *op.conv;
         for (long b = 0; b < B_; ++b) {
             const S *xb = x + b * N * c.in_size(), *db = dy + b * N * c.out_size();
-            if (gw) {
-                S* to = gw.of(b);
-                bool more = add || !op.w_first;
-                long rows = call_.team > 1 ? 4 * kLatticeRows : kLatticeRows;
-                each_stretch(c, N, rows, [&](long first, long last, long top, long bottom) {
-                    bool sum = more;
-                    each(gradient_tiles(c),
-                         [=, &c](long i) { conv_gradient_tile(c, i, first, last, top, bottom, xb, db, sum, to); });
-                    more = true;
-                });
-            }
-            if (gb) sum_rows(op.b_first, N * c.window.oh * c.window.ow, c.outputs, db, gb.of(b));
+            if (gw) conv_weight_gradient(c, add || !op.w_first, 0, N, xb, db, gw.of(b));
+            if (gb) conv_bias_gradient(op, N, db, gb.of(b));
+        }
+    }
+
+    // Of samples [begin, end) of one task.
+    void conv_weight_gradient(const Convolution& c, bool add, long begin, long end, const S* x, const S* dy,
+                              S* to) const {
+        long rows = call_.team > 1 ? 4 * kLatticeRows : kLatticeRows;
+        each_stretch(c, begin, end, rows, [&](long first, long last, long top, long bottom) {
+            bool sum = add;
+            each(gradient_tiles(c),
+                 [=, &c](long i) { conv_gradient_tile(c, i, first, last, top, bottom, x, dy, sum, to); });
+            add = true;
+        });
+    }
+
+    void conv_bias_gradient(const Op& op, long N, const S* dy, S* to) const {
+        const Convolution& c = *op.conv;
+        if (!op.bias_cancels) return sum_rows(op.b_first, N * c.window.oh * c.window.ow, c.outputs, dy, to);
+        if (op.b_first) fill(to, c.outputs, S(0));
+    }
+
+    // ---- convolutions and the norms behind them, together while the samples are in cache ---------
+
+    bool pairs_with_norm(int conv) const {
+        return call_.team <= 1 && conv + 1 < plan_.n_ops && plan_.ops[conv + 1].behind_conv;
+    }
+
+    // Calls f(first, last) for runs of samples of `size` numbers that the nearer caches hold.
+    template <class F>
+    static void each_cached(long N, long size, F f) {
+        constexpr long kNumbers = (256 << 10) / sizeof(S);
+        long step = size < kNumbers ? kNumbers / size : 1;
+        for (long n = 0; n < N; n += step) f(n, least(n + step, N));
+    }
+
+    void conv_norm_forward(const Op& conv, const Op& norm, int i, int slot, const TapeView& tape) {
+        const Convolution& c = *conv.conv;
+        PerTask<const S> w = weight(slot, conv.w), bias = weight(slot, conv.b);
+        long N = samples(tape), positions = c.window.oh * c.window.ow;
+        Norm<S> n = norm_of(norm, N);
+        S* partial = norm_scratch() + kNormArrays * n.C;
+        for (long b = 0; b < B_; ++b) {
+            Pair<S> one{value(tape, conv.in[0]) + b * N * c.in_size(), w.of(b)}, none{nullptr, nullptr};
+            S* z = output(tape, conv.out) + b * N * c.out_size();
+            long chunks = 0;
+            each_cached(N, c.out_size(), [&](long first, long last) {
+                conv_forward(c, one, none, bias.of(b), false, Piece{first, last, 0, c.group_outputs()}, z);
+                if (n.constant) return;
+                long whole = last == N ? ceil_div(n.rows(), kNormChunk) : last * positions / kNormChunk;
+                for (; chunks < whole; ++chunks) chunk_moments(n, z, chunks, partial);
+            });
+            norm_values_of(norm, i, slot, tape, n, b, [&](S* mean, S* inv) { merge_moments(n, partial, mean, inv); });
+        }
+    }
+
+    // The reverse sweep through both: deltas of the convolution's output are used while they are warm.
+    void conv_norm_backward(const Op& conv, const Op& norm, int i, int slot, const TapeView& tape, int out,
+                            bool adapted_only, S* dz, S* dx) {
+        const Convolution& c = *conv.conv;
+        PerTask<S> gw = gradient(out, conv.w, adapted_only), gb = gradient(out, conv.b, adapted_only);
+        long N = samples(tape), positions = c.window.oh * c.window.ow;
+        Norm<S> n = norm_of(norm, N);
+        for (long b = 0; b < B_; ++b) {
+            NormTape<S> t = norm_tape(norm, i, tape, n, b * n.rows(), b * n.out_rows(), b);
+            const S *dy = ws_ + tape.delta[norm.out] + b * n.out_rows() * n.C,
+                    *x = value(tape, conv.in[0]) + b * N * c.in_size();
+            S *d = dz + b * n.rows() * n.C, *to = dx ? dx + b * N * c.in_size() : nullptr;
+            norm_sums_of(norm, slot, n, t, b, out, adapted_only, true, dy);
+            Pair<S> one{d, dx ? turned(conv, weight(slot, conv.w), b, scratch()) : nullptr}, none{nullptr, nullptr};
+            bool add = !conv.w_first;
+            each_cached(N, c.out_size(), [&](long first, long last) {
+                norm_deltas_of(n, t, true, first * positions, last * positions, dy, d);
+                if (dx)
+                    conv_backward(c, one, none, !conv.delta_first[0], Piece{first, last, 0, c.group_channels()}, to);
+                if (gw) conv_weight_gradient(c, add, first, last, x, d, gw.of(b));
+                add = true;
+            });
+            if (gb) conv_bias_gradient(conv, N, d, gb.of(b));
         }
     }
 
     // to (+)= Σ_rows.
     void sum_rows(bool first_writer, long rows, long width, const S* m, S* to) const {
-        S *sums = scratch(), *partial = sums + width;
+        S *sums = norm_scratch(), *partial = sums + width;
         chunked_sums<S>(
             rows, width, partial, sums, [this](long n, auto f) { each(n, f, kFewChunks); },
             [=](long first, long last, S* mine) { column_sums(true, last - first, width, m + first * width, mine); });
@@ -358,52 +431,70 @@ class Engine {
         return {tx ? tx + row * C : nullptr, stats, stats + C, best ? best + out_row * C : nullptr};
     }
 
-    void norm_forward(const Op& op, int i, int slot, const TapeView& tape, S* y) {
-        PerTask<const S> w = weight(slot, op.w), bias = weight(slot, op.b);
-        long N = samples(tape), C = op.width;
+    void norm_forward(const Op& op, int i, int slot, const TapeView& tape) {
+        long N = samples(tape);
         Norm<S> n = norm_of(op, N);
-        S *arrays = scratch(), *partial = arrays + kNormArrays * C;
-        auto pieces = [this](long count, auto f) { each(count, f, kFewChunks); };
-        each_set(n, N, [&](long b, long row, long out_row, long set, bool) {
-            NormTape<S> t = norm_tape(op, i, tape, n, row, out_row, set);
-            S *mean = const_cast<S*>(t.mean), *inv = const_cast<S*>(t.inv);
-            norm_parameters<S>(C, w.of(b), bias.of(b), nullptr, nullptr, arrays);
-            if (n.constant)
-                running_moments(n, constant(op.c0), constant(op.c1), mean, inv);
-            else
-                norm_moments(n, t.x, mean, inv, partial, pieces);
-            each_rows(n.out_rows(), [=](long first, long last) {
-                norm_values(n, arrays, t, first, last, y + out_row * C, const_cast<S*>(t.where),
-                            const_cast<S*>(t.best));
+        S* partial = norm_scratch() + kNormArrays * n.C;
+        for (long b = 0; b < B_ * (N / n.samples); ++b) {
+            const S* x = norm_tape(op, i, tape, n, b * n.rows(), 0, b).x;
+            norm_values_of(op, i, slot, tape, n, b, [&](S* mean, S* inv) {
+                each(ceil_div(n.rows(), kNormChunk), [=](long k) { chunk_moments(n, x, k, partial); }, kFewChunks);
+                merge_moments(n, partial, mean, inv);
             });
+        }
+    }
+
+    // Results of one set of rows; moments(mean, inv) finds its statistics.
+    template <class F>
+    void norm_values_of(const Op& op, int i, int slot, const TapeView& tape, const Norm<S>& n, long set, F moments) {
+        long C = n.C, b = set / (samples(tape) / n.samples), out_row = set * n.out_rows();
+        NormTape<S> t = norm_tape(op, i, tape, n, set * n.rows(), out_row, set);
+        S *arrays = norm_scratch(), *y = output(tape, op.out) + out_row * C, *mean = const_cast<S*>(t.mean),
+          *inv = const_cast<S*>(t.inv);
+        if (n.constant)
+            running_moments(n, constant(op.c0), constant(op.c1), mean, inv);
+        else
+            moments(mean, inv);
+        norm_parameters<S>(C, weight(slot, op.w).of(b), weight(slot, op.b).of(b), nullptr, nullptr, arrays);
+        each_rows(n.out_rows(), [=](long first, long last) {
+            norm_values(n, arrays, t, first, last, y, const_cast<S*>(t.where), const_cast<S*>(t.best));
         });
     }
 
     void norm_backward(const Op& op, int i, int slot, const TapeView& tape, int out, bool adapted_only, const S* dy,
                        S* dx) {
-        PerTask<S> gw = gradient(out, op.w, adapted_only), gb = gradient(out, op.b, adapted_only);
-        PerTask<const S> w = weight(slot, op.w), bias = weight(slot, op.b);
         long N = samples(tape), C = op.width;
         Norm<S> n = norm_of(op, N);
-        S *arrays = scratch(), *partial = arrays + kNormArrays * C, *sums = arrays + kSumD * C;
         each_set(n, N, [&](long b, long row, long out_row, long set, bool first_set) {
             NormTape<S> t = norm_tape(op, i, tape, n, row, out_row, set);
             const S* d = dy + out_row * C;
-            norm_parameters<S>(C, w.of(b), bias.of(b), nullptr, nullptr, arrays);
-            chunked_sums<S>(
-                n.out_rows(), 2 * C, partial, sums, [this](long count, auto f) { each(count, f, kFewChunks); },
-                [=](long first, long last, S* mine) { norm_sums(n, arrays, t, first, last, d, mine); });
-            norm_means(n, arrays);
-            if (gw) put(op.w_first && first_set, gw.of(b), C, [=](long c) { return arrays[kSumDx * C + c]; });
-            if (gb) put(op.b_first && first_set, gb.of(b), C, [=](long c) { return arrays[kSumD * C + c]; });
+            norm_sums_of(op, slot, n, t, b, out, adapted_only, first_set, d);
             if (!dx) return;
             S* to = dx + row * C;
             bool put_first = op.delta_first[0];
-            each_rows(n.rows(), [=](long first, long last) {
-                n.pooled() ? norm_deltas<true>(n, arrays, t, put_first, first, last, d, to)
-                           : norm_deltas<false>(n, arrays, t, put_first, first, last, d, to);
-            });
+            each_rows(n.rows(), [=](long first, long last) { norm_deltas_of(n, t, put_first, first, last, d, to); });
         });
+    }
+
+    // What the deltas of one set need of all its rows, and the gradients of weight and bias.
+    void norm_sums_of(const Op& op, int slot, const Norm<S>& n, const NormTape<S>& t, long b, int out,
+                      bool adapted_only, bool first_set, const S* dy) {
+        PerTask<S> gw = gradient(out, op.w, adapted_only), gb = gradient(out, op.b, adapted_only);
+        long C = n.C;
+        S *arrays = norm_scratch(), *partial = arrays + kNormArrays * C, *sums = arrays + kSumD * C;
+        norm_parameters<S>(C, weight(slot, op.w).of(b), weight(slot, op.b).of(b), nullptr, nullptr, arrays);
+        chunked_sums<S>(
+            n.out_rows(), 2 * C, partial, sums, [this](long count, auto f) { each(count, f, kFewChunks); },
+            [=](long first, long last, S* mine) { norm_sums(n, arrays, t, first, last, dy, mine); });
+        norm_means(n, arrays);
+        if (gw) put(op.w_first && first_set, gw.of(b), C, [=](long c) { return arrays[kSumDx * C + c]; });
+        if (gb) put(op.b_first && first_set, gb.of(b), C, [=](long c) { return arrays[kSumD * C + c]; });
+    }
+
+    void norm_deltas_of(const Norm<S>& n, const NormTape<S>& t, bool put_first, long first, long last, const S* dy,
+                        S* dx) const {
+        n.pooled() ? norm_deltas<true>(n, norm_scratch(), t, put_first, first, last, dy, dx)
+                   : norm_deltas<false>(n, norm_scratch(), t, put_first, first, last, dy, dx);
     }
 
     void norm_tangent(const Op& op, int i, int slot, int vector, const TapeView& tape, S* ty) {
@@ -411,7 +502,7 @@ class Engine {
                          vb = direction(vector, op.b);
         long N = samples(tape), C = op.width;
         Norm<S> n = norm_of(op, N);
-        S *arrays = scratch(), *partial = arrays + kNormArrays * C;
+        S *arrays = norm_scratch(), *partial = arrays + kNormArrays * C;
         each_set(n, N, [&](long b, long row, long out_row, long set, bool) {
             NormTape<S> t = norm_tape(op, i, tape, n, row, out_row, set);
             NormTangents<S> v = norm_tangents(op, i, n, row, out_row, set);
@@ -445,7 +536,7 @@ class Engine {
         PerTask<S> hw = gradient(out, op.w, false), hb = gradient(out, op.b, false);
         long N = samples(tape), C = op.width;
         Norm<S> n = norm_of(op, N);
-        S *arrays = scratch(), *partial = arrays + kNormArrays * C, *sums = arrays + kSumD * C;
+        S *arrays = norm_scratch(), *partial = arrays + kNormArrays * C, *sums = arrays + kSumD * C;
         each_set(n, N, [&](long b, long row, long out_row, long set, bool first_set) {
             NormTape<S> t = norm_tape(op, i, tape, n, row, out_row, set);
             NormTangents<S> v = norm_tangents(op, i, n, row, out_row, set);
@@ -723,7 +814,14 @@ class Engine {
                 case OpKind::batch_norm:
                 case OpKind::running_norm:
                 case OpKind::group_norm:
-                    norm_backward(op, i, slot, tape, out, adapted_only, dy, dx);
+                    if (dx && i > 0 && pairs_with_norm(i - 1)) {
+                        const Op& conv = plan_.ops[i - 1];
+                        conv_norm_backward(conv, op, i, slot, tape, out, adapted_only, dx,
+                                           input_delta(tape, conv, 0, inputs));
+                        --i;
+                    } else {
+                        norm_backward(op, i, slot, tape, out, adapted_only, dy, dx);
+                    }
                     break;
                 default:
                     if (dx) moved_back(op, first, N, dy, dx);
@@ -1113,6 +1211,7 @@ class Engine {
     }
 
     S* scratch() const { return ws_ + plan_.scratch; }
+    S* norm_scratch() const { return ws_ + plan_.norm_scratch; }
     S* gemm_scratch() const { return ws_ + plan_.gemm_scratch; }
 
     const PlanView& plan_;

@@ -82,6 +82,7 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     }
 
     find_flags();
+    find_pairs();
     place_panels();
     view_.blocks = blocks();
     long lockstep = std::min((spec_.tasks + view_.blocks - 1) / view_.blocks, kLockstep);
@@ -237,6 +238,19 @@ void Layout::find_flags() {
     view_.moves = moves[spec_.out];
 }
 
+// Convolutions whose norm follows at once: the two work through the samples together, while they are in cache.
+void Layout::find_pairs() {
+    for (std::size_t i = 1; i < ops_.size(); ++i) {
+        Op &conv = ops_[i - 1], &norm = ops_[i];
+        bool normed = norm.kind == OpKind::batch_norm || norm.kind == OpKind::running_norm;
+        if (conv.kind != OpKind::conv || !normed || norm.in[0] != conv.out || conv.out == spec_.out) continue;
+        long readers = std::count_if(ops_.begin(), ops_.end(),
+                                     [&](const Op& op) { return std::count(op.in, op.in + op.n_in, conv.out) > 0; });
+        norm.behind_conv = readers == 1;
+        conv.bias_cancels = readers == 1 && norm.kind == OpKind::batch_norm;
+    }
+}
+
 // Weights that all tasks share, in the order that products read, packed once a call.
 void Layout::place_panels() {
     bool backward = spec_.reverse || spec_.samples[0] > 0;
@@ -268,18 +282,24 @@ long Layout::scratch_size(long lockstep) const {
     for (const Op& op : ops_) {
         long samples = std::max(spec_.samples[0], spec_.samples[1]);
         if (op.kind == OpKind::layer_norm) size = std::max(size, 4 * op.width);
-        if (is_channel_norm(op.kind))
-            size = std::max(size, norm_scratch(op.width, samples * op.window.h * op.window.w));
-        if (op.kind == OpKind::conv) {
-            size = std::max(size, 2 * params_[op.w].size + kSlack);
-            size = std::max(size, norm_scratch(op.out_width, samples * op.window.oh * op.window.ow));
-        }
+        if (op.kind == OpKind::conv) size = std::max(size, 2 * params_[op.w].size + kSlack);
         if (op.kind != OpKind::linear) continue;
         size = std::max(size, packed_size(op.width, op.out_width, machine_.lanes));
         if (!op.low_rank) continue;
         long rows = samples * op.rows, widest = std::max(op.width, op.out_width);
         size = std::max(size, packed_size(widest, rows, machine_.lanes) + rows * rows);
         size = std::max(size, lockstep * rows * op.out_width);
+    }
+    return size;
+}
+
+long Layout::norm_scratch_size() const {
+    long size = 0, samples = std::max(spec_.samples[0], spec_.samples[1]);
+    for (const Op& op : ops_) {
+        if (is_channel_norm(op.kind))
+            size = std::max(size, norm_scratch(op.width, samples * op.window.h * op.window.w));
+        if (op.kind == OpKind::conv)
+            size = std::max(size, norm_scratch(op.out_width, samples * op.window.oh * op.window.ow));
     }
     return size;
 }
@@ -364,6 +384,7 @@ void Layout::place_buffers(long lockstep) {
     view_.tangents = tangents_.data();
     view_.slots = slots_.data();
     view_.scratch = take(scratch_size(lockstep));
+    view_.norm_scratch = take(norm_scratch_size());
     view_.gemm_scratch = take(gemm_scratch_size());
     take(kSlack);
     view_.workspace = used_;

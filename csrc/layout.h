@@ -60,6 +60,7 @@ class Layout {
     void find_low_rank();
     void find_factors();
     void find_flags();
+    void find_pairs();
     void place_panels();
     void place_buffers(long lockstep);
     void place_tangents(long lockstep);
@@ -67,6 +68,7 @@ class Layout {
     long take(long size);
     long packed(long size);
     long scratch_size(long lockstep) const;
+    long norm_scratch_size() const;
     long gemm_scratch_size() const;
 
     Spec spec_;

@@ -79,6 +79,8 @@ struct Op {
     Window window;            // pools, pad, upsample; the pool behind a channel norm
     const Convolution* conv;  // convolutions
     bool packs;               // first to use its weight: the one that packs it
+    bool behind_conv;         // a channel norm right behind a convolution that nothing else reads
+    bool bias_cancels;        // a bias that the batch norm behind it takes out again: its gradient is zero
     bool w_first, b_first;    // first to write the parameter's gradient in a reverse sweep
     const bool* delta_first;  // per input: first to write that input's delta
     const bool* wants_delta;  // per input
@@ -150,11 +152,12 @@ struct PlanView {
     const long* rate_offset;  // per rate: offset in the rate gradient
     const long* rate_size;
     int n_rates;
-    long samples[2];  // support, query
-    long parameters;  // numbers in a slot
-    long sums;        // numbers in the sum over tasks of parameter gradients
-    long rates;       // numbers in the rate gradient, which stands behind them
-    long scratch;     // offset of the scratch for packed weights and channel sums
+    long samples[2];    // support, query
+    long parameters;    // numbers in a slot
+    long sums;          // numbers in the sum over tasks of parameter gradients
+    long rates;         // numbers in the rate gradient, which stands behind them
+    long scratch;       // offset of the scratch for packed weights
+    long norm_scratch;  // and for channel norms and sums over rows
     long gemm_scratch;
     long workspace;  // numbers a thread needs
     long packed;     // numbers in the shared panels

@@ -72,26 +72,29 @@ void merge_groups(const Norm<S>& n, S* values) {
     }
 }
 
-// mean (C), inv = 1/σ (C): a chunk's mean and squared deviations while it is in cache, then the chunks' in order.
-template <class S, class Each>
-void norm_moments(const Norm<S>& n, const S* x, S* mean, S* inv, S* partial, Each each) {
-    long C = n.C, rows = n.rows(), chunks = ceil_div(rows, kNormChunk);
-    each(chunks, [=](long i) {
-        S *m = partial + 2 * i * C, *d2 = m + C;
-        long first = i * kNormChunk, last = least(first + kNormChunk, rows);
-        each_lane<S>(C, [=](auto w, long c) {
-            using V = typename decltype(w)::type;
-            V sum, square;
-            register_sums<1>(w, first, last, &sum, [=](long r, V* s) { s[0] += get(w, x + r * C + c); });
-            V centre = sum / S(last - first);
-            register_sums<1>(w, first, last, &square, [=](long r, V* s) {
-                V d = get(w, x + r * C + c) - centre;
-                s[0] += d * d;
-            });
-            set(w, m + c, centre);
-            set(w, d2 + c, square);
+// A chunk's mean and squared deviations, (2, C), while it is in cache.
+template <class S>
+void chunk_moments(const Norm<S>& n, const S* x, long i, S* partial) {
+    long C = n.C, first = i * kNormChunk, last = least(first + kNormChunk, n.rows());
+    S *m = partial + 2 * i * C, *d2 = m + C;
+    each_lane<S>(C, [=](auto w, long c) {
+        using V = typename decltype(w)::type;
+        V sum, square;
+        register_sums<1>(w, first, last, &sum, [=](long r, V* s) { s[0] += get(w, x + r * C + c); });
+        V centre = sum / S(last - first);
+        register_sums<1>(w, first, last, &square, [=](long r, V* s) {
+            V d = get(w, x + r * C + c) - centre;
+            s[0] += d * d;
         });
+        set(w, m + c, centre);
+        set(w, d2 + c, square);
     });
+}
+
+// mean (C) and inv = 1/σ (C) from the chunks' moments, in order.
+template <class S>
+void merge_moments(const Norm<S>& n, S* partial, S* mean, S* inv) {
+    long C = n.C, rows = n.rows(), chunks = ceil_div(rows, kNormChunk);
     copy(partial, mean, C);
     copy(partial + C, inv, C);
     for (long i = 1; i < chunks; ++i) {
@@ -138,9 +141,12 @@ struct Under {
     long row[kNormBlock];
 
     void find(const Norm<S>& n, long first, long last) {
+        long x = first % n.ow, y = first / n.ow % n.oh, sample = first / n.ow / n.oh;
         for (long i = first; i < last; ++i) {
-            long x = i % n.ow, line = i / n.ow;
-            row[i - first] = (line / n.oh * n.h + line % n.oh * n.kh) * n.w + x * n.kw;
+            row[i - first] = (sample * n.h + y * n.kh) * n.w + x * n.kw;
+            if (++x < n.ow) continue;
+            x = 0;
+            if (++y == n.oh) y = 0, ++sample;
         }
     }
 };
@@ -152,13 +158,28 @@ struct Over {
     S place[kNormBlock];
 
     void find(const Norm<S>& n, long first, long last) {
+        long x = first % n.w, y = first / n.w % n.h, sample = first / n.w / n.h;
+        long ox = x / n.kw, kx = x % n.kw, oy = y / n.kh, ky = y % n.kh;
         for (long i = first; i < last; ++i) {
-            long x = i % n.w, line = i / n.w, y = line % n.h, oy = y / n.kh, ox = x / n.kw;
-            place[i - first] = S((y - oy * n.kh) * n.kw + x - ox * n.kw);
-            row[i - first] = oy < n.oh && ox < n.ow ? (line / n.h * n.oh + oy) * n.ow + ox : -1;
+            place[i - first] = S(ky * n.kw + kx);
+            row[i - first] = oy < n.oh && ox < n.ow ? (sample * n.oh + oy) * n.ow + ox : -1;
+            if (++kx == n.kw) kx = 0, ++ox;
+            if (++x < n.w) continue;
+            x = ox = kx = 0;
+            if (++ky == n.kh) ky = 0, ++oy;
+            if (++y == n.h) y = oy = ky = 0, ++sample;
         }
     }
 };
+
+// Calls f(offset, place) for the window's positions after its corner: rows of x from there, and the position's number.
+template <class S, class F>
+inline void each_place(const Norm<S>& n, F f) {
+    S place = S(0);
+    for (long ky = 0; ky < n.kh; ++ky)
+        for (long kx = 0; kx < n.kw; ++kx, place += S(1))
+            if (ky + kx > 0) f(ky * n.w + kx, place);
+}
 
 // What the loops read of the forward pass, and of the tangents (tx null: zero). Pooled: `where` is the maximum's place
 // in its window, or −1 − place where φ' = slope; `best` its x̂, or x̂˙.
@@ -220,13 +241,13 @@ void norm_values(const Norm<S>& n, const S* arrays, const NormTape<S>& t, long f
             for (long r = r0; r < r1; ++r) {
                 const S* x = t.x + under.row[r - r0] * C + c;
                 auto top_hat = k.hat(x), top = k.weight * top_hat + k.bias, place = k.zero;
-                for (long j = 1; j < n.kh * n.kw; ++j) {
-                    auto h = k.hat(x + (j / n.kw * n.w + j % n.kw) * C), v = k.weight * h + k.bias;
+                each_place(n, [&](long offset, S j) {
+                    auto h = k.hat(x + offset * C), v = k.weight * h + k.bias;
                     auto more = (v > top) | (v != v);  // a NaN wins, as in PyTorch
                     top = more ? v : top;
                     top_hat = more ? h : top_hat;
-                    place = more ? splat(w, S(j)) : place;
-                }
+                    place = more ? splat(w, j) : place;
+                });
                 auto low = top <= k.zero;
                 set(w, y + r * C + c, low ? n.slope * top : top);
                 set(w, where + r * C + c, low ? S(-1) - place : place);
@@ -373,10 +394,9 @@ void norm_tangent_values(const Norm<S>& n, const S* arrays, const NormTape<S>& t
                 auto low = at < l.k.zero;
                 if (l.tx) {
                     auto place = low ? S(-1) - at : at;
-                    for (long j = 0; j < n.kh * n.kw; ++j) {
-                        long row = under.row[r - r0] + j / n.kw * n.w + j % n.kw;
-                        th = place == S(j) ? get(w, l.tx + row * C) : th;
-                    }
+                    const S* tx = l.tx + under.row[r - r0] * C;
+                    th = get(w, tx);
+                    each_place(n, [&](long offset, S j) { th = place == j ? get(w, tx + offset * C) : th; });
                     th = l.from(th, h);
                 }
                 auto a = l.value(h, th);

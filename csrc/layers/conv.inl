@@ -140,16 +140,16 @@ void conv_gradient_tile(const Convolution& c, long index, long first, long last,
                  c.group_outputs());
 }
 
-// Calls f(first, last, top, bottom) for stretches of the samples with about `rows` positions each.
+// Calls f(first, last, top, bottom) for stretches of samples [begin, end) with about `rows` positions each.
 template <class F>
-void each_stretch(const Convolution& c, long N, long rows, F f) {
+void each_stretch(const Convolution& c, long begin, long end, long rows, F f) {
     long positions = c.window.oh * c.window.ow;
     if (positions <= rows) {
         long step = rows / positions;
-        for (long n = 0; n < N; n += step) f(n, least(n + step, N), 0, c.window.oh);
+        for (long n = begin; n < end; n += step) f(n, least(n + step, end), 0, c.window.oh);
         return;
     }
     long lines = rows / c.window.ow + 1;
-    for (long n = 0; n < N; ++n)
+    for (long n = begin; n < end; ++n)
         for (long y = 0; y < c.window.oh; y += lines) f(n, n + 1, y, least(y + lines, c.window.oh));
 }
