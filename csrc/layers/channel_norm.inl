@@ -48,15 +48,17 @@ inline void register_sums(W, long first, long last, typename W::type* sums, F f)
     for (int k = 0; k < K; ++k) sums[k] = even[k] + odd[k];
 }
 
-// Rows [first, last) in blocks that stay in the nearest cache, each channel vector over all rows of a block: its
-// statistics and weights then stay in registers. block(first, last) may prepare what all channels share.
+// Rows [first, last) in blocks, and f(w, c, begin, end) for rows and channels of each. Without a pool a channel vector
+// goes over all rows of the block, its statistics and weights in registers; with one it goes over one row at a time,
+// because windows are read from all over the image and only whole rows are met in the order of memory. block(begin,
+// end) prepares what all channels share.
 constexpr long kNormBlock = 64;
-template <class S, class Block, class F>
+template <class S, bool Pooled, class Block, class F>
 inline void each_block(long first, long last, long C, Block block, F f) {
     for (long r = first; r < last; r += kNormBlock) {
-        long end = least(r + kNormBlock, last);
+        long end = least(r + kNormBlock, last), step = Pooled ? 1 : end - r;
         block(r, end);
-        each_lane<S>(C, [=](auto w, long c) { f(w, c, r, end); });
+        for (long row = r; row < end; row += step) each_lane<S>(C, [=](auto w, long c) { f(w, c, row, row + step); });
     }
 }
 
@@ -138,9 +140,11 @@ void norm_parameters(long C, const S* w, const S* b, const S* vw, const S* vb, S
 // Under every result row of a block: the row of x at its window's corner.
 template <class S>
 struct Under {
-    long row[kNormBlock];
+    long begin = 0, row[kNormBlock];
 
+    long of(long r) const { return row[r - begin]; }
     void find(const Norm<S>& n, long first, long last) {
+        begin = first;
         long x = first % n.ow, y = first / n.ow % n.oh, sample = first / n.ow / n.oh;
         for (long i = first; i < last; ++i) {
             row[i - first] = (sample * n.h + y * n.kh) * n.w + x * n.kw;
@@ -154,10 +158,13 @@ struct Under {
 // Over every row of x of a block: the result row, or −1 where the window's floor leaves it out, and its place there.
 template <class S>
 struct Over {
-    long row[kNormBlock];
+    long begin = 0, row[kNormBlock];
     S place[kNormBlock];
 
+    long of(long r) const { return row[r - begin]; }
+    S place_of(long r) const { return place[r - begin]; }
     void find(const Norm<S>& n, long first, long last) {
+        begin = first;
         long x = first % n.w, y = first / n.w % n.h, sample = first / n.w / n.h;
         long ox = x / n.kw, kx = x % n.kw, oy = y / n.kh, ky = y % n.kh;
         for (long i = first; i < last; ++i) {
@@ -222,7 +229,7 @@ void norm_values(const Norm<S>& n, const S* arrays, const NormTape<S>& t, long f
                  S* best) {
     long C = n.C;
     if (!n.pooled()) {
-        each_block<S>(
+        each_block<S, false>(
             first, last, C, [](long, long) {},
             [&](auto w, long c, long r0, long r1) {
                 NormLane k(w, n, arrays, t, c);
@@ -234,12 +241,12 @@ void norm_values(const Norm<S>& n, const S* arrays, const NormTape<S>& t, long f
         return;
     }
     Under<S> under;
-    each_block<S>(
+    each_block<S, true>(
         first, last, C, [&](long r0, long r1) { under.find(n, r0, r1); },
         [&](auto w, long c, long r0, long r1) {
             NormLane k(w, n, arrays, t, c);
             for (long r = r0; r < r1; ++r) {
-                const S* x = t.x + under.row[r - r0] * C + c;
+                const S* x = t.x + under.of(r) * C + c;
                 auto top_hat = k.hat(x), top = k.weight * top_hat + k.bias, place = k.zero;
                 each_place(n, [&](long offset, S j) {
                     auto h = k.hat(x + offset * C), v = k.weight * h + k.bias;
@@ -307,16 +314,16 @@ void norm_deltas(const Norm<S>& n, const S* arrays, const NormTape<S>& t, bool p
     auto block = [&](long r0, long r1) {
         if (Pooled) over.find(n, r0, r1);
     };
-    each_block<S>(first, last, C, block, [&](auto w, long c, long r0, long r1) {
+    each_block<S, Pooled>(first, last, C, block, [&](auto w, long c, long r0, long r1) {
         using V = typename decltype(w)::type;
         NormLane k(w, n, arrays, t, c);
         V q = get(w, arrays + kQ * C + c), p = get(w, arrays + kP * C + c);
         for (long r = r0; r < r1; ++r) {
             V h = k.hat(t.x + r * C + c), g = k.zero;
-            long o = Pooled ? over.row[r - r0] : r;
+            long o = Pooled ? over.of(r) : r;
             if (o >= 0) {
                 V d = get(w, dy + o * C + c);
-                g = Pooled ? from_maximum(get(w, t.where + o * C + c), over.place[r - r0], d, n.slope, k.zero)
+                g = Pooled ? from_maximum(get(w, t.where + o * C + c), over.place_of(r), d, n.slope, k.zero)
                            : k.below(h, n.slope * d, d);
             }
             V out = k.inv * (k.weight * g - q - h * p);
@@ -373,7 +380,7 @@ void norm_tangent_values(const Norm<S>& n, const S* arrays, const NormTape<S>& t
                          long last, S* ty, S* best) {
     long C = n.C;
     if (!n.pooled()) {
-        each_block<S>(
+        each_block<S, false>(
             first, last, C, [](long, long) {},
             [&](auto w, long c, long r0, long r1) {
                 TangentLane l(w, n, arrays, t, v, c);
@@ -385,7 +392,7 @@ void norm_tangent_values(const Norm<S>& n, const S* arrays, const NormTape<S>& t
         return;
     }
     Under<S> under;
-    each_block<S>(
+    each_block<S, true>(
         first, last, C, [&](long r0, long r1) { under.find(n, r0, r1); },
         [&](auto w, long c, long r0, long r1) {
             TangentLane l(w, n, arrays, t, v, c);
@@ -394,7 +401,7 @@ void norm_tangent_values(const Norm<S>& n, const S* arrays, const NormTape<S>& t
                 auto low = at < l.k.zero;
                 if (l.tx) {
                     auto place = low ? S(-1) - at : at;
-                    const S* tx = l.tx + under.row[r - r0] * C;
+                    const S* tx = l.tx + under.of(r) * C;
                     th = get(w, tx);
                     each_place(n, [&](long offset, S j) { th = place == j ? get(w, tx + offset * C) : th; });
                     th = l.from(th, h);
@@ -459,20 +466,20 @@ void norm_tangent_deltas(const Norm<S>& n, const S* arrays, const NormTape<S>& t
     auto block = [&](long r0, long r1) {
         if (Pooled) over.find(n, r0, r1);
     };
-    each_block<S>(first, last, C, block, [&](auto w, long c, long r0, long r1) {
+    each_block<S, Pooled>(first, last, C, block, [&](auto w, long c, long r0, long r1) {
         using V = typename decltype(w)::type;
         TangentLane l(w, n, arrays, t, v, c);
         V q = get(w, arrays + kQ * C + c), p = get(w, arrays + kP * C + c), tq = get(w, arrays + kTq * C + c),
           tp = get(w, arrays + kTp * C + c);
         for (long r = r0; r < r1; ++r) {
             V h = l.k.hat(t.x + r * C + c), th = l.hat_tangent(r * C, h), g = l.k.zero, tg = l.k.zero;
-            long o = Pooled ? over.row[r - r0] : r;
+            long o = Pooled ? over.of(r) : r;
             if (o >= 0) {
                 V d = get(w, dy + o * C + c), e = get(w, ey + o * C + c);
                 if (Pooled) {
                     V at = get(w, t.where + o * C + c);
-                    g = from_maximum(at, over.place[r - r0], d, n.slope, l.k.zero);
-                    tg = from_maximum(at, over.place[r - r0], e, n.slope, l.k.zero);
+                    g = from_maximum(at, over.place_of(r), d, n.slope, l.k.zero);
+                    tg = from_maximum(at, over.place_of(r), e, n.slope, l.k.zero);
                 } else {
                     g = l.k.below(h, n.slope * d, d);
                     tg = l.k.below(h, n.slope * e, e);
