@@ -173,8 +173,9 @@ def _prepare_leaves(
 
 
 def _needed(result: Result, leaves: list[Tensor]) -> list[Tensor]:
-    """A gradient for every leaf: an operator cannot return None."""
-    return [g if g is not None else leaf.new_empty(0) for g, leaf in zip(result.gradients(), leaves, strict=True)]
+    """A gradient for every leaf: an operator can return neither None nor views of one tensor."""
+    gradients = [leaf.new_empty(0) if g is None else g for g, leaf in zip(result.gradients(), leaves, strict=True)]
+    return [g.clone() if g._is_view() else g for g in gradients]
 
 
 @torch.library.custom_op("maml_fast::meta_loss", mutates_args=())

@@ -15,7 +15,7 @@ import torch
 from .. import verify
 from ..cases import Case, select
 from .memory import memory, show_memory
-from .peers import Contender, Step, contenders
+from .peers import Contender, Step, contenders, fused
 from .report import Entry, Outcome, show, write
 from .timing import interleave, one_call
 
@@ -61,7 +61,10 @@ def run(device: str = "cpu", out: Path | None = None, cases: list[str] | None = 
 
 def _unsupported(case: Case, device: str) -> str:
     problem = case.build(torch.float32, device)
-    explained = problem.maml("auto").explain(*problem.batch).splitlines()
+    try:
+        explained = fused(problem).explain(*problem.batch).splitlines()
+    except RuntimeError as error:
+        return "; ".join(line.strip(" -") for line in str(error).splitlines()[1:])
     return "" if explained[0] not in ("backend: vmap", "backend: reference") else "; ".join(explained[1:])
 
 

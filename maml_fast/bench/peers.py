@@ -18,6 +18,7 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 
 from .. import losses
 from ..cases import Problem
+from ..maml import MAML
 
 Step = Callable[[], tuple[Any, Sequence[Any]]]
 
@@ -39,9 +40,14 @@ class Contender:
     missing: str = ""
 
 
+def fused(problem: Problem) -> MAML:
+    """This package with the fused backend of the device; the Triton kernels run only by name."""
+    return problem.maml("triton" if problem.x_s.is_cuda else "auto")
+
+
 def meta_loss_backward(problem: Problem) -> Step:
     """`maml.meta_loss(…).backward()`, after clearing the gradients."""
-    maml, parameters = problem.maml("auto"), list(problem.model.parameters())
+    maml, parameters = fused(problem), list(problem.model.parameters())
 
     def step() -> tuple[Tensor, list[Tensor | None]]:
         for p in parameters:
@@ -55,7 +61,7 @@ def meta_loss_backward(problem: Problem) -> Step:
 
 def direct_backward(problem: Problem) -> Step:
     """`maml.backward(…)`, after clearing the gradients."""
-    maml, parameters = problem.maml("auto"), list(problem.model.parameters())
+    maml, parameters = fused(problem), list(problem.model.parameters())
 
     def step() -> tuple[Tensor, list[Tensor | None]]:
         for p in parameters:

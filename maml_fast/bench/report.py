@@ -96,7 +96,9 @@ def _ratio_cell(r: Spread | None) -> str:
 
 
 def write(path: Path, outcomes: list[Outcome], device: str) -> None:
-    """Machine, versions, commit and every sample, as JSON."""
+    """Machine, versions, commit and every sample, as JSON; into `bench-DEVICE.json` where the path is a folder."""
+    if path.suffix != ".json":
+        path = path / f"bench-{device.replace(':', '')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine(device), "cases": [_record(o) for o in outcomes]}
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -12,6 +12,7 @@ from ...graph import Graph
 from ...plan import Plan
 
 _OLDEST = (8, 0)
+_MOST_NUMBERS = 1 << 31  # a task's array, whose offsets are 32-bit
 
 
 def interpreted() -> bool:
@@ -57,6 +58,12 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
         given = [p for p in op.parameters if p is not None]
         if len(set(given)) < len(given):
             reasons.append(f"layer {op.kind} has one parameter as both weight and bias")
+        sizes = [graph.features(v) for v in (*op.inputs, op.output)]
+        if max(plan.support, plan.query) * max(sizes) >= _MOST_NUMBERS:
+            reasons.append(f"layer {op.kind} has 2³¹ numbers a task or more")
+    filters = {p for op in graph.live_ops() if op.kind == "conv" for p in op.parameters[:1]}
+    if any(p in filters for op in graph.live_ops() if op.kind != "conv" for p in op.parameters):
+        reasons.append("a convolution shares its weight with another kind of layer")
     output = graph.shapes[graph.output]
     if plan.inner.loss.takes_labels and (len(output) != 1 or output[0] > MOST_CLASSES):
         reasons.append(f"cross_entropy over outputs of shape {output}, not (classes,) of at most {MOST_CLASSES}")
