@@ -7,8 +7,8 @@ import math
 from torch import Tensor
 
 from .activation import PIECEWISE_LINEAR, activation
-from .elementwise import combine, copy_rows, multiply, spread_rows, transpose
-from .gemm import product
+from .elementwise import combine, copy_rows, multiply, transpose
+from .gemm import Epilogue, product
 from .kinds import Kind, LinearMap, Sizes
 from .layer_norm import sum_rows
 from .network import Layer
@@ -16,40 +16,55 @@ from .passes import Pass
 
 
 class Linear(Kind):
-    """y[t, r, o] = Σ_i x[t, r, i] w[t, o, i] + b[t, o], r over samples and leading dimensions."""
+    """y[t, r, o] = Σ_i x[t, r, i] w[t, o, i] + b[t, o], r over samples and leading dimensions.
+
+    The products do an activation's work too where one stands next to them: see `gemm.py`.
+    """
 
     def forward(self, p: Pass) -> None:
-        x, y, w = self._rows(p, p.x(0)), self._rows(p, p.y()), self._matrix(p, p.w())
-        product(p.launch, x, w.mT, y, bias=p.b(), precision=p.precision)
+        x, w, after = self._rows(p, p.x(0)), self._matrix(p, p.w()).mT, p.after()
+        if after is None:
+            product(p.launch, x, w, self._rows(p, p.y()), bias=p.b(), precision=p.precision)
+            return
+        epilogue = Epilogue(act=after.layer.activation, slope=after.aux(0), curvature=after.aux(1))
+        y = self._rows(p, after.y())
+        product(p.launch, x, w, y, bias=p.b(), epilogue=epilogue, precision=p.precision)
 
     def backward(self, p: Pass) -> None:
-        dx, dy, first = p.dx(0), self._rows(p, p.dy()), p.layer.first[0]
+        dx, dy, before = p.dx_through(), self._rows(p, p.dy()), p.before()
         if dx is not None:
-            w = self._matrix(p, p.w())
-            product(p.launch, dy, w, self._rows(p, dx), add=not first, precision=p.precision)
+            add = not p.layer.first[0] if before is None else False
+            epilogue = Epilogue()
+            if before is not None:
+                epilogue = Epilogue(gain=before.aux(0), raw=p.view("delta", p.tape, before.layer.output))
+            w, to = self._matrix(p, p.w()), self._rows(p, dx)
+            product(p.launch, dy, w, to, add=add, epilogue=epilogue, precision=p.precision)
         self._gradients(p, dy, self._rows(p, p.x(0)), None)
 
     def tangent(self, p: Pass) -> None:
-        tx, ty, x = p.tx(0), self._rows(p, p.ty()), self._rows(p, p.x(0))
-        vw, vb = p.vw(), p.vb()
-        if tx is not None and vw is not None:
-            pair = (x, self._matrix(p, vw).mT)
-            w = self._matrix(p, p.w()).mT
-            product(p.launch, self._rows(p, tx), w, ty, pair=pair, bias=vb, precision=p.precision)
-        elif tx is not None:
-            w = self._matrix(p, p.w()).mT
-            product(p.launch, self._rows(p, tx), w, ty, bias=vb, precision=p.precision)
+        tx, vw, vb, after = p.tx(0), p.vw(), p.vb(), p.after()
+        ty, epilogue = self._rows(p, p.ty() if after is None else after.ty()), Epilogue()
+        if after is not None:
+            epilogue = Epilogue(gain=after.aux(0), raw=p.view("tangent", p.layer.output))
+        pair = None
+        if tx is not None:
+            a, b = self._rows(p, tx), self._matrix(p, p.w()).mT
+            pair = None if vw is None else (self._rows(p, p.x(0)), self._matrix(p, vw).mT)
         elif vw is not None:
-            product(p.launch, x, self._matrix(p, vw).mT, ty, bias=vb, precision=p.precision)
-        else:
-            spread_rows(p.launch, ty, vb)
+            a, b = self._rows(p, p.x(0)), self._matrix(p, vw).mT
+        else:  # only the bias moves: an empty product
+            a = self._rows(p, p.x(0))[:, :, :0]
+            b = a.mT[:, :, :1].expand(-1, -1, ty.shape[2])
+        product(p.launch, a, b, ty, pair=pair, bias=vb, epilogue=epilogue, precision=p.precision)
 
     def backward_tangent(self, p: Pass) -> None:
-        ex, dy, ey, vw, first = p.ex(0), self._rows(p, p.dy()), self._rows(p, p.ey()), p.vw(), p.layer.first[0]
+        ex, dy, ey, vw, before = p.ex_through(), self._rows(p, p.dy()), self._rows(p, p.ey()), p.vw(), p.before()
         if ex is not None:
-            w = self._matrix(p, p.w())
+            add = not p.layer.first[0] if before is None else False
+            epilogue = Epilogue() if before is None else Epilogue(gain=before.aux(0), more=before.bend())
             pair = None if vw is None else (dy, self._matrix(p, vw))
-            product(p.launch, ey, w, self._rows(p, ex), pair=pair, add=not first, precision=p.precision)
+            w, to = self._matrix(p, p.w()), self._rows(p, ex)
+            product(p.launch, ey, w, to, pair=pair, add=add, epilogue=epilogue, precision=p.precision)
         tx = p.tx(0)
         pair = None if tx is None else (dy.mT, self._rows(p, tx))
         self._gradients(p, ey, self._rows(p, p.x(0)), pair)
@@ -83,27 +98,28 @@ class Linear(Kind):
 
 
 class Activation(Kind):
-    """y = f(x): see `activation.py`."""
+    """y = f(x): see `activation.py`. What a linear layer next to it does is left out here."""
 
     def forward(self, p: Pass) -> None:
-        activation(p.launch, p.layer.activation, p.x(0), p.y(), p.aux(0), p.aux(1))
+        if not p.rides_forward():
+            activation(p.launch, p.layer.activation, p.x(0), p.y(), p.aux(0), p.aux(1))
 
     def backward(self, p: Pass) -> None:
         dx, slope = p.dx(0), p.aux(0)
-        if dx is not None and slope is not None:
+        if dx is not None and slope is not None and not p.rides_backward():
             multiply(p.launch, dx, slope, p.dy(), add=not p.layer.first[0])
 
     def tangent(self, p: Pass) -> None:
+        if p.rides_forward():
+            return
         tx, slope = p.tx(0), p.aux(0)
         assert tx is not None and slope is not None
         multiply(p.launch, p.ty(), slope, tx)
 
     def backward_tangent(self, p: Pass) -> None:
-        ex, tx, slope, curvature = p.ex(0), p.tx(0), p.aux(0), p.aux(1)
-        if ex is None or slope is None:
-            return
-        more = None if tx is None or curvature is None else (curvature, tx, p.dy())
-        multiply(p.launch, ex, slope, p.ey(), more, add=not p.layer.first[0])
+        ex, slope = p.ex(0), p.aux(0)
+        if ex is not None and slope is not None and not p.rides_backward():
+            multiply(p.launch, ex, slope, p.ey(), p.bend(), add=not p.layer.first[0])
 
     def aux(self, layer: Layer, samples: int, differentiated: bool, curved: bool) -> Sizes:
         """f' and f''."""

@@ -1,15 +1,19 @@
-"""C[t] (+)= A[t] B[t] + A'[t] B'[t] + bias[t]: every matrix product of every task, in one launch.
+"""C[t] (+)= e(P[t]), P = A B + A' B' + bias: every matrix product of every task, in one launch.
 
-Index legend: t task, m row of C, n column of C, k summed. A task stride of 0 shares a matrix.
+The epilogue e lets an activation's four functions ride on the products next to it: y = f(P) with f' and f'' kept, or
+f' ∘ P + u ∘ v ∘ w. Index legend: t task, m row of C, n column of C, k summed. A task stride of 0 shares a matrix.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import tiles
+from .activation import activate
 from .launch import Launch, blocks, task
 
 
@@ -23,10 +27,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["m", "k", "bias_t", "sums_t"])
 def gemm_kernel(
-    a, b, a2, b2, bias, c, sums,
-    m, n, k,
+    a, b, a2, b2, bias, c, sums, slope, curvature, gain, raw, u, v, w,
+    m, n, k, p0, p1,
     a_t, a_m, a_k, b_t, b_k, b_n, a2_t, b2_t, bias_t, c_t, sums_t,
-    ADD: tl.constexpr, ADD_SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr, ADD: tl.constexpr, ADD_SUMS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(n, BN)
@@ -55,17 +59,50 @@ def gemm_kernel(
             acc = dot(left, tl.load(b2 + t * b2_t + b_at, mask=b_in, other=0.0), acc, PRECISION)
     if bias is not None:
         acc += tl.load(bias + t * bias_t + rn, mask=rn < n, other=0.0)[None, :]
-    out = c + t * c_t + rm.to(tl.int64)[:, None] * n + rn[None, :]
+    at = t * c_t + rm.to(tl.int64)[:, None] * n + rn[None, :]
     inside = (rm[:, None] < m) & (rn[None, :] < n)
+    if raw is not None:
+        tl.store(raw + at, acc, mask=inside)
+    if gain is not None:
+        acc *= tl.load(gain + at, mask=inside, other=0.0)
+    if u is not None:
+        more = tl.load(u + at, mask=inside, other=0.0) * tl.load(v + at, mask=inside, other=0.0)
+        acc += more * tl.load(w + at, mask=inside, other=0.0)
+    if ACT != "identity":
+        acc, first, second = activate(acc, p0, p1, ACT)
+        if slope is not None:
+            tl.store(slope + at, first, mask=inside)
+        if curvature is not None:
+            tl.store(curvature + at, second, mask=inside)
     if ADD:
-        acc += tl.load(out, mask=inside, other=0.0)
-    tl.store(out, acc, mask=inside)
+        acc += tl.load(c + at, mask=inside, other=0.0)
+    tl.store(c + at, acc, mask=inside)
     if sums is not None:
         where = sums + t * sums_t + rm
         mine = rm < tl.where(tile % across == 0, m, 0)
         if ADD_SUMS:
             total += tl.load(where, mask=mine, other=0.0)
         tl.store(where, total, mask=mine)
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to a product before it is stored; all arrays are laid out like it.
+
+    Attributes:
+        act: f and its parameters. slope, curvature: where f' and f'' go.
+        raw: where the product itself goes. gain: what it is multiplied by. more: (u, v, w), added as u v w.
+    """
+
+    act: tuple[str, float, float] = ("identity", 0.0, 0.0)
+    slope: Tensor | None = None
+    curvature: Tensor | None = None
+    raw: Tensor | None = None
+    gain: Tensor | None = None
+    more: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+_NONE = Epilogue()
 
 
 def product(
@@ -79,9 +116,10 @@ def product(
     sums: Tensor | None = None,
     add: bool = False,
     add_sums: bool = False,
+    epilogue: Epilogue = _NONE,
     precision: str = "ieee",
 ) -> None:
-    """c (+)= a b + a' b' + bias;  sums (+)= Σ_k a.
+    """c (+)= e(a b + a' b' + bias);  sums (+)= Σ_k a.
 
     Args:
         a: (T, M, K), any strides. b: (T, K, N), any strides. c: (T, M, N) with contiguous rows.
@@ -96,15 +134,15 @@ def product(
         if merged is not None:
             a, c = merged
             tasks, m = 1, tasks * m
-    a2, b2 = pair or (None, None)
+    (a2, b2), e = pair or (None, None), epilogue
     tile = tiles.product(m, n, k, precision)
     launch(
         gemm_kernel,
         tasks * blocks(m, tile["BM"]) * blocks(n, tile["BN"]),
-        a, b, a2, b2, bias, c, sums,
-        m, n, k,
+        a, b, a2, b2, bias, c, sums, e.slope, e.curvature, e.gain, e.raw, *(e.more or (None,) * 3),
+        m, n, k, *e.act[1:],
         *a.stride(), *b.stride(), task(a2), task(b2), task(bias), c.stride(0), task(sums),
-        ADD=add, ADD_SUMS=add_sums, PRECISION=precision, **tile,
+        ACT=e.act[0], ADD=add, ADD_SUMS=add_sums, PRECISION=precision, **tile,
     )  # fmt: skip
 
 

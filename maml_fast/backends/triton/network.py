@@ -102,6 +102,8 @@ class Network:
     Attributes:
         features: per buffer, the numbers a sample has. Buffer 0 is the input.
         out: the buffer that the network returns. out_moves: whether it depends on adapting parameters.
+        after, before: per linear layer, by its index, the activation whose forward functions ride on its
+            own, and the one whose backward functions do.
     """
 
     def __init__(self, plan: Plan, graph: Graph) -> None:
@@ -115,6 +117,7 @@ class Network:
         self.out = self.buffers[graph.output]
         self.layers = self._layers(ops, plan.needs.x_s or plan.needs.x_q)
         self.out_moves = any(layer.output_moves for layer in self.layers if layer.output == self.out)
+        self.after, self.before = self._riders()
         self.constants = list(dict.fromkeys(name for op in ops for name in op.constants))
 
     def _fused(self, graph: Graph) -> list[Op]:
@@ -132,6 +135,20 @@ class Network:
             elif op.output not in gone:
                 fused.append(op)
         return fused
+
+    def _riders(self) -> tuple[dict[int, Layer], dict[int, Layer]]:
+        readers = Counter([i for layer in self.layers for i in layer.inputs] + [self.out])
+        writers = {layer.output: layer for layer in self.layers}
+        after, before = {}, {}
+        for act in (layer for layer in self.layers if layer.kind in ACTIVATIONS):
+            maker = writers.get(act.inputs[0])
+            takers = [layer for layer in self.layers if act.output in layer.inputs]
+            if maker is not None and maker.kind == "linear" and readers[maker.output] == 1:
+                after[maker.index] = act
+            alone = readers[act.inputs[0]] == 1 == readers[act.output]
+            if alone and takers and takers[0].kind == "linear":
+                before[takers[0].index] = act
+        return after, before
 
     def _activation(self, op: Op) -> tuple[str, float, float]:
         after = op if op.kind in ACTIVATIONS else self.activations.get(op.output)

@@ -52,6 +52,41 @@ class Pass:
         assert found is not None, key
         return found
 
+    def after(self) -> Pass | None:
+        """The activation whose forward and tangent ride on this layer's."""
+        found = self.network.after.get(self.layer.index)
+        return None if found is None else self.of(found)
+
+    def before(self) -> Pass | None:
+        """The activation whose backward and its tangent ride on this layer's."""
+        found = self.network.before.get(self.layer.index)
+        return None if found is None else self.of(found)
+
+    def rides_forward(self) -> bool:
+        """Whether a linear layer does this activation's forward and tangent."""
+        return any(act.index == self.layer.index for act in self.network.after.values())
+
+    def rides_backward(self) -> bool:
+        """Whether a linear layer does this activation's backward and its tangent."""
+        return any(act.index == self.layer.index for act in self.network.before.values())
+
+    def bend(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """An activation's f'', ẋ and δy, whose product belongs to δ̇x; None where it is 0."""
+        curvature = self.aux(1)
+        if curvature is None or not self.layer.moves[0]:
+            return None
+        return curvature, self._sure("tangent", self.layer.inputs[0]), self.dy()
+
+    def dx_through(self) -> Tensor | None:
+        """δ of input 0, or of what the activation before this layer reads."""
+        before = self.before()
+        return self.dx(0) if before is None else before.dx(0)
+
+    def ex_through(self) -> Tensor | None:
+        """The same of δ̇."""
+        before = self.before()
+        return self.ex(0) if before is None else before.ex(0)
+
     def features(self, j: int) -> int:
         return self.network.features[self.layer.inputs[j]]
 

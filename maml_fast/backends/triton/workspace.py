@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...graph import ACTIVATIONS
 from ...plan import Plan
 from ...program import Backward, Hvp, Program
+from .activation import PIECEWISE_LINEAR
 from .layers import KINDS
-from .network import Network
+from .network import Layer, Network
 
 Key = tuple[str | int, ...]
 
@@ -25,6 +27,7 @@ class Workspace:
     def __init__(self, plan: Plan, network: Network, program: Program) -> None:
         self.sizes: dict[Key, int] = {}
         self.network = network
+        self.backwards = {act.index for act in network.before.values()}
         samples = (plan.support, plan.query)
         differentiated = {i.tape for i in program.instructions if isinstance(i, Backward)}
         curved = {i.tape for i in program.instructions if isinstance(i, Hvp)}
@@ -43,8 +46,10 @@ class Workspace:
     def _tape(self, tape: int, samples: int, differentiated: bool, curved: bool) -> None:
         for layer in self.network.layers:
             size = samples * self.network.features[layer.output]
-            self.sizes["value", tape, layer.output] = size
-            if differentiated and (layer.output_wants or layer.output == self.network.out):
+            if layer.index not in self.network.after:
+                self.sizes["value", tape, layer.output] = size
+            wanted = layer.output_wants or layer.output == self.network.out
+            if differentiated and wanted and (layer.index not in self.backwards or (curved and _bends(layer))):
                 self.sizes["delta", tape, layer.output] = size
             for which, numbers in KINDS[layer.kind].aux(layer, samples, differentiated, curved).items():
                 self.sizes["aux", tape, layer.index, which] = numbers
@@ -53,8 +58,11 @@ class Workspace:
         self.sizes["tangent_delta", 0] = samples * self.network.features[0]
         for layer in self.network.layers:
             size = samples * self.network.features[layer.output]
-            self.sizes["tangent", layer.output] = size
-            self.sizes["tangent_delta", layer.output] = size
+            act = self.network.after.get(layer.index)
+            if act is None or _bends(act):
+                self.sizes["tangent", layer.output] = size
+            if layer.index not in self.backwards:
+                self.sizes["tangent_delta", layer.output] = size
             for which, numbers in KINDS[layer.kind].tangent_aux(layer, samples).items():
                 self.sizes["tangent_aux", layer.index, which] = numbers
 
@@ -82,6 +90,10 @@ class Workspace:
             return None
         offset = self.offsets[key]
         return self.memory[offset : offset + tasks * size].view(tasks, size)
+
+
+def _bends(layer: Layer) -> bool:
+    return layer.kind in ACTIVATIONS and layer.kind not in PIECEWISE_LINEAR
 
 
 def _room(size: int, tasks: int) -> int:
