@@ -366,6 +366,12 @@ def test_unused_parameters_are_refused_on_request() -> None:
 # ---- calls ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("precision", ["float64", "fp16", None, 32])
+def test_bad_precision(precision: object) -> None:
+    with pytest.raises(ValueError, match="precision: expected one of 'float32', 'tf32', 'bf16'"):
+        mf.MAML(nn.Linear(2, 2), 0.1, precision=precision)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("reduction", ["average", None, 1])
 def test_bad_reduction(problem: Problem, reduction: object) -> None:
     maml = quiet(problem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_recomputing_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_chunks_of_tasks_give_the_same_numbers(triton: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     (case,) = cases.select(["rate-scalar"])
     whole = meta_gradient(case, first_order=False)
-    triton.budget = 24_000
+    triton.budget = 20_000
     runs = _count_chunks(monkeypatch)
     for kind, values in meta_gradient(case, first_order=False).items():
         assert verify.relative_error(values, [v.double() for v in whole[kind]]) < 1e-6, kind
@@ -167,16 +168,21 @@ def test_weights_of_convolutions_keep_their_order() -> None:
         assert adapted[name].is_contiguous(), name
 
 
-@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
-def test_precision_reaches_the_products(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter computes them all alike: this only shows what the kernels are asked for."""
-    from maml_fast.backends.triton import call
-
-    monkeypatch.setitem(call.PRECISIONS, "float32", precision)
+@pytest.mark.parametrize(("precision", "read_as"), [("float32", "ieee"), ("tf32", "tf32")])
+def test_precision_reaches_the_products(precision: str, read_as: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter computes both alike: this only shows what the kernels are asked for."""
     asked = _record(monkeypatch)
-    problem = cases.select(["linear"])[0].build(torch.float32)
-    problem.maml("triton").adapt(problem.x_s, problem.y_s)
-    assert {constants["PRECISION"] for constants in asked if "PRECISION" in constants} == {precision}
+    problem = cases.select(["conv-alone"])[0].build(torch.float32)
+    MAML(problem.model, 0.1, loss="mse", backend="triton", precision=precision).adapt(problem.x_s, problem.y_s)
+    assert {constants["PRECISION"] for _, constants in asked if "PRECISION" in constants} == {read_as}
+
+
+def test_activations_ride_on_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _record(monkeypatch)
+    meta_gradient(cases.select(["tanh"])[0], first_order=False)
+    kernels = {name for name, _ in asked}
+    assert "gemm_kernel" in kernels
+    assert not kernels & {"activation_kernel", "multiply_kernel"}
 
 
 def test_declines_float64() -> None:
@@ -215,11 +221,12 @@ def _assert_equal(a: verify.Results, b: verify.Results) -> None:
         assert all(torch.equal(x, y) for x, y in zip(values, b[kind], strict=True)), kind
 
 
-def _record(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+def _record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Every launch from now on: the kernel's name and the constants."""
     run, seen = launch.run, []
 
-    def recorded(kernel: object, programs: int, *arguments: object, **constants: object) -> None:
-        seen.append(constants)
+    def recorded(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        seen.append((kernel.fn.__name__, constants))
         run(kernel, programs, *arguments, **constants)
 
     monkeypatch.setattr(launch, "run", recorded)
