@@ -28,6 +28,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory that one program may have, by compute capability × 10."""
 
 _TILES = ("BM", "BN", "BK", "BC", "BR", "BW", "BT", "BI", "BLOCK")
+_OPERANDS = ("a2", "sums", "DIV_H", "PRECISION")
 _LAUNCH_OPTIONS = ("num_warps", "num_stages")
 _TYPES = {torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 
@@ -60,6 +61,8 @@ class Instance:
     def variant(self) -> object:
         """What it shares with instances that differ in tile and alignment only."""
         kept = [(k, v) for k, v in self.constants if v is None or (k.isupper() and k not in _TILES)]
+        if self.rounded:
+            kept = [(k, v) for k, v in kept if k in _OPERANDS]
         return self.kernel.fn.__name__, self.module, tuple(kept)
 
     @property
@@ -179,24 +182,28 @@ def plans() -> dict[str, Plan]:
 
 @cache
 def work(every: bool = False) -> tuple[tuple[int, Instance], ...]:
-    """What is compiled, each for every capability: the instances that the plans need.
+    """Pairs of capability and instance to compile: all that the plans need in every precision, or the tests' part.
 
-    Args:
-        every: also those that differ in strides and alignment only, which the tests leave out; and in
-            the other precisions every tile instead of the largest.
+    The tests leave out, for 9.0 in float32, instances that differ in strides and alignment only, and otherwise
+    those that differ in the tile too, of which the largest takes most; and products with rounded operands that
+    differ in their epilogue only, which does not round.
     """
-    exact: dict[object, Instance] = {}
-    rounded: dict[object, Instance] = {}
-    for plan in plans().values():
-        for instance in instances(plan):
-            key: object = instance if every else instance.name
-            exact[key] = max(instance, exact.get(key, instance), key=lambda i: len(i.aligned))
-        for precision in PRECISIONS:
-            for instance in instances(replace(plan, precision=precision)):
-                if instance.rounded:
-                    key = instance if every else instance.variant
-                    rounded[key] = max(instance, rounded.get(key, instance), key=lambda i: i.tile)
-    return tuple((c, i) for i in (*exact.values(), *rounded.values()) for c in SHARED_LIMIT)
+    found = {p: dict.fromkeys(_all_instances(p)) for p in PRECISIONS}
+    found = {p: {i: None for i in of if p == "float32" or i.rounded} for p, of in found.items()}
+    if every:
+        return tuple((c, i) for of in found.values() for i in of for c in SHARED_LIMIT)
+    named: dict[str, Instance] = {}
+    for i in found["float32"]:
+        named[i.name] = max(i, named.get(i.name, i), key=lambda i: len(i.aligned))
+    largest: dict[object, Instance] = {}
+    for i in (i for of in found.values() for i in of):
+        largest[i.variant] = max(i, largest.get(i.variant, i), key=lambda i: (i.tile, len(i.aligned)))
+    pairs = {(90, i): None for i in named.values()} | {(c, i): None for i in largest.values() for c in SHARED_LIMIT}
+    return tuple(pairs)
+
+
+def _all_instances(precision: str) -> list[Instance]:
+    return [i for plan in plans().values() for i in instances(replace(plan, precision=precision))]
 
 
 def compile_nth(n: int, every: bool = False) -> tuple[str, int, Usage]:
