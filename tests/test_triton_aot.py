@@ -17,7 +17,7 @@ if importlib.util.find_spec("triton") is None:
 
 pytestmark = pytest.mark.timeout(600)
 
-MOST_SPILLS = 16  # bytes a thread
+MOST_SPILLS = 32  # bytes a thread
 
 
 def _compiler(cache: str) -> None:

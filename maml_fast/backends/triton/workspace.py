@@ -76,7 +76,8 @@ class Workspace:
         Raises:
             torch.OutOfMemoryError: there is not enough.
         """
-        self.memory = torch.empty(self.numbers(tasks), dtype=torch.float32, device=device)
+        # Zeros, because sums over whole slots run over the gaps between parameters too.
+        self.memory = torch.zeros(self.numbers(tasks), dtype=torch.float32, device=device)
         self.offsets: dict[Key, int] = {}
         used = 0
         for key, size in self.sizes.items():
