@@ -18,7 +18,9 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
 from maml_fast import MAML, cases, dispatch, verify
 from maml_fast.algorithms import maml as algorithm
-from maml_fast.backends.triton import TritonBackend, launch, tiles, workspace
+from maml_fast.backends.triton import TritonBackend, executor, launch, tiles, workspace
+
+del os.environ["TRITON_INTERPRET"]  # other tests know nothing of it
 
 # Every layer kind, loss and option once; each costs about a second of interpretation.
 SECOND_ORDER = (
@@ -51,6 +53,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
     Tiles are large, because the interpreter's time goes with their number.
     """
     torch.set_num_threads(1)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     backend = TritonBackend()
     monkeypatch.setitem(dispatch.BACKENDS, "triton", backend)
     monkeypatch.setattr(tiles, "product", _large_tile)
@@ -234,8 +237,6 @@ def _record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]
 
 
 def _count_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    from maml_fast.backends.triton import executor
-
     run, seen = executor.Executor.run, []
 
     def counted(self: executor.Executor, chunk: int) -> None:
