@@ -124,6 +124,7 @@ class Plan {
     }
 
     long bytes(int threads) const { return f64_ ? f64_->bytes(threads) : f32_->bytes(threads); }
+    long lanes() const { return f64_ ? f64_->lanes() : f32_->lanes(); }
 
   private:
     long tasks_;
@@ -144,7 +145,8 @@ PYBIND11_MODULE(_core, m) {
     py::class_<Plan>(m, "Plan")
         .def(py::init<const py::dict&, bool, const std::string&>(), py::arg("spec"), py::arg("float64"), py::arg("isa"))
         .def("run", &Plan::run)
-        .def("bytes", &Plan::bytes, py::arg("threads"));
+        .def("bytes", &Plan::bytes, py::arg("threads"))
+        .def_property_readonly("lanes", &Plan::lanes);
     m.def("available", &available_names);
     m.def("choose", [] { return std::string(name(choose())); });
 }

@@ -22,6 +22,7 @@ class Runner {
     ~Runner();
     void run(Call& call);
     long bytes(int threads) const;
+    long lanes() const { return kernels_.lanes; }
 
   private:
     std::unique_ptr<Memory<S>> borrow(int threads);

@@ -34,6 +34,10 @@ class Plan:
     def bytes(self, threads: int) -> int:
         """Memory that a call on so many threads holds beyond its inputs and outputs."""
 
+    @property
+    def lanes(self) -> int:
+        """Numbers in a vector of the kernels that run it: tells which instruction set's they are."""
+
 def available() -> list[str]:
     """Instruction sets that this processor can run, narrowest first."""
 

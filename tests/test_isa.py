@@ -27,8 +27,15 @@ NAMES = [
     "size-65",
     "rate-per_element",
     "siren-small",
+    "conv-everything",
+    "conv-groups",
+    "groupnorm",
+    "maxpool-overlapping",
+    "conv4",
+    "resnet12",
 ]
 CASES = select(NAMES)
+ALONE = [replace(case, tasks=1) for case in select(["strided", "conv4", "groupnorm", "maxpool-overlapping"])]
 DTYPES = [torch.float32, torch.float64]
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
@@ -103,14 +110,38 @@ def test_same_bits_for_any_number_of_threads(forced: str, case: Case, dtype: tor
             assert bits(case, dtype) == alone, f"{count} threads"
 
 
-@pytest.mark.no_sanitizer  # unoptimised code contracts nothing
+@each_isa
+@pytest.mark.parametrize("case", ALONE, ids=lambda c: c.name)
+def test_same_bits_where_threads_share_the_task(forced: str, case: Case) -> None:
+    with threads(1):
+        alone = bits(case)
+    with threads(3):
+        assert bits(case) == alone
+
+
 def test_another_name_runs_other_code(core: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Vectors of another width sum in another order: were the name ignored, the bits would be the same."""
-    case, seen = select(["size-65"])[0], {}
+    """The kernels that a plan holds tell the width of their own vectors."""
+    seen = {}
     for isa in core.available():
         monkeypatch.setenv("MAML_FAST_ISA", isa)
-        seen[isa] = tuple(bits(case))
-    assert len(set(seen.values())) == len(seen), f"some of {list(seen)} give the same bits"
+        problem = select(["size-65"])[0].build(torch.float32)
+        maml = problem.maml("cpu")
+        maml.backward(*problem.batch)
+        (call,) = maml._calls.values()
+        seen[isa] = call.plan.state["cpu"].core.lanes
+    widths = {"baseline": 4, "avx2": 8, "avx512": 16}
+    assert seen == {isa: widths[isa] for isa in core.available()}
+
+
+@pytest.mark.no_sanitizer  # unoptimised code contracts nothing
+def test_fused_multiply_adds_give_other_bits(core: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    if core.available() == ["baseline"]:
+        pytest.skip("this processor runs the baseline code only")
+    case, seen = select(["size-65"])[0], set()
+    for isa in core.available()[:2]:
+        monkeypatch.setenv("MAML_FAST_ISA", isa)
+        seen.add(tuple(bits(case)))
+    assert len(seen) == 2
 
 
 # ---- what the machine code says ----------------------------------------------------------------

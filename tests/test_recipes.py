@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,15 @@ def test_interrupt_saves_between_iterations(number: signal.Signals, tmp_path: Pa
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+@pytest.fixture
+def usual_interrupt() -> Iterator[None]:
+    """Python's own handler, also where the tests were started in the background, with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_interrupt")
 def test_second_interrupt_acts_as_usual() -> None:
     with Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,40 @@
+// Part of Engine: threads that share a task.
+
+// f(0) … f(n − 1), each by one thread; which one makes no difference to the result. Fewer than `fewest` are not
+// worth waking anybody.
+template <class F>
+void each(long n, F f, long fewest = 2) const {
+    if (call_.team <= 1 || n < fewest) {
+        for (long i = 0; i < n; ++i) f(i);
+        return;
+    }
+    struct Job {
+        F& f;
+        long n, next;
+    } job{f, n, 0};
+    auto work = [](void* context, int) {
+        Job& j = *static_cast<Job*>(context);
+        for (long i; (i = __atomic_fetch_add(&j.next, 1, __ATOMIC_RELAXED)) < j.n;) j.f(i);
+    };
+    call_.parallel(call_.team, work, &job);
+}
+
+// f(first, last) over n in a few pieces, or in one where nobody shares them.
+template <class F>
+void each_samples(long n, F f) const {
+    long pieces = call_.team > 1 ? least(n, 4L * call_.team) : least(n, 1L);
+    each(pieces, [=](long i) { f(i * n / pieces, (i + 1) * n / pieces); });
+}
+
+// A convolution's result in pieces: of samples where they have rows enough for full tiles, and of panels.
+template <class F>
+void each_piece(long N, long positions, long columns, F f) const {
+    if (call_.team <= 1) return f(Piece{0, N, 0, columns});
+    constexpr long kRows = 512, kColumns = kPanel * lanes<S>;
+    long pieces = least(least(N, 4L * call_.team), 1 + N * positions / kRows), panels = ceil_div(columns, kColumns);
+    each(pieces * panels, [=](long i) {
+        long piece = i / panels, panel = i % panels;
+        f(Piece{piece * N / pieces, (piece + 1) * N / pieces, panel * kColumns,
+                least((panel + 1) * kColumns, columns)});
+    });
+}

@@ -1,0 +1,88 @@
+// Part of Engine: parameter-sized vectors.
+
+template <class F>
+void each_adapted(F f) {
+    for (int p = 0; p < plan_.n_params; ++p)
+        if (plan_.params[p].adapts)
+            for (long b = 0; b < B_; ++b) f(p, plan_.params[p], b);
+}
+
+S* slot(int index, const Param& p, long b) const { return ws_ + plan_.slots[index] + b * plan_.parameters + p.offset; }
+
+const S* rate(const Param& p) const {
+    return p.rate_packed >= 0 ? arena_ + p.rate_packed : static_cast<const S*>(call_.rates[p.rate]);
+}
+
+void update(int out, int theta, int grad) {
+    each_adapted([&](int index, const Param& p, long b) {
+        const S *from = weight(theta, index).of(b), *g = slot(grad, p, b), *a = rate(p);
+        S *to = slot(out, p, b), alpha = *a;
+        if (p.elementwise)
+            for (long i = 0; i < p.size; ++i) to[i] = from[i] - a[i] * g[i];
+        else
+            for (long i = 0; i < p.size; ++i) to[i] = from[i] - alpha * g[i];
+    });
+}
+
+void scale(int out, int vector) {
+    each_adapted([&](int, const Param& p, long b) {
+        const S *from = slot(vector, p, b), *a = rate(p);
+        S *to = slot(out, p, b), alpha = *a;
+        if (p.elementwise)
+            for (long i = 0; i < p.size; ++i) to[i] = a[i] * from[i];
+        else
+            for (long i = 0; i < p.size; ++i) to[i] = alpha * from[i];
+    });
+}
+
+void subtract(int out, int vector) {
+    S *to = ws_ + plan_.slots[out], *from = ws_ + plan_.slots[vector];
+    for (long i = 0; i < B_ * plan_.parameters; ++i) to[i] -= from[i];
+}
+
+void accumulate(const Instr& in) {
+    for (int p = 0; p < plan_.n_params; ++p) {
+        const Param& param = plan_.params[p];
+        if (param.offset < 0) continue;
+        for (long b = 0; b < B_; ++b) {
+            const S* from = slot(in.a, param, b);
+            put(false, partial_ + param.sum, param.size, [=](long i) { return from[i]; });
+        }
+    }
+    for (int i = 0; i < plan_.n_ops; ++i)
+        if (plan_.ops[i].low_rank) accumulate_low_rank(plan_.ops[i], in.theta);
+}
+
+void rate_gradient(int grad, int adjoint) {
+    each_adapted([&](int, const Param& p, long b) {
+        const S *g = slot(grad, p, b), *l = slot(adjoint, p, b);
+        S* to = partial_ + plan_.sums + plan_.rate_offset[p.rate];
+        if (p.elementwise)
+            for (long i = 0; i < p.size; ++i) to[i] -= g[i] * l[i];
+        else
+            *to -= sum_of<S>(p.size, [=](long i) { return g[i] * l[i]; });
+    });
+}
+
+void load_parameters(int index) {
+    each_adapted([&](int param, const Param& p, long b) {
+        const S* from = static_cast<const S*>(call_.adapted[param]) + (t0_ + b) * p.size;
+        p.taps ? conv_weights_inward(p.o, p.c, p.taps, from, slot(index, p, b)) : copy(from, slot(index, p, b), p.size);
+    });
+}
+
+void store_parameters(int theta) {
+    for (int p = 0; p < plan_.n_params; ++p)
+        for (long b = 0; b < B_; ++b) {
+            const Param& param = plan_.params[p];
+            S* to = static_cast<S*>(call_.adapted_out[p]) + (t0_ + b) * param.size;
+            const S* from = weight(theta, p).of(b);
+            param.taps ? conv_weights_outward(param.o, param.c, param.taps, from, to) : copy(from, to, param.size);
+        }
+}
+
+void store_outputs(int tape_index) {
+    const TapeView& tape = plan_.tapes[tape_index];
+    long size = per_task(tape, plan_.out);
+    copy(value(tape, plan_.out), static_cast<S*>(call_.outputs) + t0_ * size, B_ * size);
+}
