@@ -6,20 +6,24 @@
 template <class S>
 constexpr bool kMaskedEdges = true;
 
-inline unsigned edge_mask(long columns, long width) {
-    return columns >= width ? (1u << width) - 1 : columns > 0 ? (1u << columns) - 1 : 0;
+template <class S>
+struct EdgeOf {
+    unsigned mask;
+
+    explicit EdgeOf(long columns) : mask((1u << least(columns > 0 ? columns : 0L, lanes<S>)) - 1) {}
+};
+
+inline vec<float> load_edge(const float* p, EdgeOf<float> edge) {
+    return (vec<float>)_mm512_maskz_loadu_ps(__mmask16(edge.mask), p);
 }
-inline vec<float> load_edge(const float* p, long columns) {
-    return (vec<float>)_mm512_maskz_loadu_ps(__mmask16(edge_mask(columns, 16)), p);
+inline vec<double> load_edge(const double* p, EdgeOf<double> edge) {
+    return (vec<double>)_mm512_maskz_loadu_pd(__mmask8(edge.mask), p);
 }
-inline vec<double> load_edge(const double* p, long columns) {
-    return (vec<double>)_mm512_maskz_loadu_pd(__mmask8(edge_mask(columns, 8)), p);
+inline void store_edge(float* p, vec<float> v, EdgeOf<float> edge) {
+    _mm512_mask_storeu_ps(p, __mmask16(edge.mask), (__m512)v);
 }
-inline void store_edge(float* p, vec<float> v, long columns) {
-    _mm512_mask_storeu_ps(p, __mmask16(edge_mask(columns, 16)), (__m512)v);
-}
-inline void store_edge(double* p, vec<double> v, long columns) {
-    _mm512_mask_storeu_pd(p, __mmask8(edge_mask(columns, 8)), (__m512d)v);
+inline void store_edge(double* p, vec<double> v, EdgeOf<double> edge) {
+    _mm512_mask_storeu_pd(p, __mmask8(edge.mask), (__m512d)v);
 }
 
 #else
@@ -28,15 +32,22 @@ template <class S>
 constexpr bool kMaskedEdges = false;
 
 template <class S>
-inline vec<S> load_edge(const S* p, long columns) {
+struct EdgeOf {
+    long columns;
+
+    explicit EdgeOf(long n) : columns(least(n, lanes<S>)) {}
+};
+
+template <class S>
+inline vec<S> load_edge(const S* p, EdgeOf<S> edge) {
     vec<S> v{};
-    for (long i = 0; i < columns && i < lanes<S>; ++i) v[i] = p[i];
+    for (long i = 0; i < edge.columns; ++i) v[i] = p[i];
     return v;
 }
 
 template <class S>
-inline void store_edge(S* p, vec<S> v, long columns) {
-    for (long i = 0; i < columns && i < lanes<S>; ++i) p[i] = v[i];
+inline void store_edge(S* p, vec<S> v, EdgeOf<S> edge) {
+    for (long i = 0; i < edge.columns; ++i) p[i] = v[i];
 }
 
 #endif

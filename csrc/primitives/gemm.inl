@@ -42,7 +42,8 @@ template <class S, int MR, int NV, bool Edge>
 __attribute__((noinline)) void tile(long K, const S* a, long rs, long cs, const S* b, long ldb, const Result<S>& c,
                                     long columns) {
     constexpr long L = lanes<S>;
-    auto read = [&](const S* p, int v) { return Edge ? load_edge(p + v * L, columns - v * L) : load(p + v * L); };
+    const EdgeOf<S> edge(columns - (NV - 1) * L);  // only the last vector is ragged
+    auto read = [&](const S* p, int v) { return Edge && v == NV - 1 ? load_edge(p + v * L, edge) : load(p + v * L); };
     vec<S> acc[MR][NV];
     if (c.source) {
 #pragma GCC unroll 32
@@ -64,7 +65,7 @@ __attribute__((noinline)) void tile(long K, const S* a, long rs, long cs, const 
         vec<S> bv[NV];
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v)
-            bv[v] = Edge && kMaskedEdges<S> ? load_edge(b + v * L, columns - v * L) : load(b + v * L);
+            bv[v] = Edge && kMaskedEdges<S> && v == NV - 1 ? load_edge(b + v * L, edge) : load(b + v * L);
 #pragma GCC unroll 32
         for (int r = 0; r < MR; ++r) {
             S x = row[r][ka];
@@ -76,8 +77,8 @@ __attribute__((noinline)) void tile(long K, const S* a, long rs, long cs, const 
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) {
-            if (Edge)
-                store_edge(c.p + r * c.ld + v * L, acc[r][v], columns - v * L);
+            if (Edge && v == NV - 1)
+                store_edge(c.p + r * c.ld + v * L, acc[r][v], edge);
             else
                 store(c.p + r * c.ld + v * L, acc[r][v]);
         }

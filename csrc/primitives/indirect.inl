@@ -25,7 +25,8 @@ template <class S, int MR, int NV, bool Edge>
 __attribute__((noinline)) void indirect_tile(const Indirect<S>& p, long column, const long* from, const long* to, S* y,
                                              long columns) {
     constexpr long L = lanes<S>;
-    auto read = [&](const S* q, int v) { return Edge ? load_edge(q + v * L, columns - v * L) : load(q + v * L); };
+    const EdgeOf<S> edge(columns - (NV - 1) * L);  // only the last vector is ragged
+    auto read = [&](const S* q, int v) { return Edge && v == NV - 1 ? load_edge(q + v * L, edge) : load(q + v * L); };
     vec<S> acc[MR][NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
@@ -44,7 +45,7 @@ __attribute__((noinline)) void indirect_tile(const Indirect<S>& p, long column, 
                 vec<S> bv[NV];
 #pragma GCC unroll 2
                 for (int v = 0; v < NV; ++v)
-                    bv[v] = Edge && kMaskedEdges<S> ? load_edge(b + v * L, columns - v * L) : load(b + v * L);
+                    bv[v] = Edge && kMaskedEdges<S> && v == NV - 1 ? load_edge(b + v * L, edge) : load(b + v * L);
 #pragma GCC unroll 32
                 for (int r = 0; r < MR; ++r) {
                     S x = row[r][k];
@@ -59,7 +60,7 @@ __attribute__((noinline)) void indirect_tile(const Indirect<S>& p, long column, 
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) {
             S* q = y + to[r] + column + v * L;
-            Edge ? store_edge(q, acc[r][v], columns - v * L) : store(q, acc[r][v]);
+            Edge&& v == NV - 1 ? store_edge(q, acc[r][v], edge) : store(q, acc[r][v]);
         }
 }
 
@@ -104,13 +105,14 @@ template <class S, int MR, int NV, bool Edge>
 __attribute__((noinline)) void lattice_tile(const Lattice<S>& t, const long* offsets, bool add, S* c, long ld,
                                             long columns) {
     constexpr long L = lanes<S>;
+    const EdgeOf<S> edge(columns - (NV - 1) * L);
     vec<S> acc[MR][NV];
 #pragma GCC unroll 32
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) {
             const S* q = c + r * ld + v * L;
-            acc[r][v] = !add ? vec<S>{} : Edge ? load_edge(q, columns - v * L) : load(q);
+            acc[r][v] = !add ? vec<S>{} : Edge && v == NV - 1 ? load_edge(q, edge) : load(q);
         }
     for (long n = 0; n < t.samples; ++n)
         for (long y = 0; y < t.ny; ++y) {
@@ -122,7 +124,7 @@ __attribute__((noinline)) void lattice_tile(const Lattice<S>& t, const long* off
                 vec<S> bv[NV];
 #pragma GCC unroll 2
                 for (int v = 0; v < NV; ++v)
-                    bv[v] = Edge && kMaskedEdges<S> ? load_edge(b + v * L, columns - v * L) : load(b + v * L);
+                    bv[v] = Edge && kMaskedEdges<S> && v == NV - 1 ? load_edge(b + v * L, edge) : load(b + v * L);
 #pragma GCC unroll 32
                 for (int r = 0; r < MR; ++r) {
                     S s = row[r][xa];
@@ -136,7 +138,7 @@ __attribute__((noinline)) void lattice_tile(const Lattice<S>& t, const long* off
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) {
             S* q = c + r * ld + v * L;
-            Edge ? store_edge(q, acc[r][v], columns - v * L) : store(q, acc[r][v]);
+            Edge&& v == NV - 1 ? store_edge(q, acc[r][v], edge) : store(q, acc[r][v]);
         }
 }
 
