@@ -12,28 +12,32 @@ from .graph import Attribute, Graph, Op, Shape
 _IMAGE_OPS = ("conv", "max_pool", "avg_pool", "spatial_mean", "upsample", *NORMS)
 _ANY_ORDER = ("affine", "add", "cat")
 _ONE_ORDER = ("linear", "layer_norm", "reshape")
-_FEW_CHANNELS = 4  # up to which a padded copy of the input is cheaper than short products at its border
 
 
-def channels_last(graph: Graph) -> Graph:
-    """The same network with images (*space, C), and ops `transpose` where the module's own order is needed.
+def channels_last(graph: Graph, pad_apart: int = 0) -> Graph:
+    """The live part of the graph with images (*space, C), and ops `transpose` where the module's own order is needed.
 
-    A transpose has attributes `rows` and `columns`: (rows, columns) of a sample become (columns, rows). Convolutions of
-    few channels get their padding as an op `pad` before them, with attribute `padding`.
+    A transpose has attributes `rows` and `columns`: (rows, columns) of a sample become (columns, rows); where one of
+    them is 1 a `reshape` does.
+
+    Args:
+        pad_apart: convolutions of up to so many channels get their padding as an op `pad` before them, with attribute
+            `padding`.
     """
-    return _Rewriter(graph).run()
+    return _Rewriter(graph, pad_apart).run()
 
 
 class _Rewriter:
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, pad_apart: int) -> None:
         self.graph = graph
+        self.pad_apart = pad_apart
         self.ops: list[Op] = []
         self.shapes: list[Shape] = [graph.shapes[0]]
         self.first: dict[int, int] = {0: 0}
         self.last: dict[int, int] = {}
 
     def run(self) -> Graph:
-        for op in self.graph.ops:
+        for op in self.graph.live_ops():
             if self._wants_images(op):
                 self._image_op(op)
             else:
@@ -62,7 +66,7 @@ class _Rewriter:
 
     def _is_padded_apart(self, op: Op) -> bool:
         channels = self.graph.shapes[op.inputs[0]][0]
-        return op.attributes["groups"] == 1 and channels <= _FEW_CHANNELS and any(op.attributes["padding"])
+        return op.attributes["groups"] == 1 and channels <= self.pad_apart and any(op.attributes["padding"])
 
     def _pad(self, value: int, padding: tuple[int, ...]) -> int:
         *space, channels = self.shapes[value]

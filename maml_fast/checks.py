@@ -89,6 +89,17 @@ def precision(value: Any) -> str:
     return str(value)
 
 
+def threads(value: Any) -> int | None:
+    """Check a number of threads: None, or an int ≥ 1."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"threads: expected an int or None, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"threads: expected 1 or more, got {value}")
+    return value
+
+
 def reduction(value: Any) -> str:
     """Check a reduction's name."""
     if value not in ("mean", "sum", "none"):

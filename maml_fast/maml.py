@@ -56,6 +56,9 @@ class MAML(nn.Module):
         adapts: which parameters the inner loop updates: names, or a predicate
             `(name, parameter) -> bool`. None means all. The others still get meta-gradients.
         tape_bytes: memory a thread may spend on saved activations; beyond it they are recomputed.
+        threads: of the C++ core; None for PyTorch's `torch.get_num_threads()`. Results do not depend on
+            it. PyTorch's own threads spin for milliseconds after an operation, in the core's way: a
+            training loop is faster with `torch.set_num_threads(1)` and all cores named here.
         precision: `"float32"` is exact; `"tf32"` and `"bf16"` allow the Triton backend to round the
             operands of matrix products and convolutions. Sums, weights and all else stay float32,
             and the other backends always compute in the parameters' dtype.
@@ -84,6 +87,7 @@ class MAML(nn.Module):
         backend: str = "auto",
         adapts: Adapts = None,
         tape_bytes: int = 1 << 28,
+        threads: int | None = None,
         precision: str = "float32",
     ) -> None:
         super().__init__()
@@ -96,6 +100,7 @@ class MAML(nn.Module):
         self.allow_nograd = allow_nograd
         self.backend = backend
         self.tape_bytes = int(tape_bytes)
+        self.threads = checks.threads(threads)
         self.precision = checks.precision(precision)
         self._adapts = adapts
         self._inner = Inner(losses.resolve(loss), checks.steps(steps), self.first_order)
@@ -279,6 +284,7 @@ class MAML(nn.Module):
             dtype=x.dtype,
             device=x.device,
             tape_bytes=self.tape_bytes,
+            threads=self.threads,
             precision=self.precision,
         )
         self._check_model(plan)

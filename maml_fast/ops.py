@@ -102,6 +102,7 @@ class _ReducedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, prepared: Prepared, *leaves: Tensor) -> Tensor:
         result = prepared.run()
+        ctx.prepared, ctx.versions = prepared, _versions(prepared)
         ctx.gradients = result.gradients()
         assert result.objective is not None
         return result.objective
@@ -109,7 +110,25 @@ class _ReducedLoss(torch.autograd.Function):
     @staticmethod
     @_first_derivative_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *[None if g is None else g * upstream for g in ctx.gradients])
+        gradients = ctx.gradients if ctx.gradients is not None else _again(ctx)
+        if upstream.device.type == "cpu" and upstream.item() == 1.0:
+            # given away, not copied: a product would also wake PyTorch's threads, which then spin in the core's way
+            ctx.gradients = None
+            return (None, *gradients)
+        return (None, *[None if g is None else g * upstream for g in gradients])
+
+
+def _versions(prepared: Prepared) -> list[int]:
+    """What changes when a tensor of the call is written in place."""
+    t = prepared.tensors
+    return [v._version for v in (*t.leaves(), t.y_s, t.y_q) if v is not None]
+
+
+def _again(ctx: Any) -> list[Tensor | None]:
+    """The gradients once more, for a graph that was retained."""
+    if _versions(ctx.prepared) != ctx.versions:
+        raise RuntimeError("maml_fast: a tensor that backward needs again was changed in place since the forward pass")
+    return ctx.prepared.run().gradients()
 
 
 class _TaskLosses(torch.autograd.Function):

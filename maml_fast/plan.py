@@ -19,18 +19,11 @@ if TYPE_CHECKING:
     from .program import Program
 
 
-_PLAIN = (
-    "linear",
-    "conv",
-    "reshape",
-    "transpose",
-    "pad",
-    "affine",
-    "add",
-    "cat",
-    "avg_pool",
-    "upsample",
-)  # no more than that
+# Ops whose tape holds a value and its delta; those of the others hold up to two more buffers.
+_PLAIN = frozenset(("linear", "conv", "reshape", "transpose", "pad", "affine", "add", "cat", "avg_pool", "upsample"))
+
+
+_FEW_CHANNELS = 4  # up to which a padded copy of an image is cheaper than short products at its border
 
 
 class Mode(enum.Enum):
@@ -84,6 +77,7 @@ class Plan:
         tasks: T. support, query: samples a task (0 where the mode has none).
         in_shape: shape of one sample.
         tape_bytes: how much memory a thread may spend on saved activations.
+        threads: of the C++ core; None for PyTorch's number.
         precision: the least that a backend may compute products with: `"float32"`, `"tf32"` or `"bf16"`.
     """
 
@@ -99,6 +93,7 @@ class Plan:
     dtype: torch.dtype
     device: torch.device
     tape_bytes: int = 1 << 28
+    threads: int | None = None
     precision: str = "float32"
     state: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 
@@ -116,7 +111,7 @@ class Plan:
         from .fusion import fuse
 
         graph = self.trace[0]
-        return None if graph is None else channels_last(fuse(graph))
+        return None if graph is None else channels_last(fuse(graph), pad_apart=_FEW_CHANNELS)
 
     @cached_property
     def out_shape(self) -> tuple[int, ...] | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from maml_fast import dispatch, verify
 from maml_fast.backends import cpu
 from maml_fast.cases import SMALL, Case, Problem, select
+from maml_fast.maml import MAML
 
 FEW = select(
     ["tanh", "batchnorm", "loss-cross-entropy", "frozen", "tied", "unreached", "rate-per_element", "size-tasks",
@@ -126,6 +127,30 @@ def test_gradients_accumulate(backend: str, case: Case, request: pytest.FixtureR
     assert all(
         torch.allclose(g, 3 * o, rtol=1e-14, atol=1e-300) for g, o in zip(gradients(problem.model), once, strict=True)
     )
+
+
+@each_backend
+def test_retained_graph_goes_backward_again(backend: str, request: pytest.FixtureRequest) -> None:
+    """The first backward gives its gradients away; the second neither reads nor writes what became of them."""
+    problem = build(select(["batchnorm-deep"])[0], backend, request)
+    loss = problem.maml(backend).meta_loss(*problem.batch)
+    loss.backward(retain_graph=True)
+    once = [g.clone() for g in gradients(problem.model)]
+    loss.backward(retain_graph=True)
+    (2 * loss).backward()
+    assert all(
+        torch.allclose(g, 4 * o, rtol=1e-14, atol=1e-300) for g, o in zip(gradients(problem.model), once, strict=True)
+    )
+
+
+@each_backend
+def test_retained_graph_after_an_optimiser_step_raises(backend: str, request: pytest.FixtureRequest) -> None:
+    problem = build(select(["tanh"])[0], backend, request)
+    loss = problem.maml(backend).meta_loss(*problem.batch)
+    loss.backward(retain_graph=True)
+    torch.optim.SGD(problem.model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
 
 
 def weighted(problem: Problem, backend: str, first_order: bool) -> verify.Results:
@@ -292,3 +317,14 @@ def test_weighted_norms_are_right_under_vmap(name: str) -> None:
     """PyTorch's batching rules lose a term of their second derivative; this backend must not."""
     case = Case(name, partial(DirectNorm, *DIRECT_NORMS[name]), (2, 5), (3, 5))
     assert all(error.ok for error in verify.compare(case, "vmap", torch.float64, False))
+
+
+def test_the_core_takes_its_own_number_of_threads() -> None:
+    problem = select(["batchnorm-deep"])[0].build(torch.float32)
+    results = []
+    for threads in (None, 1, 3):
+        problem.model.zero_grad()
+        loss = MAML(problem.model, 0.1, loss="cross_entropy", backend="cpu", threads=threads).backward(*problem.batch)
+        results.append([loss, *gradients(problem.model)])
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])

@@ -344,6 +344,12 @@ def test_bad_loss(loss: object, error: type[Exception]) -> None:
         mf.MAML(nn.Linear(2, 2), 0.1, loss=loss)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("threads", "error"), [(0, ValueError), (1.0, TypeError), (True, TypeError)])
+def test_bad_threads(threads: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match="threads"):
+        mf.MAML(nn.Linear(2, 1), 0.1, threads=threads)  # type: ignore[arg-type]
+
+
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match=r"backend: expected one of auto, .*got 'cuda'"):
         mf.MAML(nn.Linear(2, 2), 0.1, backend="cuda")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..fusion import NORMS
-from ..graph import Attribute, Graph, Op, Shape
+from ..graph import ACTIVATIONS, Attribute, Graph, Op, Shape
 from ..losses import NAMES
 from ..plan import Mode, Plan, Result, Tensors
 from ..program import (
@@ -55,18 +55,6 @@ _KINDS = (
     "pad",
     "upsample",
 )
-_ACTIVATIONS = {
-    "relu": (),
-    "leaky_relu": ("negative_slope",),
-    "elu": ("alpha",),
-    "gelu": (),
-    "gelu_tanh": (),
-    "silu": (),
-    "tanh": (),
-    "sigmoid": (),
-    "softplus": ("beta", "threshold"),
-    "sine": ("w0",),
-}
 _DTYPES = (torch.float32, torch.float64)
 
 
@@ -111,7 +99,7 @@ class CpuBackend:
 def _unsupported(plan: Plan, graph: Graph) -> list[str]:
     reasons = []
     for op in graph.live_ops():
-        if op.kind not in _KINDS and op.kind not in _ACTIVATIONS and op.kind not in ("reshape", "spatial_mean"):
+        if op.kind not in _KINDS and op.kind not in ACTIVATIONS and op.kind not in ("reshape", "spatial_mean"):
             reasons.append(f"layer {op.kind} has no kernel")
         if op.kind == "batch_norm":
             positions = math.prod(graph.shapes[op.output][1:])
@@ -190,7 +178,7 @@ class _Call:
             _pointer(result.x_q),
             _pointers(result.adapted),
             bool(t.into),
-            torch.get_num_threads(),
+            plan.threads or torch.get_num_threads(),
         )
         if rate_gradient is not None:
             pieces = zip(rate_gradient.split(self.rate_sizes), plan.rates.shapes, plan.needs.rates, strict=True)
@@ -259,7 +247,7 @@ class _Spec:
         self.buffer[op.output] = len(self.features)
         self.features.append(math.prod(shape))
         weight, bias = (*op.parameters, None, None)[:2]
-        kind = {"spatial_mean": "avg_pool"}.get(op.kind, "activation" if op.kind in _ACTIVATIONS else op.kind)
+        kind = {"spatial_mean": "avg_pool"}.get(op.kind, "activation" if op.kind in ACTIVATIONS else op.kind)
         in_shape = self.graph.shapes[op.inputs[0]]
         spec = {
             "kind": _KINDS.index(kind),
@@ -280,9 +268,9 @@ class _Spec:
         }
         if op.kind == "linear":
             spec |= {"rows": math.prod(shape[:-1]), "width": in_shape[-1], "out_width": shape[-1]}
-        elif op.kind in _ACTIVATIONS:
-            values = [attributes[name] for name in _ACTIVATIONS[op.kind]]
-            spec |= {"act": list(_ACTIVATIONS).index(op.kind)} | dict(zip(("f0", "f1"), values, strict=False))
+        elif op.kind in ACTIVATIONS:
+            values = [attributes[name] for name in ACTIVATIONS[op.kind]]
+            spec |= {"act": list(ACTIVATIONS).index(op.kind)} | dict(zip(("f0", "f1"), values, strict=False))
         elif op.kind == "layer_norm":
             width = int(attributes["size"])
             spec |= {"rows": math.prod(shape) // width, "width": width}

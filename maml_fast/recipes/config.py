@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from .. import dispatch
@@ -69,6 +70,11 @@ class Config:
         for name in ("inner_lr", "meta_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+
+    @property
+    def cores(self) -> int:
+        """The threads to compute on: `threads`, or PyTorch's number."""
+        return self.threads or torch.get_num_threads()
 
     def fixed(self) -> dict[str, Any]:
         """The fields on which the run's numbers depend."""

@@ -47,6 +47,7 @@ def evaluate(
     tasks: int,
     steps: Iterable[int] = EVERY_STEP,
     backend: str = "auto",
+    threads: int | None = None,
 ) -> list[StepResult]:
     """Adapt to test tasks and measure on their query sets.
 
@@ -57,9 +58,9 @@ def evaluate(
         sampler: of the test tasks.
         tasks: how many of them.
         steps: numbers of inner steps to measure after.
-        backend: as for `MAML`.
+        backend, threads: as for `MAML`.
     """
-    learners = {k: MAML(model, lr, steps=k, loss=loss, backend=backend) for k in steps}
+    learners = {k: MAML(model, lr, steps=k, loss=loss, backend=backend, threads=threads) for k in steps}
     losses: dict[int, list[Tensor]] = {k: [] for k in learners}
     accuracies: dict[int, list[Tensor]] = {k: [] for k in learners}
     measured = 0

@@ -88,7 +88,7 @@ class OmniglotRecipe(Recipe):
         self.validate_every = config.validate_every
         with seeded(config.seed):
             model = NETS[config.net](config.ways)
-        self.maml = MAML(model, config.inner_lr, steps=config.steps, backend=config.backend)
+        self.maml = MAML(model, config.inner_lr, steps=config.steps, backend=config.backend, threads=config.cores)
         self._parts = self._load()
         self.sampler = self._tasks("train")
 
@@ -121,4 +121,6 @@ class OmniglotRecipe(Recipe):
 
     def _evaluate(self, part: str, tasks: int, steps: list[int]) -> list[StepResult]:
         model, rate = self.maml.module, self.config.inner_lr
-        return evaluate(model, rate, "cross_entropy", self._tasks(part), tasks, steps, self.config.backend)
+        return evaluate(
+            model, rate, "cross_entropy", self._tasks(part), tasks, steps, self.config.backend, self.maml.threads
+        )

@@ -44,7 +44,9 @@ class SinusoidRecipe(Recipe):
         self.config = config
         with seeded(config.seed):
             model = sinusoid_mlp()
-        self.maml = MAML(model, config.inner_lr, steps=config.steps, loss="mse", backend=config.backend)
+        self.maml = MAML(
+            model, config.inner_lr, steps=config.steps, loss="mse", backend=config.backend, threads=config.cores
+        )
         seed = stream_seed(config.seed, "train")
         self.sampler = Sinusoids(config.meta_batch, config.shots, config.queries, seed=seed)
 
@@ -55,7 +57,13 @@ class SinusoidRecipe(Recipe):
             tasks = Sinusoids(100, shots, EVAL_QUERIES, seed=stream_seed(config.seed, "test"), ahead=1)
             title = f"sinusoid, {shots} shots, MSE on {config.eval_tasks} test tasks"
             results[title] = evaluate(
-                self.maml.module, config.inner_lr, "mse", tasks, config.eval_tasks, backend=config.backend
+                self.maml.module,
+                config.inner_lr,
+                "mse",
+                tasks,
+                config.eval_tasks,
+                backend=config.backend,
+                threads=self.maml.threads,
             )
         return results
 

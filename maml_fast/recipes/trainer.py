@@ -87,10 +87,11 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the last iteration, then evaluate; 0, or 128 + a signal's number if interrupted (and saved)."""
-        out, before = self.config.out, torch.get_num_threads()
-        torch.set_num_threads(self.config.threads or before)
+        out, before, cores = self.config.out, torch.get_num_threads(), self.config.cores
+        # PyTorch's threads spin for milliseconds after an operation: the core is faster without them
+        torch.set_num_threads(1 if self.backend == "backend: cpu" else cores)
         try:
-            self.console.print(f"{self.recipe.name}: {self.backend}, {torch.get_num_threads()} threads, folder {out}")
+            self.console.print(f"{self.recipe.name}: {self.backend}, {cores} threads, folder {out}")
             number = self._train()
             if number is not None:
                 self.console.print(f"Interrupted at iteration {self.iteration}; saved to {out / CHECKPOINT}.")

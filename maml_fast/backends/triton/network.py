@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ...channels_last import channels_last
 from ...graph import ACTIVATIONS, Graph, Op
 from ...plan import Mode, Plan
-from .layout import channels_last
 
 _FUSING = ("batch_norm", "running_norm")
 _ALIGNED = 16  # numbers: a parameter starts at a multiple of 64 bytes, so that loads can be vectors
