@@ -291,6 +291,7 @@ def test_evaluation_agrees_with_the_textbook() -> None:
         assert result.accuracy is None
         assert result.loss.mean == pytest.approx(expected.mean().item(), rel=1e-4)
         assert result.loss.ci95 == pytest.approx(1.96 * expected.std().item() / math.sqrt(6), rel=1e-4)
+        assert result.loss.median == pytest.approx(expected.median().item(), rel=1e-4)
 
 
 def adapted_loss(model: nn.Module, rate: float, steps: int, x_s: Any, y_s: Any, x_q: Any, y_q: Any) -> torch.Tensor:

@@ -66,14 +66,15 @@ class Display:
 
 
 def results_table(title: str, results: list[StepResult]) -> Table:
-    """The evaluation as a table: step × loss (× accuracy), each ± its 95 % interval."""
+    """The evaluation as a table: step × loss (× accuracy), each ± its 95 % interval, and the median of the losses."""
     table = Table(title=title)
     table.add_column("inner steps", justify="right")
     table.add_column("loss", justify="right")
+    table.add_column("median", justify="right")
     if results[0].accuracy is not None:
         table.add_column("accuracy", justify="right")
     for result in results:
-        cells = [str(result.step), _cell(result.loss, 1.0, "")]
+        cells = [str(result.step), _cell(result.loss, 1.0, ""), f"{result.loss.median:.3f}"]
         if result.accuracy is not None:
             cells.append(_cell(result.accuracy, 100.0, " %"))
         table.add_row(*cells)

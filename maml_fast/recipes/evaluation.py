@@ -18,15 +18,19 @@ EVERY_STEP = range(11)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over tasks and half the width of its 95 % confidence interval, 1.96 σ / √tasks."""
+    """A mean over tasks, half the width of its 95 % confidence interval, 1.96 σ / √tasks, and the median.
+
+    Gradient descent on a few points diverges on a rare task, which then is all of the mean; the median tells.
+    """
 
     mean: float
     ci95: float
+    median: float
 
     @classmethod
     def of(cls, values: Tensor) -> Estimate:
         spread = float(values.std()) if len(values) > 1 else math.nan
-        return cls(float(values.mean()), 1.96 * spread / math.sqrt(len(values)))
+        return cls(float(values.mean()), 1.96 * spread / math.sqrt(len(values)), float(values.median()))
 
 
 @dataclass(frozen=True)
