@@ -1,4 +1,8 @@
-"""The Triton backend under Triton's interpreter: its algebra, float32, against the float64 reference."""
+"""The Triton backend under Triton's interpreter: its algebra, float32, against the float64 reference.
+
+Triton's own functions are interpreted or not from its first import on, which PyTorch may bring about: these tests need
+a process of their own, started with TRITON_INTERPRET=1, as `make test` does.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,12 @@ from torch import Tensor, nn
 # Not by importing it: the environment decides how its functions compile.
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("they need TRITON_INTERPRET=1 and a process of their own", allow_module_level=True)
 
 from maml_fast import MAML, cases, dispatch, verify
 from maml_fast.algorithms import maml as algorithm
 from maml_fast.backends.triton import TritonBackend, executor, launch, tiles, workspace
-
-del os.environ["TRITON_INTERPRET"]  # other tests know nothing of it
 
 # Every layer kind, loss and option once; each costs about a second of interpretation.
 SECOND_ORDER = (
@@ -53,7 +56,6 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
     Tiles are large, because the interpreter's time goes with their number.
     """
     torch.set_num_threads(1)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     backend = TritonBackend()
     monkeypatch.setitem(dispatch.BACKENDS, "triton", backend)
     monkeypatch.setattr(tiles, "product", _large_tile)
