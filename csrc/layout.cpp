@@ -278,9 +278,8 @@ long Layout::take(long size) {
 }
 
 long Layout::scratch_size(long lockstep) const {
-    long size = 0;
+    long size = 0, samples = std::max(spec_.samples[0], spec_.samples[1]);
     for (const Op& op : ops_) {
-        long samples = std::max(spec_.samples[0], spec_.samples[1]);
         if (op.kind == OpKind::layer_norm) size = std::max(size, 4 * op.width);
         if (op.kind == OpKind::conv) size = std::max(size, 2 * params_[op.w].size + kSlack);
         if (op.kind != OpKind::linear) continue;

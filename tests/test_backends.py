@@ -115,6 +115,10 @@ def test_backward_equals_meta_loss_backward(backend: str, case: Case, request: p
         assert same(gradients(problem.model), expected)
 
 
+def multiple(found: list[Tensor], factor: float, once: list[Tensor]) -> bool:
+    return all(torch.allclose(g, factor * o, rtol=1e-14, atol=1e-300) for g, o in zip(found, once, strict=True))
+
+
 @each_backend
 @few_cases
 def test_gradients_accumulate(backend: str, case: Case, request: pytest.FixtureRequest) -> None:
@@ -124,9 +128,7 @@ def test_gradients_accumulate(backend: str, case: Case, request: pytest.FixtureR
     once = [g.clone() for g in gradients(problem.model)]
     maml.backward(*problem.batch)
     maml.meta_loss(*problem.batch).backward()
-    assert all(
-        torch.allclose(g, 3 * o, rtol=1e-14, atol=1e-300) for g, o in zip(gradients(problem.model), once, strict=True)
-    )
+    assert multiple(gradients(problem.model), 3, once)
 
 
 @each_backend
@@ -138,9 +140,7 @@ def test_retained_graph_goes_backward_again(backend: str, request: pytest.Fixtur
     once = [g.clone() for g in gradients(problem.model)]
     loss.backward(retain_graph=True)
     (2 * loss).backward()
-    assert all(
-        torch.allclose(g, 4 * o, rtol=1e-14, atol=1e-300) for g, o in zip(gradients(problem.model), once, strict=True)
-    )
+    assert multiple(gradients(problem.model), 4, once)
 
 
 @each_backend

@@ -99,7 +99,9 @@ void conv_norm_forward(const Op& conv, const Op& norm, int i, int slot, const Ta
             long whole = last == N ? ceil_div(n.rows(), kNormChunk) : last * positions / kNormChunk;
             for (; chunks < whole; ++chunks) chunk_moments(n, z, chunks, partial);
         });
-        norm_values_of(norm, i, slot, tape, n, b, [&](S* mean, S* inv) { merge_moments(n, partial, mean, inv); });
+        NormTape<S> t = norm_tape(norm, i, tape, n, b * n.rows(), b * n.out_rows(), b);
+        norm_values_of(norm, slot, n, t, b, output(tape, norm.out) + b * n.out_rows() * n.C,
+                       [&](S* mean, S* inv) { merge_moments(n, partial, mean, inv); });
     }
 }
 
@@ -131,9 +133,9 @@ void conv_norm_backward(const Op& conv, const Op& norm, int i, int slot, const T
 // to (+)= Σ_rows.
 void sum_rows(bool first_writer, long rows, long width, const S* m, S* to) const {
     S *sums = norm_scratch(), *partial = sums + width;
-    chunked_sums<S>(
-        rows, width, partial, sums, [this](long n, auto f) { each(n, f, kFewChunks); },
-        [=](long first, long last, S* mine) { column_sums(true, last - first, width, m + first * width, mine); });
+    sum_chunks(rows, width, partial, sums, [=](long first, long last, S* mine) {
+        column_sums(true, last - first, width, m + first * width, mine);
+    });
     put(first_writer, to, width, [=](long i) { return sums[i]; });
 }
 

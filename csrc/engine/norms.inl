@@ -7,7 +7,7 @@ Norm<S> norm_of(const Op& op, long N) const {
             g.kw,     op.kind == OpKind::running_norm, S(op.f0),        S(op.f1)};
 }
 
-// Calls f(b, first row of x, first row of y, statistics so far) for every set of rows that share statistics.
+// Calls f(b, first row of x, first row of y, number of the set, whether it is task b's first) for every set of rows.
 template <class F>
 void each_set(const Norm<S>& n, long N, F f) const {
     long sets = N / n.samples;
@@ -15,8 +15,6 @@ void each_set(const Norm<S>& n, long N, F f) const {
         for (long s = 0; s < sets; ++s)
             f(b, (b * sets + s) * n.rows(), (b * sets + s) * n.out_rows(), b * sets + s, s == 0);
 }
-
-static constexpr long kFewChunks = 4;
 
 // Row chunks [first, last) of n rows.
 template <class F>
@@ -44,27 +42,24 @@ void norm_forward(const Op& op, int i, int slot, const TapeView& tape) {
     long N = samples(tape);
     Norm<S> n = norm_of(op, N);
     S* partial = norm_scratch() + kNormArrays * n.C;
-    for (long b = 0; b < B_ * (N / n.samples); ++b) {
-        const S* x = norm_tape(op, i, tape, n, b * n.rows(), 0, b).x;
-        norm_values_of(op, i, slot, tape, n, b, [&](S* mean, S* inv) {
-            each(ceil_div(n.rows(), kNormChunk), [=](long k) { chunk_moments(n, x, k, partial); }, kFewChunks);
+    each_set(n, N, [&](long b, long row, long out_row, long set, bool) {
+        NormTape<S> t = norm_tape(op, i, tape, n, row, out_row, set);
+        norm_values_of(op, slot, n, t, b, output(tape, op.out) + out_row * n.C, [&](S* mean, S* inv) {
+            each(ceil_div(n.rows(), kNormChunk), [=](long k) { chunk_moments(n, t.x, k, partial); }, kFewChunks);
             merge_moments(n, partial, mean, inv);
         });
-    }
+    });
 }
 
-// Results of one set of rows; moments(mean, inv) finds its statistics.
+// Results of one set of rows of task b; moments(mean, inv) finds its statistics.
 template <class F>
-void norm_values_of(const Op& op, int i, int slot, const TapeView& tape, const Norm<S>& n, long set, F moments) {
-    long C = n.C, b = set / (samples(tape) / n.samples), out_row = set * n.out_rows();
-    NormTape<S> t = norm_tape(op, i, tape, n, set * n.rows(), out_row, set);
-    S *arrays = norm_scratch(), *y = output(tape, op.out) + out_row * C, *mean = const_cast<S*>(t.mean),
-      *inv = const_cast<S*>(t.inv);
+void norm_values_of(const Op& op, int slot, const Norm<S>& n, const NormTape<S>& t, long b, S* y, F moments) {
+    S *arrays = norm_scratch(), *mean = const_cast<S*>(t.mean), *inv = const_cast<S*>(t.inv);
     if (n.constant)
         running_moments(n, constant(op.c0), constant(op.c1), mean, inv);
     else
         moments(mean, inv);
-    norm_parameters<S>(C, weight(slot, op.w).of(b), weight(slot, op.b).of(b), nullptr, nullptr, arrays);
+    norm_parameters<S>(n.C, weight(slot, op.w).of(b), weight(slot, op.b).of(b), nullptr, nullptr, arrays);
     each_rows(n.out_rows(), [=](long first, long last) {
         norm_values(n, arrays, t, first, last, y, const_cast<S*>(t.where), const_cast<S*>(t.best));
     });
@@ -92,9 +87,8 @@ void norm_sums_of(const Op& op, int slot, const Norm<S>& n, const NormTape<S>& t
     long C = n.C;
     S *arrays = norm_scratch(), *partial = arrays + kNormArrays * C, *sums = arrays + kSumD * C;
     norm_parameters<S>(C, weight(slot, op.w).of(b), weight(slot, op.b).of(b), nullptr, nullptr, arrays);
-    chunked_sums<S>(
-        n.out_rows(), 2 * C, partial, sums, [this](long count, auto f) { each(count, f, kFewChunks); },
-        [=](long first, long last, S* mine) { norm_sums(n, arrays, t, first, last, dy, mine); });
+    sum_chunks(n.out_rows(), 2 * C, partial, sums,
+               [=](long first, long last, S* mine) { norm_sums(n, arrays, t, first, last, dy, mine); });
     norm_means(n, arrays);
     if (gw) put(op.w_first && first_set, gw.of(b), C, [=](long c) { return arrays[kSumDx * C + c]; });
     if (gb) put(op.b_first && first_set, gb.of(b), C, [=](long c) { return arrays[kSumD * C + c]; });
@@ -129,9 +123,8 @@ void norm_tangent_means_of(const Norm<S>& n, const S* arrays, const NormTape<S>&
     long C = n.C;
     S *mean = const_cast<S*>(v.mean), *s = const_cast<S*>(v.s);
     if (n.constant || !v.tx) return fill(mean, 2 * C, S(0));
-    chunked_sums<S>(
-        n.rows(), 2 * C, partial, mean, [this](long count, auto f) { each(count, f, kFewChunks); },
-        [=](long first, long last, S* mine) { norm_tangent_moments(n, arrays, t, v.tx, first, last, mine); });
+    sum_chunks(n.rows(), 2 * C, partial, mean,
+               [=](long first, long last, S* mine) { norm_tangent_moments(n, arrays, t, v.tx, first, last, mine); });
     S m = S(1) / S(n.rows());
     for (long c = 0; c < 2 * C; ++c) mean[c] *= m;
     merge_groups(n, mean);
@@ -151,9 +144,9 @@ void norm_backward_tangent(const Op& op, int i, int slot, int vector, const Tape
         NormTangents<S> v = norm_tangents(op, i, n, row, out_row, set);
         const S *d = dy + out_row * C, *e = ey + out_row * C;
         norm_parameters(C, w.of(b), bias.of(b), vw.of(b), vb.of(b), arrays);
-        chunked_sums<S>(
-            n.out_rows(), 4 * C, partial, sums, [this](long count, auto f) { each(count, f, kFewChunks); },
-            [=](long first, long last, S* mine) { norm_tangent_sums(n, arrays, t, v, first, last, d, e, mine); });
+        sum_chunks(n.out_rows(), 4 * C, partial, sums, [=](long first, long last, S* mine) {
+            norm_tangent_sums(n, arrays, t, v, first, last, d, e, mine);
+        });
         norm_means(n, arrays);
         norm_tangent_means(n, arrays);
         if (hw) put(op.w_first && first_set, hw.of(b), C, [=](long c) { return arrays[kSumTx * C + c]; });

@@ -38,3 +38,16 @@ void each_piece(long N, long positions, long columns, F f) const {
                 least((panel + 1) * kColumns, columns)});
     });
 }
+
+static constexpr long kFewChunks = 4;
+
+// sums (width) = Σ_rows, in chunks of rows; add(first, last, sums) puts those rows' sums.
+template <class F>
+void sum_chunks(long rows, long width, S* partial, S* sums, F add) const {
+    long chunks = ceil_div(rows, kNormChunk);
+    each(
+        chunks, [=](long i) { add(i * kNormChunk, least((i + 1) * kNormChunk, rows), partial + i * width); },
+        kFewChunks);
+    copy(partial, sums, width);
+    for (long i = 1; i < chunks; ++i) put(false, sums, width, [=](long c) { return partial[i * width + c]; });
+}

@@ -18,15 +18,6 @@ struct Norm {
 enum NormArray { kW, kB, kVw, kVb, kQ, kP, kTq, kTp, kSumD, kSumDx, kSumE, kSumTx };
 static_assert(kSumTx + 1 == kNormArrays, "plan.h sizes the scratch");
 
-// sums (arrays × C) = Σ_rows, in chunks; add(first, last, sums) puts those rows' sums.
-template <class S, class Each, class F>
-void chunked_sums(long rows, long width, S* partial, S* sums, Each each, F add) {
-    long chunks = ceil_div(rows, kNormChunk);
-    each(chunks, [=](long i) { add(i * kNormChunk, least((i + 1) * kNormChunk, rows), partial + i * width); });
-    copy(partial, sums, width);
-    for (long i = 1; i < chunks; ++i) put(false, sums, width, [=](long c) { return partial[i * width + c]; });
-}
-
 // K sums over rows [first, last) in registers, even and odd rows apart; f(row, sums) adds to them.
 template <int K, class W, class F>
 inline void register_sums(W, long first, long last, typename W::type* sums, F f) {
