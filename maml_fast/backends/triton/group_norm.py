@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .launch import Launch, power_of_two, task
+from .launch import Launch, power_of_two
+from .row_norm import RowNorm
 
 
 @triton.jit
@@ -167,59 +167,15 @@ def backward_tangent_kernel(
         tl.store(ex + base + at, value, mask=inside)
 
 
-class GroupNorm:
+class GroupNorm(RowNorm):
     """The four functions for x of (T, n·positions·c), contiguous, float32; w and b are (T, c)."""
 
+    forward_kernel = forward_kernel
+    backward_kernel = backward_kernel
+    tangent_kernel = tangent_kernel
+    backward_tangent_kernel = backward_tangent_kernel
+
     def __init__(self, launch: Launch, tasks: int, samples: int, groups: int, positions: int, channels: int) -> None:
-        self.launch = launch
         width = channels // groups
-        self.sizes = (samples, groups, positions, width)
-        self.programs = tasks * samples * groups
-        self.block = power_of_two(positions * width, 16, 1024)
-
-    def forward(
-        self, x: Tensor, w: Tensor | None, b: Tensor | None, eps: float, y: Tensor, aux: tuple[Tensor, Tensor]
-    ) -> None:
-        """y, (x̂, r) ← x."""
-        self.launch(
-            forward_kernel, self.programs, x, w, b, y, *aux, *self.sizes, eps, task(w), task(b), BLOCK=self.block
-        )
-
-    def backward(
-        self, aux: tuple[Tensor, Tensor], dy: Tensor, w: Tensor | None, dx: Tensor, add: bool
-    ) -> None:  # fmt: skip
-        """dx (+)= gradient."""
-        self.launch(backward_kernel, self.programs, *aux, dy, w, dx, *self.sizes, task(w), ADD=add, BLOCK=self.block)
-
-    def tangent(
-        self,
-        aux: tuple[Tensor, Tensor],
-        tx: Tensor | None,
-        w: Tensor | None,
-        vw: Tensor | None,
-        vb: Tensor | None,
-        ty: Tensor | None,
-        taux: tuple[Tensor, Tensor],
-    ) -> None:
-        """ty, (x̂˙, s) ← directions tx of x and vw, vb of the weights; an absent one is 0."""
-        self.launch(
-            tangent_kernel, self.programs, *aux, tx, w, vw, vb, ty, *taux, *self.sizes, task(w), task(vw, vb),
-            BLOCK=self.block,
-        )  # fmt: skip
-
-    def backward_tangent(
-        self,
-        aux: tuple[Tensor, Tensor],
-        taux: tuple[Tensor, Tensor],
-        dy: Tensor,
-        ey: Tensor,
-        w: Tensor | None,
-        vw: Tensor | None,
-        ex: Tensor,
-        add: bool,
-    ) -> None:
-        """ex (+)= tangent of dx."""
-        self.launch(
-            backward_tangent_kernel, self.programs, *aux, *taux, dy, ey, w, vw, ex, *self.sizes, task(w), task(vw),
-            ADD=add, BLOCK=self.block,
-        )  # fmt: skip
+        block = power_of_two(positions * width, 16, 1024)
+        super().__init__(launch, tasks * samples * groups, (samples, groups, positions, width), {"BLOCK": block})

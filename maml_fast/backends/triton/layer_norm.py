@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, blocks, power_of_two, task
+from .row_norm import RowNorm
 
 WIDEST = 8192
 
@@ -151,63 +152,19 @@ def column_sums_kernel(
         tl.store(gb + t * gb_t + ri, total, mask=in_w)
 
 
-class LayerNorm:
+class LayerNorm(RowNorm):
     """The four functions for x of (T, rows, width), flat and contiguous, float32; w and b are (T, width)."""
 
+    forward_kernel = forward_kernel
+    backward_kernel = backward_kernel
+    tangent_kernel = tangent_kernel
+    backward_tangent_kernel = backward_tangent_kernel
+
     def __init__(self, launch: Launch, tasks: int, rows: int, width: int) -> None:
-        self.launch, self.tasks = launch, tasks
-        self.sizes = (rows, width)
         bw = power_of_two(width, 16, WIDEST)
         br = power_of_two(rows, 1, max(1024 // bw, 1))
-        self.programs = tasks * blocks(rows, br)
-        self.constants = {"BR": br, "BW": bw}
-
-    def forward(
-        self, x: Tensor, w: Tensor | None, b: Tensor | None, eps: float, y: Tensor, aux: tuple[Tensor, Tensor]
-    ) -> None:
-        """y, (x̂, r) ← x."""
-        self.launch(
-            forward_kernel, self.programs, x, w, b, y, *aux, *self.sizes, eps, task(w), task(b), **self.constants
-        )
-
-    def backward(
-        self, aux: tuple[Tensor, Tensor], dy: Tensor, w: Tensor | None, dx: Tensor, add: bool
-    ) -> None:  # fmt: skip
-        """dx (+)= gradient."""
-        self.launch(backward_kernel, self.programs, *aux, dy, w, dx, *self.sizes, task(w), ADD=add, **self.constants)
-
-    def tangent(
-        self,
-        aux: tuple[Tensor, Tensor],
-        tx: Tensor | None,
-        w: Tensor | None,
-        vw: Tensor | None,
-        vb: Tensor | None,
-        ty: Tensor | None,
-        taux: tuple[Tensor, Tensor],
-    ) -> None:
-        """ty, (x̂˙, s) ← directions tx of x and vw, vb of the weights; an absent one is 0."""
-        self.launch(
-            tangent_kernel, self.programs, *aux, tx, w, vw, vb, ty, *taux, *self.sizes, task(w), task(vw, vb),
-            **self.constants,
-        )  # fmt: skip
-
-    def backward_tangent(
-        self,
-        aux: tuple[Tensor, Tensor],
-        taux: tuple[Tensor, Tensor],
-        dy: Tensor,
-        ey: Tensor,
-        w: Tensor | None,
-        vw: Tensor | None,
-        ex: Tensor,
-        add: bool,
-    ) -> None:
-        """ex (+)= tangent of dx."""
-        self.launch(
-            backward_tangent_kernel, self.programs, *aux, *taux, dy, ey, w, vw, ex, *self.sizes, task(w), task(vw),
-            ADD=add, **self.constants,
-        )  # fmt: skip
+        super().__init__(launch, tasks * blocks(rows, br), (rows, width), {"BR": br, "BW": bw})
+        self.tasks = tasks
 
     def sums(
         self,
