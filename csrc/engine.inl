@@ -5,6 +5,7 @@
 // clang-format off: in order of dependence
 #include "primitives/vector.inl"
 #include "primitives/edge.inl"
+#include "primitives/transpose.inl"
 #include "primitives/gemm.inl"
 #include "primitives/indirect.inl"
 #include "primitives/math.inl"

@@ -69,18 +69,24 @@ void accumulate_low_rank(const Op& op, Factors factors) {
     }
 }
 
+// Wᵀ of the weight that all tasks share, packed before the call began.
+Right<S> packed_weight(const Op& op) const { return {arena_ + op.pack_forward, op.width, true, true}; }
+
+// Wᵀ of one task's own weight. A single row or column stands in memory as its transpose does.
+Right<S> transposed_weight(const Op& op, const S* w) const {
+    if (op.width == 1 || op.out_width == 1) return {w, op.out_width, false, false};
+    pack_transposed(op.width, op.out_width, w, scratch());
+    return {scratch(), op.width, true, true};
+}
+
 // y (+)= x Wᵀ + bias, in one product where all tasks share W and bias.
 void linear_product(const Op& op, PerTask<const S> w, long N, const S* x, PerTask<const S> bias, bool add, S* y) {
     long rows = N * op.rows;
     if (w.stride == 0 && bias.stride == 0)
-        return linear_forward<S>(op, B_ * rows, x, arena_ + op.pack_forward, bias.p, add, y, gemm_scratch());
+        return linear_forward<S>(op, B_ * rows, x, packed_weight(op), bias.p, add, y, gemm_scratch());
     for (long b = 0; b < B_; ++b) {
-        const S* panels = arena_ + op.pack_forward;
-        if (w.stride != 0) {
-            pack_transposed(op.width, op.out_width, w.of(b), scratch());
-            panels = scratch();
-        }
-        linear_forward<S>(op, rows, x + b * rows * op.width, panels, bias.of(b), add, y + b * rows * op.out_width,
+        Right<S> transposed = w.stride == 0 ? packed_weight(op) : transposed_weight(op, w.of(b));
+        linear_forward<S>(op, rows, x + b * rows * op.width, transposed, bias.of(b), add, y + b * rows * op.out_width,
                           gemm_scratch());
     }
 }

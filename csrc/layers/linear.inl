@@ -3,11 +3,12 @@
 //   ẏ  = ẋ Wᵀ + x Vᵀ + v_b
 //   δ̇x = δ̇y W + δy V     ∇W˙ = δ̇yᵀ x + δyᵀ ẋ     ∇b˙ = Σ δ̇y
 
-// y = x Wᵀ + b, or y += x Wᵀ (then without bias); `panels` is Wᵀ packed.
+// y = x Wᵀ + b, or y += x Wᵀ (then without bias).
 template <class S>
-void linear_forward(const Op& op, long rows, const S* x, const S* panels, const S* bias, bool add, S* y, S* scratch) {
+void linear_forward(const Op& op, long rows, const S* x, const Right<S>& transposed, const S* bias, bool add, S* y,
+                    S* scratch) {
     long I = op.width, O = op.out_width;
-    gemm<S>(rows, O, I, {x, I, 1}, {panels, I, true, true}, {y, O, add ? y : nullptr, bias}, scratch);
+    gemm<S>(rows, O, I, {x, I, 1}, transposed, {y, O, add ? y : nullptr, bias}, scratch);
 }
 
 // δx (+)= δy W; `packed` says whether `w` is panels or the weight itself.

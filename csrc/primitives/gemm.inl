@@ -132,13 +132,15 @@ inline void pack_transposed(long K, long N, const S* w, S* out) {
     for (long j = 0; j < N;) {
         long width = panel_width(N, j, L);
         for (long v = 0; v < width; v += L) {
-            long rows = least(L, N - j - v), k = 0;
-            const S* from = w + (j + v) * K;
-            S* to = out + v;
-            if (rows == L)
-                for (; k + L <= K; k += L) transpose_block(from + k, K, to + k * width, width);
-            for (; k < K; ++k)
-                for (long n = 0; n < L; ++n) to[k * width + n] = n < rows ? from[n * K + k] : S(0);
+            long rows = least(L, N - j - v);
+            for (long k = 0; k < K; k += L) {
+                const S* from = w + (j + v) * K + k;
+                S* to = out + k * width + v;
+                if (rows == L && k + L <= K)
+                    transpose_block(from, K, to, width);
+                else
+                    transpose_block(rows, least(L, K - k), from, K, to, width);
+            }
         }
         out += K * width;
         j += width;

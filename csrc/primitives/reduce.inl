@@ -32,10 +32,21 @@ inline void put(bool first, S* __restrict to, long n, F value) {
         for (long i = 0; i < n; ++i) to[i] += value(i);
 }
 
-// sums[i] (+)= Σ_rows m[row][i].
+// sums[i] (+)= Σ_rows m[row][i], row after row; a few vectors side by side hide each other's latency.
 template <class S>
 inline void column_sums(bool first, long rows, long columns, const S* __restrict m, S* __restrict sums) {
-    if (first) fill(sums, columns, S(0));
-    for (long r = 0; r < rows; ++r)
-        for (long i = 0; i < columns; ++i) sums[i] += m[r * columns + i];
+    constexpr long L = lanes<S>, kAbreast = 4;
+    long done = 0;
+    for (; done + kAbreast * L <= columns; done += kAbreast * L) {
+        vec<S> sum[kAbreast];
+        for (long v = 0; v < kAbreast; ++v) sum[v] = first ? vec<S>{} : load(sums + done + v * L);
+        for (long r = 0; r < rows; ++r)
+            for (long v = 0; v < kAbreast; ++v) sum[v] += load(m + r * columns + done + v * L);
+        for (long v = 0; v < kAbreast; ++v) store(sums + done + v * L, sum[v]);
+    }
+    each_lane<S>(columns - done, [=](auto w, long i) {
+        auto sum = first ? splat(w, S(0)) : get(w, sums + done + i);
+        for (long r = 0; r < rows; ++r) sum += get(w, m + r * columns + done + i);
+        set(w, sums + done + i, sum);
+    });
 }

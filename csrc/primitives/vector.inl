@@ -51,51 +51,6 @@ struct MakeHeights<0, I...> {
 template <int N>
 using HeightsTo = typename MakeHeights<N>::type;
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define MAML_FAST_SHUFFLE
-#endif
-#endif
-
-#ifdef MAML_FAST_SHUFFLE
-// Swaps the off-diagonal halves of every 2·Step square that rows a and b cut.
-template <int Step, class V, int... J>
-inline void exchange(V& a, V& b, Heights<J...>) {
-    constexpr int L = sizeof...(J);
-    V low = __builtin_shufflevector(a, b, ((J & Step) ? L + J - Step : J)...);
-    b = __builtin_shufflevector(a, b, ((J & Step) ? L + J : J + Step)...);
-    a = low;
-}
-
-template <class S, int Step>
-inline void exchange_all(vec<S>* rows) {
-    constexpr int L = lanes<S>;
-    if constexpr (Step > 0) {
-#pragma GCC unroll 32
-        for (int i = 0; i < L; ++i)
-            if (!(i & Step)) exchange<Step>(rows[i], rows[i + Step], HeightsTo<L>{});
-        exchange_all<S, Step / 2>(rows);
-    }
-}
-#endif
-
-// to[i·to_ld + j] = from[j·from_ld + i] for a square of one vector's width.
-template <class S>
-inline void transpose_block(const S* from, long from_ld, S* to, long to_ld) {
-    constexpr int L = lanes<S>;
-#ifdef MAML_FAST_SHUFFLE
-    vec<S> rows[L];
-#pragma GCC unroll 32
-    for (int i = 0; i < L; ++i) rows[i] = load(from + i * from_ld);
-    exchange_all<S, L / 2>(rows);
-#pragma GCC unroll 32
-    for (int i = 0; i < L; ++i) store(to + i * to_ld, rows[i]);
-#else
-    for (int i = 0; i < L; ++i)
-        for (int j = 0; j < L; ++j) to[i * to_ld + j] = from[j * from_ld + i];
-#endif
-}
-
 // ---- loops over channels, a vector at a time and one by one at the end -----------------------------
 // f(w, c) is written once for both: `w` says which, get(w, p), set(w, p, x) and splat(w, s) follow it.
 
