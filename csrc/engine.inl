@@ -26,8 +26,8 @@
 // A parameter-sized piece of memory for every task of the block; stride 0 where they share it.
 template <class S>
 struct PerTask {
-    S* p;
-    long stride;
+    S* p = nullptr;
+    long stride = 0;
     explicit operator bool() const { return p != nullptr; }
     S* of(long b) const { return p ? p + b * stride : nullptr; }
 };
@@ -202,9 +202,9 @@ class Engine {
             switch (op.kind) {
                 case OpKind::linear: {
                     PerTask<S> gw = gradient(out, op.w, adapted_only), gb = gradient(out, op.b, adapted_only);
-                    if (dx) linear_transposed_product(op, weight(slot, op.w), first, N, dy, dx);
+                    if (dx) linear_transposed_product(op, N, {dy, weight(slot, op.w)}, {}, !first, dx);
                     if (dx && op.low_rank) add_transposed_product(op, in.theta, N, dy, dx);
-                    linear_gradients(op, N, value(tape, op.in[0]), dy, gw, gb);
+                    linear_gradients(op, N, dy, value(tape, op.in[0]), nullptr, nullptr, gw, gb);
                     break;
                 }
                 case OpKind::activation:

@@ -283,7 +283,7 @@ long Layout::scratch_size(long lockstep) const {
         if (op.kind == OpKind::layer_norm) size = std::max(size, 4 * op.width);
         if (op.kind == OpKind::conv) size = std::max(size, 2 * params_[op.w].size + kSlack);
         if (op.kind != OpKind::linear) continue;
-        size = std::max(size, packed_size(op.width, op.out_width, machine_.lanes));
+        size = std::max(size, kProducts * packed_size(op.width, op.out_width, machine_.lanes));
         if (!op.low_rank) continue;
         long rows = samples * op.rows, widest = std::max(op.width, op.out_width);
         size = std::max(size, packed_size(widest, rows, machine_.lanes) + rows * rows);
@@ -309,7 +309,8 @@ long Layout::gemm_scratch_size() const {
         if (op.kind != OpKind::linear) continue;
         long columns = std::max(op.width, op.out_width);
         long transposed = 2 * op.width > machine_.lanes ? 0 : op.width * op.out_width;
-        size = std::max(size, transposed + packed_size(machine_.gemm_depth, columns, machine_.lanes));
+        long panels = packed_size(machine_.gemm_depth, std::max(columns, kProducts * 2 * machine_.lanes), machine_.lanes);
+        size = std::max(size, transposed + panels);
     }
     return size;
 }

@@ -223,6 +223,8 @@ inline long norm_scratch(long channels, long rows) {
     return channels * (kNormArrays + 4 * ((rows + kNormChunk - 1) / kNormChunk));
 }
 
+constexpr int kProducts = 2;  // products that are added up in one pass
+
 // Numbers a packed matrix takes: full double-width panels and a last one padded to one or two vectors.
 inline long packed_size(long rows, long columns, long lanes) {
     long full = columns / (2 * lanes) * (2 * lanes);

@@ -4,7 +4,7 @@ void linear_values(const Op& op, int slot, Factors theta, long N, const S* x, S*
     PerTask<const S> bias = weight(slot, op.b);
     bool spread_bias = op.low_rank && bias.stride != 0;
     if (spread_bias) spread(N * op.rows, op.out_width, bias, y);
-    linear_product(op, weight(slot, op.w), N, x, spread_bias ? PerTask<const S>{nullptr, 0} : bias, spread_bias, y);
+    linear_product(op, N, {x, weight(slot, op.w)}, {}, spread_bias ? PerTask<const S>{} : bias, spread_bias, y);
     if (op.low_rank) add_product(op, theta, N, x, y);
 }
 
@@ -65,63 +65,92 @@ void accumulate_low_rank(const Op& op, Factors factors) {
             put(true, negated, rows * op.out_width, [=](long i) { return -p[i]; });
             p = negated;
         }
-        linear_weight_gradient<S>(op, false, rows, p, inputs(op, f), sum, gemm_scratch());
+        WeightGradient<S>{rows, p, inputs(op, f), nullptr, nullptr, {sum, op.width, sum, nullptr}}(op, gemm_scratch());
     }
 }
 
-// Wᵀ of the weight that all tasks share, packed before the call began.
-Right<S> packed_weight(const Op& op) const { return {arena_ + op.pack_forward, op.width, true, true}; }
+// ---- products with weights that stand somewhere ------------------------------------------------
 
-// Wᵀ of one task's own weight. A single row or column stands in memory as its transpose does.
-Right<S> transposed_weight(const Op& op, const S* w) const {
-    if (op.width == 1 || op.out_width == 1) return {w, op.out_width, false, false};
-    pack_transposed(op.width, op.out_width, w, scratch());
-    return {scratch(), op.width, true, true};
+// Rows of a block's tasks and the weights that multiply them; absent where x is null.
+struct Operand {
+    const S* x = nullptr;
+    PerTask<const S> w{};
+};
+
+// Wᵀ for task b. What all tasks share was packed before the call began; a single row or column stands in memory as
+// its transpose does.
+Right<S> transposed_weight(const Op& op, const PerTask<const S>& w, long b, S* room) const {
+    if (op.width == 1 || op.out_width == 1) return {w.of(b), op.out_width, false, false};
+    if (w.stride == 0) return {arena_ + op.pack_forward, op.width, true, true};
+    pack_transposed(op.width, op.out_width, w.of(b), room);
+    return {room, op.width, true, true};
 }
 
-// y (+)= x Wᵀ + bias, in one product where all tasks share W and bias.
-void linear_product(const Op& op, PerTask<const S> w, long N, const S* x, PerTask<const S> bias, bool add, S* y) {
-    long rows = N * op.rows;
-    if (w.stride == 0 && bias.stride == 0)
-        return linear_forward<S>(op, B_ * rows, x, packed_weight(op), bias.p, add, y, gemm_scratch());
-    for (long b = 0; b < B_; ++b) {
-        Right<S> transposed = w.stride == 0 ? packed_weight(op) : transposed_weight(op, w.of(b));
-        linear_forward<S>(op, rows, x + b * rows * op.width, transposed, bias.of(b), add, y + b * rows * op.out_width,
-                          gemm_scratch());
+Right<S> plain_weight(const Op& op, const PerTask<const S>& w, long b) const {
+    if (w.stride == 0) return {arena_ + op.pack_backward, op.out_width, true, true};
+    return {w.of(b), op.width, false, false};
+}
+
+// y (+)= x Wᵀ + z Vᵀ + bias; W may be shared, V is every task's own.
+void linear_product(const Op& op, long N, const Operand& x, const Operand& z, PerTask<const S> bias, bool add, S* y) {
+    multiply(N * op.rows, op.out_width, x, z, bias, add, y, [&](const Operand& o, long b, int place) {
+        S* room = scratch() + place * packed_size(op.width, op.out_width, lanes<S>);
+        return forward_term(op, o.x + b * N * op.rows * op.width, transposed_weight(op, o.w, b, room));
+    });
+}
+
+// dx (+)= dy W + dz V.
+void linear_transposed_product(const Op& op, long N, const Operand& dy, const Operand& dz, bool add, S* dx) {
+    multiply(N * op.rows, op.width, dy, dz, {}, add, dx, [&](const Operand& o, long b, int) {
+        return backward_term(op, o.x + b * N * op.rows * op.out_width, plain_weight(op, o.w, b));
+    });
+}
+
+// y (+)= p's and q's products + bias for `rows` rows a task; term(p, b, place) is one task's product.
+template <class F>
+void multiply(long rows, long width, const Operand& p, const Operand& q, PerTask<const S> bias, bool add, S* y,
+              F term) const {
+    constexpr long kFewRows = kTileRows / 2;  // too few to fill a tile: all tasks' rows together do better
+    if (q.x && p.w.stride == 0 && rows < kFewRows) {
+        multiply(rows, width, q, {}, bias, add, y, term);
+        return multiply(rows, width, p, {}, {}, true, y, term);
     }
+    bool together = !q.x && p.w.stride == 0 && bias.stride == 0;
+    long n = together ? 1 : B_, M = together ? B_ * rows : rows;
+    for (long b = 0; b < n; ++b, y += M * width)
+        gemm<S>(M, width, term(p, b, 0), q.x ? term(q, b, 1) : Product<S>{}, {y, width, add ? y : nullptr, bias.of(b)},
+                gemm_scratch());
 }
 
-// dx (+)= dy W.
-void linear_transposed_product(const Op& op, PerTask<const S> w, bool first, long N, const S* dy, S* dx) {
-    long rows = N * op.rows;
-    if (w.stride == 0)
-        return linear_backward<S>(op, first, B_ * rows, dy, arena_ + op.pack_backward, true, dx, gemm_scratch());
-    for (long b = 0; b < B_; ++b)
-        linear_backward<S>(op, first, rows, dy + b * rows * op.out_width, w.of(b), false, dx + b * rows * op.width,
-                           gemm_scratch());
-}
-
-void linear_gradients(const Op& op, long N, const S* x, const S* dy, PerTask<S> gw, PerTask<S> gb) {
+// gw (+)= dyᵀ x + dzᵀ z and gb (+)= Σ dy; the second product is absent where z is null.
+void linear_gradients(const Op& op, long N, const S* dy, const S* x, const S* dz, const S* z, PerTask<S> gw,
+                      PerTask<S> gb) {
     long rows = N * op.rows;
     for (long b = 0; b < B_; ++b) {
-        const S* db = dy + b * rows * op.out_width;
-        if (gw) linear_weight_gradient<S>(op, op.w_first, rows, db, x + b * rows * op.width, gw.of(b), gemm_scratch());
-        if (gb) column_sums(op.b_first, rows, op.out_width, db, gb.of(b));
+        long in = b * rows * op.width, out = b * rows * op.out_width;
+        S* w = gw.of(b);
+        Result<S> to{w, op.width, op.w_first ? nullptr : w, nullptr};
+        if (w)
+            WeightGradient<S>{rows, dy + out, x + in, z ? dz + out : nullptr, z ? z + in : nullptr, to}(op,
+                                                                                                        gemm_scratch());
+        if (gb) column_sums(op.b_first, rows, op.out_width, dy + out, gb.of(b));
     }
 }
 
 void linear_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, S* ty) {
     long N = samples(tape);
-    PerTask<const S> w = weight(in.a, op.w), v = direction(in.c, op.w), vb = direction(in.c, op.b), none{nullptr, 0};
+    PerTask<const S> w = weight(in.a, op.w), v = direction(in.c, op.w), vb = direction(in.c, op.b);
+    const S* x = value(tape, op.in[0]);
     if (op.low_rank || (!tx && !v)) {
         vb ? spread(N * op.rows, op.out_width, vb, ty) : fill(ty, B_ * per_task(tape, op.out), S(0));
-        if (tx) linear_product(op, w, N, tx, none, true, ty);
+        if (tx) linear_product(op, N, {tx, w}, {}, {}, true, ty);
         if (tx && op.low_rank) add_product(op, in.theta, N, tx, ty);
-        if (op.low_rank) add_product(op, in.vector, N, value(tape, op.in[0]), ty);
-        return;
+        if (op.low_rank) add_product(op, in.vector, N, x, ty);
+    } else if (tx) {
+        linear_product(op, N, {tx, w}, v ? Operand{x, v} : Operand{}, vb, false, ty);
+    } else {
+        linear_product(op, N, {x, v}, {}, vb, false, ty);
     }
-    if (tx) linear_product(op, w, N, tx, vb, false, ty);
-    if (v) linear_product(op, v, N, value(tape, op.in[0]), tx ? none : vb, tx != nullptr, ty);
 }
 
 // Every row of a task ← its bias direction.
@@ -132,19 +161,15 @@ void spread(long rows, long width, PerTask<const S> v, S* y) {
 
 void linear_backward_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, const S* dy, const S* ey,
                              S* ex) {
-    long N = samples(tape), rows = N * op.rows;
+    long N = samples(tape);
     int out = in.d;
     PerTask<const S> v = direction(in.c, op.w);
     if (ex) {
-        linear_transposed_product(op, weight(in.a, op.w), op.delta_first[0], N, ey, ex);
-        if (v) linear_transposed_product(op, v, false, N, dy, ex);
+        bool bends = v && !op.low_rank;
+        linear_transposed_product(op, N, {ey, weight(in.a, op.w)}, bends ? Operand{dy, v} : Operand{},
+                                  !op.delta_first[0], ex);
         if (op.low_rank) add_transposed_product(op, in.theta, N, ey, ex);
         if (op.low_rank) add_transposed_product(op, in.vector, N, dy, ex);
     }
-    PerTask<S> hw = gradient(out, op.w, false), hb = gradient(out, op.b, false);
-    linear_gradients(op, N, value(tape, op.in[0]), ey, hw, hb);
-    if (!hw || !tx) return;
-    for (long b = 0; b < B_; ++b)
-        linear_weight_gradient<S>(op, false, rows, dy + b * rows * op.out_width, tx + b * rows * op.width, hw.of(b),
-                                  gemm_scratch());
+    linear_gradients(op, N, ey, value(tape, op.in[0]), dy, tx, gradient(out, op.w, false), gradient(out, op.b, false));
 }

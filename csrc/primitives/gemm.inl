@@ -1,4 +1,4 @@
-// C = A B + (source | bias | 0), with B in packed panels or in place.
+// C = (source | bias | 0) + scale (A B + A' B'), with B in packed panels or in place.
 
 // A: element (m, k) at p[m·rs + k·cs].
 template <class S>
@@ -17,19 +17,41 @@ struct Right {
     bool padded;  // reading a vector past the end of a row is allowed
 };
 
-// Where C goes and what the sum starts from: source (laid out like p, may be p itself), a bias per
-// column, or zero where both are null; at most one is given.
+// One of at most two products that are added up, from row `from` of B on; absent where depth is 0.
+template <class S>
+struct Product {
+    long depth;
+    Left<S> a;
+    Right<S> b;
+    long from = 0;
+};
+
+// Where C goes and what is added to the products: source (laid out like p, may be p itself), a bias per
+// column, or zero where both are null; at most one is given. A scale other than 1 needs a source.
 template <class S>
 struct Result {
     S* p;
     long ld;
     const S* source;
     const S* bias;
+    S scale = S(1);
 
     Result at(long row, long column) const {
         return {p + row * ld + column, ld, source ? source + row * ld + column : nullptr,
-                bias ? bias + column : nullptr};
+                bias ? bias + column : nullptr, scale};
     }
+    // The same place, to which more is added.
+    Result again() const { return {p, ld, p, nullptr, scale}; }
+};
+
+// What one panel of C is made from.
+template <class S>
+struct Strip {
+    long depth;
+    const S* a;
+    long rs, cs;
+    const S* b;
+    long ldb;
 };
 
 // Tile heights that keep the accumulators in registers and the multipliers busy.
@@ -37,15 +59,15 @@ constexpr int tile_rows(int vectors) {
     return vectors == 2 || MAML_FAST_ROWS > 6 ? MAML_FAST_ROWS : 2 * MAML_FAST_ROWS;
 }
 
-// MR rows by NV vectors of C in registers. Edge: fewer columns than NV vectors hold.
+// MR rows by NV vectors of C in registers, from row `top` of the strips on. Edge: fewer columns than NV vectors hold.
 template <class S, int MR, int NV, bool Edge>
-__attribute__((noinline)) void tile(long K, const S* a, long rs, long cs, const S* b, long ldb, const Result<S>& c,
-                                    long columns) {
+__attribute__((noinline)) void tile(const Strip<S>* strips, long top, const Result<S>& c, long columns) {
     constexpr long L = lanes<S>;
     const EdgeOf<S> edge(columns - (NV - 1) * L);  // only the last vector is ragged
     auto read = [&](const S* p, int v) { return Edge && v == NV - 1 ? load_edge(p + v * L, edge) : load(p + v * L); };
     vec<S> acc[MR][NV];
-    if (c.source) {
+    const bool scaled = c.scale != S(1);
+    if (c.source && !scaled) {
 #pragma GCC unroll 32
         for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 2
@@ -58,25 +80,30 @@ __attribute__((noinline)) void tile(long K, const S* a, long rs, long cs, const 
             for (int r = 0; r < MR; ++r) acc[r][v] = start;
         }
     }
-    const S* row[MR];
+    for (int t = 0; t < kProducts; ++t) {
+        const Strip<S>& strip = strips[t];
+        const S *row[MR], *b = strip.b, *a = strip.a + top * strip.rs;
 #pragma GCC unroll 32
-    for (int r = 0; r < MR; ++r) row[r] = a + r * rs;
-    for (long k = 0, ka = 0; k < K; ++k, ka += cs, b += ldb) {
-        vec<S> bv[NV];
+        for (int r = 0; r < MR; ++r) row[r] = a + r * strip.rs;
+        const long cs = strip.cs, ldb = strip.ldb;
+        for (long k = strip.depth, ka = 0; k > 0; --k, ka += cs, b += ldb) {
+            vec<S> bv[NV];
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v)
-            bv[v] = Edge && kMaskedEdges<S> && v == NV - 1 ? load_edge(b + v * L, edge) : load(b + v * L);
+            for (int v = 0; v < NV; ++v)
+                bv[v] = Edge && kMaskedEdges<S> && v == NV - 1 ? load_edge(b + v * L, edge) : load(b + v * L);
 #pragma GCC unroll 32
-        for (int r = 0; r < MR; ++r) {
-            S x = row[r][ka];
+            for (int r = 0; r < MR; ++r) {
+                S x = row[r][ka];
 #pragma GCC unroll 2
-            for (int v = 0; v < NV; ++v) acc[r][v] += x * bv[v];
+                for (int v = 0; v < NV; ++v) acc[r][v] += x * bv[v];
+            }
         }
     }
 #pragma GCC unroll 32
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) {
+            if (scaled) acc[r][v] = read(c.source + r * c.ld, v) + c.scale * acc[r][v];
             if (Edge && v == NV - 1)
                 store_edge(c.p + r * c.ld + v * L, acc[r][v], edge);
             else
@@ -85,7 +112,7 @@ __attribute__((noinline)) void tile(long K, const S* a, long rs, long cs, const 
 }
 
 template <class S>
-using Tile = void (*)(long, const S*, long, long, const S*, long, const Result<S>&, long);
+using Tile = void (*)(const Strip<S>*, long, const Result<S>&, long);
 
 // Tiles by height: tiles<S, NV, Edge>[rows - 1].
 template <class S, int NV, bool Edge, int... MR>
@@ -96,14 +123,51 @@ inline Tile<S> pick(unsigned rows, Heights<MR...>) {
 
 // All rows of C for the columns of one panel, in tiles of nearly equal height.
 template <class S, int NV, bool Edge>
-inline void panel(long M, long K, const Left<S>& a, const S* b, long ldb, const Result<S>& c, long columns) {
+inline void panel(long M, const Strip<S>* strips, const Result<S>& c, long columns) {
+    constexpr HeightsTo<tile_rows(NV)> heights;
+    if (M <= tile_rows(NV)) return pick<S, NV, Edge>(unsigned(M), heights)(strips, 0, c, columns);
     unsigned tiles = (unsigned(M) + tile_rows(NV) - 1) / tile_rows(NV);
-    unsigned low = tiles > 1 ? unsigned(M) / tiles : unsigned(M), higher = unsigned(M) - low * tiles;
+    unsigned low = unsigned(M) / tiles, higher = unsigned(M) - low * tiles;
     for (unsigned i = 0, done = 0; i < tiles; ++i) {
         unsigned rows = low + (i < higher);
-        pick<S, NV, Edge>(rows, HeightsTo<tile_rows(NV)>{})(K, a.p + done * a.rs, a.rs, a.cs, b, ldb, c.at(done, 0),
-                                                            columns);
+        pick<S, NV, Edge>(rows, heights)(strips, done, c.at(done, 0), columns);
         done += rows;
+    }
+}
+
+// ---- one column: sums along vectors -------------------------------------------------------------
+
+template <class S>
+inline bool along_vectors(const Product<S>& t) {
+    return t.depth == 0 || (t.a.cs == 1 && !t.b.packed && t.b.ld == 1);
+}
+
+template <class S>
+inline void add_dots(long top, long rows, const Product<S>& t, vec<S>* acc) {
+    constexpr long L = lanes<S>;
+    for (long k = 0; k < t.depth; k += L) {
+        const EdgeOf<S> edge(t.depth - k);
+        const S* a = t.a.p + top * t.a.rs + k;
+        vec<S> b = load_edge(t.b.p + k, edge);
+#pragma GCC unroll 32
+        for (long r = 0; r < L; ++r)
+            if (r < rows) acc[r] += load_edge(a + r * t.a.rs, edge) * b;
+    }
+}
+
+template <class S>
+__attribute__((noinline)) void dots(long M, const Product<S>& p, const Product<S>& q, const Result<S>& c) {
+    constexpr long L = lanes<S>;
+    for (long top = 0; top < M; top += L) {
+        const long rows = least(L, M - top);
+        vec<S> acc[L] = {};
+        add_dots(top, rows, p, acc);
+        add_dots(top, rows, q, acc);
+        const EdgeOf<S> edge(rows);
+        vec<S> sums = sum_each<S>(acc) * c.scale;
+        if (c.source) sums += load_edge(c.source + top, edge);
+        if (c.bias) sums += *c.bias;
+        store_edge(c.p + top, sums, edge);
     }
 }
 
@@ -127,7 +191,7 @@ inline void pack(long K, long N, const S* b, long ld, S* out) {
 
 // The transpose of row-major W (N × K) into panels of a K × N matrix, block by block in registers.
 template <class S>
-inline void pack_transposed(long K, long N, const S* w, S* out) {
+__attribute__((noinline)) void pack_transposed(long K, long N, const S* w, S* out) {
     constexpr long L = lanes<S>;
     for (long j = 0; j < N;) {
         long width = panel_width(N, j, L);
@@ -150,56 +214,61 @@ inline void pack_transposed(long K, long N, const S* w, S* out) {
 constexpr long kBlockRows = 120, kBlockDepth = 256;  // A's block stays in L2, B's panel in L1
 constexpr long kPackFrom = 48;                       // rows of A from which packing B pays
 
-// Numbers of scratch that `gemm` needs for an unpacked B of N columns.
+// Columns [j, j + columns) of a term's B as rows of `width`.
 template <class S>
-inline long gemm_scratch(long N) {
-    return packed_size(kBlockDepth, N, lanes<S>);
+inline Strip<S> strip(const Product<S>& term, long j, long columns, long width, S* scratch) {
+    const auto& [K, a, b, from] = term;
+    if (K == 0) return {};
+    if (b.packed) return {K, a.p, a.rs, a.cs, b.p + j * b.ld + from * width, width};
+    const S* bj = b.p + from * b.ld + j;
+    if (kMaskedEdges<S> || b.padded || columns == width) return {K, a.p, a.rs, a.cs, bj, b.ld};
+    pack(K, columns, bj, b.ld, scratch);
+    return {K, a.p, a.rs, a.cs, scratch, width};
 }
 
-// One block of rows: all panels of B, from row k0 of B on, K rows deep.
+// All panels of C from terms of at most kBlockDepth.
 template <class S>
-inline void panels(long M, long N, long k0, long K, const Left<S>& a, const Right<S>& b, const Result<S>& c,
-                   S* scratch) {
+inline void panels(long M, long N, const Product<S>& p, const Product<S>& q, const Result<S>& c, S* scratch) {
     constexpr long L = lanes<S>;
     for (long j = 0; j < N;) {
         long width = panel_width(N, j, L), columns = least(width, N - j);
-        const S* bj = b.packed ? b.p + j * b.ld + k0 * width : b.p + k0 * b.ld + j;
-        long ldb = b.packed ? width : b.ld;
-        if (!kMaskedEdges<S> && !b.packed && !b.padded && columns < width) {
-            pack(K, columns, bj, ldb, scratch);
-            bj = scratch;
-            ldb = width;
-        }
+        const Strip<S> strips[kProducts] = {strip(p, j, columns, width, scratch),
+                                            strip(q, j, columns, width, scratch + kBlockDepth * width)};
         if (columns == width)
-            width == L ? panel<S, 1, false>(M, K, a, bj, ldb, c.at(0, j), columns)
-                       : panel<S, 2, false>(M, K, a, bj, ldb, c.at(0, j), columns);
+            width == L ? panel<S, 1, false>(M, strips, c.at(0, j), columns)
+                       : panel<S, 2, false>(M, strips, c.at(0, j), columns);
         else
-            width == L ? panel<S, 1, true>(M, K, a, bj, ldb, c.at(0, j), columns)
-                       : panel<S, 2, true>(M, K, a, bj, ldb, c.at(0, j), columns);
+            width == L ? panel<S, 1, true>(M, strips, c.at(0, j), columns)
+                       : panel<S, 2, true>(M, strips, c.at(0, j), columns);
         j += width;
     }
 }
 
+// One term, cut into blocks of rows and depth.
 template <class S>
-__attribute__((noinline)) void gemm(long M, long N, long K, const Left<S>& a, const Right<S>& b, const Result<S>& c,
-                                    S* scratch) {
-    if (M < kPackFrom && K <= kBlockDepth) return panels(M, N, 0, K, a, b, c, scratch);
-    long blocks = ceil_div(K, kBlockDepth);
-    for (long k0 = 0, left = blocks; left > 0; --left) {
+inline void blocks(long M, long N, const Product<S>& term, Result<S> c, S* scratch) {
+    const auto& [K, a, b, from] = term;
+    for (long k0 = 0, left = ceil_div(K, kBlockDepth); left > 0; --left) {
         long depth = (K - k0) / left;
-        Right<S> bk = b;
-        long kb = k0;
+        Product<S> block{depth, {a.p + k0 * a.cs, a.rs, a.cs}, b, k0};
         if (!b.packed && M >= kPackFrom) {
             pack(depth, N, b.p + k0 * b.ld, b.ld, scratch);
-            bk = {scratch, depth, true, true};
-            kb = 0;
+            block.b = {scratch, depth, true, true};
+            block.from = 0;
         }
-        for (long m = 0; m < M; m += kBlockRows) {
-            long rows = least(kBlockRows, M - m);
-            Result<S> cm = c.at(m, 0);
-            if (k0 > 0) cm = {cm.p, cm.ld, cm.p, nullptr};
-            panels(rows, N, kb, depth, {a.p + m * a.rs + k0 * a.cs, a.rs, a.cs}, bk, cm, scratch);
-        }
+        for (long m = 0; m < M; m += kBlockRows, block.a.p += kBlockRows * a.rs)
+            panels(least(kBlockRows, M - m), N, block, Product<S>{}, c.at(m, 0), scratch);
+        c = c.again();
         k0 += depth;
     }
+}
+
+// Scratch: `packed_size` of B at a depth of kBlockDepth, and of as many panels as there are terms.
+template <class S>
+__attribute__((noinline)) void gemm(long M, long N, const Product<S>& p, const Product<S>& q, const Result<S>& c,
+                                    S* scratch) {
+    if (N == 1 && c.ld == 1 && along_vectors(p) && along_vectors(q)) return dots(M, p, q, c);
+    if (M < kPackFrom && p.depth <= kBlockDepth && q.depth <= kBlockDepth) return panels(M, N, p, q, c, scratch);
+    blocks(M, N, p, c, scratch);
+    if (q.depth > 0) blocks(M, N, q, c.again(), scratch);
 }

@@ -26,6 +26,19 @@ inline void exchange_all(vec<S>* rows) {
         exchange_all<S, Step / 2>(rows);
     }
 }
+
+// A transpose that adds what it would put side by side: 2·Step rows become Step.
+template <class S, int Step>
+inline void fold(vec<S>* rows) {
+    if constexpr (Step > 0) {
+#pragma GCC unroll 32
+        for (int i = 0; i < Step; ++i) {
+            exchange<Step>(rows[i], rows[i + Step], HeightsTo<lanes<S>>{});
+            rows[i] += rows[i + Step];
+        }
+        fold<S, Step / 2>(rows);
+    }
+}
 #endif
 
 // to[j·to_ld + i] = from[i·from_ld + j] for i < rows, j < columns, both at most a vector's width; rows of `to` are
@@ -62,5 +75,23 @@ inline void transpose_block(const S* from, long from_ld, S* to, long to_ld) {
 #else
     for (int j = 0; j < L; ++j)
         for (int i = 0; i < L; ++i) to[j * to_ld + i] = from[i * from_ld + j];
+#endif
+}
+
+// Lane i of the result is the sum of all lanes of rows[i].
+template <class S>
+inline vec<S> sum_each(vec<S>* rows) {
+    constexpr int L = lanes<S>;
+#ifdef MAML_FAST_SHUFFLE
+    fold<S, L / 2>(rows);
+    return rows[0];
+#else
+    vec<S> sums;
+    for (int i = 0; i < L; ++i) {
+        S sum = rows[i][0];
+        for (int j = 1; j < L; ++j) sum += rows[i][j];
+        sums[i] = sum;
+    }
+    return sums;
 #endif
 }
