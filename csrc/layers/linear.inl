@@ -30,9 +30,10 @@ struct WeightGradient {
             return;
         }
         // a narrow input would waste vector lanes: there the transpose is computed
+        const Product<S> p{rows, {x, 1, I}, {dy, O, false, true}}, q{more, {z, 1, I}, {dz, O, false, true}};
+        if (I == 1) return gemm<S>(I, O, p, q, {to.p, O, to.source, nullptr, to.scale}, scratch);
         S* transposed = scratch;
-        gemm<S>(I, O, {rows, {x, 1, I}, {dy, O, false, true}}, {more, {z, 1, I}, {dz, O, false, true}},
-                {transposed, O, nullptr, nullptr}, scratch + I * O);
+        gemm<S>(I, O, p, q, {transposed, O, nullptr, nullptr}, scratch + I * O);
         for (long o = 0; o < O; ++o)
             for (long i = 0; i < I; ++i) {
                 S g = to.scale * transposed[i * O + o];

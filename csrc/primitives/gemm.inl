@@ -80,23 +80,26 @@ __attribute__((noinline)) void tile(const Strip<S>* strips, long top, const Resu
             for (int r = 0; r < MR; ++r) acc[r][v] = start;
         }
     }
-    for (int t = 0; t < kProducts; ++t) {
-        const Strip<S>& strip = strips[t];
-        const S *row[MR], *b = strip.b, *a = strip.a + top * strip.rs;
+    for (int t = 0; t < kProducts && strips[t].depth > 0; ++t) {
+        const auto [depth, start, rs, cs, from, ldb] = strips[t];
+        // one pointer for three rows: a and two offsets that addresses can hold
+        constexpr int kPointers = (MR + 2) / 3;
+        const S *a[kPointers], *b = from;
 #pragma GCC unroll 32
-        for (int r = 0; r < MR; ++r) row[r] = a + r * strip.rs;
-        const long cs = strip.cs, ldb = strip.ldb;
-        for (long k = strip.depth, ka = 0; k > 0; --k, ka += cs, b += ldb) {
+        for (int i = 0; i < kPointers; ++i) a[i] = start + (top + 3 * i) * rs;
+        for (long k = depth; k > 0; --k, b += ldb) {
             vec<S> bv[NV];
 #pragma GCC unroll 2
             for (int v = 0; v < NV; ++v)
                 bv[v] = Edge && kMaskedEdges<S> && v == NV - 1 ? load_edge(b + v * L, edge) : load(b + v * L);
 #pragma GCC unroll 32
             for (int r = 0; r < MR; ++r) {
-                S x = row[r][ka];
+                S x = a[r / 3][r % 3 * rs];
 #pragma GCC unroll 2
                 for (int v = 0; v < NV; ++v) acc[r][v] += x * bv[v];
             }
+#pragma GCC unroll 32
+            for (int i = 0; i < kPointers; ++i) a[i] += cs;
         }
     }
 #pragma GCC unroll 32
