@@ -201,10 +201,11 @@ class Engine {
             bool first = op.delta_first[0];
             switch (op.kind) {
                 case OpKind::linear: {
-                    PerTask<S> gw = gradient(out, op.w, adapted_only), gb = gradient(out, op.b, adapted_only);
                     if (dx) linear_transposed_product(op, N, {dy, weight(slot, op.w)}, {}, !first, dx);
                     if (dx && op.low_rank) add_transposed_product(op, in.theta, N, dy, dx);
-                    linear_gradients(op, N, dy, value(tape, op.in[0]), nullptr, nullptr, gw, gb);
+                    linear_gradients(op, N, dy, value(tape, op.in[0]), nullptr, nullptr,
+                                     gradient_or_step(in, op.w, adapted_only, op.w_first),
+                                     gradient_or_step(in, op.b, adapted_only, op.b_first));
                     break;
                 }
                 case OpKind::activation:
@@ -261,7 +262,10 @@ class Engine {
 
     void hvp(const Instr& in) {
         const TapeView& tape = plan_.tapes[in.b];
-        if (!plan_.moves) return fill(ws_ + plan_.slots[in.d], B_ * plan_.parameters, S(0));
+        if (!plan_.moves) {
+            if (!in.scaled) fill(ws_ + plan_.slots[in.d], B_ * plan_.parameters, S(0));
+            return;
+        }
         tangents_ = plan_.tangents[in.hvp];
         forward_tangent(in, tape);
         loss_tangent(tape);
@@ -270,7 +274,8 @@ class Engine {
         long size = per_task(tape, 0);
         const S* ex = ws_ + tangents_.delta[0];
         S* dx = static_cast<S*>(call_.dx[0]) + t0_ * size;
-        for (long i = 0; i < B_ * size; ++i) dx[i] -= ex[i];
+        S alpha = in.scaled ? *rate(plan_.params[0]) : S(1);
+        for (long i = 0; i < B_ * size; ++i) dx[i] -= alpha * ex[i];
     }
 
     S* tangent(const Op& op, int j) const { return op.has_tangent[j] ? ws_ + tangents_.value[op.in[j]] : nullptr; }

@@ -76,6 +76,8 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
         if (s.active) view_.sums += s.size;
     }
     find_factors();
+    fuse_steps();
+    find_slots();
     for (long size : spec_.rate_sizes) {
         rate_offsets_.push_back(view_.rates);
         view_.rates += size;
@@ -198,6 +200,79 @@ void Layout::find_factors() {
     }
 }
 
+// Whether every gradient is one product of one linear layer, whose result can go anywhere.
+bool Layout::steps_fuse() const {
+    std::vector<int> uses(params_.size());
+    for (const Op& op : ops_)
+        for (int p : {op.w, op.b}) {
+            if (p < 0) continue;
+            if (op.kind != OpKind::linear || op.low_rank || ++uses[p] > 1) return false;
+        }
+    return std::none_of(params_.begin(), params_.end(), [](const Param& p) { return p.adapts && p.elementwise; });
+}
+
+// Gradients that only feed a step are added to the parameters where the product ends. With one rate for all, so are
+// Hessian-vector products to the adjoint, H(−αλ) = −α Hλ, and the last of them to the sum over tasks.
+void Layout::fuse_steps() {
+    if (!steps_fuse()) return;
+    auto is = [&](std::size_t i, Code code) { return i < spec_.code.size() && spec_.code[i].code == code; };
+    bool gradients_read = std::any_of(spec_.code.begin(), spec_.code.end(),
+                                      [](const Instr& in) { return in.code == Code::rate_gradient; });
+    bool one_rate = spec_.rate_sizes == std::vector<long>{1};
+    std::vector<Instr> fused;
+    for (std::size_t i = 0; i < spec_.code.size(); ++i) {
+        Instr in = spec_.code[i];
+        if (in.code == Code::backward && is(i + 1, Code::update) && !gradients_read) {
+            in.step = spec_.code[++i].a;
+            in.c = -1;
+        } else if (in.code == Code::scale && is(i + 1, Code::hvp) && is(i + 2, Code::subtract) && one_rate) {
+            int adjoint = in.b;
+            in = spec_.code[i + 1];
+            in.c = in.d = adjoint;
+            in.scaled = true;
+            i += 2;
+            if (is(i + 1, Code::accumulate)) {
+                fused.push_back(spec_.code[++i]);
+                in.d = kSums;
+            }
+        }
+        fused.push_back(in);
+    }
+    spec_.code = std::move(fused);
+}
+
+// Which slots the program still names.
+void Layout::find_slots() {
+    used_slots_.assign(spec_.slots, false);
+    auto use = [&](std::initializer_list<int> slots) {
+        for (int s : slots)
+            if (s >= 0) used_slots_[s] = true;
+    };
+    for (const Instr& in : spec_.code) switch (in.code) {
+            case Code::support_loss:
+            case Code::query_loss:
+            case Code::cotangent:
+            case Code::store_outputs:
+                break;  // tapes only
+            case Code::backward:
+                use({in.a, in.c, in.step});
+                break;
+            case Code::update:
+                use({in.a, in.b, in.c});
+                break;
+            case Code::hvp:
+                use({in.a, in.c, in.d});
+                break;
+            case Code::scale:
+            case Code::subtract:
+            case Code::rate_gradient:
+                use({in.a, in.b});
+                break;
+            default:
+                use({in.a});
+        }
+}
+
 // Static facts of the reverse sweep: what depends on parameters, and who is first to write a sum.
 void Layout::find_flags() {
     std::size_t buffers = spec_.features.size();
@@ -309,7 +384,8 @@ long Layout::gemm_scratch_size() const {
         if (op.kind != OpKind::linear) continue;
         long columns = std::max(op.width, op.out_width);
         long transposed = 2 * op.width > machine_.lanes ? 0 : op.width * op.out_width;
-        long panels = packed_size(machine_.gemm_depth, std::max(columns, kProducts * 2 * machine_.lanes), machine_.lanes);
+        long panels =
+            packed_size(machine_.gemm_depth, std::max(columns, kProducts * 2 * machine_.lanes), machine_.lanes);
         size = std::max(size, transposed + panels);
     }
     return size;
@@ -377,7 +453,8 @@ void Layout::place_buffers(long lockstep) {
 
     place_tangents(lockstep);
     slots_.assign(spec_.slots, -1);
-    for (int s = 1; s < spec_.slots; ++s) slots_[s] = take(lockstep * view_.parameters);
+    for (int s = 1; s < spec_.slots; ++s)
+        if (used_slots_[s]) slots_[s] = take(lockstep * view_.parameters);
 
     view_.lockstep = lockstep;
     view_.tapes = tapes_.data();

@@ -59,6 +59,9 @@ class Layout {
     long blocks() const;
     void find_low_rank();
     void find_factors();
+    bool steps_fuse() const;
+    void fuse_steps();
+    void find_slots();
     void find_flags();
     void find_pairs();
     void place_panels();
@@ -85,6 +88,7 @@ class Layout {
     std::vector<TapeView> tapes_;
     std::vector<std::vector<long>> tables_;
     std::vector<long> slots_, rate_offsets_;
+    std::vector<bool> used_slots_;
 };
 
 }  // namespace maml_fast

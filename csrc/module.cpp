@@ -55,6 +55,8 @@ Spec parse(const py::dict& d) {
                           c["inputs"].cast<bool>(),
                           c["batch"].cast<int>(),
                           -1,
+                          -1,
+                          false,
                           {nullptr, 0},
                           {nullptr, 0}});
     }

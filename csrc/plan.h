@@ -108,12 +108,16 @@ struct Factors {
     int n;
 };
 
+constexpr int kSums = -2;  // in place of a slot: the sum over tasks
+
 struct Instr {
     Code code;
     int a, b, c, d;
     bool inputs;  // also the gradient w.r.t. the batch's inputs
     int batch;
     int hvp;         // which tangents a Hessian-vector product writes
+    int step;        // a backward pass: the slot for θ − α ∘ gradient, which takes the gradient's place; or -1
+    bool scaled;     // a Hessian-vector product: what it adds to its slot is −α times it
     Factors theta;   // low-rank part of slot a's weights (of slot b's in a sum)
     Factors vector;  // of the direction
 };

@@ -134,7 +134,7 @@ void conv_norm_backward(const Op& conv, const Op& norm, int i, int slot, const T
 void sum_rows(bool first_writer, long rows, long width, const S* m, S* to) const {
     S *sums = norm_scratch(), *partial = sums + width;
     sum_chunks(rows, width, partial, sums, [=](long first, long last, S* mine) {
-        column_sums(true, last - first, width, m + first * width, mine);
+        column_sums<S>(last - first, width, m + first * width, nullptr, S(1), mine);
     });
     put(first_writer, to, width, [=](long i) { return sums[i]; });
 }

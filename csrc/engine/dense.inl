@@ -122,18 +122,47 @@ void multiply(long rows, long width, const Operand& p, const Operand& q, PerTask
                 gemm_scratch());
 }
 
-// gw (+)= dyᵀ x + dzᵀ z and gb (+)= Σ dy; the second product is absent where z is null.
-void linear_gradients(const Op& op, long N, const S* dy, const S* x, const S* dz, const S* z, PerTask<S> gw,
-                      PerTask<S> gb) {
-    long rows = N * op.rows;
-    for (long b = 0; b < B_; ++b) {
+// Where a parameter's gradient g goes: to ← from + scale · g, or g alone where from is absent.
+struct Destination {
+    PerTask<S> to;
+    PerTask<const S> from;
+    S scale;
+};
+
+Destination added(PerTask<S> to, bool first, S scale = S(1)) const {
+    return {to, first ? PerTask<const S>{} : PerTask<const S>{to.p, to.stride}, scale};
+}
+
+// Of a backward pass: the gradient's slot, or the parameter after the step.
+Destination gradient_or_step(const Instr& in, int param, bool adapted_only, bool first) const {
+    if (in.step < 0) return added(gradient(in.c, param, adapted_only), first);
+    PerTask<S> to = gradient(in.step, param, adapted_only);
+    return {to, weight(in.a, param), to ? -*rate(plan_.params[param]) : S(1)};
+}
+
+// Of a Hessian-vector product.
+Destination curvature(const Instr& in, int param, bool first) const {
+    if (!in.scaled) return added(gradient(in.d, param, false), first);
+    if (param < 0 || plan_.params[param].sum < 0) return {};
+    const Param& p = plan_.params[param];
+    PerTask<S> to = in.d == kSums ? PerTask<S>{partial_ + p.sum, 0} : gradient(in.d, param, false);
+    return added(to, false, -*rate(p));
+}
+
+// The gradients dyᵀ x + dzᵀ z and Σ dy; the second product is absent where z is null.
+void linear_gradients(const Op& op, long N, const S* dy, const S* x, const S* dz, const S* z, const Destination& w,
+                      const Destination& bias) {
+    // what is only summed over tasks is one product over the rows of all of them
+    bool together = (w.to || bias.to) && (!w.to || w.to.stride == 0) && (!bias.to || bias.to.stride == 0);
+    long n = together ? 1 : B_, rows = N * op.rows * (together ? B_ : 1);
+    for (long b = 0; b < n; ++b) {
         long in = b * rows * op.width, out = b * rows * op.out_width;
-        S* w = gw.of(b);
-        Result<S> to{w, op.width, op.w_first ? nullptr : w, nullptr};
-        if (w)
+        if (w.to) {
+            Result<S> to{w.to.of(b), op.width, w.from.of(b), nullptr, w.scale};
             WeightGradient<S>{rows, dy + out, x + in, z ? dz + out : nullptr, z ? z + in : nullptr, to}(op,
                                                                                                         gemm_scratch());
-        if (gb) column_sums(op.b_first, rows, op.out_width, dy + out, gb.of(b));
+        }
+        if (bias.to) column_sums(rows, op.out_width, dy + out, bias.from.of(b), bias.scale, bias.to.of(b));
     }
 }
 
@@ -162,7 +191,6 @@ void spread(long rows, long width, PerTask<const S> v, S* y) {
 void linear_backward_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, const S* dy, const S* ey,
                              S* ex) {
     long N = samples(tape);
-    int out = in.d;
     PerTask<const S> v = direction(in.c, op.w);
     if (ex) {
         bool bends = v && !op.low_rank;
@@ -171,5 +199,6 @@ void linear_backward_tangent(const Op& op, const Instr& in, const TapeView& tape
         if (op.low_rank) add_transposed_product(op, in.theta, N, ey, ex);
         if (op.low_rank) add_transposed_product(op, in.vector, N, dy, ex);
     }
-    linear_gradients(op, N, ey, value(tape, op.in[0]), dy, tx, gradient(out, op.w, false), gradient(out, op.b, false));
+    linear_gradients(op, N, ey, value(tape, op.in[0]), dy, tx, curvature(in, op.w, op.w_first),
+                     curvature(in, op.b, op.b_first));
 }

@@ -41,14 +41,15 @@ void subtract(int out, int vector) {
 }
 
 void accumulate(const Instr& in) {
-    for (int p = 0; p < plan_.n_params; ++p) {
-        const Param& param = plan_.params[p];
-        if (param.offset < 0) continue;
+    auto add = [&](long offset, long sum, long size) {
         for (long b = 0; b < B_; ++b) {
-            const S* from = slot(in.a, param, b);
-            put(false, partial_ + param.sum, param.size, [=](long i) { return from[i]; });
+            const S* from = ws_ + plan_.slots[in.a] + b * plan_.parameters + offset;
+            put(false, partial_ + sum, size, [=](long i) { return from[i]; });
         }
-    }
+    };
+    if (plan_.sums == plan_.parameters) return add(0, 0, plan_.sums);  // nothing is factored: the orders agree
+    for (int p = 0; p < plan_.n_params; ++p)
+        if (const Param& param = plan_.params[p]; param.offset >= 0) add(param.offset, param.sum, param.size);
     for (int i = 0; i < plan_.n_ops; ++i)
         if (plan_.ops[i].low_rank) accumulate_low_rank(plan_.ops[i], in.theta);
 }

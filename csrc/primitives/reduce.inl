@@ -32,21 +32,25 @@ inline void put(bool first, S* __restrict to, long n, F value) {
         for (long i = 0; i < n; ++i) to[i] += value(i);
 }
 
-// sums[i] (+)= Σ_rows m[row][i], row after row; a few vectors side by side hide each other's latency.
+// to[i] = from[i] + scale Σ_rows m[row][i], row after row; from null is zero. A few vectors side by side hide each
+// other's latency.
 template <class S>
-inline void column_sums(bool first, long rows, long columns, const S* __restrict m, S* __restrict sums) {
+inline void column_sums(long rows, long columns, const S* m, const S* from, S scale, S* to) {
     constexpr long L = lanes<S>, kAbreast = 4;
     long done = 0;
     for (; done + kAbreast * L <= columns; done += kAbreast * L) {
-        vec<S> sum[kAbreast];
-        for (long v = 0; v < kAbreast; ++v) sum[v] = first ? vec<S>{} : load(sums + done + v * L);
+        vec<S> sum[kAbreast] = {};
         for (long r = 0; r < rows; ++r)
             for (long v = 0; v < kAbreast; ++v) sum[v] += load(m + r * columns + done + v * L);
-        for (long v = 0; v < kAbreast; ++v) store(sums + done + v * L, sum[v]);
+        for (long v = 0; v < kAbreast; ++v) {
+            long i = done + v * L;
+            store(to + i, from ? load(from + i) + scale * sum[v] : scale * sum[v]);
+        }
     }
-    each_lane<S>(columns - done, [=](auto w, long i) {
-        auto sum = first ? splat(w, S(0)) : get(w, sums + done + i);
-        for (long r = 0; r < rows; ++r) sum += get(w, m + r * columns + done + i);
-        set(w, sums + done + i, sum);
+    each_lane<S>(columns - done, [=](auto w, long j) {
+        long i = done + j;
+        auto sum = splat(w, S(0));
+        for (long r = 0; r < rows; ++r) sum += get(w, m + r * columns + i);
+        set(w, to + i, from ? get(w, from + i) + scale * sum : scale * sum);
     });
 }
