@@ -307,9 +307,10 @@ class MAML(nn.Module):
 
 def _existing_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     """The parameters' gradients, if all have one that a kernel can add to in place."""
-    gradients = [p.grad for p in parameters]
-    usable = all(
-        g is not None and g.dtype == p.dtype and g.shape == p.shape and g.is_contiguous()
-        for g, p in zip(gradients, parameters, strict=True)
-    )
-    return gradients if usable else []  # type: ignore[return-value]
+    gradients = []
+    for p in parameters:
+        g = p.grad
+        if g is None or g.dtype != p.dtype or g.shape != p.shape or not g.is_contiguous():
+            return []
+        gradients.append(g)
+    return gradients

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ class Model:
         self._slots = tuple(owners[id(p)] for p in named.values())
         self._children = [tuple(m._modules.values()) for m in self.modules]
         self.chosen = _choose(named, adapts)
-        self._kinds = [_kind(p) for p in named.values()]
+        self._kinds = [(p.requires_grad, p.shape, p.dtype, p.device) for p in named.values()]
         self.trainable = tuple(p.requires_grad for p in named.values())
         self.adapts = tuple(c and t for c, t in zip(self.chosen, self.trainable, strict=True))
         self.shapes = tuple(tuple(p.shape) for p in named.values())
@@ -52,7 +51,8 @@ class Model:
         if [tuple(m._modules.values()) if m._modules else () for m in self.modules] != self._children:
             return True
         try:
-            return [_kind(owner[key]) for owner, key in self._slots] != self._kinds
+            found = [owner[key] for owner, key in self._slots]
+            return [(p.requires_grad, p.shape, p.dtype, p.device) for p in found] != self._kinds  # type: ignore[union-attr]
         except (KeyError, AttributeError):
             return True
 
@@ -73,10 +73,6 @@ class Model:
 
     def named(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.names, values, strict=True))
-
-
-def _kind(p: Any) -> tuple[bool, torch.Size, torch.dtype, torch.device]:
-    return p.requires_grad, p.shape, p.dtype, p.device
 
 
 def _choose(named: Mapping[str, nn.Parameter], adapts: Adapts) -> tuple[bool, ...]:

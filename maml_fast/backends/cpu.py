@@ -131,6 +131,7 @@ class _Call:
         self.constant_shapes = [b.shape for b in map(plan.model.module.get_buffer, self.constants)]
         self.out_shape = graph.shapes[graph.output]
         self.used = graph.used_parameters()
+        self.writes_all = all(plan.needs.parameters) and len(self.used) == len(plan.needs.parameters)
         spec = _Spec(plan, graph).as_dict()
         self.core = _core.Plan(spec, plan.dtype == torch.float64, _core.choose())
         self.reverse = plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
@@ -155,7 +156,7 @@ class _Call:
             result.adapted = [like.new_empty(plan.tasks, *s) for s in plan.model.shapes]
         rate_gradient = None
         if self.reverse:
-            self._allocate_gradients(result, t)
+            self._allocate_gradients(result, t, parameters)
             if any(plan.needs.rates):
                 rate_gradient = like.new_zeros(sum(self.rate_sizes))
         self.core.run(
@@ -193,21 +194,26 @@ class _Call:
                 raise ValueError(f"model: expected buffer {name!r} of shape {tuple(shape)}, got {tuple(buffer.shape)}")
         return [_dense(b.to(self.plan.device, self.plan.dtype)) for b in found]
 
-    def _allocate_gradients(self, result: Result, t: Tensors) -> None:
+    def _allocate_gradients(self, result: Result, t: Tensors, parameters: list[Tensor]) -> None:
         """New memory for the gradients; zeros where the core has nothing to write."""
         assert t.x_s is not None and t.x_q is not None
         needs = self.plan.needs
-        result.parameters = [
-            None if t.into or not need else _empty(p) if i in self.used else torch.zeros_like(p)
-            for i, (p, need) in enumerate(zip(t.parameters, needs.parameters, strict=True))
-        ]
+        if t.into:
+            result.parameters = [None] * len(parameters)
+        elif self.writes_all:
+            result.parameters = [torch.empty_like(p) for p in parameters]
+        else:
+            result.parameters = [
+                None if not need else torch.empty_like(p) if i in self.used else torch.zeros_like(p)
+                for i, (p, need) in enumerate(zip(parameters, needs.parameters, strict=True))
+            ]
         result.rates = [None] * len(needs.rates)
-        result.x_s = _empty(t.x_s).zero_() if needs.x_s else None
-        result.x_q = _empty(t.x_q).zero_() if needs.x_q else None
+        result.x_s = _zeros(t.x_s) if needs.x_s else None
+        result.x_q = _zeros(t.x_q) if needs.x_q else None
 
 
-def _empty(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, memory_format=torch.contiguous_format)
 
 
 def _dense(tensor: Tensor) -> Tensor:
