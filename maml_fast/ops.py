@@ -86,10 +86,10 @@ def _first_derivative_only(backward: Callable[[Any, Tensor], tuple[Any, ...]]) -
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, upstream)
         with torch.no_grad():
             gradients = backward(ctx, upstream)
-        if not torch.is_grad_enabled():
-            return gradients
         anchor = torch.zeros((), requires_grad=True)
         return tuple([None if g is None else _Raise.apply(anchor, g) for g in gradients])
 

@@ -37,15 +37,25 @@ inline void put(bool first, S* __restrict to, long n, F value) {
 template <class S>
 inline void column_sums(long rows, long columns, const S* m, const S* from, S scale, S* to) {
     constexpr long L = lanes<S>, kAbreast = 4;
-    long done = 0;
-    for (; done + kAbreast * L <= columns; done += kAbreast * L) {
+    auto strip = [=](long first, auto read, auto write) {
         vec<S> sum[kAbreast] = {};
         for (long r = 0; r < rows; ++r)
-            for (long v = 0; v < kAbreast; ++v) sum[v] += load(m + r * columns + done + v * L);
-        for (long v = 0; v < kAbreast; ++v) {
-            long i = done + v * L;
-            store(to + i, from ? load(from + i) + scale * sum[v] : scale * sum[v]);
-        }
+            for (long v = 0; v < kAbreast; ++v) sum[v] += read(m + r * columns + first, v);
+        for (long v = 0; v < kAbreast; ++v)
+            write(to + first, v, from ? read(from + first, v) + scale * sum[v] : scale * sum[v]);
+    };
+    long done = 0;
+    for (; done + kAbreast * L <= columns; done += kAbreast * L)
+        strip(
+            done, [](const S* p, long v) { return load(p + v * L); },
+            [](S* p, long v, vec<S> x) { store(p + v * L, x); });
+    if constexpr (kMaskedEdges<S>) {
+        auto edge = [=](long v) { return EdgeOf<S>(columns - done - v * L); };
+        if (done < columns)
+            strip(
+                done, [=](const S* p, long v) { return load_edge(p + v * L, edge(v)); },
+                [=](S* p, long v, vec<S> x) { store_edge(p + v * L, x, edge(v)); });
+        return;
     }
     each_lane<S>(columns - done, [=](auto w, long j) {
         long i = done + j;
