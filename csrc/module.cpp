@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -92,11 +93,12 @@ class Plan {
             f32_ = std::make_unique<Runner<float>>(std::move(parsed), isa_named(isa));
     }
 
-    void run(const std::vector<Pointer>& params, const std::vector<Pointer>& constants,
-             const std::vector<Pointer>& rates, Pointer x_s, Pointer y_s, Pointer x_q, Pointer y_q, Pointer weights,
-             Pointer cotangent, const std::vector<Pointer>& adapted, Pointer losses, Pointer objective, Pointer outputs,
-             const std::vector<Pointer>& gradients, Pointer rate_gradient, Pointer dx_s, Pointer dx_q,
-             const std::vector<Pointer>& adapted_out, bool add, int threads) {
+    // inputs: x_s, y_s, x_q, y_q, weights, cotangent; outputs: losses, objective, query outputs, rate gradient, dx_s,
+    // dx_q.
+    void run(const std::array<Pointer, 6>& inputs, const std::array<Pointer, 6>& outputs,
+             const std::vector<Pointer>& params, const std::vector<Pointer>& constants,
+             const std::vector<Pointer>& rates, const std::vector<Pointer>& adapted,
+             const std::vector<Pointer>& gradients, const std::vector<Pointer>& adapted_out, bool add, int threads) {
         auto p = addresses(params), c = addresses(constants), r = addresses(rates), a = addresses(adapted),
              g = addresses(gradients), o = addresses(adapted_out);
         Call call{};
@@ -104,20 +106,20 @@ class Plan {
         call.params = p.data();
         call.constants = c.data();
         call.rates = r.data();
-        call.x[0] = address(x_s);
-        call.x[1] = address(x_q);
-        call.y[0] = address(y_s);
-        call.y[1] = address(y_q);
-        call.weights = address(weights);
-        call.cotangent = address(cotangent);
         call.adapted = a.data();
-        call.losses = writable(losses);
-        call.objective = writable(objective);
-        call.outputs = writable(outputs);
+        call.x[0] = address(inputs[0]);
+        call.y[0] = address(inputs[1]);
+        call.x[1] = address(inputs[2]);
+        call.y[1] = address(inputs[3]);
+        call.weights = address(inputs[4]);
+        call.cotangent = address(inputs[5]);
+        call.losses = writable(outputs[0]);
+        call.objective = writable(outputs[1]);
+        call.outputs = writable(outputs[2]);
+        call.rate_gradient = writable(outputs[3]);
+        call.dx[0] = writable(outputs[4]);
+        call.dx[1] = writable(outputs[5]);
         call.gradients = gradients.empty() ? nullptr : g.data();
-        call.rate_gradient = writable(rate_gradient);
-        call.dx[0] = writable(dx_s);
-        call.dx[1] = writable(dx_q);
         call.adapted_out = o.data();
         call.add = add;
         call.threads = threads;

@@ -9,28 +9,26 @@ class Plan:
     def __init__(self, spec: Mapping[str, Any], float64: bool, isa: str) -> None: ...
     def run(
         self,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
         params: Sequence[int],
         constants: Sequence[int],
         rates: Sequence[int],
-        x_s: int,
-        y_s: int,
-        x_q: int,
-        y_q: int,
-        weights: int,
-        cotangent: int,
         adapted: Sequence[int],
-        losses: int,
-        objective: int,
-        outputs: int,
         gradients: Sequence[int],
-        rate_gradient: int,
-        dx_s: int,
-        dx_q: int,
         adapted_out: Sequence[int],
         add: bool,
         threads: int,
         /,
-    ) -> None: ...
+    ) -> None:
+        """One call.
+
+        Args:
+            inputs: x_s, y_s, x_q, y_q, weights, cotangent.
+            outputs: losses, objective, query outputs, rate gradient, dx_s, dx_q.
+            gradients: one a parameter, to which the core adds if `add`; empty where the plan has no reverse sweep.
+        """
+
     def bytes(self, threads: int) -> int:
         """Memory that a call on so many threads holds beyond its inputs and outputs."""
 

@@ -144,7 +144,7 @@ class MAML(nn.Module):
         prepared = self._prepare(Mode.META_GRADIENT, x_s, y_s, x_q, y_q)
         tensors = prepared.tensors
         leaves = tensors.leaves()
-        if any(leaf.grad_fn is not None for leaf in leaves):
+        if any(v.grad_fn is not None for v in (*tensors.rates, x_s, x_q)):  # a module's parameters are leaves
             loss = ops.meta_loss(self, x_s, y_s, x_q, y_q, reduction)
             loss.backward()
             return loss.detach()

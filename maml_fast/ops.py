@@ -43,7 +43,7 @@ def meta_loss(maml: MAML, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, re
             if reduction == "none":
                 return _TaskLosses.apply(maml, prepared, *leaves)
             prepared.tensors.weights = maml._weights(prepared.call.plan, reduction)
-            return _ReducedLoss.apply(prepared, *[leaf for leaf in leaves if leaf.requires_grad])
+            return _ReducedLoss.apply(prepared, *leaves)
     losses = maml._prepare(Mode.LOSS, x_s, y_s, x_q, y_q).run().losses
     assert losses is not None
     return _reduce(losses, reduction)
@@ -97,13 +97,13 @@ def _first_derivative_only(backward: Callable[[Any, Tensor], tuple[Any, ...]]) -
 
 
 class _ReducedLoss(torch.autograd.Function):
-    """One fused call computes loss and gradient; backward only scales it. Its inputs are the leaves that want one."""
+    """One fused call computes loss and gradient; backward only scales it."""
 
     @staticmethod
     def forward(ctx: Any, prepared: Prepared, *leaves: Tensor) -> Tensor:
         result = prepared.run()
         ctx.prepared, ctx.versions = prepared, _versions(prepared)
-        ctx.gradients = _wanted(result)
+        ctx.gradients = result.gradients()
         assert result.objective is not None
         return result.objective
 
@@ -115,11 +115,7 @@ class _ReducedLoss(torch.autograd.Function):
             # given away, not copied: a product would also wake PyTorch's threads, which then spin in the core's way
             ctx.gradients = None
             return (None, *gradients)
-        return (None, *[g * upstream for g in gradients])
-
-
-def _wanted(result: Result) -> list[Tensor]:
-    return [g for g in result.gradients() if g is not None]
+        return (None, *[None if g is None else g * upstream for g in gradients])
 
 
 def _versions(prepared: Prepared) -> list[int]:
@@ -128,11 +124,11 @@ def _versions(prepared: Prepared) -> list[int]:
     return [v._version for v in (*t.leaves(), t.y_s, t.y_q) if v is not None]
 
 
-def _again(ctx: Any) -> list[Tensor]:
+def _again(ctx: Any) -> list[Tensor | None]:
     """The gradients once more, for a graph that was retained."""
     if _versions(ctx.prepared) != ctx.versions:
         raise RuntimeError("maml_fast: a tensor that backward needs again was changed in place since the forward pass")
-    return _wanted(ctx.prepared.run())
+    return ctx.prepared.run().gradients()
 
 
 class _TaskLosses(torch.autograd.Function):

@@ -36,6 +36,8 @@ class Mode(enum.Enum):
     ADAPT = "adapt"  # adapted parameters, each (T, *shape)
     APPLY = "apply"  # outputs of given per-task parameters
 
+    __hash__ = object.__hash__  # Enum's own is Python, and hashed in every call
+
 
 @dataclass(frozen=True)
 class Inner:

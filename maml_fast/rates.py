@@ -43,8 +43,11 @@ class LearningRates:
         )
         self._constants: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         self.all_constant = not any(isinstance(v, Tensor) for v in self.values)
+        self._none = (False,) * len(self.values)
 
     def learnable(self) -> tuple[bool, ...]:
+        if self.all_constant:
+            return self._none
         return tuple([isinstance(v, Tensor) and v.requires_grad for v in self.values])
 
     def tensors(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -139,44 +139,33 @@ class _Call:
 
     def __call__(self, t: Tensors) -> Result:
         plan, result = self.plan, Result()
-        shape = (plan.tasks, plan.query, *self.out_shape)
-        parameters = [_dense(p) for p in t.parameters]
+        parameters, rates, adapted = _dense(t.parameters), _dense(t.rates), _dense(t.adapted)
         constants = self._buffers() if self.constants else []
-        rates = [_dense(r) for r in t.rates]
-        x_s, y_s, x_q, y_q = [None if v is None else _dense(v) for v in (t.x_s, t.y_s, t.x_q, t.y_q)]
-        adapted = [_dense(a) for a in t.adapted]
+        batch = [v if v is None or v.is_contiguous() else v.contiguous() for v in (t.x_s, t.y_s, t.x_q, t.y_q)]
         like = parameters[0]
-        if plan.mode is Mode.LOSS:
-            result.losses = like.new_empty(plan.tasks)
         if plan.mode is Mode.META_GRADIENT:
             result.objective = like.new_empty(())
-        if plan.mode in (Mode.LOGITS, Mode.APPLY):
-            result.outputs = like.new_empty(shape)
-        if plan.mode is Mode.ADAPT:
+        elif plan.mode is Mode.LOSS:
+            result.losses = like.new_empty(plan.tasks)
+        elif plan.mode is Mode.ADAPT:
             result.adapted = [like.new_empty(plan.tasks, *s) for s in plan.model.shapes]
+        elif plan.mode is not Mode.PULLBACK:
+            result.outputs = like.new_empty(plan.tasks, plan.query, *self.out_shape)
         rate_gradient = None
         if self.reverse:
             self._allocate_gradients(result, t, parameters)
             if any(plan.needs.rates):
                 rate_gradient = like.new_zeros(sum(self.rate_sizes))
+        inputs = (*batch, t.weights, t.cotangent)
+        outputs = (result.losses, result.objective, result.outputs, rate_gradient, result.x_s, result.x_q)
         self.core.run(
+            _pointers(inputs),
+            _pointers(outputs),
             _pointers(parameters),
             _pointers(constants),
             _pointers(rates),
-            _pointer(x_s),
-            _pointer(y_s),
-            _pointer(x_q),
-            _pointer(y_q),
-            _pointer(t.weights),
-            _pointer(t.cotangent),
             _pointers(adapted),
-            _pointer(result.losses),
-            _pointer(result.objective),
-            _pointer(result.outputs),
-            _pointers(t.into) if t.into else [_pointer(g) for g in result.parameters],
-            _pointer(rate_gradient),
-            _pointer(result.x_s),
-            _pointer(result.x_q),
+            _pointers(t.into or result.parameters),
             _pointers(result.adapted),
             bool(t.into),
             plan.threads or torch.get_num_threads(),
@@ -192,7 +181,7 @@ class _Call:
         for name, buffer, shape in zip(self.constants, found, self.constant_shapes, strict=True):
             if buffer.shape != shape:
                 raise ValueError(f"model: expected buffer {name!r} of shape {tuple(shape)}, got {tuple(buffer.shape)}")
-        return [_dense(b.to(self.plan.device, self.plan.dtype)) for b in found]
+        return _dense([b.to(self.plan.device, self.plan.dtype) for b in found])
 
     def _allocate_gradients(self, result: Result, t: Tensors, parameters: list[Tensor]) -> None:
         """New memory for the gradients; zeros where the core has nothing to write."""
@@ -216,16 +205,12 @@ def _zeros(like: Tensor) -> Tensor:
     return torch.zeros_like(like, memory_format=torch.contiguous_format)
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
+def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [v if v.is_contiguous() else v.contiguous() for v in tensors]
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _pointers(tensors: Sequence[Tensor]) -> list[int]:
-    return [t.data_ptr() for t in tensors]
+def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if v is None else v.data_ptr() for v in tensors]
 
 
 def _constants(graph: Graph) -> list[str]:
