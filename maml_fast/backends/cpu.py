@@ -136,6 +136,7 @@ class _Call:
         self.core = _core.Plan(spec, plan.dtype == torch.float64, _core.choose())
         self.reverse = plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
         self.rate_sizes = [math.prod(s) for s in plan.rates.shapes]
+        self.scalar = torch.empty((), dtype=plan.dtype, device=plan.device)
 
     def __call__(self, t: Tensors) -> Result:
         plan, result = self.plan, Result()
@@ -144,7 +145,7 @@ class _Call:
         batch = [v if v is None or v.is_contiguous() else v.contiguous() for v in (t.x_s, t.y_s, t.x_q, t.y_q)]
         like = parameters[0]
         if plan.mode is Mode.META_GRADIENT:
-            result.objective = like.new_empty(())
+            result.objective = torch.empty_like(self.scalar)
         elif plan.mode is Mode.LOSS:
             result.losses = like.new_empty(plan.tasks)
         elif plan.mode is Mode.ADAPT:
