@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
 from .gemm import dot
 from .launch import Launch, blocks, task
+from .tiles import Product, start_product
 from .vectors import sum_splits
 
 _SPLIT = 1024  # positions that one program of the weight gradient adds up
@@ -210,7 +211,7 @@ class Conv:
         """y ← x ∗ w + x' ∗ w' + bias, with pair = (x', w')."""
         o = self.window
         self._product(
-            x, w, y, bias, pair, False, o.target, o.source, self.filters, self.depth,
+            "conv forward", x, w, y, bias, pair, False, o.target, o.source, self.filters, self.depth,
             (*o.stride, *o.padded_shift, *o.dilation), (1, 1),
             (o.taps * self.depth, self.depth, 1),
         )  # fmt: skip
@@ -221,13 +222,14 @@ class Conv:
         """dx (+)= the adjoint of x ↦ x ∗ w at dy, plus the same of the pair (dy', w')."""
         o = self.window
         self._product(
-            dy, w, dx, None, pair, add, o.source, o.target, self.depth, self.filters,
+            "conv input", dy, w, dx, None, pair, add, o.source, o.target, self.depth, self.filters,
             (1, 1, *o.padding, -o.dilation[0], -o.dilation[1]), o.stride,
             (1, self.depth, o.taps * self.depth),
         )  # fmt: skip
 
     def _product(
         self,
+        form: str,
         a: Tensor,
         w: Tensor,
         c: Tensor,
@@ -244,15 +246,15 @@ class Conv:
     ) -> None:
         a2, w2 = pair or (None, None)
         rows, taps = self.samples * math.prod(target), self.window.taps
-        tile = tiles.product(rows, columns, taps * depth, self.precision)
-        programs = self.tasks * self.groups * blocks(rows, tile["BM"]) * blocks(columns, tile["BN"])
         group = self.filters * taps * self.depth
-        self.launch(
-            conv_kernel, programs, a, w, a2, w2, bias, c,
+        arguments = (
+            a, w, a2, w2, bias, c,
             rows, columns, depth, self.groups, *target, *source, taps, self.window.kernel[1], *walk,
             a.stride(0), w.stride(0), task(w2), task(bias), c.stride(0), group, *strides,
-            ADD=add, DIV_H=div[0], DIV_W=div[1], PRECISION=self.precision, **tile,
         )  # fmt: skip
+        constants = {"ADD": add, "DIV_H": div[0], "DIV_W": div[1]}
+        form = f"{form}{' twice' * (pair is not None)}"
+        self._start(conv_kernel, form, 1, (rows, columns, taps * depth), arguments, constants)
 
     def weight_gradient(
         self,
@@ -278,19 +280,30 @@ class Conv:
             outs, strides = (partial, partial_b), (*_two(partial), *_two(partial_b))
         own = adds if splits == 1 else (False, False)
         columns = o.taps * self.depth
-        tile = tiles.product(self.filters, columns, rows, self.precision)
-        programs = self.tasks * splits * self.groups * blocks(self.filters, tile["BM"]) * blocks(columns, tile["BN"])
-        self.launch(
-            weight_kernel, programs, dy, x, *dy2_x2, *outs,
+        arguments = (
+            dy, x, *dy2_x2, *outs,
             rows, self.filters, self.depth, self.groups, span, splits,
             *o.target, *o.source, o.taps, o.kernel[1], *o.stride, *o.padded_shift, *o.dilation,
             dy.stride(0), x.stride(0), *strides,
-            ADD=own[0], ADD_SUMS=own[1], PRECISION=self.precision, **tile,
         )  # fmt: skip
+        form, sizes = f"conv weight{' twice' * (pair is not None)}", (self.filters, columns, min(rows, span))
+        self._start(weight_kernel, form, splits, sizes, arguments, {"ADD": own[0], "ADD_SUMS": own[1]})
         if splits > 1:
             sum_splits(self.launch, gw, partial, add=adds[0])
             if gb is not None and partial_b is not None:
                 sum_splits(self.launch, gb, partial_b, add=adds[1])
+
+    def _start(
+        self,
+        kernel: Any,
+        form: str,
+        parts: int,
+        sizes: tuple[int, int, int],
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+    ) -> None:
+        outer = self.tasks * self.groups * parts
+        start_product(self.launch, Product(kernel, form, outer, *sizes, self.precision, arguments, constants))
 
 
 def split(rows: int) -> tuple[int, int]:

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
 from .activation import activate
-from .launch import Launch, blocks, task
+from .launch import Launch, task
+from .tiles import Product, start_product
 
 
 @triton.jit
@@ -135,15 +135,14 @@ def product(
             a, c = merged
             tasks, m = 1, tasks * m
     (a2, b2), e = pair or (None, None), epilogue
-    tile = tiles.product(m, n, k, precision)
-    launch(
-        gemm_kernel,
-        tasks * blocks(m, tile["BM"]) * blocks(n, tile["BN"]),
+    arguments = (
         a, b, a2, b2, bias, c, sums, e.slope, e.curvature, e.gain, e.raw, *(e.more or (None,) * 3),
         m, n, k, *e.act[1:],
         *a.stride(), *b.stride(), task(a2), task(b2), task(bias), c.stride(0), task(sums),
-        ACT=e.act[0], ADD=add, ADD_SUMS=add_sums, PRECISION=precision, **tile,
     )  # fmt: skip
+    constants = {"ACT": e.act[0], "ADD": add, "ADD_SUMS": add_sums}
+    form = f"gemm{' twice' * (pair is not None)}{' aT' * (a.stride(2) != 1)}{' bT' * (b.stride(2) != 1)}"
+    start_product(launch, Product(gemm_kernel, form, tasks, m, n, k, precision, arguments, constants))
 
 
 def _shared(x: Tensor) -> bool:
