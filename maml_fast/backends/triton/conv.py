@@ -303,7 +303,7 @@ class Conv:
         constants: dict[str, Any],
     ) -> None:
         outer = self.tasks * self.groups * parts
-        start_product(self.launch, Product(kernel, form, outer, *sizes, self.precision, arguments, constants))
+        start_product(self.launch, Product(kernel, form, outer, *sizes, self.precision, False, arguments, constants))
 
 
 def split(rows: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate
+from .activation import CROWDED, activate
 from .launch import Launch, task
 from .tiles import Product, start_product
 
@@ -142,7 +142,8 @@ def product(
     )  # fmt: skip
     constants = {"ACT": e.act[0], "ADD": add, "ADD_SUMS": add_sums}
     form = f"gemm{' twice' * (pair is not None)}{' aT' * (a.stride(2) != 1)}{' bT' * (b.stride(2) != 1)}"
-    start_product(launch, Product(gemm_kernel, form, tasks, m, n, k, precision, arguments, constants))
+    crowded = e.act[0] in CROWDED
+    start_product(launch, Product(gemm_kernel, form, tasks, m, n, k, precision, crowded, arguments, constants))
 
 
 def _shared(x: Tensor) -> bool:

@@ -22,7 +22,8 @@ class Product:
 
     Attributes:
         form: what besides its sizes decides how fast a tile is: operands, order in memory.
-        precision: see `gemm.product`. arguments, constants: of the kernel.
+        precision: see `gemm.product`. crowded: whether the epilogue needs many registers.
+        arguments, constants: of the kernel.
     """
 
     kernel: Any
@@ -32,6 +33,7 @@ class Product:
     n: int
     k: int
     precision: str
+    crowded: bool
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
 
@@ -55,17 +57,22 @@ def start_product(launch: Launch | Decides, one: Product) -> None:
     if isinstance(launch, Decides):
         launch.product(one)
     else:
-        one.start(launch, product(one.m, one.n, one.k, one.precision))
+        one.start(launch, counted(one))
+
+
+def counted(one: Product) -> Tile:
+    """The tile by counting registers, shared memory and programs. Unverified on hardware."""
+    tile = product(one.m, one.n, one.k, one.precision)
+    return {**tile, "num_warps": 2 * tile["num_warps"]} if one.crowded else tile
 
 
 def product(m: int, n: int, k: int, precision: str) -> Tile:
-    """The tile by counting registers, shared memory and programs. Unverified on hardware."""
-    # The scalar units (ieee) keep 32 sums a thread; more of them, or an activation's sine beside them, spill.
-    # Few rows are cut smaller, for the sake of programs enough.
+    """The same for a product whose epilogue is simple."""
+    # The scalar units (ieee) keep 32 sums a thread: more of them spill. Few rows are cut smaller, for the sake of
+    # programs enough.
     exact = precision in ("ieee", "tf32x3")
     bm, bn = power_of_two(m, 16, 32 if exact and m < _MANY_ROWS else 64), power_of_two(n, 16, 64)
-    bk = power_of_two(k, 16, 16 if exact else 32)
-    return _tile(bm, bn, bk)
+    return _tile(bm, bn, power_of_two(k, 16, 16 if exact else 32))
 
 
 def _tile(bm: int, bn: int, bk: int, warps: int | None = None) -> Tile:
@@ -75,7 +82,7 @@ def _tile(bm: int, bn: int, bk: int, warps: int | None = None) -> Tile:
 
 def candidates(one: Product) -> list[Tile]:
     """Tiles worth measuring, the counted one first; none is larger than the product needs."""
-    found = [product(one.m, one.n, one.k, one.precision)]
+    found = [counted(one)]
     for bm, bn, bk, warps in _EXACT if one.precision in ("ieee", "tf32x3") else _ROUNDED:
         rows, columns = power_of_two(one.m, 16, bm), power_of_two(one.n, 16, bn)
         tile = _tile(rows, columns, power_of_two(one.k, 16, bk), warps if (rows, columns) == (bm, bn) else None)
