@@ -190,6 +190,15 @@ def test_activations_ride_on_the_products(monkeypatch: pytest.MonkeyPatch) -> No
     assert not kernels & {"activation_kernel", "multiply_kernel"}
 
 
+def test_steps_ride_on_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the vector kernels is α ∘ λ and the inputs' gradient, each once a step."""
+    asked = _record(monkeypatch)
+    (case,) = cases.select(["batchnorm"])
+    meta_gradient(case, first_order=False)
+    kernels = [name for name, _ in asked]
+    assert kernels.count("step_kernel") == kernels.count("combine_kernel") == case.steps
+
+
 def test_declines_float64() -> None:
     problem = cases.select(["linear"])[0].build(torch.float64)
     with pytest.raises(RuntimeError, match="float64 is not float32"):

@@ -21,9 +21,15 @@ from torch import Tensor
 
 from .activation import activate
 from .launch import Launch, blocks, power_of_two, task
+from .vectors import Step, step_arguments, stepped
+
+Steps = tuple[Step | None, Step | None]
 
 _SPAN = 1024  # rows a program
 _MOST_SPANS = 128  # whose sums every program of the second kernel reads
+
+_SIZES = ["m", "span", "spans"]
+_STEPS = ["theta_t", "each_w", "each_b"]
 
 
 @triton.jit
@@ -57,6 +63,15 @@ def _accumulate(p, at, inside, value, ADD: tl.constexpr):
         if ADD:
             value += tl.load(p + at, mask=inside, other=0.0)
         tl.store(p + at, value, mask=inside)
+
+
+@triton.jit
+def _gradient(p, at, inside, value, theta, rates, rate_at, each, rc, ADD: tl.constexpr):
+    """Store a weight's gradient, or θ − α times it."""
+    if p is not None:
+        if ADD:
+            value += tl.load(p + at, mask=inside, other=0.0)
+        tl.store(p + at, stepped(value, theta, rates, rate_at, each, rc, inside), mask=inside)
 
 
 @triton.jit
@@ -107,7 +122,7 @@ def _joined(part, which: tl.constexpr, count: tl.constexpr, rc, c, spans, BM: tl
     return tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["m", "span", "spans"])
+@triton.jit(do_not_specialize=_SIZES)
 def moments_kernel(x, part, c, m, span, spans, BM: tl.constexpr, BC: tl.constexpr):
     t, j, rc, in_c, _ = _program(c, spans, BC)
     mu, square = _moments(x + t * c * m, j * span, tl.minimum(j * span + span, m), rc, c, BM, BC)
@@ -116,7 +131,7 @@ def moments_kernel(x, part, c, m, span, spans, BM: tl.constexpr, BC: tl.constexp
     tl.store(to + c, square, mask=in_c)
 
 
-@triton.jit(do_not_specialize=["m", "span", "spans", "w_t", "b_t"])
+@triton.jit(do_not_specialize=[*_SIZES, "w_t", "b_t"])
 def forward_kernel(
     x, part, given_mean, given_variance, w, b, y, mean, inverse,
     c, m, span, spans, eps, p0, p1, w_t, b_t,
@@ -168,7 +183,7 @@ def _delta_sums(
     return tl.sum(p_sum, axis=0), tl.sum(q_sum, axis=0)
 
 
-@triton.jit(do_not_specialize=["m", "span", "spans", "w_t", "b_t"])
+@triton.jit(do_not_specialize=[*_SIZES, "w_t", "b_t"])
 def backward_sums_kernel(
     x, mean, inverse, dy, w, b, part, c, m, span, spans, p0, p1, w_t, b_t,
     ACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
@@ -185,10 +200,10 @@ def backward_sums_kernel(
     tl.store(to + c, q, mask=in_c)
 
 
-@triton.jit(do_not_specialize=["m", "span", "spans", "w_t", "b_t", "gw_t", "gb_t"])
+@triton.jit(do_not_specialize=[*_SIZES, "w_t", "b_t", "gw_t", "gb_t", *_STEPS])
 def backward_kernel(
-    x, mean, inverse, dy, w, b, part, dx, gw, gb,
-    c, m, span, spans, p0, p1, w_t, b_t, gw_t, gb_t,
+    x, mean, inverse, dy, w, b, part, dx, gw, gb, theta_w, theta_b, rates, at_w, at_b,
+    c, m, span, spans, p0, p1, w_t, b_t, gw_t, gb_t, theta_t, each_w, each_b,
     ACT: tl.constexpr, BATCH: tl.constexpr, ADD: tl.constexpr, ADD_W: tl.constexpr, ADD_B: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -202,8 +217,12 @@ def backward_kernel(
     else:
         mine = part + t * spans * 2 * c
         p, q = _joined(mine, 0, 2, rc, c, spans, BM, BC), _joined(mine, 1, 2, rc, c, spans, BM, BC)
-    _accumulate(gw, t * gw_t + rc, first, p, ADD_W)
-    _accumulate(gb, t * gb_t + rc, first, q, ADD_B)
+    if theta_w is not None:
+        theta_w += t * theta_t
+    if theta_b is not None:
+        theta_b += t * theta_t
+    _gradient(gw, t * gw_t + rc, first, p, theta_w, rates, at_w, each_w, rc, ADD_W)
+    _gradient(gb, t * gb_t + rc, first, q, theta_b, rates, at_b, each_b, rc, ADD_B)
     if dx is not None:
         end = tl.minimum(j * span + span, m)
         for start in range(j * span, end, BM):
@@ -226,7 +245,7 @@ def _tangent_sums(x, tx, begin, end, rc, c, mu, r, BM: tl.constexpr, BC: tl.cons
     return tl.sum(a_sum, axis=0), tl.sum(s_sum, axis=0)
 
 
-@triton.jit(do_not_specialize=["m", "span", "spans"])
+@triton.jit(do_not_specialize=_SIZES)
 def tangent_sums_kernel(x, mean, inverse, tx, part, c, m, span, spans, BM: tl.constexpr, BC: tl.constexpr):
     t, j, rc, in_c, _ = _program(c, spans, BC)
     base = t * c * m
@@ -248,7 +267,7 @@ def _moved(tx, h, at, inside, r, tmean, slope):
         return r[None, :] * (tl.load(tx + at, mask=inside, other=0.0) - tmean[None, :] - h * slope[None, :])
 
 
-@triton.jit(do_not_specialize=["m", "span", "spans", "w_t", "b_t", "v_t"])
+@triton.jit(do_not_specialize=[*_SIZES, "w_t", "b_t", "v_t"])
 def tangent_kernel(
     x, mean, inverse, tx, w, b, vw, vb, part, ty, tmean, s,
     c, m, span, spans, p0, p1, w_t, b_t, v_t,
@@ -317,10 +336,10 @@ def _both_sums(
     return tl.sum(p_sum, axis=0), tl.sum(q_sum, axis=0), tl.sum(tp_sum, axis=0), tl.sum(tq_sum, axis=0)
 
 
-@triton.jit(do_not_specialize=["m", "span", "spans", "w_t", "b_t", "v_t", "hw_t", "hb_t"])
+@triton.jit(do_not_specialize=[*_SIZES, "w_t", "b_t", "v_t", "hw_t", "hb_t", "theta_t", "each_w", "each_b"])
 def backward_tangent_kernel(
-    x, mean, inverse, tx, tmean, s, dy, ey, w, b, vw, vb, part, ex, hw, hb,
-    c, m, span, spans, p0, p1, w_t, b_t, v_t, hw_t, hb_t,
+    x, mean, inverse, tx, tmean, s, dy, ey, w, b, vw, vb, part, ex, hw, hb, theta_w, theta_b, rates, at_w, at_b,
+    c, m, span, spans, p0, p1, w_t, b_t, v_t, hw_t, hb_t, theta_t, each_w, each_b,
     ACT: tl.constexpr, BATCH: tl.constexpr, SUMS: tl.constexpr,
     ADD: tl.constexpr, ADD_W: tl.constexpr, ADD_B: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -358,8 +377,12 @@ def backward_tangent_kernel(
             mine = part + t * spans * 4 * c
             p, q = _joined(mine, 0, 4, rc, c, spans, BM, BC), _joined(mine, 1, 4, rc, c, spans, BM, BC)
             tp, tq = _joined(mine, 2, 4, rc, c, spans, BM, BC), _joined(mine, 3, 4, rc, c, spans, BM, BC)
-        _accumulate(hw, t * hw_t + rc, first, tp, ADD_W)
-        _accumulate(hb, t * hb_t + rc, first, tq, ADD_B)
+        if theta_w is not None:
+            theta_w += t * theta_t
+        if theta_b is not None:
+            theta_b += t * theta_t
+        _gradient(hw, t * hw_t + rc, first, tp, theta_w, rates, at_w, each_w, rc, ADD_W)
+        _gradient(hb, t * hb_t + rc, first, tq, theta_b, rates, at_b, each_b, rc, ADD_B)
         if ex is not None:
             for start in range(begin, end, BM):
                 at, inside = _at(start, end, rc, c, BM)
@@ -445,17 +468,19 @@ class ChannelNorm:
         gw: Tensor | None,
         gb: Tensor | None,
         adds: dict[str, bool],
+        steps: Steps,
     ) -> None:
-        """dx, gw, gb (+)= gradients; each where wanted."""
+        """dx, gw, gb (+)= gradients; each where wanted. With steps θ − α ∘ gw and gb instead."""
         given = (*self.parameters, task(w), task(b))
+        step_tensors, step_numbers = step_arguments(*steps)
         if self.part is not None:
             self.launch(
                 backward_sums_kernel, self.programs, x, *aux, dy, w, b, self.part, *self.sizes, *given,
                 ACT=self.kind, **self.block,
             )  # fmt: skip
         self.launch(
-            backward_kernel, self.programs, x, *aux, dy, w, b, self.part, dx, gw, gb,
-            *self.sizes, *given, task(gw), task(gb),
+            backward_kernel, self.programs, x, *aux, dy, w, b, self.part, dx, gw, gb, *step_tensors,
+            *self.sizes, *given, task(gw), task(gb), *step_numbers,
             ACT=self.kind, BATCH=self.batch, **adds, **self.block,
         )  # fmt: skip
 
@@ -492,13 +517,15 @@ class ChannelNorm:
         hw: Tensor | None,
         hb: Tensor | None,
         adds: dict[str, bool],
+        steps: Steps,
     ) -> None:
-        """ex, hw, hb (+)= tangents of dx, gw, gb."""
+        """ex, hw, hb (+)= tangents of dx, gw, gb. With steps θ − α ∘ hw and hb instead."""
         w, b, vw, vb = weights
         for sums in (True, False) if self.part is not None else (False,):
+            step_tensors, step_numbers = step_arguments(*(None, None) if sums else steps)
             self.launch(
                 backward_tangent_kernel, self.programs, x, *aux, tx, *taux, dy, ey, w, b, vw, vb, self.part,
-                *(None, None, None) if sums else (ex, hw, hb),
-                *self.sizes, *self.parameters, task(w), task(b), task(vw, vb), task(hw), task(hb),
+                *(None, None, None) if sums else (ex, hw, hb), *step_tensors,
+                *self.sizes, *self.parameters, task(w), task(b), task(vw, vb), task(hw), task(hb), *step_numbers,
                 ACT=self.kind, BATCH=self.batch, SUMS=sums, **adds, **self.block,
             )  # fmt: skip

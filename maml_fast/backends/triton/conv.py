@@ -22,7 +22,7 @@ from torch import Tensor
 from .gemm import dot
 from .launch import Launch, blocks, task
 from .tiles import Product, start_product
-from .vectors import sum_splits
+from .vectors import Step, step_arguments, stepped, sum_splits
 
 _SPLIT = 1024  # positions that one program of the weight gradient adds up
 _MOST_SPLITS = 128
@@ -97,13 +97,13 @@ def conv_kernel(
     tl.store(out, acc, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "span", "splits", "sums_t", "sums_split", "c_split"])
+@triton.jit(do_not_specialize=[*_SIZES, "span", "splits", "sums_t", "sums_split", "c_split", "each", "sums_each"])
 def weight_kernel(
-    a, b, a2, b2, c, sums,
+    a, b, a2, b2, c, sums, theta, sums_theta, rates, rate_at, sums_at,
     rows, filters, depth, groups, span, splits,
     out_h, out_w, in_h, in_w, taps, taps_w,
     mul_h, mul_w, shift_h, shift_w, step_h, step_w,
-    a_t, b_t, c_t, c_split, sums_t, sums_split,
+    a_t, b_t, c_t, c_split, sums_t, sums_split, theta_t, each, sums_each,
     ADD: tl.constexpr, ADD_SUMS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -147,17 +147,22 @@ def weight_kernel(
             left = tl.load(a2 + a_at, mask=a_in, other=0.0)
             acc = dot(left, tl.load(b2 + b_at, mask=b_in, other=0.0), acc, PRECISION)
     filter = group * filters + rm
-    out = c + t * c_t + split * c_split + (filter * columns)[:, None] + rn[None, :]
+    here = (filter * columns)[:, None] + rn[None, :]
+    out = c + t * c_t + split * c_split + here
     inside = (rm < filters)[:, None] & (rn < columns)[None, :]
     if ADD:
         acc += tl.load(out, mask=inside, other=0.0)
-    tl.store(out, acc, mask=inside)
+    if theta is not None:
+        theta += t * theta_t
+    tl.store(out, stepped(acc, theta, rates, rate_at, each, here, inside), mask=inside)
     if sums is not None:
         where = sums + t * sums_t + split * sums_split + filter
         mine = rm < tl.where(n_tile == 0, filters, 0)
         if ADD_SUMS:
             total += tl.load(where, mask=mine, other=0.0)
-        tl.store(where, total, mask=mine)
+        if sums_theta is not None:
+            sums_theta += t * theta_t
+        tl.store(where, stepped(total, sums_theta, rates, sums_at, sums_each, filter, mine), mask=mine)
 
 
 @dataclass(frozen=True)
@@ -264,8 +269,9 @@ class Conv:
         gb: Tensor | None,
         adds: tuple[bool, bool],
         pair: tuple[Tensor, Tensor] | None = None,
+        steps: tuple[Step | None, Step | None] = (None, None),
     ) -> None:
-        """gw (+)= Σ dy x + Σ dy' x' with pair = (dy', x');  gb (+)= Σ dy."""
+        """gw (+)= Σ dy x + Σ dy' x' with pair = (dy', x');  gb (+)= Σ dy.  With steps θ − α ∘ them instead."""
         o, dy2_x2 = self.window, pair or (None, None)
         rows = self.samples * math.prod(o.target)
         splits, span = split(rows)
@@ -279,19 +285,20 @@ class Conv:
             partial_b = None if gb is None else part[whole : whole + whole_b].view(self.tasks, splits, -1)
             outs, strides = (partial, partial_b), (*_two(partial), *_two(partial_b))
         own = adds if splits == 1 else (False, False)
+        step_tensors, step_numbers = step_arguments(*steps if splits == 1 else (None, None))
         columns = o.taps * self.depth
         arguments = (
-            dy, x, *dy2_x2, *outs,
+            dy, x, *dy2_x2, *outs, *step_tensors,
             rows, self.filters, self.depth, self.groups, span, splits,
             *o.target, *o.source, o.taps, o.kernel[1], *o.stride, *o.padded_shift, *o.dilation,
-            dy.stride(0), x.stride(0), *strides,
+            dy.stride(0), x.stride(0), *strides, *step_numbers,
         )  # fmt: skip
         form, sizes = f"conv weight{' twice' * (pair is not None)}", (self.filters, columns, min(rows, span))
         self._start(weight_kernel, form, splits, sizes, arguments, {"ADD": own[0], "ADD_SUMS": own[1]})
         if splits > 1:
-            sum_splits(self.launch, gw, partial, add=adds[0])
+            sum_splits(self.launch, gw, partial, add=adds[0], step=steps[0])
             if gb is not None and partial_b is not None:
-                sum_splits(self.launch, gb, partial_b, add=adds[1])
+                sum_splits(self.launch, gb, partial_b, add=adds[1], step=steps[1])
 
     def _start(
         self,

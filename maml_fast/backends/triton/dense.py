@@ -82,10 +82,11 @@ class Linear(Kind):
                 sums=gb,
                 add=not p.layer.first_weight,
                 add_sums=not p.layer.first_bias,
+                steps=p.steps(),
                 precision=p.precision,
             )
         elif gb is not None:
-            sum_rows(p.launch, dy, gb, add=not p.layer.first_bias)
+            sum_rows(p.launch, dy, gb, add=not p.layer.first_bias, step=p.steps()[1])
 
     @staticmethod
     def _rows(p: Pass, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .activation import CROWDED, activate
 from .launch import Launch, task
 from .tiles import Product, start_product
+from .vectors import Step, step_arguments, stepped
 
 
 @triton.jit
@@ -25,11 +26,11 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["m", "k", "bias_t", "sums_t"])
+@triton.jit(do_not_specialize=["m", "k", "bias_t", "sums_t", "each", "sums_each"])
 def gemm_kernel(
-    a, b, a2, b2, bias, c, sums, slope, curvature, gain, raw, u, v, w,
+    a, b, a2, b2, bias, c, sums, slope, curvature, gain, raw, u, v, w, theta, sums_theta, rates, rate_at, sums_at,
     m, n, k, p0, p1,
-    a_t, a_m, a_k, b_t, b_k, b_n, a2_t, b2_t, bias_t, c_t, sums_t,
+    a_t, a_m, a_k, b_t, b_k, b_n, a2_t, b2_t, bias_t, c_t, sums_t, theta_t, each, sums_each,
     ACT: tl.constexpr, ADD: tl.constexpr, ADD_SUMS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +60,8 @@ def gemm_kernel(
             acc = dot(left, tl.load(b2 + t * b2_t + b_at, mask=b_in, other=0.0), acc, PRECISION)
     if bias is not None:
         acc += tl.load(bias + t * bias_t + rn, mask=rn < n, other=0.0)[None, :]
-    at = t * c_t + rm.to(tl.int64)[:, None] * n + rn[None, :]
+    here = rm.to(tl.int64)[:, None] * n + rn[None, :]
+    at = t * c_t + here
     inside = (rm[:, None] < m) & (rn[None, :] < n)
     if raw is not None:
         tl.store(raw + at, acc, mask=inside)
@@ -76,13 +78,17 @@ def gemm_kernel(
             tl.store(curvature + at, second, mask=inside)
     if ADD:
         acc += tl.load(c + at, mask=inside, other=0.0)
-    tl.store(c + at, acc, mask=inside)
+    if theta is not None:
+        theta += t * theta_t
+    tl.store(c + at, stepped(acc, theta, rates, rate_at, each, here, inside), mask=inside)
     if sums is not None:
         where = sums + t * sums_t + rm
         mine = rm < tl.where(tile % across == 0, m, 0)
         if ADD_SUMS:
             total += tl.load(where, mask=mine, other=0.0)
-        tl.store(where, total, mask=mine)
+        if sums_theta is not None:
+            sums_theta += t * theta_t
+        tl.store(where, stepped(total, sums_theta, rates, sums_at, sums_each, rm, mine), mask=mine)
 
 
 @dataclass(frozen=True)
@@ -117,9 +123,10 @@ def product(
     add: bool = False,
     add_sums: bool = False,
     epilogue: Epilogue = _NONE,
+    steps: tuple[Step | None, Step | None] = (None, None),
     precision: str = "ieee",
 ) -> None:
-    """c (+)= e(a b + a' b' + bias);  sums (+)= Σ_k a.
+    """c (+)= e(a b + a' b' + bias);  sums (+)= Σ_k a.  With steps c and sums ← θ − α ∘ what they would be.
 
     Args:
         a: (T, M, K), any strides. b: (T, K, N), any strides. c: (T, M, N) with contiguous rows.
@@ -135,10 +142,12 @@ def product(
             a, c = merged
             tasks, m = 1, tasks * m
     (a2, b2), e = pair or (None, None), epilogue
+    step_tensors, step_numbers = step_arguments(*steps)
     arguments = (
         a, b, a2, b2, bias, c, sums, e.slope, e.curvature, e.gain, e.raw, *(e.more or (None,) * 3),
+        *step_tensors,
         m, n, k, *e.act[1:],
-        *a.stride(), *b.stride(), task(a2), task(b2), task(bias), c.stride(0), task(sums),
+        *a.stride(), *b.stride(), task(a2), task(b2), task(bias), c.stride(0), task(sums), *step_numbers,
     )  # fmt: skip
     constants = {"ACT": e.act[0], "ADD": add, "ADD_SUMS": add_sums}
     form = f"gemm{' twice' * (pair is not None)}{' aT' * (a.stride(2) != 1)}{' bT' * (b.stride(2) != 1)}"

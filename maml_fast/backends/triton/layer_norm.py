@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .launch import Launch, blocks, power_of_two, task
 from .row_norm import RowNorm
+from .vectors import Step, step_arguments, stepped
 
 WIDEST = 8192
 
@@ -121,9 +122,10 @@ def backward_tangent_kernel(
     tl.store(ex + at, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "gw_t", "gb_t"])
+@triton.jit(do_not_specialize=["rows", "gw_t", "gb_t", "theta_t", "each_w", "each_b"])
 def column_sums_kernel(
-    a, b, c, d, gw, gb, rows, width, gw_t, gb_t,
+    a, b, c, d, gw, gb, theta_w, theta_b, rates, at_w, at_b,
+    rows, width, gw_t, gb_t, theta_t, each_w, each_b,
     ADD_W: tl.constexpr, ADD_B: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(width, BW)
@@ -144,12 +146,16 @@ def column_sums_kernel(
         total = tl.sum(w_sum, axis=0)
         if ADD_W:
             total += tl.load(gw + t * gw_t + ri, mask=in_w, other=0.0)
-        tl.store(gw + t * gw_t + ri, total, mask=in_w)
+        if theta_w is not None:
+            theta_w += t * theta_t
+        tl.store(gw + t * gw_t + ri, stepped(total, theta_w, rates, at_w, each_w, ri, in_w), mask=in_w)
     if gb is not None:
         total = tl.sum(b_sum, axis=0)
         if ADD_B:
             total += tl.load(gb + t * gb_t + ri, mask=in_w, other=0.0)
-        tl.store(gb + t * gb_t + ri, total, mask=in_w)
+        if theta_b is not None:
+            theta_b += t * theta_t
+        tl.store(gb + t * gb_t + ri, stepped(total, theta_b, rates, at_b, each_b, ri, in_w), mask=in_w)
 
 
 class LayerNorm(RowNorm):
@@ -175,16 +181,20 @@ class LayerNorm(RowNorm):
         gb: Tensor | None,
         add_w: bool,
         add_b: bool,
+        steps: tuple[Step | None, Step | None] = (None, None),
     ) -> None:
-        """gw (+)= Σ_rows a b + c d with more = (c, d);  gb (+)= Σ_rows a."""
+        """gw (+)= Σ_rows a b + c d with more = (c, d);  gb (+)= Σ_rows a.  With steps θ − α ∘ them instead."""
         rows, width = self.sizes
         bw = power_of_two(width, 8, 32)
+        step_tensors, step_numbers = step_arguments(*steps)
         self.launch(
-            column_sums_kernel, self.tasks * blocks(width, bw), a, b, *(more or (None, None)), gw, gb, rows, width,
-            task(gw), task(gb), ADD_W=add_w, ADD_B=add_b, BR=power_of_two(rows, 8, 2048 // bw), BW=bw,
+            column_sums_kernel, self.tasks * blocks(width, bw), a, b, *(more or (None, None)), gw, gb, *step_tensors,
+            rows, width, task(gw), task(gb), *step_numbers,
+            ADD_W=add_w, ADD_B=add_b, BR=power_of_two(rows, 8, 2048 // bw), BW=bw,
         )  # fmt: skip
 
 
-def sum_rows(launch: Launch, a: Tensor, out: Tensor, *, add: bool) -> None:
-    """out (+)= Σ_rows a; a (T, R, W) contiguous, out (T, W)."""
-    LayerNorm(launch, a.shape[0], a.shape[1], a.shape[2]).sums(a, a, None, None, out, add_w=False, add_b=add)
+def sum_rows(launch: Launch, a: Tensor, out: Tensor, *, add: bool, step: Step | None) -> None:
+    """out (+)= Σ_rows a, or the step with it; a (T, R, W) contiguous, out (T, W)."""
+    rows = LayerNorm(launch, a.shape[0], a.shape[1], a.shape[2])
+    rows.sums(a, a, None, None, out, add_w=False, add_b=add, steps=(None, step))

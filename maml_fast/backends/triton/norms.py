@@ -25,7 +25,7 @@ class BatchNorm(Kind):
 
     def backward(self, p: Pass) -> None:
         self._kernels(p).backward(
-            p.x(0), p.both_aux(), p.dy(), p.w(), p.b(), p.dx(0), p.gw(), p.gb(), self._adds(p.layer)
+            p.x(0), p.both_aux(), p.dy(), p.w(), p.b(), p.dx(0), p.gw(), p.gb(), self._adds(p.layer), p.steps()
         )
 
     def tangent(self, p: Pass) -> None:
@@ -36,7 +36,7 @@ class BatchNorm(Kind):
         weights = (p.w(), p.b(), p.vw(), p.vb())
         self._kernels(p).backward_tangent(
             p.x(0), p.both_aux(), p.tx(0), p.tangent_aux(), p.dy(), p.ey(), weights,
-            p.ex(0), p.gw(), p.gb(), self._adds(p.layer),
+            p.ex(0), p.gw(), p.gb(), self._adds(p.layer), p.steps(),
         )  # fmt: skip
 
     def aux(self, layer: Layer, samples: int, differentiated: bool, curved: bool) -> Sizes:
@@ -107,7 +107,8 @@ class _OwnStatistics(Kind):
         layer, (gw, gb), width = p.layer, (p.gw(), p.gb()), self.width(p.layer)
         if gw is not None or gb is not None:
             rows = LayerNorm(p.launch, p.tasks, p.samples * math.prod(layer.shape) // width, width)
-            rows.sums(dy, p.both_aux()[0], more, gw, gb, add_w=not layer.first_weight, add_b=not layer.first_bias)
+            adds = {"add_w": not layer.first_weight, "add_b": not layer.first_bias}
+            rows.sums(dy, p.both_aux()[0], more, gw, gb, **adds, steps=p.steps())
 
 
 class RowNorm(_OwnStatistics):

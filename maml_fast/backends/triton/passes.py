@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .launch import Launch
 from .network import Layer, Network
+from .vectors import Step
 
 if TYPE_CHECKING:
     from .workspace import Workspace
@@ -21,7 +22,8 @@ class Pass:
 
     An accessor returns None where the plan has no such array. y, dy, ty and ey are the output's value,
     delta, tangent and delta's tangent; x, dx, tx and ex input j's; vw and vb the direction of
-    a Hessian-vector product; gw and gb where the parameters' gradients (or their tangents) go.
+    a Hessian-vector product; gw and gb where the parameters' gradients (or their tangents) go, or the steps
+    that are taken with them.
     """
 
     launch: Launch
@@ -37,6 +39,7 @@ class Pass:
     weights: Callable[[int], Tensor | None]
     direction: Callable[[int], Tensor | None]
     gradients: Callable[[int], Tensor | None]
+    taken: Callable[[int], Step | None]
     layer: Layer
 
     def of(self, layer: Layer) -> Pass:
@@ -165,3 +168,8 @@ class Pass:
 
     def gb(self) -> Tensor | None:
         return None if self.layer.bias is None else self.gradients(self.layer.bias)
+
+    def steps(self) -> tuple[Step | None, Step | None]:
+        """What to do with gw and gb before they are stored."""
+        w, b = self.layer.weight, self.layer.bias
+        return None if w is None else self.taken(w), None if b is None else self.taken(b)

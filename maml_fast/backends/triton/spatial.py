@@ -54,9 +54,9 @@ class Convolution(Kind):
         gw, gb, layer = p.gw(), p.gb(), p.layer
         if gw is not None:
             adds = (not layer.first_weight, not layer.first_bias)
-            self._kernels(p).weight_gradient(dy, p.x(0), gw, gb, adds, pair)
+            self._kernels(p).weight_gradient(dy, p.x(0), gw, gb, adds, pair, p.steps())
         elif gb is not None:
-            sum_rows(p.launch, self._rows(p, dy), gb, add=not layer.first_bias)
+            sum_rows(p.launch, self._rows(p, dy), gb, add=not layer.first_bias, step=p.steps()[1])
 
     @staticmethod
     def _rows(p: Pass, y: Tensor) -> Tensor:
