@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm import dot
+from .gemm import Epilogue, dot, finish
 from .launch import Launch, blocks, task
 from .tiles import Product, start_product
 from .vectors import Step, step_arguments, stepped, sum_splits
@@ -45,12 +45,12 @@ def _source(position, tap, mul, shift, step, size, DIV: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*_SIZES, "bias_t", "b_group"])
 def conv_kernel(
-    a, b, a2, b2, bias, c,
+    a, b, a2, b2, bias, c, slope, curvature, gain, raw, u, v, w,
     rows, columns, depth, groups,
     out_h, out_w, in_h, in_w, taps, taps_w,
-    mul_h, mul_w, shift_h, shift_w, step_h, step_w,
+    mul_h, mul_w, shift_h, shift_w, step_h, step_w, p0, p1,
     a_t, b_t, b2_t, bias_t, c_t, b_group, b_n, b_tap, b_k,
-    ADD: tl.constexpr, DIV_H: tl.constexpr, DIV_W: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr, ADD: tl.constexpr, DIV_H: tl.constexpr, DIV_W: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(columns, BN)
@@ -90,11 +90,12 @@ def conv_kernel(
             acc = dot(left, right, acc, PRECISION)
     if bias is not None:
         acc += tl.load(bias + t * bias_t + group * columns + rn, mask=rn < columns, other=0.0)[None, :]
-    out = c + t * c_t + rm[:, None] * (columns * groups) + (group * columns + rn)[None, :]
+    at = t * c_t + rm[:, None] * (columns * groups) + (group * columns + rn)[None, :]
     inside = (rm < rows)[:, None] & (rn < columns)[None, :]
+    acc = finish(acc, at, inside, slope, curvature, gain, raw, u, v, w, p0, p1, ACT)
     if ADD:
-        acc += tl.load(out, mask=inside, other=0.0)
-    tl.store(out, acc, mask=inside)
+        acc += tl.load(c + at, mask=inside, other=0.0)
+    tl.store(c + at, acc, mask=inside)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "span", "splits", "sums_t", "sums_split", "c_split", "each", "sums_each"])
@@ -211,23 +212,35 @@ class Conv:
         self.depth, self.filters, self.groups = channels // groups, filters // groups, groups
 
     def forward(
-        self, x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None = None, pair: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        w: Tensor,
+        y: Tensor,
+        bias: Tensor | None,
+        pair: tuple[Tensor, Tensor] | None,
+        epilogue: Epilogue,
     ) -> None:
-        """y ← x ∗ w + x' ∗ w' + bias, with pair = (x', w')."""
+        """y ← e(x ∗ w + x' ∗ w' + bias), with pair = (x', w')."""
         o = self.window
         self._product(
-            "conv forward", x, w, y, bias, pair, False, o.target, o.source, self.filters, self.depth,
+            "conv forward", x, w, y, bias, pair, False, epilogue, o.target, o.source, self.filters, self.depth,
             (*o.stride, *o.padded_shift, *o.dilation), (1, 1),
             (o.taps * self.depth, self.depth, 1),
         )  # fmt: skip
 
     def input_gradient(
-        self, dy: Tensor, w: Tensor, dx: Tensor, add: bool, pair: tuple[Tensor, Tensor] | None = None
+        self,
+        dy: Tensor,
+        w: Tensor,
+        dx: Tensor,
+        pair: tuple[Tensor, Tensor] | None,
+        add: bool,
+        epilogue: Epilogue,
     ) -> None:
-        """dx (+)= the adjoint of x ↦ x ∗ w at dy, plus the same of the pair (dy', w')."""
+        """dx (+)= e of the adjoint of x ↦ x ∗ w at dy, plus the same of the pair (dy', w')."""
         o = self.window
         self._product(
-            "conv input", dy, w, dx, None, pair, add, o.source, o.target, self.depth, self.filters,
+            "conv input", dy, w, dx, None, pair, add, epilogue, o.source, o.target, self.depth, self.filters,
             (1, 1, *o.padding, -o.dilation[0], -o.dilation[1]), o.stride,
             (1, self.depth, o.taps * self.depth),
         )  # fmt: skip
@@ -241,6 +254,7 @@ class Conv:
         bias: Tensor | None,
         pair: tuple[Tensor, Tensor] | None,
         add: bool,
+        epilogue: Epilogue,
         target: tuple[int, int],
         source: tuple[int, int],
         columns: int,
@@ -253,13 +267,13 @@ class Conv:
         rows, taps = self.samples * math.prod(target), self.window.taps
         group = self.filters * taps * self.depth
         arguments = (
-            a, w, a2, w2, bias, c,
-            rows, columns, depth, self.groups, *target, *source, taps, self.window.kernel[1], *walk,
+            a, w, a2, w2, bias, c, *epilogue.tensors,
+            rows, columns, depth, self.groups, *target, *source, taps, self.window.kernel[1], *walk, *epilogue.act[1:],
             a.stride(0), w.stride(0), task(w2), task(bias), c.stride(0), group, *strides,
         )  # fmt: skip
-        constants = {"ADD": add, "DIV_H": div[0], "DIV_W": div[1]}
+        constants = {"ACT": epilogue.act[0], "ADD": add, "DIV_H": div[0], "DIV_W": div[1]}
         form = f"{form}{' twice' * (pair is not None)}"
-        self._start(conv_kernel, form, 1, (rows, columns, taps * depth), arguments, constants)
+        self._start(conv_kernel, form, 1, (rows, columns, taps * depth), arguments, constants, epilogue.crowded)
 
     def weight_gradient(
         self,
@@ -308,9 +322,10 @@ class Conv:
         sizes: tuple[int, int, int],
         arguments: tuple[Any, ...],
         constants: dict[str, Any],
+        crowded: bool = False,
     ) -> None:
         outer = self.tasks * self.groups * parts
-        start_product(self.launch, Product(kernel, form, outer, *sizes, self.precision, False, arguments, constants))
+        start_product(self.launch, Product(kernel, form, outer, *sizes, self.precision, crowded, arguments, constants))
 
 
 def split(rows: int) -> tuple[int, int]:

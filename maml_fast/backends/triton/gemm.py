@@ -26,6 +26,25 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def finish(acc, at, inside, slope, curvature, gain, raw, u, v, w, p0, p1, ACT: tl.constexpr):
+    """e of a product: see `Epilogue`."""
+    if raw is not None:
+        tl.store(raw + at, acc, mask=inside)
+    if gain is not None:
+        acc *= tl.load(gain + at, mask=inside, other=0.0)
+    if u is not None:
+        more = tl.load(u + at, mask=inside, other=0.0) * tl.load(v + at, mask=inside, other=0.0)
+        acc += more * tl.load(w + at, mask=inside, other=0.0)
+    if ACT != "identity":
+        acc, first, second = activate(acc, p0, p1, ACT)
+        if slope is not None:
+            tl.store(slope + at, first, mask=inside)
+        if curvature is not None:
+            tl.store(curvature + at, second, mask=inside)
+    return acc
+
+
 @triton.jit(do_not_specialize=["m", "k", "bias_t", "sums_t", "each", "sums_each"])
 def gemm_kernel(
     a, b, a2, b2, bias, c, sums, slope, curvature, gain, raw, u, v, w, theta, sums_theta, rates, rate_at, sums_at,
@@ -63,19 +82,7 @@ def gemm_kernel(
     here = rm.to(tl.int64)[:, None] * n + rn[None, :]
     at = t * c_t + here
     inside = (rm[:, None] < m) & (rn[None, :] < n)
-    if raw is not None:
-        tl.store(raw + at, acc, mask=inside)
-    if gain is not None:
-        acc *= tl.load(gain + at, mask=inside, other=0.0)
-    if u is not None:
-        more = tl.load(u + at, mask=inside, other=0.0) * tl.load(v + at, mask=inside, other=0.0)
-        acc += more * tl.load(w + at, mask=inside, other=0.0)
-    if ACT != "identity":
-        acc, first, second = activate(acc, p0, p1, ACT)
-        if slope is not None:
-            tl.store(slope + at, first, mask=inside)
-        if curvature is not None:
-            tl.store(curvature + at, second, mask=inside)
+    acc = finish(acc, at, inside, slope, curvature, gain, raw, u, v, w, p0, p1, ACT)
     if ADD:
         acc += tl.load(c + at, mask=inside, other=0.0)
     if theta is not None:
@@ -106,6 +113,16 @@ class Epilogue:
     raw: Tensor | None = None
     gain: Tensor | None = None
     more: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Slope, curvature, gain, raw, u, v and w."""
+        return (self.slope, self.curvature, self.gain, self.raw, *(self.more or (None,) * 3))
+
+    @property
+    def crowded(self) -> bool:
+        """Whether it needs many registers."""
+        return self.act[0] in CROWDED
 
 
 _NONE = Epilogue()
@@ -141,18 +158,17 @@ def product(
         if merged is not None:
             a, c = merged
             tasks, m = 1, tasks * m
-    (a2, b2), e = pair or (None, None), epilogue
+    a2, b2 = pair or (None, None)
     step_tensors, step_numbers = step_arguments(*steps)
     arguments = (
-        a, b, a2, b2, bias, c, sums, e.slope, e.curvature, e.gain, e.raw, *(e.more or (None,) * 3),
-        *step_tensors,
-        m, n, k, *e.act[1:],
+        a, b, a2, b2, bias, c, sums, *epilogue.tensors, *step_tensors,
+        m, n, k, *epilogue.act[1:],
         *a.stride(), *b.stride(), task(a2), task(b2), task(bias), c.stride(0), task(sums), *step_numbers,
     )  # fmt: skip
-    constants = {"ACT": e.act[0], "ADD": add, "ADD_SUMS": add_sums}
+    constants = {"ACT": epilogue.act[0], "ADD": add, "ADD_SUMS": add_sums}
     form = f"gemm{' twice' * (pair is not None)}{' aT' * (a.stride(2) != 1)}{' bT' * (b.stride(2) != 1)}"
-    crowded = e.act[0] in CROWDED
-    start_product(launch, Product(gemm_kernel, form, tasks, m, n, k, precision, crowded, arguments, constants))
+    one = Product(gemm_kernel, form, tasks, m, n, k, precision, epilogue.crowded, arguments, constants)
+    start_product(launch, one)
 
 
 def _shared(x: Tensor) -> bool:

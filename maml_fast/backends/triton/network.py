@@ -14,6 +14,7 @@ from ...channels_last import channels_last
 from ...graph import ACTIVATIONS, Graph, Op
 from ...plan import Mode, Plan
 
+_PRODUCTS = ("linear", "conv")
 _FUSING = ("batch_norm", "running_norm")
 _ALIGNED = 16  # numbers: a parameter starts at a multiple of 64 bytes, so that loads can be vectors
 
@@ -102,7 +103,7 @@ class Network:
     Attributes:
         features: per buffer, the numbers a sample has. Buffer 0 is the input.
         out: the buffer that the network returns. out_moves: whether it depends on adapting parameters.
-        after, before: per linear layer, by its index, the activation whose forward functions ride on its
+        after, before: per linear layer or convolution, by its index, the activation whose forward functions ride on its
             own, and the one whose backward functions do.
     """
 
@@ -143,12 +144,17 @@ class Network:
         for act in (layer for layer in self.layers if layer.kind in ACTIVATIONS):
             maker = writers.get(act.inputs[0])
             takers = [layer for layer in self.layers if act.output in layer.inputs]
-            if maker is not None and maker.kind == "linear" and readers[maker.output] == 1:
+            if maker is not None and self._multiplies(maker) and readers[maker.output] == 1:
                 after[maker.index] = act
             alone = readers[act.inputs[0]] == 1 == readers[act.output]
-            if alone and takers and takers[0].kind == "linear":
+            if alone and takers and takers[0].kind in _PRODUCTS:
                 before[takers[0].index] = act
         return after, before
+
+    def _multiplies(self, layer: Layer) -> bool:
+        """Whether products make the layer's output and its tangent."""
+        only_bias_moves = layer.output_moves and not layer.moves[0] and layer.weight not in self.flat.adapting_set
+        return layer.kind == "linear" or (layer.kind == "conv" and not only_bias_moves)
 
     def _activation(self, op: Op) -> tuple[str, float, float]:
         after = op if op.kind in ACTIVATIONS else self.activations.get(op.output)

@@ -66,11 +66,11 @@ class Pass:
         return None if found is None else self.of(found)
 
     def rides_forward(self) -> bool:
-        """Whether a linear layer does this activation's forward and tangent."""
+        """Whether the layer below does this activation's forward and tangent."""
         return any(act.index == self.layer.index for act in self.network.after.values())
 
     def rides_backward(self) -> bool:
-        """Whether a linear layer does this activation's backward and its tangent."""
+        """Whether the layer above does this activation's backward and its tangent."""
         return any(act.index == self.layer.index for act in self.network.before.values())
 
     def bend(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -79,16 +79,6 @@ class Pass:
         if curvature is None or not self.layer.moves[0]:
             return None
         return curvature, self._sure("tangent", self.layer.inputs[0]), self.dy()
-
-    def dx_through(self) -> Tensor | None:
-        """δ of input 0, or of what the activation before this layer reads."""
-        before = self.before()
-        return self.dx(0) if before is None else before.dx(0)
-
-    def ex_through(self) -> Tensor | None:
-        """The same of δ̇."""
-        before = self.before()
-        return self.ex(0) if before is None else before.ex(0)
 
     def features(self, j: int) -> int:
         return self.network.features[self.layer.inputs[j]]

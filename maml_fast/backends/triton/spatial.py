@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import conv
+from . import conv, riders
 from .conv import Conv, Window
 from .elementwise import spread_rows
 from .kinds import Kind, LinearMap, Sizes
@@ -18,31 +18,35 @@ from .pool import Pool
 
 
 class Convolution(Kind):
-    """See `conv.py`."""
+    """See `conv.py`; for the activations next to it `riders.py`."""
 
     def forward(self, p: Pass) -> None:
-        self._kernels(p).forward(p.x(0), p.sure_w(), p.y(), p.b())
+        y, epilogue = riders.forward(p)
+        self._kernels(p).forward(p.x(0), p.sure_w(), y, p.b(), None, epilogue)
 
     def backward(self, p: Pass) -> None:
-        if (dx := p.dx(0)) is not None:
-            self._kernels(p).input_gradient(p.dy(), p.sure_w(), dx, add=not p.layer.first[0])
+        dx, add, epilogue = riders.backward(p)
+        if dx is not None:
+            self._kernels(p).input_gradient(p.dy(), p.sure_w(), dx, None, add, epilogue)
         self._gradients(p, p.dy(), None)
 
     def tangent(self, p: Pass) -> None:
         tx, vw, vb = p.tx(0), p.vw(), p.vb()
+        ty, epilogue = riders.tangent(p)
         if tx is not None:
             pair = None if vw is None else (p.x(0), vw)
-            self._kernels(p).forward(tx, p.sure_w(), p.ty(), vb, pair)
+            self._kernels(p).forward(tx, p.sure_w(), ty, vb, pair, epilogue)
         elif vw is not None:
-            self._kernels(p).forward(p.x(0), vw, p.ty(), vb)
+            self._kernels(p).forward(p.x(0), vw, ty, vb, None, epilogue)
         else:
-            spread_rows(p.launch, self._rows(p, p.ty()), vb)
+            spread_rows(p.launch, self._rows(p, ty), vb)
 
     def backward_tangent(self, p: Pass) -> None:
         vw, tx = p.vw(), p.tx(0)
-        if (ex := p.ex(0)) is not None:
+        ex, add, epilogue = riders.backward_tangent(p)
+        if ex is not None:
             pair = None if vw is None else (p.dy(), vw)
-            self._kernels(p).input_gradient(p.ey(), p.sure_w(), ex, not p.layer.first[0], pair)
+            self._kernels(p).input_gradient(p.ey(), p.sure_w(), ex, pair, add, epilogue)
         self._gradients(p, p.ey(), None if tx is None else (p.dy(), tx))
 
     def scratch(self, layer: Layer, samples: int) -> int:
