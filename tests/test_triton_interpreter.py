@@ -182,9 +182,9 @@ def test_precision_reaches_the_products(precision: str, read_as: str, monkeypatc
     assert {constants["PRECISION"] for _, constants in asked if "PRECISION" in constants} == {read_as}
 
 
-@pytest.mark.parametrize(("name", "left"), [("tanh", 0), ("conv-1x1", 1)])
-def test_activations_ride_on_the_products(name: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left in the second network is the backward of an activation that a flattened image follows."""
+@pytest.mark.parametrize(("name", "left"), [("tanh", 0), ("conv-1x1", 1), ("groupnorm", 1), ("layernorm", 0)])
+def test_activations_have_no_kernel_of_their_own(name: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is left is the backward of an activation whose output no product reads."""
     asked = _record(monkeypatch)
     (case,) = cases.select([name])
     meta_gradient(case, first_order=False)

@@ -15,7 +15,7 @@ from ...graph import ACTIVATIONS, Graph, Op
 from ...plan import Mode, Plan
 
 _PRODUCTS = ("linear", "conv")
-_FUSING = ("batch_norm", "running_norm")
+_NORMS = ("batch_norm", "running_norm", "layer_norm", "group_norm")
 _ALIGNED = 16  # numbers: a parameter starts at a multiple of 64 bytes, so that loads can be vectors
 
 
@@ -129,7 +129,7 @@ class Network:
         for op in graph.ops:
             after = followers.get(op.output)
             alone = readers[op.output] == 1 and op.output != graph.output
-            if op.kind in _FUSING and after is not None and alone:
+            if op.kind in _NORMS and after is not None and alone:
                 self.activations[after.output] = after
                 gone.add(after.output)
                 fused.append(replace(op, output=after.output))
