@@ -41,7 +41,7 @@ IMAGES = (
     "conv-frozen-weight", "conv-adapts-body", "batchnorm2d-plain", "batchnorm2d-eval", "groupnorm", "groupnorm-signal",
     "instancenorm-tracked-eval", "layernorm-rows", "maxpool-overlapping", "maxpool-dilated", "maxpool1d",
     "avgpool-padded", "avgpool-inside", "mean-over-space", "upsample-uneven", "unflatten-image",
-    "pooled-block-eval", "conv4", "strided-steps",
+    "pooled-block-eval", "pooled-smooth", "conv4", "strided-steps",
 )  # fmt: skip
 SMALL_TILES = ("size-65", "conv-17", "conv-stride-3")
 OWN_TILES = tiles.product
@@ -192,6 +192,15 @@ def test_activations_have_no_kernel_of_their_own(name: str, left: int, monkeypat
     backwards = 2 * case.steps + 1
     assert kernels.count("activation_kernel") == 0
     assert kernels.count("multiply_kernel") == left * backwards
+
+
+@pytest.mark.parametrize("name", ["pooled-block", "pooled-smooth"])
+def test_pools_that_tile_the_image_are_part_of_the_norms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _record(monkeypatch)
+    (case,) = cases.select([name])
+    problem = case.build(torch.float32)
+    problem.maml("triton").adapt(problem.x_s, problem.y_s)
+    assert not {"maximum_kernel", "unpick_kernel"} & {kernel for kernel, _ in asked}
 
 
 def test_steps_ride_on_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,12 @@ def weight_kernel(
         tl.store(where, stepped(total, sums_theta, rates, sums_at, sums_each, filter, mine), mask=mine)
 
 
+def plane(numbers: tuple[int, ...], missing: int) -> tuple[int, int]:
+    """One number for each of two dimensions, of which the first may be missing."""
+    first, second = (*(missing,) * (2 - len(numbers)), *numbers)
+    return first, second
+
+
 @dataclass(frozen=True)
 class Window:
     """Shapes of a convolution in two dimensions; one dimension is two of which the first has size 1."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from . import channel_norm
-from .channel_norm import ChannelNorm
+from .channel_norm import Aux, ChannelNorm
+from .conv import plane
 from .group_norm import GroupNorm
 from .kinds import Kind, Sizes
 from .layer_norm import LayerNorm
@@ -17,49 +19,58 @@ from .row_norm import Weights
 
 
 class BatchNorm(Kind):
-    """With batch or running statistics, and the activation after it."""
+    """With batch or running statistics, and the activation and the max-pool after it."""
 
     def forward(self, p: Pass) -> None:
         mean, variance = [p.constant(name) for name in p.layer.constants] or (None, None)
         eps = p.layer.attributes["eps"]
-        self._kernels(p).forward(p.x(0), (mean, variance), p.w(), p.b(), eps, p.y(), p.both_aux())
+        self._kernels(p).forward(p.x(0), (mean, variance), p.w(), p.b(), eps, p.y(), self._aux(p))
 
     def backward(self, p: Pass) -> None:
         self._kernels(p).backward(
-            p.x(0), p.both_aux(), p.dy(), p.w(), p.b(), p.dx(0), p.gw(), p.gb(), self._adds(p.layer), p.steps()
+            p.x(0), self._aux(p), p.dy(), p.w(), p.b(), p.dx(0), p.gw(), p.gb(), self._adds(p.layer), p.steps()
         )
 
     def tangent(self, p: Pass) -> None:
         weights = (p.w(), p.b(), p.vw(), p.vb())
-        self._kernels(p).tangent(p.x(0), p.both_aux(), p.tx(0), weights, p.ty(), p.tangent_aux())
+        self._kernels(p).tangent(p.x(0), self._aux(p), p.tx(0), weights, p.ty(), p.tangent_aux())
 
     def backward_tangent(self, p: Pass) -> None:
         weights = (p.w(), p.b(), p.vw(), p.vb())
         self._kernels(p).backward_tangent(
-            p.x(0), p.both_aux(), p.tx(0), p.tangent_aux(), p.dy(), p.ey(), weights,
+            p.x(0), self._aux(p), p.tx(0), p.tangent_aux(), p.dy(), p.ey(), weights,
             p.ex(0), p.gw(), p.gb(), self._adds(p.layer), p.steps(),
         )  # fmt: skip
 
     def aux(self, layer: Layer, samples: int, differentiated: bool, curved: bool) -> Sizes:
-        """μ and r."""
-        return dict.fromkeys(range(2), layer.shape[-1])
+        """μ and r; the position of every maximum."""
+        sizes = dict.fromkeys(range(2), layer.shape[-1])
+        return sizes if layer.pool is None else sizes | {2: samples * math.prod(layer.shape)}
 
     def tangent_aux(self, layer: Layer, samples: int) -> Sizes:
         """mean(ẋ) and s."""
         return dict.fromkeys(range(2), layer.shape[-1])
 
     def scratch(self, layer: Layer, samples: int) -> int:
-        return channel_norm.scratch(samples * math.prod(layer.shape[:-1]), layer.shape[-1])
+        return channel_norm.scratch(samples * math.prod(layer.source[:-1]), layer.shape[-1])
 
     @staticmethod
     def _adds(layer: Layer) -> dict[str, bool]:
         return {"ADD": not layer.first[0], "ADD_W": not layer.first_weight, "ADD_B": not layer.first_bias}
 
     @staticmethod
+    def _aux(p: Pass) -> Aux:
+        mean, inverse = p.both_aux()
+        where = p.aux(2)
+        return mean, inverse, None if where is None else where.view(torch.int32)
+
+    @staticmethod
     def _kernels(p: Pass) -> ChannelNorm:
-        layer = p.layer
-        rows, batch = p.samples * math.prod(layer.shape[:-1]), layer.kind == "batch_norm"
-        return ChannelNorm(p.launch, p.tasks, rows, layer.shape[-1], batch, layer.activation, p.scratch())
+        layer, pool = p.layer, None
+        if layer.pool is not None:
+            pool = (*plane(layer.source[:-1], 1), *plane(layer.shape[:-1], 1), *plane(layer.pool, 1))
+        rows, batch = p.samples * math.prod(layer.source[:-1]), layer.kind == "batch_norm"
+        return ChannelNorm(p.launch, p.tasks, rows, layer.shape[-1], batch, layer.activation, pool, p.scratch())
 
 
 class _OwnStatistics(Kind):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import conv, riders
-from .conv import Conv, Window
+from .conv import Conv, Window, plane
 from .elementwise import spread_rows
 from .kinds import Kind, LinearMap, Sizes
 from .layer_norm import sum_rows
@@ -140,7 +140,7 @@ class SpatialMean(_Windows):
     """The mean over all positions: one window."""
 
     def pool(self, p: Pass) -> Pool:
-        space = _two(p.layer.source[:-1], 1)
+        space = plane(p.layer.source[:-1], 1)
         window = Window(space, (1, 1), space, (1, 1), (0, 0), (1, 1))
         return Pool(p.launch, window, p.layer.shape[-1], 1.0 / window.taps)
 
@@ -155,9 +155,9 @@ class Upsample(_Windows):
         self.pool(p).gather(dy, dx, add)
 
     def pool(self, p: Pass) -> Pool:
-        scale = _two(p.layer.attributes["scale"], 1)
+        scale = plane(p.layer.attributes["scale"], 1)
         window = Window(
-            _two(p.layer.shape[:-1], 1), _two(p.layer.source[:-1], 1), scale, scale, (0, 0), (1, 1)
+            plane(p.layer.shape[:-1], 1), plane(p.layer.source[:-1], 1), scale, scale, (0, 0), (1, 1)
         )  # fmt: skip
         return Pool(p.launch, window, p.layer.shape[-1])
 
@@ -165,16 +165,10 @@ class Upsample(_Windows):
 def _window(layer: Layer) -> Window:
     attributes = layer.attributes
     return Window(
-        _two(layer.source[:-1], 1),
-        _two(layer.shape[:-1], 1),
-        _two(attributes["kernel"], 1),
-        _two(attributes["stride"], 1),
-        _two(attributes["padding"], 0),
-        _two(attributes.get("dilation", ()), 1),
+        plane(layer.source[:-1], 1),
+        plane(layer.shape[:-1], 1),
+        plane(attributes["kernel"], 1),
+        plane(attributes["stride"], 1),
+        plane(attributes["padding"], 0),
+        plane(attributes.get("dilation", ()), 1),
     )
-
-
-def _two(numbers: tuple[int, ...], missing: int) -> tuple[int, int]:
-    """One number for each of two dimensions."""
-    first, second = (*(missing,) * (2 - len(numbers)), *numbers)
-    return first, second
