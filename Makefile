@@ -5,9 +5,10 @@ VENV ?= .venv
 RUN ?= runs/sinusoid
 PYTEST ?=
 bin := $(VENV)/bin
+OLDEST := $(VENV)/triton-3.6.0
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: train test bench core lint types sanitize format clean
+.PHONY: train test test-oldest-triton bench core lint types sanitize format clean
 .DELETE_ON_ERROR:
 
 train: core
@@ -15,7 +16,13 @@ train: core
 
 test: core $(VENV)/.test
 	$(bin)/python -m pytest $(PYTEST)
-	$(if $(PYTEST),,TRITON_INTERPRET=1 $(bin)/python -m pytest tests/test_triton_interpreter.py)
+	$(if $(PYTEST),,TRITON_INTERPRET=1 $(bin)/python -m pytest tests/test_triton_interpreter.py tests/test_triton_tuning.py)
+
+# The oldest Triton that the kernels are for: ahead of time, and a little of its interpreter, which needs an older NumPy.
+test-oldest-triton: core $(VENV)/.test $(OLDEST)
+	PYTHONPATH=$(abspath $(OLDEST)) MAML_FAST_AOT=90 $(bin)/python -m pytest tests/test_triton_aot.py
+	PYTHONPATH=$(abspath $(OLDEST)) TRITON_INTERPRET=1 $(bin)/python -m pytest -W ignore::DeprecationWarning \
+	    tests/test_triton_interpreter.py -k '[tanh] or [conv-2x3]'
 
 bench: core $(VENV)/.bench
 	$(bin)/maml-fast bench
@@ -50,6 +57,9 @@ $(VENV)/.base: pyproject.toml constraints.txt
 $(VENV)/.test $(VENV)/.dev $(VENV)/.bench: $(VENV)/.base
 	MAML_FAST_NO_CORE=1 $(pip) -e '.[$(subst .,,$(notdir $@))]'
 	touch $@
+
+$(OLDEST): $(VENV)/.base
+	$(bin)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ triton==3.6.0 'numpy<2.4'
 
 clean:
 	rm -rf build maml_fast/_core*.so

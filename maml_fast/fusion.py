@@ -38,7 +38,7 @@ def _absorb(norm: Op, op: Op) -> Op | None:
         return None
     if "slope" not in norm.attributes and (slope := _slope(op)) is not None:
         return replace(norm, output=op.output, attributes={**norm.attributes, "slope": slope})
-    if _tiles(op):
+    if tiles(op):
         return replace(norm, output=op.output, attributes={**norm.attributes, "pool": op.attributes["kernel"]})
     return None
 
@@ -52,6 +52,7 @@ def _slope(op: Op) -> float | None:
     return None
 
 
-def _tiles(op: Op) -> bool:
+def tiles(op: Op) -> bool:
+    """Whether this is a max-pool whose windows tile the image from its corner."""
     a = op.attributes
     return op.kind == "max_pool" and a["stride"] == a["kernel"] and not any(a["padding"]) and set(a["dilation"]) == {1}

@@ -23,7 +23,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from maml_fast import MAML, cases, dispatch, verify
 from maml_fast.algorithms import maml as algorithm
-from maml_fast.backends.triton import TritonBackend, executor, launch, tiles, workspace
+from maml_fast.backends.triton import TritonBackend, aot, executor, launch, tiles, workspace
+from maml_fast.plan import Mode
 
 # Every layer kind, loss and option once; each costs about a second of interpretation.
 SECOND_ORDER = (
@@ -41,7 +42,7 @@ IMAGES = (
     "conv-frozen-weight", "conv-adapts-body", "batchnorm2d-plain", "batchnorm2d-eval", "groupnorm", "groupnorm-signal",
     "instancenorm-tracked-eval", "layernorm-rows", "maxpool-overlapping", "maxpool-dilated", "maxpool1d",
     "avgpool-padded", "avgpool-inside", "mean-over-space", "upsample-uneven", "unflatten-image",
-    "pooled-block-eval", "conv4", "strided-steps",
+    "pooled-block-eval", "pooled-smooth", "conv4", "strided-steps",
 )  # fmt: skip
 SMALL_TILES = ("size-65", "conv-17", "conv-stride-3")
 OWN_TILES = tiles.product
@@ -182,12 +183,25 @@ def test_precision_reaches_the_products(precision: str, read_as: str, monkeypatc
     assert {constants["PRECISION"] for _, constants in asked if "PRECISION" in constants} == {read_as}
 
 
-def test_activations_ride_on_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = _record(monkeypatch)
-    meta_gradient(cases.select(["tanh"])[0], first_order=False)
-    kernels = {name for name, _ in asked}
-    assert "gemm_kernel" in kernels
-    assert not kernels & {"activation_kernel", "multiply_kernel"}
+@pytest.mark.parametrize(("name", "left"), [("tanh", 0), ("conv-1x1", 1), ("groupnorm", 1), ("layernorm", 0)])
+def test_activations_have_no_kernel_of_their_own(name: str, left: int) -> None:
+    """All that is left is the backward of an activation whose output no product reads."""
+    case, kernels = _launched(name)
+    backwards = 2 * case.steps + 1
+    assert kernels.count("activation_kernel") == 0
+    assert kernels.count("multiply_kernel") == left * backwards
+
+
+@pytest.mark.parametrize("name", ["pooled-block", "pooled-smooth"])
+def test_pools_that_tile_the_image_are_part_of_the_norms(name: str) -> None:
+    assert not {"maximum_kernel", "pick_kernel", "unpick_kernel"} & set(_launched(name)[1])
+
+
+def test_steps_ride_on_the_gradients() -> None:
+    """What is left of the vector kernels is α ∘ λ, once a step."""
+    case, kernels = _launched("batchnorm")
+    assert kernels.count("step_kernel") == case.steps
+    assert "combine_kernel" not in kernels
 
 
 def test_declines_float64() -> None:
@@ -224,6 +238,14 @@ def _why_not(maml: MAML, problem: cases.Problem) -> str:
 def _assert_equal(a: verify.Results, b: verify.Results) -> None:
     for kind, values in a.items():
         assert all(torch.equal(x, y) for x, y in zip(values, b[kind], strict=True)), kind
+
+
+def _launched(name: str) -> tuple[cases.Case, list[str]]:
+    """The case, and the kernels of one meta-gradient in order; nothing is computed."""
+    (case,) = cases.select([name])
+    problem = case.build(torch.float32)
+    plan = problem.maml("reference")._prepare(Mode.META_GRADIENT, *problem.batch).call.plan
+    return case, [kernel.fn.__name__ for kernel, *_ in aot.launches(plan)]
 
 
 def _record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:

@@ -165,6 +165,13 @@ _RESIZING_1D: dict[str, Layer] = {
 }
 
 
+def pooled_smooth() -> nn.Module:
+    """Windows that are no squares, after a norm alone and after a smooth activation."""
+    first = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.MaxPool2d((2, 3))
+    second = nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3), nn.Tanh(), nn.MaxPool2d((1, 2))
+    return headed(nn.Sequential(*first, *second), IMAGE)
+
+
 def pooled_block(track: bool = True, training: bool = True) -> nn.Module:
     """Conv4's block, twice."""
     layers: list[nn.Module] = []
@@ -204,6 +211,7 @@ def _networks() -> list[Case]:
         Case("pooled-block", pooled_block, IMAGE, (3,), "cross_entropy"),
         Case("pooled-block-untracked", lambda: pooled_block(track=False), IMAGE, (3,), "cross_entropy"),
         Case("pooled-block-eval", lambda: pooled_block(training=False), IMAGE, (3,), "cross_entropy"),
+        Case("pooled-smooth", pooled_smooth, IMAGE, (3,), "cross_entropy"),
         Case("conv4", lambda: conv4(1, 3, 5, 3), (1, 16, 19), (5,), "cross_entropy", steps=1),
         Case("strided", lambda: strided_conv(1, 3, 5), (1, 13, 13), (5,), "cross_entropy", steps=1),
         Case("strided-steps", lambda: strided_conv(3, 4, 5), (3, 11, 9), (5,), "cross_entropy", steps=3),

@@ -13,6 +13,9 @@ from .launch import Launch, blocks
 
 PIECEWISE_LINEAR = ("relu", "leaky_relu")
 
+CROWDED = ("sine",)
+"""Activations that need many registers, for the reduction of large arguments."""
+
 _BLOCK = 512
 
 

@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...plan import Plan
+from . import tiles, tuning
 from .call import PRECISIONS, Call
-from .launch import OPTIONS
+from .launch import OPTIONS, Launch
+from .tiles import Product
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory that one program may have, by compute capability × 10."""
@@ -87,18 +89,39 @@ class Usage:
 
 def launches(plan: Plan) -> list[tuple[Any, int, tuple[Any, ...], dict[str, Any]]]:
     """Every launch of one call, in order: kernel, programs, arguments, constants. Nothing is computed."""
-    recorded = []
+    recorded: list[tuple[Any, int, tuple[Any, ...], dict[str, Any]]] = []
 
     def record(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         recorded.append((kernel, programs, arguments, constants))
 
-    Call(plan, 1 << 60, record, torch.device("meta")).run()
+    _start(plan, record)
     return recorded
+
+
+def _start(plan: Plan, launch: Launch) -> None:
+    Call(plan, 1 << 60, launch, torch.device("meta")).run()
 
 
 def instances(plan: Plan) -> list[Instance]:
     """The different kernels that a plan's launches need."""
     return list(dict.fromkeys(_instance(k, arguments, constants) for k, _, arguments, constants in launches(plan)))
+
+
+def products(plan: Plan) -> list[Product]:
+    """One of every kind of product that the plan needs."""
+    return list(tuning.products(partial(_start, plan)).values())
+
+
+def candidates(one: Product) -> list[Instance]:
+    """A product with every tile that tuning would try."""
+    found = []
+
+    def record(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        found.append(_instance(kernel, arguments, constants))
+
+    for tile in tiles.candidates(one):
+        one.start(record, tile)
+    return found
 
 
 def _instance(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Instance:
@@ -186,24 +209,31 @@ def work(every: bool = False) -> tuple[tuple[int, Instance], ...]:
 
     The tests leave out, for 9.0 in float32, instances that differ in strides and alignment only, and otherwise
     those that differ in the tile too, of which the largest takes most; and products with rounded operands that
-    differ in their epilogue only, which does not round.
+    differ in their epilogue only, which does not round. Of the tiles that tuning would try, they take those of
+    the largest product of each kernel.
     """
-    found = {p: dict.fromkeys(_all_instances(p)) for p in PRECISIONS}
+    chosen = {p: [replace(plan, precision=p) for plan in plans().values()] for p in PRECISIONS}
+    found = {p: dict.fromkeys(i for plan in of for i in instances(plan)) for p, of in chosen.items()}
     found = {p: {i: None for i in of if p == "float32" or i.rounded} for p, of in found.items()}
+    to_tile = [one for of in chosen.values() for plan in of for one in products(plan)]
     if every:
-        return tuple((c, i) for of in found.values() for i in of for c in SHARED_LIMIT)
+        tried = [i for one in to_tile for i in candidates(one)]
+        return tuple({(c, i): None for i in (*(i for of in found.values() for i in of), *tried) for c in SHARED_LIMIT})
     named: dict[str, Instance] = {}
     for i in found["float32"]:
         named[i.name] = max(i, named.get(i.name, i), key=lambda i: len(i.aligned))
     largest: dict[object, Instance] = {}
     for i in (i for of in found.values() for i in of):
         largest[i.variant] = max(i, largest.get(i.variant, i), key=lambda i: (i.tile, len(i.aligned)))
-    pairs = {(90, i): None for i in named.values()} | {(c, i): None for i in largest.values() for c in SHARED_LIMIT}
-    return tuple(pairs)
+    hardest: dict[object, Product] = {}
+    for one in to_tile:
+        hardest[one.kernel, one.precision] = max(one, hardest.get((one.kernel, one.precision), one), key=_hardness)
+    for_h100 = [*named.values(), *(i for one in hardest.values() for i in candidates(one))]
+    return tuple({(90, i): None for i in for_h100} | {(c, i): None for i in largest.values() for c in SHARED_LIMIT})
 
 
-def _all_instances(precision: str) -> list[Instance]:
-    return [i for plan in plans().values() for i in instances(replace(plan, precision=precision))]
+def _hardness(one: Product) -> tuple[int, int]:
+    return sum(a is not None for a in one.arguments), one.m * one.n * one.k
 
 
 def compile_nth(n: int, every: bool = False) -> tuple[str, int, Usage]:

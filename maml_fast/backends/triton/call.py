@@ -9,6 +9,7 @@ import torch
 from ...algorithms import maml
 from ...plan import Plan, Result, Tensors
 from ...program import Program
+from . import tuning
 from .buffers import Buffers
 from .capture import Capture
 from .executor import Executor
@@ -42,7 +43,13 @@ class Call:
         program, self.workspace, self.chunk = _fit(plan, network, budget - self.buffers.bytes())
         self.workspace.allocate(self.chunk, device)
         precision = PRECISIONS[plan.precision]
-        self.executor = Executor(plan, network, program, self.buffers, self.workspace, launch, precision)
+
+        def executor(launch: Launch) -> Executor:
+            return Executor(plan, network, program, self.buffers, self.workspace, launch, precision)
+
+        if tuning.wanted(device):
+            launch = tuning.tune(launch, lambda other: executor(other).run(self.chunk), tuning.store(device))
+        self.executor = executor(launch)
         self.capture = Capture(self.run) if device.type == "cuda" else None
 
     def __call__(self, tensors: Tensors) -> Result:

@@ -1,4 +1,4 @@
-"""BatchNorm and the activation after it: y = f(z), z = w x̂ + b, x̂ = (x − μ) r, for rows of channels.
+"""BatchNorm, the activation and the max-pool after it: y = f(z), z = w x̂ + b, x̂ = (x − μ) r, for rows of channels.
 
 With batch statistics (BATCH), μ and r belong to the task's own M rows; d = f'(z) δy:
     u  = d − mean(d) − x̂ mean(d x̂),                 δx = w r u
@@ -9,6 +9,8 @@ With batch statistics (BATCH), μ and r belong to the task's own M rows; d = f'(
 With running statistics all means and s are 0. Only μ, r, mean(ẋ) and s are kept; the rest is computed
 again from x and ẋ. A task's rows are cut into spans, one program each for a block of channels: where there
 is more than one span, a first kernel leaves every span's sums, which the second adds up in order.
+A pool's windows tile the image from its corner; y and ẏ are then those of every window's maximum, whose position
+`where` keeps, and δy and δ̇y are 0 at all other positions. Nothing that lies before the pool is ever written.
 """
 
 from __future__ import annotations
@@ -21,9 +23,18 @@ from torch import Tensor
 
 from .activation import activate
 from .launch import Launch, blocks, power_of_two, task
+from .vectors import Step, step_arguments, stepped
+
+Steps = tuple[Step | None, Step | None]
+Aux = tuple[Tensor, Tensor, Tensor | None]
+"""μ and r; where, int32 and laid out like y, for a pool."""
 
 _SPAN = 1024  # rows a program
 _MOST_SPANS = 128  # whose sums every program of the second kernel reads
+
+_SIZES = ["m", "span", "spans"]
+_STEPS = ["theta_t", "each_w", "each_b"]
+_POOL = ["in_h", "in_w", "out_h", "out_w", "kernel_h", "kernel_w"]
 
 
 @triton.jit
@@ -43,6 +54,37 @@ def _at(start, end, rc, c, BM: tl.constexpr):
 
 
 @triton.jit
+def _outs(where, m, in_h, in_w, out_h, out_w, kernel_h, kernel_w):
+    """Rows of y."""
+    if where is None:
+        return m
+    else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
+        return m // (in_h * in_w) * (out_h * out_w)
+
+
+@triton.jit
+def _corners(q, in_h, in_w, out_h, out_w, kernel_h, kernel_w):
+    """The first row of every window's sample, and its first position there."""
+    sample, row, column = q // (out_w * out_h), (q // out_w) % out_h, q % out_w
+    return sample * (in_h * in_w), row * kernel_h * in_w + column * kernel_w
+
+
+@triton.jit
+def _chosen(where, start, at, inside, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w, BM: tl.constexpr):
+    """Offsets of y for the rows start … start + BM of x, and which of them y was taken from."""
+    if where is None:
+        return at, inside
+    else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
+        p = start + tl.arange(0, BM)
+        position = p % (in_h * in_w)
+        row, column = position // in_w // kernel_h, position % in_w // kernel_w
+        q = (p // (in_h * in_w) * out_h + row) * out_w + column
+        covered = inside & ((row < out_h) & (column < out_w))[:, None]
+        at_y = q[:, None] * c + rc[None, :]
+        return at_y, covered & (tl.load(where + at_y, mask=covered, other=-1) == position[:, None])
+
+
+@triton.jit
 def _vector(p, at, inside, default: tl.constexpr):
     """p[at], or `default` where there is no p."""
     if p is None:
@@ -57,6 +99,15 @@ def _accumulate(p, at, inside, value, ADD: tl.constexpr):
         if ADD:
             value += tl.load(p + at, mask=inside, other=0.0)
         tl.store(p + at, value, mask=inside)
+
+
+@triton.jit
+def _gradient(p, at, inside, value, theta, rates, rate_at, each, rc, ADD: tl.constexpr):
+    """Store a weight's gradient, or θ − α times it."""
+    if p is not None:
+        if ADD:
+            value += tl.load(p + at, mask=inside, other=0.0)
+        tl.store(p + at, stepped(value, theta, rates, rate_at, each, rc, inside), mask=inside)
 
 
 @triton.jit
@@ -107,7 +158,7 @@ def _joined(part, which: tl.constexpr, count: tl.constexpr, rc, c, spans, BM: tl
     return tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["m", "span", "spans"])
+@triton.jit(do_not_specialize=_SIZES)
 def moments_kernel(x, part, c, m, span, spans, BM: tl.constexpr, BC: tl.constexpr):
     t, j, rc, in_c, _ = _program(c, spans, BC)
     mu, square = _moments(x + t * c * m, j * span, tl.minimum(j * span + span, m), rc, c, BM, BC)
@@ -116,10 +167,18 @@ def moments_kernel(x, part, c, m, span, spans, BM: tl.constexpr, BC: tl.constexp
     tl.store(to + c, square, mask=in_c)
 
 
-@triton.jit(do_not_specialize=["m", "span", "spans", "w_t", "b_t"])
+@triton.jit
+def _value(x, at, inside, mu, r, weight, bias, p0, p1, ACT: tl.constexpr):
+    """f(z)."""
+    h = (tl.load(x + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
+    value, _, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT)
+    return value
+
+
+@triton.jit(do_not_specialize=[*_SIZES, *_POOL, "w_t", "b_t"])
 def forward_kernel(
-    x, part, given_mean, given_variance, w, b, y, mean, inverse,
-    c, m, span, spans, eps, p0, p1, w_t, b_t,
+    x, part, given_mean, given_variance, w, b, y, where, mean, inverse,
+    c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, eps, p0, p1, w_t, b_t,
     ACT: tl.constexpr, BATCH: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     t, j, rc, in_c, first = _program(c, spans, BC)
@@ -137,40 +196,59 @@ def forward_kernel(
     tl.store(inverse + t * c + rc, r, mask=first)
     weight = _vector(w, t * w_t + rc, in_c, 1.0)
     bias = _vector(b, t * b_t + rc, in_c, 0.0)
-    end = tl.minimum(j * span + span, m)
-    for start in range(j * span, end, BM):
+    outs = _outs(where, m, in_h, in_w, out_h, out_w, kernel_h, kernel_w)
+    y += t * c * outs
+    share = tl.cdiv(outs, spans)
+    end = tl.minimum(j * share + share, outs)
+    for start in range(j * share, end, BM):
         at, inside = _at(start, end, rc, c, BM)
-        h = (tl.load(x + base + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
-        value, _, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT)
-        tl.store(y + base + at, value, mask=inside)
+        if where is None:
+            value = _value(x + base, at, inside, mu, r, weight, bias, p0, p1, ACT)
+        else:
+            sample, corner = _corners(start + tl.arange(0, BM), in_h, in_w, out_h, out_w, kernel_h, kernel_w)
+            value = tl.full((BM, BC), -float("inf"), tl.float32)
+            position = tl.full((BM, BC), -1, tl.int32)
+            for tap in range(kernel_h * kernel_w):
+                here = corner + tap // kernel_w * in_w + tap % kernel_w
+                source = (sample + here)[:, None] * c + rc[None, :]
+                other = _value(x + base, source, inside, mu, r, weight, bias, p0, p1, ACT)
+                # As in PyTorch: the first of equals, and NaN beats every number.
+                better = (other > value) | (other != other) | (position < 0)
+                value = tl.where(better, other, value)
+                position = tl.where(better, here[:, None], position)
+            tl.store(where + t * c * outs + at, position, mask=inside)
+        tl.store(y + at, value, mask=inside)
 
 
 @triton.jit
-def _delta(x, dy, at, inside, mu, r, weight, bias, p0, p1, ACT: tl.constexpr):
+def _delta(x, dy, at, inside, at_y, in_y, mu, r, weight, bias, p0, p1, ACT: tl.constexpr):
     """x̂ and d."""
     h = (tl.load(x + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
     _, slope, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT)
-    return h, slope * tl.load(dy + at, mask=inside, other=0.0)
+    return h, slope * tl.load(dy + at_y, mask=in_y, other=0.0)
 
 
 @triton.jit
 def _delta_sums(
-    x, dy, begin, end, rc, c, mu, r, weight, bias, p0, p1, ACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr
+    x, dy, where, begin, end, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w, mu, r, weight, bias, p0, p1,
+    ACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Σ d x̂ and Σ d."""
     p_sum, q_sum = tl.zeros((BM, BC), tl.float32), tl.zeros((BM, BC), tl.float32)
     for start in range(begin, end, BM):
         at, inside = _at(start, end, rc, c, BM)
-        h, d = _delta(x, dy, at, inside, mu, r, weight, bias, p0, p1, ACT)
+        at_y, in_y = _chosen(where, start, at, inside, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w, BM)
+        h, d = _delta(x, dy, at, inside, at_y, in_y, mu, r, weight, bias, p0, p1, ACT)
         d = tl.where(inside, d, 0.0)
         p_sum += d * h
         q_sum += d
     return tl.sum(p_sum, axis=0), tl.sum(q_sum, axis=0)
 
 
-@triton.jit(do_not_specialize=["m", "span", "spans", "w_t", "b_t"])
+@triton.jit(do_not_specialize=[*_SIZES, *_POOL, "w_t", "b_t"])
 def backward_sums_kernel(
-    x, mean, inverse, dy, w, b, part, c, m, span, spans, p0, p1, w_t, b_t,
+    x, mean, inverse, where, dy, w, b, part,
+    c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, p0, p1, w_t, b_t,
     ACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     t, j, rc, in_c, _ = _program(c, spans, BC)
@@ -178,17 +256,23 @@ def backward_sums_kernel(
     mu = tl.load(mean + t * c + rc, mask=in_c, other=0.0)
     r = tl.load(inverse + t * c + rc, mask=in_c, other=0.0)
     weight, bias = _vector(w, t * w_t + rc, in_c, 1.0), _vector(b, t * b_t + rc, in_c, 0.0)
-    end = tl.minimum(j * span + span, m)
-    p, q = _delta_sums(x + base, dy + base, j * span, end, rc, c, mu, r, weight, bias, p0, p1, ACT, BM, BC)
+    outs = _outs(where, m, in_h, in_w, out_h, out_w, kernel_h, kernel_w)
+    if where is not None:
+        where += t * c * outs
+    p, q = _delta_sums(
+        x + base, dy + t * c * outs, where, j * span, tl.minimum(j * span + span, m), rc, c,
+        in_h, in_w, out_h, out_w, kernel_h, kernel_w, mu, r, weight, bias, p0, p1, ACT, BM, BC,
+    )  # fmt: skip
     to = part + (t * spans + j) * 2 * c + rc
     tl.store(to, p, mask=in_c)
     tl.store(to + c, q, mask=in_c)
 
 
-@triton.jit(do_not_specialize=["m", "span", "spans", "w_t", "b_t", "gw_t", "gb_t"])
+@triton.jit(do_not_specialize=[*_SIZES, *_POOL, "w_t", "b_t", "gw_t", "gb_t", *_STEPS])
 def backward_kernel(
-    x, mean, inverse, dy, w, b, part, dx, gw, gb,
-    c, m, span, spans, p0, p1, w_t, b_t, gw_t, gb_t,
+    x, mean, inverse, where, dy, w, b, part, dx, gw, gb, theta_w, theta_b, rates, at_w, at_b,
+    c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, p0, p1,
+    w_t, b_t, gw_t, gb_t, theta_t, each_w, each_b,
     ACT: tl.constexpr, BATCH: tl.constexpr, ADD: tl.constexpr, ADD_W: tl.constexpr, ADD_B: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -197,18 +281,30 @@ def backward_kernel(
     mu = tl.load(mean + t * c + rc, mask=in_c, other=0.0)
     r = tl.load(inverse + t * c + rc, mask=in_c, other=0.0)
     weight, bias = _vector(w, t * w_t + rc, in_c, 1.0), _vector(b, t * b_t + rc, in_c, 0.0)
+    outs = _outs(where, m, in_h, in_w, out_h, out_w, kernel_h, kernel_w)
+    dy += t * c * outs
+    if where is not None:
+        where += t * c * outs
     if part is None:
-        p, q = _delta_sums(x + base, dy + base, 0, m, rc, c, mu, r, weight, bias, p0, p1, ACT, BM, BC)
+        p, q = _delta_sums(
+            x + base, dy, where, 0, m, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w,
+            mu, r, weight, bias, p0, p1, ACT, BM, BC,
+        )  # fmt: skip
     else:
         mine = part + t * spans * 2 * c
         p, q = _joined(mine, 0, 2, rc, c, spans, BM, BC), _joined(mine, 1, 2, rc, c, spans, BM, BC)
-    _accumulate(gw, t * gw_t + rc, first, p, ADD_W)
-    _accumulate(gb, t * gb_t + rc, first, q, ADD_B)
+    if theta_w is not None:
+        theta_w += t * theta_t
+    if theta_b is not None:
+        theta_b += t * theta_t
+    _gradient(gw, t * gw_t + rc, first, p, theta_w, rates, at_w, each_w, rc, ADD_W)
+    _gradient(gb, t * gb_t + rc, first, q, theta_b, rates, at_b, each_b, rc, ADD_B)
     if dx is not None:
         end = tl.minimum(j * span + span, m)
         for start in range(j * span, end, BM):
             at, inside = _at(start, end, rc, c, BM)
-            h, u = _delta(x + base, dy + base, at, inside, mu, r, weight, bias, p0, p1, ACT)
+            at_y, in_y = _chosen(where, start, at, inside, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w, BM)
+            h, u = _delta(x + base, dy, at, inside, at_y, in_y, mu, r, weight, bias, p0, p1, ACT)
             if BATCH:
                 u -= (q[None, :] + h * p[None, :]) / m
             _accumulate(dx, base + at, inside, (weight * r)[None, :] * u, ADD)
@@ -226,7 +322,7 @@ def _tangent_sums(x, tx, begin, end, rc, c, mu, r, BM: tl.constexpr, BC: tl.cons
     return tl.sum(a_sum, axis=0), tl.sum(s_sum, axis=0)
 
 
-@triton.jit(do_not_specialize=["m", "span", "spans"])
+@triton.jit(do_not_specialize=_SIZES)
 def tangent_sums_kernel(x, mean, inverse, tx, part, c, m, span, spans, BM: tl.constexpr, BC: tl.constexpr):
     t, j, rc, in_c, _ = _program(c, spans, BC)
     base = t * c * m
@@ -248,10 +344,10 @@ def _moved(tx, h, at, inside, r, tmean, slope):
         return r[None, :] * (tl.load(tx + at, mask=inside, other=0.0) - tmean[None, :] - h * slope[None, :])
 
 
-@triton.jit(do_not_specialize=["m", "span", "spans", "w_t", "b_t", "v_t"])
+@triton.jit(do_not_specialize=[*_SIZES, *_POOL, "w_t", "b_t", "v_t"])
 def tangent_kernel(
-    x, mean, inverse, tx, w, b, vw, vb, part, ty, tmean, s,
-    c, m, span, spans, p0, p1, w_t, b_t, v_t,
+    x, mean, inverse, where, tx, w, b, vw, vb, part, ty, tmean, s,
+    c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, p0, p1, w_t, b_t, v_t,
     ACT: tl.constexpr, BATCH: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     t, j, rc, in_c, first = _program(c, spans, BC)
@@ -273,33 +369,41 @@ def tangent_kernel(
         tl.store(s + t * c + rc, slope, mask=first)
     weight, bias = _vector(w, t * w_t + rc, in_c, 1.0), _vector(b, t * b_t + rc, in_c, 0.0)
     weight_moved, bias_moved = _vector(vw, t * v_t + rc, in_c, 0.0), _vector(vb, t * v_t + rc, in_c, 0.0)
-    end = tl.minimum(j * span + span, m)
-    for start in range(j * span, end, BM):
-        at, inside = _at(start, end, rc, c, BM)
+    outs = _outs(where, m, in_h, in_w, out_h, out_w, kernel_h, kernel_w)
+    share = tl.cdiv(outs, spans)
+    end = tl.minimum(j * share + share, outs)
+    for start in range(j * share, end, BM):
+        at_y, inside = _at(start, end, rc, c, BM)
+        at = at_y
+        if where is not None:
+            sample, _ = _corners(start + tl.arange(0, BM), in_h, in_w, out_h, out_w, kernel_h, kernel_w)
+            position = tl.load(where + t * c * outs + at_y, mask=inside, other=0)
+            at = (sample[:, None] + position) * c + rc[None, :]
         h = (tl.load(x + base + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
         moved = _moved(tx, h, at, inside, r, mu_moved, slope)
         z = weight[None, :] * moved + weight_moved[None, :] * h + bias_moved[None, :]
         _, gain, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT)
-        tl.store(ty + base + at, gain * z, mask=inside)
+        tl.store(ty + t * c * outs + at_y, gain * z, mask=inside)
 
 
 @triton.jit
 def _both_deltas(
-    x, tx, dy, ey, at, inside, mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1, ACT: tl.constexpr
+    x, tx, dy, ey, at, inside, at_y, in_y, mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1, ACT: tl.constexpr
 ):  # fmt: skip
     """x̂, x̂˙, d and d˙."""
     h = (tl.load(x + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
     th = _moved(tx, h, at, inside, r, tmean, s)
     _, gain, curvature = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT)
     tz = weight[None, :] * th + vweight[None, :] * h + vbias[None, :]
-    d = tl.load(dy + at, mask=inside, other=0.0)
-    e = gain * tl.load(ey + at, mask=inside, other=0.0) + curvature * tz * d
+    d = tl.load(dy + at_y, mask=in_y, other=0.0)
+    e = gain * tl.load(ey + at_y, mask=in_y, other=0.0) + curvature * tz * d
     return h, tl.where(inside, th, 0.0), tl.where(inside, gain * d, 0.0), tl.where(inside, e, 0.0)
 
 
 @triton.jit
 def _both_sums(
-    x, tx, dy, ey, begin, end, rc, c, mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1,
+    x, tx, where, dy, ey, begin, end, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w,
+    mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1,
     ACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Σ d x̂, Σ d and their tangents."""
@@ -307,8 +411,9 @@ def _both_sums(
     tp_sum, tq_sum = tl.zeros((BM, BC), tl.float32), tl.zeros((BM, BC), tl.float32)
     for start in range(begin, end, BM):
         at, inside = _at(start, end, rc, c, BM)
+        at_y, in_y = _chosen(where, start, at, inside, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w, BM)
         h, th, d, e = _both_deltas(
-            x, tx, dy, ey, at, inside, mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1, ACT
+            x, tx, dy, ey, at, inside, at_y, in_y, mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1, ACT
         )
         p_sum += d * h
         q_sum += d
@@ -317,10 +422,12 @@ def _both_sums(
     return tl.sum(p_sum, axis=0), tl.sum(q_sum, axis=0), tl.sum(tp_sum, axis=0), tl.sum(tq_sum, axis=0)
 
 
-@triton.jit(do_not_specialize=["m", "span", "spans", "w_t", "b_t", "v_t", "hw_t", "hb_t"])
+@triton.jit(do_not_specialize=[*_SIZES, *_POOL, "w_t", "b_t", "v_t", "hw_t", "hb_t", *_STEPS])
 def backward_tangent_kernel(
-    x, mean, inverse, tx, tmean, s, dy, ey, w, b, vw, vb, part, ex, hw, hb,
-    c, m, span, spans, p0, p1, w_t, b_t, v_t, hw_t, hb_t,
+    x, mean, inverse, where, tx, tmean, s, dy, ey, w, b, vw, vb, part, ex, hw, hb,
+    theta_w, theta_b, rates, at_w, at_b,
+    c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, p0, p1,
+    w_t, b_t, v_t, hw_t, hb_t, theta_t, each_w, each_b,
     ACT: tl.constexpr, BATCH: tl.constexpr, SUMS: tl.constexpr,
     ADD: tl.constexpr, ADD_W: tl.constexpr, ADD_B: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -337,13 +444,17 @@ def backward_tangent_kernel(
     weight, bias = _vector(w, t * w_t + rc, in_c, 1.0), _vector(b, t * b_t + rc, in_c, 0.0)
     vweight, vbias = _vector(vw, t * v_t + rc, in_c, 0.0), _vector(vb, t * v_t + rc, in_c, 0.0)
     x += base
-    dy += base
-    ey += base
+    outs = _outs(where, m, in_h, in_w, out_h, out_w, kernel_h, kernel_w)
+    dy += t * c * outs
+    ey += t * c * outs
+    if where is not None:
+        where += t * c * outs
     begin, end = j * span, tl.minimum(j * span + span, m)
     if SUMS:
         p, q, tp, tq = _both_sums(
-            x, tx, dy, ey, begin, end, rc, c, mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1, ACT, BM, BC
-        )
+            x, tx, where, dy, ey, begin, end, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w,
+            mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1, ACT, BM, BC,
+        )  # fmt: skip
         to = part + (t * spans + j) * 4 * c + rc
         tl.store(to, p, mask=in_c)
         tl.store(to + c, q, mask=in_c)
@@ -352,19 +463,25 @@ def backward_tangent_kernel(
     else:
         if part is None:
             p, q, tp, tq = _both_sums(
-                x, tx, dy, ey, 0, m, rc, c, mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1, ACT, BM, BC
-            )
+                x, tx, where, dy, ey, 0, m, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w,
+                mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1, ACT, BM, BC,
+            )  # fmt: skip
         else:
             mine = part + t * spans * 4 * c
             p, q = _joined(mine, 0, 4, rc, c, spans, BM, BC), _joined(mine, 1, 4, rc, c, spans, BM, BC)
             tp, tq = _joined(mine, 2, 4, rc, c, spans, BM, BC), _joined(mine, 3, 4, rc, c, spans, BM, BC)
-        _accumulate(hw, t * hw_t + rc, first, tp, ADD_W)
-        _accumulate(hb, t * hb_t + rc, first, tq, ADD_B)
+        if theta_w is not None:
+            theta_w += t * theta_t
+        if theta_b is not None:
+            theta_b += t * theta_t
+        _gradient(hw, t * hw_t + rc, first, tp, theta_w, rates, at_w, each_w, rc, ADD_W)
+        _gradient(hb, t * hb_t + rc, first, tq, theta_b, rates, at_b, each_b, rc, ADD_B)
         if ex is not None:
             for start in range(begin, end, BM):
                 at, inside = _at(start, end, rc, c, BM)
+                at_y, in_y = _chosen(where, start, at, inside, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w, BM)
                 h, th, u, tu = _both_deltas(
-                    x, tx, dy, ey, at, inside, mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1, ACT
+                    x, tx, dy, ey, at, inside, at_y, in_y, mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1, ACT
                 )
                 if BATCH:
                     u -= (q[None, :] + h * p[None, :]) / m
@@ -390,6 +507,7 @@ class ChannelNorm:
     Args:
         batch: batch statistics rather than given ones.
         act: the activation after the norm, and its two parameters.
+        pool: height and width of the image, of the pooled image, and of the windows; None for no pool.
         part: room for `scratch` numbers a task.
     """
 
@@ -401,6 +519,7 @@ class ChannelNorm:
         channels: int,
         batch: bool,
         act: tuple[str, float, float],
+        pool: tuple[int, ...] | None,
         part: Tensor | None,
     ) -> None:
         self.launch = launch
@@ -408,6 +527,7 @@ class ChannelNorm:
         spans = blocks(rows, span)
         self.part = part if spans > 1 else None
         self.sizes = (channels, rows, span, spans)
+        self.all_sizes = (*self.sizes, *(pool or (0,) * len(_POOL)))
         bc = power_of_two(channels, 8, 32)
         self.programs = tasks * spans * blocks(channels, bc)
         self.block = {"BM": power_of_two(rows, 8, 2048 // bc), "BC": bc}
@@ -422,22 +542,22 @@ class ChannelNorm:
         b: Tensor | None,
         eps: float,
         y: Tensor,
-        aux: tuple[Tensor, Tensor],
+        aux: Aux,
     ) -> None:
-        """y, (μ, r) ← x; statistics are (c,)."""
+        """y, aux ← x; statistics are (c,)."""
         part = self.part if self.batch else None
         if part is not None:
             self.launch(moments_kernel, self.programs, x, part, *self.sizes, **self.block)
         self.launch(
-            forward_kernel, self.programs, x, part, *statistics, w, b, y, *aux,
-            *self.sizes, eps, *self.parameters, task(w), task(b),
+            forward_kernel, self.programs, x, part, *statistics, w, b, y, aux[2], *aux[:2],
+            *self.all_sizes, eps, *self.parameters, task(w), task(b),
             ACT=self.kind, BATCH=self.batch, **self.block,
         )  # fmt: skip
 
     def backward(
         self,
         x: Tensor,
-        aux: tuple[Tensor, Tensor],
+        aux: Aux,
         dy: Tensor,
         w: Tensor | None,
         b: Tensor | None,
@@ -445,24 +565,26 @@ class ChannelNorm:
         gw: Tensor | None,
         gb: Tensor | None,
         adds: dict[str, bool],
+        steps: Steps,
     ) -> None:
-        """dx, gw, gb (+)= gradients; each where wanted."""
+        """dx, gw, gb (+)= gradients; each where wanted. With steps θ − α ∘ gw and gb instead."""
         given = (*self.parameters, task(w), task(b))
+        step_tensors, step_numbers = step_arguments(*steps)
         if self.part is not None:
             self.launch(
-                backward_sums_kernel, self.programs, x, *aux, dy, w, b, self.part, *self.sizes, *given,
+                backward_sums_kernel, self.programs, x, *aux, dy, w, b, self.part, *self.all_sizes, *given,
                 ACT=self.kind, **self.block,
             )  # fmt: skip
         self.launch(
-            backward_kernel, self.programs, x, *aux, dy, w, b, self.part, dx, gw, gb,
-            *self.sizes, *given, task(gw), task(gb),
+            backward_kernel, self.programs, x, *aux, dy, w, b, self.part, dx, gw, gb, *step_tensors,
+            *self.all_sizes, *given, task(gw), task(gb), *step_numbers,
             ACT=self.kind, BATCH=self.batch, **adds, **self.block,
         )  # fmt: skip
 
     def tangent(
         self,
         x: Tensor,
-        aux: tuple[Tensor, Tensor],
+        aux: Aux,
         tx: Tensor | None,
         weights: Sequence[Tensor | None],
         ty: Tensor,
@@ -472,17 +594,17 @@ class ChannelNorm:
         w, b, vw, vb = weights
         part = self.part if self.batch and tx is not None else None
         if part is not None:
-            self.launch(tangent_sums_kernel, self.programs, x, *aux, tx, part, *self.sizes, **self.block)
+            self.launch(tangent_sums_kernel, self.programs, x, *aux[:2], tx, part, *self.sizes, **self.block)
         self.launch(
             tangent_kernel, self.programs, x, *aux, tx, w, b, vw, vb, part, ty, *taux,
-            *self.sizes, *self.parameters, task(w), task(b), task(vw, vb),
+            *self.all_sizes, *self.parameters, task(w), task(b), task(vw, vb),
             ACT=self.kind, BATCH=self.batch, **self.block,
         )  # fmt: skip
 
     def backward_tangent(
         self,
         x: Tensor,
-        aux: tuple[Tensor, Tensor],
+        aux: Aux,
         tx: Tensor | None,
         taux: tuple[Tensor, Tensor],
         dy: Tensor,
@@ -492,13 +614,15 @@ class ChannelNorm:
         hw: Tensor | None,
         hb: Tensor | None,
         adds: dict[str, bool],
+        steps: Steps,
     ) -> None:
-        """ex, hw, hb (+)= tangents of dx, gw, gb."""
+        """ex, hw, hb (+)= tangents of dx, gw, gb. With steps θ − α ∘ hw and hb instead."""
         w, b, vw, vb = weights
         for sums in (True, False) if self.part is not None else (False,):
+            step_tensors, step_numbers = step_arguments(*(None, None) if sums else steps)
             self.launch(
                 backward_tangent_kernel, self.programs, x, *aux, tx, *taux, dy, ey, w, b, vw, vb, self.part,
-                *(None, None, None) if sums else (ex, hw, hb),
-                *self.sizes, *self.parameters, task(w), task(b), task(vw, vb), task(hw), task(hb),
+                *(None, None, None) if sums else (ex, hw, hb), *step_tensors,
+                *self.all_sizes, *self.parameters, task(w), task(b), task(vw, vb), task(hw), task(hb), *step_numbers,
                 ACT=self.kind, BATCH=self.batch, SUMS=sums, **adds, **self.block,
             )  # fmt: skip

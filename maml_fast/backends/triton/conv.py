@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
-from .gemm import dot
+from .gemm import Epilogue, dot, finish
 from .launch import Launch, blocks, task
-from .vectors import sum_splits
+from .tiles import Product, start_product
+from .vectors import Step, step_arguments, stepped, sum_splits
 
 _SPLIT = 1024  # positions that one program of the weight gradient adds up
 _MOST_SPLITS = 128
@@ -44,12 +45,12 @@ def _source(position, tap, mul, shift, step, size, DIV: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*_SIZES, "bias_t", "b_group"])
 def conv_kernel(
-    a, b, a2, b2, bias, c,
+    a, b, a2, b2, bias, c, slope, curvature, gain, raw, u, v, w,
     rows, columns, depth, groups,
     out_h, out_w, in_h, in_w, taps, taps_w,
-    mul_h, mul_w, shift_h, shift_w, step_h, step_w,
+    mul_h, mul_w, shift_h, shift_w, step_h, step_w, p0, p1,
     a_t, b_t, b2_t, bias_t, c_t, b_group, b_n, b_tap, b_k,
-    ADD: tl.constexpr, DIV_H: tl.constexpr, DIV_W: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr, ADD: tl.constexpr, DIV_H: tl.constexpr, DIV_W: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(columns, BN)
@@ -89,20 +90,21 @@ def conv_kernel(
             acc = dot(left, right, acc, PRECISION)
     if bias is not None:
         acc += tl.load(bias + t * bias_t + group * columns + rn, mask=rn < columns, other=0.0)[None, :]
-    out = c + t * c_t + rm[:, None] * (columns * groups) + (group * columns + rn)[None, :]
+    at = t * c_t + rm[:, None] * (columns * groups) + (group * columns + rn)[None, :]
     inside = (rm < rows)[:, None] & (rn < columns)[None, :]
+    acc = finish(acc, at, inside, slope, curvature, gain, raw, u, v, w, p0, p1, ACT)
     if ADD:
-        acc += tl.load(out, mask=inside, other=0.0)
-    tl.store(out, acc, mask=inside)
+        acc += tl.load(c + at, mask=inside, other=0.0)
+    tl.store(c + at, acc, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "span", "splits", "sums_t", "sums_split", "c_split"])
+@triton.jit(do_not_specialize=[*_SIZES, "span", "splits", "sums_t", "sums_split", "c_split", "each", "sums_each"])
 def weight_kernel(
-    a, b, a2, b2, c, sums,
+    a, b, a2, b2, c, sums, theta, sums_theta, rates, rate_at, sums_at,
     rows, filters, depth, groups, span, splits,
     out_h, out_w, in_h, in_w, taps, taps_w,
     mul_h, mul_w, shift_h, shift_w, step_h, step_w,
-    a_t, b_t, c_t, c_split, sums_t, sums_split,
+    a_t, b_t, c_t, c_split, sums_t, sums_split, theta_t, each, sums_each,
     ADD: tl.constexpr, ADD_SUMS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -146,17 +148,28 @@ def weight_kernel(
             left = tl.load(a2 + a_at, mask=a_in, other=0.0)
             acc = dot(left, tl.load(b2 + b_at, mask=b_in, other=0.0), acc, PRECISION)
     filter = group * filters + rm
-    out = c + t * c_t + split * c_split + (filter * columns)[:, None] + rn[None, :]
+    here = (filter * columns)[:, None] + rn[None, :]
+    out = c + t * c_t + split * c_split + here
     inside = (rm < filters)[:, None] & (rn < columns)[None, :]
     if ADD:
         acc += tl.load(out, mask=inside, other=0.0)
-    tl.store(out, acc, mask=inside)
+    if theta is not None:
+        theta += t * theta_t
+    tl.store(out, stepped(acc, theta, rates, rate_at, each, here, inside), mask=inside)
     if sums is not None:
         where = sums + t * sums_t + split * sums_split + filter
         mine = rm < tl.where(n_tile == 0, filters, 0)
         if ADD_SUMS:
             total += tl.load(where, mask=mine, other=0.0)
-        tl.store(where, total, mask=mine)
+        if sums_theta is not None:
+            sums_theta += t * theta_t
+        tl.store(where, stepped(total, sums_theta, rates, sums_at, sums_each, filter, mine), mask=mine)
+
+
+def plane(numbers: tuple[int, ...], missing: int) -> tuple[int, int]:
+    """One number for each of two dimensions, of which the first may be missing."""
+    first, second = (*(missing,) * (2 - len(numbers)), *numbers)
+    return first, second
 
 
 @dataclass(frozen=True)
@@ -205,35 +218,49 @@ class Conv:
         self.depth, self.filters, self.groups = channels // groups, filters // groups, groups
 
     def forward(
-        self, x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None = None, pair: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        w: Tensor,
+        y: Tensor,
+        bias: Tensor | None,
+        pair: tuple[Tensor, Tensor] | None,
+        epilogue: Epilogue,
     ) -> None:
-        """y ← x ∗ w + x' ∗ w' + bias, with pair = (x', w')."""
+        """y ← e(x ∗ w + x' ∗ w' + bias), with pair = (x', w')."""
         o = self.window
         self._product(
-            x, w, y, bias, pair, False, o.target, o.source, self.filters, self.depth,
+            "conv forward", x, w, y, bias, pair, False, epilogue, o.target, o.source, self.filters, self.depth,
             (*o.stride, *o.padded_shift, *o.dilation), (1, 1),
             (o.taps * self.depth, self.depth, 1),
         )  # fmt: skip
 
     def input_gradient(
-        self, dy: Tensor, w: Tensor, dx: Tensor, add: bool, pair: tuple[Tensor, Tensor] | None = None
+        self,
+        dy: Tensor,
+        w: Tensor,
+        dx: Tensor,
+        pair: tuple[Tensor, Tensor] | None,
+        add: bool,
+        epilogue: Epilogue,
     ) -> None:
-        """dx (+)= the adjoint of x ↦ x ∗ w at dy, plus the same of the pair (dy', w')."""
+        """dx (+)= e of the adjoint of x ↦ x ∗ w at dy, plus the same of the pair (dy', w')."""
         o = self.window
         self._product(
-            dy, w, dx, None, pair, add, o.source, o.target, self.depth, self.filters,
+            "conv input", dy, w, dx, None, pair, add, epilogue, o.source, o.target, self.depth, self.filters,
             (1, 1, *o.padding, -o.dilation[0], -o.dilation[1]), o.stride,
             (1, self.depth, o.taps * self.depth),
         )  # fmt: skip
 
     def _product(
         self,
+        form: str,
         a: Tensor,
         w: Tensor,
         c: Tensor,
         bias: Tensor | None,
         pair: tuple[Tensor, Tensor] | None,
         add: bool,
+        epilogue: Epilogue,
         target: tuple[int, int],
         source: tuple[int, int],
         columns: int,
@@ -244,15 +271,15 @@ class Conv:
     ) -> None:
         a2, w2 = pair or (None, None)
         rows, taps = self.samples * math.prod(target), self.window.taps
-        tile = tiles.product(rows, columns, taps * depth, self.precision)
-        programs = self.tasks * self.groups * blocks(rows, tile["BM"]) * blocks(columns, tile["BN"])
         group = self.filters * taps * self.depth
-        self.launch(
-            conv_kernel, programs, a, w, a2, w2, bias, c,
-            rows, columns, depth, self.groups, *target, *source, taps, self.window.kernel[1], *walk,
+        arguments = (
+            a, w, a2, w2, bias, c, *epilogue.tensors,
+            rows, columns, depth, self.groups, *target, *source, taps, self.window.kernel[1], *walk, *epilogue.act[1:],
             a.stride(0), w.stride(0), task(w2), task(bias), c.stride(0), group, *strides,
-            ADD=add, DIV_H=div[0], DIV_W=div[1], PRECISION=self.precision, **tile,
         )  # fmt: skip
+        constants = {"ACT": epilogue.act[0], "ADD": add, "DIV_H": div[0], "DIV_W": div[1]}
+        form = f"{form}{' twice' * (pair is not None)}"
+        self._start(conv_kernel, form, 1, (rows, columns, taps * depth), arguments, constants, epilogue.crowded)
 
     def weight_gradient(
         self,
@@ -262,8 +289,9 @@ class Conv:
         gb: Tensor | None,
         adds: tuple[bool, bool],
         pair: tuple[Tensor, Tensor] | None = None,
+        steps: tuple[Step | None, Step | None] = (None, None),
     ) -> None:
-        """gw (+)= Σ dy x + Σ dy' x' with pair = (dy', x');  gb (+)= Σ dy."""
+        """gw (+)= Σ dy x + Σ dy' x' with pair = (dy', x');  gb (+)= Σ dy.  With steps θ − α ∘ them instead."""
         o, dy2_x2 = self.window, pair or (None, None)
         rows = self.samples * math.prod(o.target)
         splits, span = split(rows)
@@ -277,20 +305,33 @@ class Conv:
             partial_b = None if gb is None else part[whole : whole + whole_b].view(self.tasks, splits, -1)
             outs, strides = (partial, partial_b), (*_two(partial), *_two(partial_b))
         own = adds if splits == 1 else (False, False)
+        step_tensors, step_numbers = step_arguments(*steps if splits == 1 else (None, None))
         columns = o.taps * self.depth
-        tile = tiles.product(self.filters, columns, rows, self.precision)
-        programs = self.tasks * splits * self.groups * blocks(self.filters, tile["BM"]) * blocks(columns, tile["BN"])
-        self.launch(
-            weight_kernel, programs, dy, x, *dy2_x2, *outs,
+        arguments = (
+            dy, x, *dy2_x2, *outs, *step_tensors,
             rows, self.filters, self.depth, self.groups, span, splits,
             *o.target, *o.source, o.taps, o.kernel[1], *o.stride, *o.padded_shift, *o.dilation,
-            dy.stride(0), x.stride(0), *strides,
-            ADD=own[0], ADD_SUMS=own[1], PRECISION=self.precision, **tile,
+            dy.stride(0), x.stride(0), *strides, *step_numbers,
         )  # fmt: skip
+        form, sizes = f"conv weight{' twice' * (pair is not None)}", (self.filters, columns, min(rows, span))
+        self._start(weight_kernel, form, splits, sizes, arguments, {"ADD": own[0], "ADD_SUMS": own[1]})
         if splits > 1:
-            sum_splits(self.launch, gw, partial, add=adds[0])
+            sum_splits(self.launch, gw, partial, add=adds[0], step=steps[0])
             if gb is not None and partial_b is not None:
-                sum_splits(self.launch, gb, partial_b, add=adds[1])
+                sum_splits(self.launch, gb, partial_b, add=adds[1], step=steps[1])
+
+    def _start(
+        self,
+        kernel: Any,
+        form: str,
+        parts: int,
+        sizes: tuple[int, int, int],
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+        crowded: bool = False,
+    ) -> None:
+        outer = self.tasks * self.groups * parts
+        start_product(self.launch, Product(kernel, form, outer, *sizes, self.precision, crowded, arguments, constants))
 
 
 def split(rows: int) -> tuple[int, int]:

@@ -6,9 +6,10 @@ import math
 
 from torch import Tensor
 
+from . import riders
 from .activation import PIECEWISE_LINEAR, activation
 from .elementwise import combine, copy_rows, multiply, transpose
-from .gemm import Epilogue, product
+from .gemm import product
 from .kinds import Kind, LinearMap, Sizes
 from .layer_norm import sum_rows
 from .network import Layer
@@ -18,34 +19,25 @@ from .passes import Pass
 class Linear(Kind):
     """y[t, r, o] = Σ_i x[t, r, i] w[t, o, i] + b[t, o], r over samples and leading dimensions.
 
-    The products do an activation's work too where one stands next to them: see `gemm.py`.
+    The products do an activation's work too where one stands next to them: see `riders.py`.
     """
 
     def forward(self, p: Pass) -> None:
-        x, w, after = self._rows(p, p.x(0)), self._matrix(p, p.w()).mT, p.after()
-        if after is None:
-            product(p.launch, x, w, self._rows(p, p.y()), bias=p.b(), precision=p.precision)
-            return
-        epilogue = Epilogue(act=after.layer.activation, slope=after.aux(0), curvature=after.aux(1))
-        y = self._rows(p, after.y())
-        product(p.launch, x, w, y, bias=p.b(), epilogue=epilogue, precision=p.precision)
+        y, epilogue = riders.forward(p)
+        x, w = self._rows(p, p.x(0)), self._matrix(p, p.w()).mT
+        product(p.launch, x, w, self._rows(p, y), bias=p.b(), epilogue=epilogue, precision=p.precision)
 
     def backward(self, p: Pass) -> None:
-        dx, dy, before = p.dx_through(), self._rows(p, p.dy()), p.before()
+        dx, add, epilogue = riders.backward(p)
+        dy = self._rows(p, p.dy())
         if dx is not None:
-            add = not p.layer.first[0] if before is None else False
-            epilogue = Epilogue()
-            if before is not None:
-                epilogue = Epilogue(gain=before.aux(0), raw=p.view("delta", p.tape, before.layer.output))
             w, to = self._matrix(p, p.w()), self._rows(p, dx)
             product(p.launch, dy, w, to, add=add, epilogue=epilogue, precision=p.precision)
         self._gradients(p, dy, self._rows(p, p.x(0)), None)
 
     def tangent(self, p: Pass) -> None:
-        tx, vw, vb, after = p.tx(0), p.vw(), p.vb(), p.after()
-        ty, epilogue = self._rows(p, p.ty() if after is None else after.ty()), Epilogue()
-        if after is not None:
-            epilogue = Epilogue(gain=after.aux(0), raw=p.view("tangent", p.layer.output))
+        to, epilogue = riders.tangent(p)
+        tx, vw, vb, ty = p.tx(0), p.vw(), p.vb(), self._rows(p, to)
         pair = None
         if tx is not None:
             a, b = self._rows(p, tx), self._matrix(p, p.w()).mT
@@ -58,10 +50,9 @@ class Linear(Kind):
         product(p.launch, a, b, ty, pair=pair, bias=vb, epilogue=epilogue, precision=p.precision)
 
     def backward_tangent(self, p: Pass) -> None:
-        ex, dy, ey, vw, before = p.ex_through(), self._rows(p, p.dy()), self._rows(p, p.ey()), p.vw(), p.before()
+        ex, add, epilogue = riders.backward_tangent(p)
+        dy, ey, vw = self._rows(p, p.dy()), self._rows(p, p.ey()), p.vw()
         if ex is not None:
-            add = not p.layer.first[0] if before is None else False
-            epilogue = Epilogue() if before is None else Epilogue(gain=before.aux(0), more=before.bend())
             pair = None if vw is None else (dy, self._matrix(p, vw))
             w, to = self._matrix(p, p.w()), self._rows(p, ex)
             product(p.launch, ey, w, to, pair=pair, add=add, epilogue=epilogue, precision=p.precision)
@@ -82,10 +73,11 @@ class Linear(Kind):
                 sums=gb,
                 add=not p.layer.first_weight,
                 add_sums=not p.layer.first_bias,
+                steps=p.steps(),
                 precision=p.precision,
             )
         elif gb is not None:
-            sum_rows(p.launch, dy, gb, add=not p.layer.first_bias)
+            sum_rows(p.launch, dy, gb, add=not p.layer.first_bias, step=p.steps()[1])
 
     @staticmethod
     def _rows(p: Pass, x: Tensor) -> Tensor:
@@ -98,7 +90,7 @@ class Linear(Kind):
 
 
 class Activation(Kind):
-    """y = f(x): see `activation.py`. What a linear layer next to it does is left out here."""
+    """y = f(x): see `activation.py`. What a layer next to it does is left out here."""
 
     def forward(self, p: Pass) -> None:
         if not p.rides_forward():

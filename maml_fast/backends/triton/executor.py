@@ -36,6 +36,8 @@ from .layers import KINDS
 from .losses import TaskLoss
 from .network import Network
 from .passes import Pass
+from .steps import Direct, direct
+from .vectors import Step
 from .workspace import Workspace
 
 
@@ -62,6 +64,8 @@ class Executor:
         self.launch, self.precision = launch, precision
         self.samples = {Batch.SUPPORT: plan.support, Batch.QUERY: plan.query}
         self.first = self.tasks = 0
+        self.directs = direct(network, program)
+        self.direct: Direct | None = None
 
     def run(self, chunk: int) -> None:
         """All tasks, `chunk` at a time; gradients add up over chunks in order."""
@@ -71,8 +75,12 @@ class Executor:
                 total.zero_()
         for first in range(0, self.plan.tasks, chunk):
             self.first, self.tasks = first, min(chunk, self.plan.tasks - first)
-            for instruction in self.program.instructions:
-                _EXECUTE[type(instruction)](self, instruction)
+            for at, instruction in enumerate(self.program.instructions):
+                self.direct, before = self.directs.get(at), self.directs.get(at - 1)
+                if before is None:
+                    _EXECUTE[type(instruction)](self, instruction)
+                else:
+                    self._rest(before)
         if buffers.rate_products is not None and buffers.rate_partials.numel():
             vectors.sum_segments(self.launch, buffers.rate_partials, buffers.rate_products, *buffers.segments[0])
             vectors.sum_segments(self.launch, buffers.rate_sums, buffers.rate_partials, *buffers.segments[1])
@@ -105,9 +113,36 @@ class Executor:
         return lambda p: self._slot(slot)[:, flat.slice(p)] if p in flat.adapting_set else None
 
     def _gradients(self, slot: int | None, adapted_only: bool) -> Callable[[int], Tensor | None]:
-        flat = self.flat
+        """Where the kernels of the instruction at hand leave a parameter's gradient, or the step with it."""
+        flat, one = self.flat, self.direct
         wanted = set() if slot is None else flat.adapting_set if adapted_only else flat.active_set
-        return lambda p: self._slot(slot)[:, flat.slice(p)] if p in wanted and slot is not None else None
+
+        def of(p: int) -> Tensor | None:
+            if slot is None or p not in wanted:
+                return None
+            return self._slot(slot if one is None or p in one.rest else one.out)[:, flat.slice(p)]
+
+        return of
+
+    def _taken(self, p: int) -> Step | None:
+        """The step that a parameter's own kernel takes."""
+        one = self.direct
+        if one is None or p in one.rest:
+            return None
+        where = self.flat.slice(p)
+        rates, rate_at = self._rates(where) if one.scaled else (None, None)
+        each = self.plan.rates.shapes[self.plan.rates.of_parameter[p]] != ()
+        return Step(self._slot(one.base)[:, where], rates, rate_at, each)
+
+    def _rates(self, where: slice) -> tuple[Tensor, Tensor]:
+        return self.buffers.rates, self.buffers.rate_at[where]
+
+    def _rest(self, one: Direct) -> None:
+        """The steps that no kernel took with its gradient."""
+        for p in sorted(one.rest & (self.flat.adapting_set if one.scaled else self.flat.active_set)):
+            where = self.flat.slice(p)
+            out, base, gradient = (self._slot(slot)[:, where] for slot in (one.out, one.base, one.gradient))
+            vectors.step(self.launch, out, base, gradient, *(self._rates(where) if one.scaled else (None, None)))
 
     def _pass(self, tape: int, inputs: bool = False) -> Pass:
         batch = self.program.tapes[tape]
@@ -125,6 +160,7 @@ class Executor:
             weights=_absent,
             direction=_absent,
             gradients=_absent,
+            taken=_absent,
             layer=self.network.layers[0],
         )
 
@@ -167,6 +203,7 @@ class Executor:
             self._pass(i.tape, i.inputs),
             weights=self._weights(i.theta),
             gradients=self._gradients(i.out, i.batch is Batch.SUPPORT),
+            taken=self._taken,
         )
         for layer in reversed(self.network.layers):
             if layer.output_wants:
@@ -174,13 +211,15 @@ class Executor:
 
     def hvp(self, i: Hvp) -> None:
         if not self.network.out_moves:
-            self._slot(i.out).zero_()
+            if self.direct is None:
+                self._slot(i.out).zero_()
             return
         p = replace(
             self._pass(i.tape, i.inputs),
             weights=self._weights(i.theta),
             direction=self._direction(i.vector),
             gradients=self._gradients(i.out, adapted_only=False),
+            taken=self._taken,
         )
         for layer in self.network.layers:
             if layer.output_moves or KINDS[layer.kind].always_tangent:
@@ -205,10 +244,9 @@ class Executor:
         self._step(i.out, None, i.vector)
 
     def _step(self, out: int, theta: Tensor | None, vector: int) -> None:
-        buffers = self.buffers
         if self.flat.adapting:
             to, source = self._adapting(out), self._adapting(vector)
-            vectors.step(self.launch, to, theta, source, buffers.rates, buffers.rate_at)
+            vectors.step(self.launch, to, theta, source, self.buffers.rates, self.buffers.rate_at)
 
     def subtract(self, i: Subtract) -> None:
         combine(self.launch, self._slot(i.out), self._slot(i.vector), f=-1.0, add=True)
@@ -239,7 +277,7 @@ class Executor:
         combine(self.launch, self._mine(self.buffers.outputs), self._output("value", i.tape))
 
 
-def _absent(parameter: int) -> Tensor | None:
+def _absent(parameter: int) -> None:
     return None
 
 

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
-from .activation import activate
-from .launch import Launch, blocks, task
+from .activation import CROWDED, activate
+from .launch import Launch, task
+from .tiles import Product, start_product
+from .vectors import Step, step_arguments, stepped
 
 
 @triton.jit
@@ -25,11 +26,30 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["m", "k", "bias_t", "sums_t"])
+@triton.jit
+def finish(acc, at, inside, slope, curvature, gain, raw, u, v, w, p0, p1, ACT: tl.constexpr):
+    """e of a product: see `Epilogue`."""
+    if raw is not None:
+        tl.store(raw + at, acc, mask=inside)
+    if gain is not None:
+        acc *= tl.load(gain + at, mask=inside, other=0.0)
+    if u is not None:
+        more = tl.load(u + at, mask=inside, other=0.0) * tl.load(v + at, mask=inside, other=0.0)
+        acc += more * tl.load(w + at, mask=inside, other=0.0)
+    if ACT != "identity":
+        acc, first, second = activate(acc, p0, p1, ACT)
+        if slope is not None:
+            tl.store(slope + at, first, mask=inside)
+        if curvature is not None:
+            tl.store(curvature + at, second, mask=inside)
+    return acc
+
+
+@triton.jit(do_not_specialize=["m", "k", "bias_t", "sums_t", "each", "sums_each"])
 def gemm_kernel(
-    a, b, a2, b2, bias, c, sums, slope, curvature, gain, raw, u, v, w,
+    a, b, a2, b2, bias, c, sums, slope, curvature, gain, raw, u, v, w, theta, sums_theta, rates, rate_at, sums_at,
     m, n, k, p0, p1,
-    a_t, a_m, a_k, b_t, b_k, b_n, a2_t, b2_t, bias_t, c_t, sums_t,
+    a_t, a_m, a_k, b_t, b_k, b_n, a2_t, b2_t, bias_t, c_t, sums_t, theta_t, each, sums_each,
     ACT: tl.constexpr, ADD: tl.constexpr, ADD_SUMS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -59,30 +79,23 @@ def gemm_kernel(
             acc = dot(left, tl.load(b2 + t * b2_t + b_at, mask=b_in, other=0.0), acc, PRECISION)
     if bias is not None:
         acc += tl.load(bias + t * bias_t + rn, mask=rn < n, other=0.0)[None, :]
-    at = t * c_t + rm.to(tl.int64)[:, None] * n + rn[None, :]
+    here = rm.to(tl.int64)[:, None] * n + rn[None, :]
+    at = t * c_t + here
     inside = (rm[:, None] < m) & (rn[None, :] < n)
-    if raw is not None:
-        tl.store(raw + at, acc, mask=inside)
-    if gain is not None:
-        acc *= tl.load(gain + at, mask=inside, other=0.0)
-    if u is not None:
-        more = tl.load(u + at, mask=inside, other=0.0) * tl.load(v + at, mask=inside, other=0.0)
-        acc += more * tl.load(w + at, mask=inside, other=0.0)
-    if ACT != "identity":
-        acc, first, second = activate(acc, p0, p1, ACT)
-        if slope is not None:
-            tl.store(slope + at, first, mask=inside)
-        if curvature is not None:
-            tl.store(curvature + at, second, mask=inside)
+    acc = finish(acc, at, inside, slope, curvature, gain, raw, u, v, w, p0, p1, ACT)
     if ADD:
         acc += tl.load(c + at, mask=inside, other=0.0)
-    tl.store(c + at, acc, mask=inside)
+    if theta is not None:
+        theta += t * theta_t
+    tl.store(c + at, stepped(acc, theta, rates, rate_at, each, here, inside), mask=inside)
     if sums is not None:
         where = sums + t * sums_t + rm
         mine = rm < tl.where(tile % across == 0, m, 0)
         if ADD_SUMS:
             total += tl.load(where, mask=mine, other=0.0)
-        tl.store(where, total, mask=mine)
+        if sums_theta is not None:
+            sums_theta += t * theta_t
+        tl.store(where, stepped(total, sums_theta, rates, sums_at, sums_each, rm, mine), mask=mine)
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,16 @@ class Epilogue:
     gain: Tensor | None = None
     more: tuple[Tensor, Tensor, Tensor] | None = None
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Slope, curvature, gain, raw, u, v and w."""
+        return (self.slope, self.curvature, self.gain, self.raw, *(self.more or (None,) * 3))
+
+    @property
+    def crowded(self) -> bool:
+        """Whether it needs many registers."""
+        return self.act[0] in CROWDED
+
 
 _NONE = Epilogue()
 
@@ -117,9 +140,10 @@ def product(
     add: bool = False,
     add_sums: bool = False,
     epilogue: Epilogue = _NONE,
+    steps: tuple[Step | None, Step | None] = (None, None),
     precision: str = "ieee",
 ) -> None:
-    """c (+)= e(a b + a' b' + bias);  sums (+)= Σ_k a.
+    """c (+)= e(a b + a' b' + bias);  sums (+)= Σ_k a.  With steps c and sums ← θ − α ∘ what they would be.
 
     Args:
         a: (T, M, K), any strides. b: (T, K, N), any strides. c: (T, M, N) with contiguous rows.
@@ -134,16 +158,17 @@ def product(
         if merged is not None:
             a, c = merged
             tasks, m = 1, tasks * m
-    (a2, b2), e = pair or (None, None), epilogue
-    tile = tiles.product(m, n, k, precision)
-    launch(
-        gemm_kernel,
-        tasks * blocks(m, tile["BM"]) * blocks(n, tile["BN"]),
-        a, b, a2, b2, bias, c, sums, e.slope, e.curvature, e.gain, e.raw, *(e.more or (None,) * 3),
-        m, n, k, *e.act[1:],
-        *a.stride(), *b.stride(), task(a2), task(b2), task(bias), c.stride(0), task(sums),
-        ACT=e.act[0], ADD=add, ADD_SUMS=add_sums, PRECISION=precision, **tile,
+    a2, b2 = pair or (None, None)
+    step_tensors, step_numbers = step_arguments(*steps)
+    arguments = (
+        a, b, a2, b2, bias, c, sums, *epilogue.tensors, *step_tensors,
+        m, n, k, *epilogue.act[1:],
+        *a.stride(), *b.stride(), task(a2), task(b2), task(bias), c.stride(0), task(sums), *step_numbers,
     )  # fmt: skip
+    constants = {"ACT": epilogue.act[0], "ADD": add, "ADD_SUMS": add_sums}
+    form = f"gemm{' twice' * (pair is not None)}{' aT' * (a.stride(2) != 1)}{' bT' * (b.stride(2) != 1)}"
+    one = Product(gemm_kernel, form, tasks, m, n, k, precision, epilogue.crowded, arguments, constants)
+    start_product(launch, one)
 
 
 def _shared(x: Tensor) -> bool:

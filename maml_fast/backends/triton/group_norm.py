@@ -1,10 +1,11 @@
-"""GroupNorm: y = w x̂ + b, x̂ = (x − μ) r, where μ and r belong to one sample's group of channels.
+"""GroupNorm and the activation after it: y = f(w x̂ + b), x̂ = (x − μ) r, μ and r of one sample's group of channels.
 
-    g = w δy,  u = g − mean(g) − x̂ mean(g x̂),         δx = r u
-    x̂˙ = r (ẋ − mean(ẋ) − x̂ s),  s = mean(x̂ ẋ),        ẏ = w x̂˙ + ẇ x̂ + ḃ
-    g˙ = w δ̇y + ẇ δy,  u˙ = g˙ − mean(g˙) − x̂˙ mean(g x̂) − x̂ mean(g˙ x̂ + g x̂˙)
+    g = w d,   u = g − mean(g) − x̂ mean(g x̂),         δx = r u
+    x̂˙ = r (ẋ − mean(ẋ) − x̂ s),  s = mean(x̂ ẋ),        ẏ = f'(z) (w x̂˙ + ẇ x̂ + ḃ)
+    g˙ = w d˙ + ẇ d,  u˙ = g˙ − mean(g˙) − x̂˙ mean(g x̂) − x̂ mean(g˙ x̂ + g x̂˙)
     δ̇x = r (u˙ − u s r)
-Images are channels last; one program owns a sample's group. `LayerNorm.sums` adds up the weights' gradients.
+d and d˙ are told in `row_norm.py`. Images are channels last; one program owns a sample's group. `LayerNorm.sums` adds
+up the weights' gradients.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .activation import activate
 from .launch import Launch, power_of_two
-from .row_norm import RowNorm
+from .row_norm import RowNorm, deltas
 
 
 @triton.jit
@@ -41,7 +43,8 @@ def _weight(p, at, inside, default: tl.constexpr):
 
 @triton.jit(do_not_specialize=["samples", "groups", "positions", "w_t", "b_t"])
 def forward_kernel(
-    x, w, b, y, xhat, inverse, samples, groups, positions, width, eps, w_t, b_t, BLOCK: tl.constexpr
+    x, w, b, y, xhat, inverse, samples, groups, positions, width, p0, p1, eps, w_t, b_t,
+    ACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t, image, group = _program(samples, groups)
     c, size = groups * width, positions * width
@@ -63,36 +66,54 @@ def forward_kernel(
         h = (tl.load(x + base + at, mask=inside, other=0.0) - mu) * r
         tl.store(xhat + base + at, h, mask=inside)
         weight, bias = _weight(w, t * w_t + channel, inside, 1.0), _weight(b, t * b_t + channel, inside, 0.0)
-        tl.store(y + base + at, weight * h + bias, mask=inside)
+        value, _, _ = activate(weight * h + bias, p0, p1, ACT)
+        tl.store(y + base + at, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["samples", "groups", "positions", "w_t"])
+@triton.jit
+def _gradient(xhat, dy, w, b, channel, at, inside, p0, p1, ACT: tl.constexpr):
+    """x̂ and g."""
+    h, d = tl.load(xhat + at, mask=inside, other=0.0), tl.load(dy + at, mask=inside, other=0.0)
+    weight, bias = _weight(w, channel, inside, 1.0), _weight(b, channel, inside, 0.0)
+    d, _ = deltas(d, 0.0, h, 0.0, weight, bias, 0.0, 0.0, p0, p1, ACT)
+    return h, weight * d
+
+
+@triton.jit(do_not_specialize=["samples", "groups", "positions", "w_t", "b_t"])
 def backward_kernel(
-    xhat, inverse, dy, w, dx, samples, groups, positions, width, w_t, ADD: tl.constexpr, BLOCK: tl.constexpr
+    xhat, inverse, dy, w, b, dx, samples, groups, positions, width, p0, p1, w_t, b_t,
+    ACT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t, image, group = _program(samples, groups)
     c, size = groups * width, positions * width
     base = image * positions * c
+    xhat += base
+    dy += base
+    if w is not None:
+        w += t * w_t
+    if b is not None:
+        b += t * b_t
     q_sum, p_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         channel, at, inside = _at(start, size, group, width, c, BLOCK)
-        g = _weight(w, t * w_t + channel, inside, 1.0) * tl.load(dy + base + at, mask=inside, other=0.0)
+        h, g = _gradient(xhat, dy, w, b, channel, at, inside, p0, p1, ACT)
         q_sum += g
-        p_sum += g * tl.load(xhat + base + at, mask=inside, other=0.0)
+        p_sum += g * h
     q, p = tl.sum(q_sum, axis=0) / size, tl.sum(p_sum, axis=0) / size
     r = tl.load(inverse + tl.program_id(0))
     for start in range(0, size, BLOCK):
         channel, at, inside = _at(start, size, group, width, c, BLOCK)
-        g = _weight(w, t * w_t + channel, inside, 1.0) * tl.load(dy + base + at, mask=inside, other=0.0)
-        u = r * (g - q - tl.load(xhat + base + at, mask=inside, other=0.0) * p)
+        h, g = _gradient(xhat, dy, w, b, channel, at, inside, p0, p1, ACT)
+        u = r * (g - q - h * p)
         if ADD:
             u += tl.load(dx + base + at, mask=inside, other=0.0)
         tl.store(dx + base + at, u, mask=inside)
 
 
-@triton.jit(do_not_specialize=["samples", "groups", "positions", "w_t", "v_t"])
+@triton.jit(do_not_specialize=["samples", "groups", "positions", "w_t", "b_t", "v_t"])
 def tangent_kernel(
-    xhat, inverse, tx, w, vw, vb, ty, txhat, s, samples, groups, positions, width, w_t, v_t, BLOCK: tl.constexpr
+    xhat, inverse, tx, w, b, vw, vb, ty, txhat, s, samples, groups, positions, width, p0, p1, w_t, b_t, v_t,
+    ACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t, image, group = _program(samples, groups)
     c, size = groups * width, positions * width
@@ -116,23 +137,28 @@ def tangent_kernel(
             moved = r * (tl.load(tx + at, mask=inside, other=0.0) - a - h * slope)
         tl.store(txhat + base + at, moved, mask=inside)
         if ty is not None:
-            y = _weight(w, t * w_t + channel, inside, 1.0) * moved + _weight(vw, t * v_t + channel, inside, 0.0) * h
-            tl.store(ty + base + at, y + _weight(vb, t * v_t + channel, inside, 0.0), mask=inside)
+            weight, bias = _weight(w, t * w_t + channel, inside, 1.0), _weight(b, t * b_t + channel, inside, 0.0)
+            z = weight * moved + _weight(vw, t * v_t + channel, inside, 0.0) * h
+            z += _weight(vb, t * v_t + channel, inside, 0.0)
+            z, _ = deltas(z, 0.0, h, 0.0, weight, bias, 0.0, 0.0, p0, p1, ACT)
+            tl.store(ty + base + at, z, mask=inside)
 
 
 @triton.jit
-def _deltas(xhat, txhat, dy, ey, w, vw, channel, at, inside):
+def _gradients(xhat, txhat, dy, ey, w, b, vw, vb, channel, at, inside, p0, p1, ACT: tl.constexpr):
     """x̂, x̂˙, g and g˙."""
     h, th = tl.load(xhat + at, mask=inside, other=0.0), tl.load(txhat + at, mask=inside, other=0.0)
     d, e = tl.load(dy + at, mask=inside, other=0.0), tl.load(ey + at, mask=inside, other=0.0)
-    weight = _weight(w, channel, inside, 1.0)
-    return h, th, weight * d, weight * e + _weight(vw, channel, inside, 0.0) * d
+    weight, bias = _weight(w, channel, inside, 1.0), _weight(b, channel, inside, 0.0)
+    vweight, vbias = _weight(vw, channel, inside, 0.0), _weight(vb, channel, inside, 0.0)
+    d, e = deltas(d, e, h, th, weight, bias, vweight, vbias, p0, p1, ACT)
+    return h, th, weight * d, weight * e + vweight * d
 
 
-@triton.jit(do_not_specialize=["samples", "groups", "positions", "w_t", "v_t"])
+@triton.jit(do_not_specialize=["samples", "groups", "positions", "w_t", "b_t", "v_t"])
 def backward_tangent_kernel(
-    xhat, inverse, txhat, s, dy, ey, w, vw, ex, samples, groups, positions, width, w_t, v_t,
-    ADD: tl.constexpr, BLOCK: tl.constexpr,
+    xhat, inverse, txhat, s, dy, ey, w, b, vw, vb, ex, samples, groups, positions, width, p0, p1, w_t, b_t, v_t,
+    ACT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t, image, group = _program(samples, groups)
     c, size = groups * width, positions * width
@@ -143,13 +169,17 @@ def backward_tangent_kernel(
     ey += base
     if w is not None:
         w += t * w_t
+    if b is not None:
+        b += t * b_t
     if vw is not None:
         vw += t * v_t
+    if vb is not None:
+        vb += t * v_t
     q_sum, p_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     tq_sum, tp_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         channel, at, inside = _at(start, size, group, width, c, BLOCK)
-        h, th, g, tg = _deltas(xhat, txhat, dy, ey, w, vw, channel, at, inside)
+        h, th, g, tg = _gradients(xhat, txhat, dy, ey, w, b, vw, vb, channel, at, inside, p0, p1, ACT)
         q_sum += g
         p_sum += g * h
         tq_sum += tg
@@ -160,7 +190,7 @@ def backward_tangent_kernel(
     sr = r * tl.load(s + tl.program_id(0))
     for start in range(0, size, BLOCK):
         channel, at, inside = _at(start, size, group, width, c, BLOCK)
-        h, th, g, tg = _deltas(xhat, txhat, dy, ey, w, vw, channel, at, inside)
+        h, th, g, tg = _gradients(xhat, txhat, dy, ey, w, b, vw, vb, channel, at, inside, p0, p1, ACT)
         value = r * (tg - tq - th * p - h * tp - (g - q - h * p) * sr)
         if ADD:
             value += tl.load(ex + base + at, mask=inside, other=0.0)
@@ -175,7 +205,16 @@ class GroupNorm(RowNorm):
     tangent_kernel = tangent_kernel
     backward_tangent_kernel = backward_tangent_kernel
 
-    def __init__(self, launch: Launch, tasks: int, samples: int, groups: int, positions: int, channels: int) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        tasks: int,
+        samples: int,
+        groups: int,
+        positions: int,
+        channels: int,
+        act: tuple[str, float, float],
+    ) -> None:
         width = channels // groups
         block = power_of_two(positions * width, 16, 1024)
-        super().__init__(launch, tasks * samples * groups, (samples, groups, positions, width), {"BLOCK": block})
+        super().__init__(launch, tasks * samples * groups, (samples, groups, positions, width), act, {"BLOCK": block})

@@ -1,10 +1,11 @@
-"""LayerNorm: y = w x̂ + b, x̂ = (x − μ) r, for every row of W features.
+"""LayerNorm and the activation after it: y = f(w x̂ + b), x̂ = (x − μ) r, for every row of W features.
 
-    g = w δy,  u = g − mean(g) − x̂ mean(g x̂),    δx = r u
-    x̂˙ = r (ẋ − mean(ẋ) − x̂ s),  s = mean(x̂ ẋ),   ẏ = w x̂˙ + ẇ x̂ + ḃ
-    g˙ = w δ̇y + ẇ δy,  u˙ = g˙ − mean(g˙) − x̂˙ mean(g x̂) − x̂ mean(g˙ x̂ + g x̂˙)
+    g = w d,  u = g − mean(g) − x̂ mean(g x̂),    δx = r u
+    x̂˙ = r (ẋ − mean(ẋ) − x̂ s),  s = mean(x̂ ẋ),   ẏ = f'(z) (w x̂˙ + ẇ x̂ + ḃ)
+    g˙ = w d˙ + ẇ d,  u˙ = g˙ − mean(g˙) − x̂˙ mean(g x̂) − x̂ mean(g˙ x̂ + g x̂˙)
     δ̇x = r (u˙ − u s r)
-One program owns a block of a task's rows; `sums` adds up over rows, for any layer.
+d and d˙ are told in `row_norm.py`. One program owns a block of a task's rows; `sums` adds up over rows, for any norm
+with one weight a column.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import activate
 from .launch import Launch, blocks, power_of_two, task
-from .row_norm import RowNorm
+from .row_norm import RowNorm, Weights, deltas, distances
+from .vectors import Step, step_arguments, stepped
 
 WIDEST = 8192
+
+_NO_ACTIVATION = ("identity", 0.0, 0.0)
 
 
 @triton.jit
@@ -46,7 +51,8 @@ def _row(p, at, inside, default: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "w_t", "b_t"])
 def forward_kernel(
-    x, w, b, y, xhat, inverse, rows, width, eps, w_t, b_t, BR: tl.constexpr, BW: tl.constexpr
+    x, w, b, y, xhat, inverse, rows, width, p0, p1, eps, w_t, b_t,
+    ACT: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     t, rr = _program(rows, BR)
     row, at, in_r, in_w, inside = _at(t, rr, rows, width, BW)
@@ -57,17 +63,22 @@ def forward_kernel(
     h = d * r[:, None]
     tl.store(inverse + row, r, mask=in_r)
     tl.store(xhat + at, h, mask=inside)
-    tl.store(y + at, _row(w, t * w_t + ri, in_w, 1.0) * h + _row(b, t * b_t + ri, in_w, 0.0), mask=inside)
+    value, _, _ = activate(_row(w, t * w_t + ri, in_w, 1.0) * h + _row(b, t * b_t + ri, in_w, 0.0), p0, p1, ACT)
+    tl.store(y + at, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "w_t"])
+@triton.jit(do_not_specialize=["rows", "w_t", "b_t"])
 def backward_kernel(
-    xhat, inverse, dy, w, dx, rows, width, w_t, ADD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr
+    xhat, inverse, dy, w, b, dx, rows, width, p0, p1, w_t, b_t,
+    ACT: tl.constexpr, ADD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     t, rr = _program(rows, BR)
     row, at, in_r, in_w, inside = _at(t, rr, rows, width, BW)
-    g = _row(w, t * w_t + tl.arange(0, BW), in_w, 1.0) * tl.load(dy + at, mask=inside, other=0.0)
-    h = tl.load(xhat + at, mask=inside, other=0.0)
+    ri = tl.arange(0, BW)
+    h, d = tl.load(xhat + at, mask=inside, other=0.0), tl.load(dy + at, mask=inside, other=0.0)
+    weight, bias = _row(w, t * w_t + ri, in_w, 1.0), _row(b, t * b_t + ri, in_w, 0.0)
+    d, _ = deltas(d, 0.0, h, 0.0, weight, bias, 0.0, 0.0, p0, p1, ACT)
+    g = weight * d
     q, p = tl.sum(g, axis=1) / width, tl.sum(g * h, axis=1) / width
     r = tl.load(inverse + row, mask=in_r, other=0.0)
     u = r[:, None] * (g - q[:, None] - h * p[:, None])
@@ -76,9 +87,10 @@ def backward_kernel(
     tl.store(dx + at, u, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "w_t", "v_t"])
+@triton.jit(do_not_specialize=["rows", "w_t", "b_t", "v_t"])
 def tangent_kernel(
-    xhat, inverse, tx, w, vw, vb, ty, txhat, s, rows, width, w_t, v_t, BR: tl.constexpr, BW: tl.constexpr
+    xhat, inverse, tx, w, b, vw, vb, ty, txhat, s, rows, width, p0, p1, w_t, b_t, v_t,
+    ACT: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     t, rr = _program(rows, BR)
     row, at, in_r, in_w, inside = _at(t, rr, rows, width, BW)
@@ -93,22 +105,26 @@ def tangent_kernel(
     tl.store(s + row, slope, mask=in_r)
     tl.store(txhat + at, moved, mask=inside)
     if ty is not None:
-        y = _row(w, t * w_t + ri, in_w, 1.0) * moved + _row(vw, t * v_t + ri, in_w, 0.0) * h
-        tl.store(ty + at, y + _row(vb, t * v_t + ri, in_w, 0.0), mask=inside)
+        weight = _row(w, t * w_t + ri, in_w, 1.0)
+        z = weight * moved + _row(vw, t * v_t + ri, in_w, 0.0) * h + _row(vb, t * v_t + ri, in_w, 0.0)
+        z, _ = deltas(z, 0.0, h, 0.0, weight, _row(b, t * b_t + ri, in_w, 0.0), 0.0, 0.0, p0, p1, ACT)
+        tl.store(ty + at, z, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "w_t", "v_t"])
+@triton.jit(do_not_specialize=["rows", "w_t", "b_t", "v_t"])
 def backward_tangent_kernel(
-    xhat, inverse, txhat, s, dy, ey, w, vw, ex, rows, width, w_t, v_t,
-    ADD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
+    xhat, inverse, txhat, s, dy, ey, w, b, vw, vb, ex, rows, width, p0, p1, w_t, b_t, v_t,
+    ACT: tl.constexpr, ADD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     t, rr = _program(rows, BR)
     row, at, in_r, in_w, inside = _at(t, rr, rows, width, BW)
     ri = tl.arange(0, BW)
     d, e = tl.load(dy + at, mask=inside, other=0.0), tl.load(ey + at, mask=inside, other=0.0)
     h, th = tl.load(xhat + at, mask=inside, other=0.0), tl.load(txhat + at, mask=inside, other=0.0)
-    weight = _row(w, t * w_t + ri, in_w, 1.0)
-    g, tg = weight * d, weight * e + _row(vw, t * v_t + ri, in_w, 0.0) * d
+    weight, bias = _row(w, t * w_t + ri, in_w, 1.0), _row(b, t * b_t + ri, in_w, 0.0)
+    vweight, vbias = _row(vw, t * v_t + ri, in_w, 0.0), _row(vb, t * v_t + ri, in_w, 0.0)
+    d, e = deltas(d, e, h, th, weight, bias, vweight, vbias, p0, p1, ACT)
+    g, tg = weight * d, weight * e + vweight * d
     q, tq = tl.sum(g, axis=1) / width, tl.sum(tg, axis=1) / width
     p, tp = tl.sum(g * h, axis=1) / width, tl.sum(tg * h + g * th, axis=1) / width
     u = g - q[:, None] - h * p[:, None]
@@ -121,35 +137,52 @@ def backward_tangent_kernel(
     tl.store(ex + at, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "gw_t", "gb_t"])
+@triton.jit(do_not_specialize=["rows", "w_t", "b_t", "v_t", "gw_t", "gb_t", "theta_t", "each_w", "each_b"])
 def column_sums_kernel(
-    a, b, c, d, gw, gb, rows, width, gw_t, gb_t,
-    ADD_W: tl.constexpr, ADD_B: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
+    xhat, txhat, dy, ey, w, b, vw, vb, gw, gb, theta_w, theta_b, rates, at_w, at_b,
+    rows, width, p0, p1, w_t, b_t, v_t, gw_t, gb_t, theta_t, each_w, each_b,
+    ACT: tl.constexpr, ADD_W: tl.constexpr, ADD_B: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
+    """With ey the tangents of the sums; without x̂ only that of dy."""
     across = tl.cdiv(width, BW)
     t = (tl.program_id(0) // across).to(tl.int64)
     ri = (tl.program_id(0) % across) * BW + tl.arange(0, BW)
     in_w = ri < width
+    weight, bias = _row(w, t * w_t + ri, in_w, 1.0), _row(b, t * b_t + ri, in_w, 0.0)
+    vweight, vbias = _row(vw, t * v_t + ri, in_w, 0.0), _row(vb, t * v_t + ri, in_w, 0.0)
     w_sum, b_sum = tl.zeros((BR, BW), tl.float32), tl.zeros((BR, BW), tl.float32)
     for start in range(0, rows, BR):
         rr = start + tl.arange(0, BR)
         at = (t * rows + rr)[:, None] * width + ri[None, :]
         inside = (rr < rows)[:, None] & in_w[None, :]
-        left = tl.load(a + at, mask=inside, other=0.0)
-        b_sum += left
-        w_sum += left * tl.load(b + at, mask=inside, other=0.0)
-        if c is not None:
-            w_sum += tl.load(c + at, mask=inside, other=0.0) * tl.load(d + at, mask=inside, other=0.0)
+        d = tl.load(dy + at, mask=inside, other=0.0)
+        if xhat is None:
+            b_sum += d
+        else:
+            h = tl.load(xhat + at, mask=inside, other=0.0)
+            if ey is None:
+                d, _ = deltas(d, 0.0, h, 0.0, weight, bias, 0.0, 0.0, p0, p1, ACT)
+                w_sum += d * h
+                b_sum += d
+            else:
+                th, e = tl.load(txhat + at, mask=inside, other=0.0), tl.load(ey + at, mask=inside, other=0.0)
+                d, e = deltas(d, e, h, th, weight, bias, vweight, vbias, p0, p1, ACT)
+                w_sum += e * h + d * th
+                b_sum += e
     if gw is not None:
         total = tl.sum(w_sum, axis=0)
         if ADD_W:
             total += tl.load(gw + t * gw_t + ri, mask=in_w, other=0.0)
-        tl.store(gw + t * gw_t + ri, total, mask=in_w)
+        if theta_w is not None:
+            theta_w += t * theta_t
+        tl.store(gw + t * gw_t + ri, stepped(total, theta_w, rates, at_w, each_w, ri, in_w), mask=in_w)
     if gb is not None:
         total = tl.sum(b_sum, axis=0)
         if ADD_B:
             total += tl.load(gb + t * gb_t + ri, mask=in_w, other=0.0)
-        tl.store(gb + t * gb_t + ri, total, mask=in_w)
+        if theta_b is not None:
+            theta_b += t * theta_t
+        tl.store(gb + t * gb_t + ri, stepped(total, theta_b, rates, at_b, each_b, ri, in_w), mask=in_w)
 
 
 class LayerNorm(RowNorm):
@@ -160,31 +193,38 @@ class LayerNorm(RowNorm):
     tangent_kernel = tangent_kernel
     backward_tangent_kernel = backward_tangent_kernel
 
-    def __init__(self, launch: Launch, tasks: int, rows: int, width: int) -> None:
+    def __init__(
+        self, launch: Launch, tasks: int, rows: int, width: int, act: tuple[str, float, float] = _NO_ACTIVATION
+    ) -> None:
         bw = power_of_two(width, 16, WIDEST)
         br = power_of_two(rows, 1, max(1024 // bw, 1))
-        super().__init__(launch, tasks * blocks(rows, br), (rows, width), {"BR": br, "BW": bw})
+        warps = power_of_two(bw // 512, 4, 16)  # wide rows would spill
+        super().__init__(launch, tasks * blocks(rows, br), (rows, width), act, {"BR": br, "BW": bw, "num_warps": warps})
         self.tasks = tasks
 
     def sums(
         self,
-        a: Tensor,
-        b: Tensor,
-        more: tuple[Tensor, Tensor] | None,
-        gw: Tensor | None,
-        gb: Tensor | None,
-        add_w: bool,
-        add_b: bool,
+        xhat: Tensor | None,
+        txhat: Tensor | None,
+        dy: Tensor,
+        ey: Tensor | None,
+        weights: Weights,
+        gradients: tuple[Tensor | None, Tensor | None],
+        adds: tuple[bool, bool],
+        steps: tuple[Step | None, Step | None],
     ) -> None:
-        """gw (+)= Σ_rows a b + c d with more = (c, d);  gb (+)= Σ_rows a."""
-        rows, width = self.sizes
-        bw = power_of_two(width, 8, 32)
+        """gw, gb (+)= Σ_rows d x̂ and Σ_rows d; with ey their tangents. With steps θ − α ∘ them instead."""
+        rows, width = self.sizes[:2]
+        bw = power_of_two(int(width), 8, 32)
+        step_tensors, step_numbers = step_arguments(*steps)
         self.launch(
-            column_sums_kernel, self.tasks * blocks(width, bw), a, b, *(more or (None, None)), gw, gb, rows, width,
-            task(gw), task(gb), ADD_W=add_w, ADD_B=add_b, BR=power_of_two(rows, 8, 2048 // bw), BW=bw,
+            column_sums_kernel, self.tasks * blocks(int(width), bw), xhat, txhat, dy, ey, *weights, *gradients,
+            *step_tensors, *self.sizes, *distances(weights), *map(task, gradients), *step_numbers,
+            ACT=self.constants["ACT"], ADD_W=adds[0], ADD_B=adds[1], BR=power_of_two(int(rows), 8, 2048 // bw), BW=bw,
         )  # fmt: skip
 
 
-def sum_rows(launch: Launch, a: Tensor, out: Tensor, *, add: bool) -> None:
-    """out (+)= Σ_rows a; a (T, R, W) contiguous, out (T, W)."""
-    LayerNorm(launch, a.shape[0], a.shape[1], a.shape[2]).sums(a, a, None, None, out, add_w=False, add_b=add)
+def sum_rows(launch: Launch, a: Tensor, out: Tensor, *, add: bool, step: Step | None) -> None:
+    """out (+)= Σ_rows a, or the step with it; a (T, R, W) contiguous, out (T, W)."""
+    rows = LayerNorm(launch, a.shape[0], a.shape[1], a.shape[2])
+    rows.sums(None, None, a, None, (None,) * 4, (None, out), (False, add), (None, step))

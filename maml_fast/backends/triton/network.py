@@ -11,10 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from ...channels_last import channels_last
+from ...fusion import tiles
 from ...graph import ACTIVATIONS, Graph, Op
 from ...plan import Mode, Plan
 
-_FUSING = ("batch_norm", "running_norm")
+_PRODUCTS = ("linear", "conv")
+_POOLED = ("batch_norm", "running_norm")
+_NORMS = (*_POOLED, "layer_norm", "group_norm")
 _ALIGNED = 16  # numbers: a parameter starts at a multiple of 64 bytes, so that loads can be vectors
 
 
@@ -26,6 +29,7 @@ class Layer:
         inputs, output: buffers. weight, bias: parameters.
         shape, source: of one sample of the output and of the first input; images are channels last.
         activation: what is applied to the output, and its two parameters.
+        pool: the windows of the max-pool behind that, which is part of the layer.
         first: per input, whether this layer is the first to write that input's delta.
         wants: per input, whether its delta is wanted. moves: per input, whether it has a tangent.
         first_weight, first_bias: whether this layer is the first to write that gradient.
@@ -43,6 +47,7 @@ class Layer:
     shape: tuple[int, ...]
     source: tuple[int, ...]
     activation: tuple[str, float, float]
+    pool: tuple[int, ...] | None
     first: tuple[bool, ...]
     wants: tuple[bool, ...]
     moves: tuple[bool, ...]
@@ -102,7 +107,8 @@ class Network:
     Attributes:
         features: per buffer, the numbers a sample has. Buffer 0 is the input.
         out: the buffer that the network returns. out_moves: whether it depends on adapting parameters.
-        after, before: per linear layer, by its index, the activation whose forward functions ride on its
+        tails: per value, the operation that makes it and, before it, those that are part of the same layer.
+        after, before: per linear layer or convolution, by its index, the activation whose forward functions ride on its
             own, and the one whose backward functions do.
     """
 
@@ -112,7 +118,7 @@ class Network:
         self.flat = Flat(plan, graph.used_parameters(), filters)
         self.buffers = {0: 0}
         self.features = [graph.features(0)]
-        self.activations: dict[int, Op] = {}
+        self.tails: dict[int, list[Op]] = {}
         ops = [op for op in self._fused(graph) if not self._name(op)]
         self.out = self.buffers[graph.output]
         self.layers = self._layers(ops, plan.needs.x_s or plan.needs.x_q)
@@ -121,19 +127,20 @@ class Network:
         self.constants = list(dict.fromkeys(name for op in ops for name in op.constants))
 
     def _fused(self, graph: Graph) -> list[Op]:
-        """The operations, with activations made part of the norms before them."""
-        readers = Counter(i for op in graph.ops for i in op.inputs)
-        followers = {op.inputs[0]: op for op in graph.ops if op.kind in ACTIVATIONS}
-        fused, gone = [], set()
-        for op in graph.ops:
-            after = followers.get(op.output)
-            alone = readers[op.output] == 1 and op.output != graph.output
-            if op.kind in _FUSING and after is not None and alone:
-                self.activations[after.output] = after
-                gone.add(after.output)
-                fused.append(replace(op, output=after.output))
-            elif op.output not in gone:
-                fused.append(op)
+        """The operations, with activations and pools made part of the norms before them."""
+        readers = Counter([i for op in graph.ops for i in op.inputs] + [graph.output])
+        followers = {op.inputs[0]: op for op in graph.ops if op.inputs and readers[op.inputs[0]] == 1}
+        fused: list[Op] = []
+        gone: set[int] = set()
+        for op in (op for op in graph.ops if op.output not in gone):
+            tail = [op]
+            for kinds, fits in ((_NORMS, _activates), (_POOLED, tiles)):
+                follower = followers.get(tail[-1].output)
+                if op.kind in kinds and follower is not None and fits(follower):
+                    tail.append(follower)
+            gone.update(follower.output for follower in tail[1:])
+            self.tails[tail[-1].output] = tail
+            fused.append(replace(op, output=tail[-1].output))
         return fused
 
     def _riders(self) -> tuple[dict[int, Layer], dict[int, Layer]]:
@@ -143,19 +150,27 @@ class Network:
         for act in (layer for layer in self.layers if layer.kind in ACTIVATIONS):
             maker = writers.get(act.inputs[0])
             takers = [layer for layer in self.layers if act.output in layer.inputs]
-            if maker is not None and maker.kind == "linear" and readers[maker.output] == 1:
+            if maker is not None and self._multiplies(maker) and readers[maker.output] == 1:
                 after[maker.index] = act
             alone = readers[act.inputs[0]] == 1 == readers[act.output]
-            if alone and takers and takers[0].kind == "linear":
+            if alone and takers and takers[0].kind in _PRODUCTS:
                 before[takers[0].index] = act
         return after, before
 
+    def _multiplies(self, layer: Layer) -> bool:
+        """Whether products make the layer's output and its tangent."""
+        only_bias_moves = layer.output_moves and not layer.moves[0] and layer.weight not in self.flat.adapting_set
+        return layer.kind == "linear" or (layer.kind == "conv" and not only_bias_moves)
+
     def _activation(self, op: Op) -> tuple[str, float, float]:
-        after = op if op.kind in ACTIVATIONS else self.activations.get(op.output)
-        if after is None:
+        act = next((one for one in self.tails[op.output] if _activates(one)), None)
+        if act is None:
             return "identity", 0.0, 0.0
-        p0, p1 = (*(float(after.attributes[name]) for name in ACTIVATIONS[after.kind]), 0.0, 0.0)[:2]
-        return after.kind, p0, p1
+        p0, p1 = (*(float(act.attributes[name]) for name in ACTIVATIONS[act.kind]), 0.0, 0.0)[:2]
+        return act.kind, p0, p1
+
+    def _pool(self, op: Op) -> tuple[int, ...] | None:
+        return next((one.attributes["kernel"] for one in self.tails[op.output][1:] if tiles(one)), None)
 
     def _name(self, op: Op) -> bool:
         """Give the output its buffer; whether that is the input's."""
@@ -199,6 +214,7 @@ class Network:
                     shape=self.graph.shapes[op.output],
                     source=self.graph.shapes[op.inputs[0]],
                     activation=self._activation(op),
+                    pool=self._pool(op),
                     first=tuple(first("delta", i) for i in sources),
                     wants=tuple(wants[i] for i in sources),
                     moves=tuple(moves[i] for i in sources),
@@ -209,3 +225,7 @@ class Network:
                 )
             )
         return layers[::-1]
+
+
+def _activates(op: Op) -> bool:
+    return op.kind in ACTIVATIONS

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .launch import Launch
 from .network import Layer, Network
+from .vectors import Step
 
 if TYPE_CHECKING:
     from .workspace import Workspace
@@ -21,7 +22,8 @@ class Pass:
 
     An accessor returns None where the plan has no such array. y, dy, ty and ey are the output's value,
     delta, tangent and delta's tangent; x, dx, tx and ex input j's; vw and vb the direction of
-    a Hessian-vector product; gw and gb where the parameters' gradients (or their tangents) go.
+    a Hessian-vector product; gw and gb where the parameters' gradients (or their tangents) go, or the steps
+    that are taken with them.
     """
 
     launch: Launch
@@ -37,6 +39,7 @@ class Pass:
     weights: Callable[[int], Tensor | None]
     direction: Callable[[int], Tensor | None]
     gradients: Callable[[int], Tensor | None]
+    taken: Callable[[int], Step | None]
     layer: Layer
 
     def of(self, layer: Layer) -> Pass:
@@ -63,11 +66,11 @@ class Pass:
         return None if found is None else self.of(found)
 
     def rides_forward(self) -> bool:
-        """Whether a linear layer does this activation's forward and tangent."""
+        """Whether the layer below does this activation's forward and tangent."""
         return any(act.index == self.layer.index for act in self.network.after.values())
 
     def rides_backward(self) -> bool:
-        """Whether a linear layer does this activation's backward and its tangent."""
+        """Whether the layer above does this activation's backward and its tangent."""
         return any(act.index == self.layer.index for act in self.network.before.values())
 
     def bend(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -76,16 +79,6 @@ class Pass:
         if curvature is None or not self.layer.moves[0]:
             return None
         return curvature, self._sure("tangent", self.layer.inputs[0]), self.dy()
-
-    def dx_through(self) -> Tensor | None:
-        """δ of input 0, or of what the activation before this layer reads."""
-        before = self.before()
-        return self.dx(0) if before is None else before.dx(0)
-
-    def ex_through(self) -> Tensor | None:
-        """The same of δ̇."""
-        before = self.before()
-        return self.ex(0) if before is None else before.ex(0)
 
     def features(self, j: int) -> int:
         return self.network.features[self.layer.inputs[j]]
@@ -165,3 +158,8 @@ class Pass:
 
     def gb(self) -> Tensor | None:
         return None if self.layer.bias is None else self.gradients(self.layer.bias)
+
+    def steps(self) -> tuple[Step | None, Step | None]:
+        """What to do with gw and gb before they are stored."""
+        w, b = self.layer.weight, self.layer.bias
+        return None if w is None else self.taken(w), None if b is None else self.taken(b)

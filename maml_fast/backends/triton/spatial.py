@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from . import conv
-from .conv import Conv, Window
+from . import conv, riders
+from .conv import Conv, Window, plane
 from .elementwise import spread_rows
 from .kinds import Kind, LinearMap, Sizes
 from .layer_norm import sum_rows
@@ -18,31 +18,35 @@ from .pool import Pool
 
 
 class Convolution(Kind):
-    """See `conv.py`."""
+    """See `conv.py`; for the activations next to it `riders.py`."""
 
     def forward(self, p: Pass) -> None:
-        self._kernels(p).forward(p.x(0), p.sure_w(), p.y(), p.b())
+        y, epilogue = riders.forward(p)
+        self._kernels(p).forward(p.x(0), p.sure_w(), y, p.b(), None, epilogue)
 
     def backward(self, p: Pass) -> None:
-        if (dx := p.dx(0)) is not None:
-            self._kernels(p).input_gradient(p.dy(), p.sure_w(), dx, add=not p.layer.first[0])
+        dx, add, epilogue = riders.backward(p)
+        if dx is not None:
+            self._kernels(p).input_gradient(p.dy(), p.sure_w(), dx, None, add, epilogue)
         self._gradients(p, p.dy(), None)
 
     def tangent(self, p: Pass) -> None:
         tx, vw, vb = p.tx(0), p.vw(), p.vb()
+        ty, epilogue = riders.tangent(p)
         if tx is not None:
             pair = None if vw is None else (p.x(0), vw)
-            self._kernels(p).forward(tx, p.sure_w(), p.ty(), vb, pair)
+            self._kernels(p).forward(tx, p.sure_w(), ty, vb, pair, epilogue)
         elif vw is not None:
-            self._kernels(p).forward(p.x(0), vw, p.ty(), vb)
+            self._kernels(p).forward(p.x(0), vw, ty, vb, None, epilogue)
         else:
-            spread_rows(p.launch, self._rows(p, p.ty()), vb)
+            spread_rows(p.launch, self._rows(p, ty), vb)
 
     def backward_tangent(self, p: Pass) -> None:
         vw, tx = p.vw(), p.tx(0)
-        if (ex := p.ex(0)) is not None:
+        ex, add, epilogue = riders.backward_tangent(p)
+        if ex is not None:
             pair = None if vw is None else (p.dy(), vw)
-            self._kernels(p).input_gradient(p.ey(), p.sure_w(), ex, not p.layer.first[0], pair)
+            self._kernels(p).input_gradient(p.ey(), p.sure_w(), ex, pair, add, epilogue)
         self._gradients(p, p.ey(), None if tx is None else (p.dy(), tx))
 
     def scratch(self, layer: Layer, samples: int) -> int:
@@ -54,9 +58,9 @@ class Convolution(Kind):
         gw, gb, layer = p.gw(), p.gb(), p.layer
         if gw is not None:
             adds = (not layer.first_weight, not layer.first_bias)
-            self._kernels(p).weight_gradient(dy, p.x(0), gw, gb, adds, pair)
+            self._kernels(p).weight_gradient(dy, p.x(0), gw, gb, adds, pair, p.steps())
         elif gb is not None:
-            sum_rows(p.launch, self._rows(p, dy), gb, add=not layer.first_bias)
+            sum_rows(p.launch, self._rows(p, dy), gb, add=not layer.first_bias, step=p.steps()[1])
 
     @staticmethod
     def _rows(p: Pass, y: Tensor) -> Tensor:
@@ -136,7 +140,7 @@ class SpatialMean(_Windows):
     """The mean over all positions: one window."""
 
     def pool(self, p: Pass) -> Pool:
-        space = _two(p.layer.source[:-1], 1)
+        space = plane(p.layer.source[:-1], 1)
         window = Window(space, (1, 1), space, (1, 1), (0, 0), (1, 1))
         return Pool(p.launch, window, p.layer.shape[-1], 1.0 / window.taps)
 
@@ -151,9 +155,9 @@ class Upsample(_Windows):
         self.pool(p).gather(dy, dx, add)
 
     def pool(self, p: Pass) -> Pool:
-        scale = _two(p.layer.attributes["scale"], 1)
+        scale = plane(p.layer.attributes["scale"], 1)
         window = Window(
-            _two(p.layer.shape[:-1], 1), _two(p.layer.source[:-1], 1), scale, scale, (0, 0), (1, 1)
+            plane(p.layer.shape[:-1], 1), plane(p.layer.source[:-1], 1), scale, scale, (0, 0), (1, 1)
         )  # fmt: skip
         return Pool(p.launch, window, p.layer.shape[-1])
 
@@ -161,16 +165,10 @@ class Upsample(_Windows):
 def _window(layer: Layer) -> Window:
     attributes = layer.attributes
     return Window(
-        _two(layer.source[:-1], 1),
-        _two(layer.shape[:-1], 1),
-        _two(attributes["kernel"], 1),
-        _two(attributes["stride"], 1),
-        _two(attributes["padding"], 0),
-        _two(attributes.get("dilation", ()), 1),
+        plane(layer.source[:-1], 1),
+        plane(layer.shape[:-1], 1),
+        plane(attributes["kernel"], 1),
+        plane(attributes["stride"], 1),
+        plane(attributes["padding"], 0),
+        plane(attributes.get("dilation", ()), 1),
     )
-
-
-def _two(numbers: tuple[int, ...], missing: int) -> tuple[int, int]:
-    """One number for each of two dimensions."""
-    first, second = (*(missing,) * (2 - len(numbers)), *numbers)
-    return first, second

@@ -5,6 +5,8 @@ Index legend: t task, i element of the flat vector. α_i stands at rates[rate_at
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,14 +17,25 @@ _BLOCK = 1024
 _SEGMENT = 1024  # numbers that one program of the first summation adds up
 
 
+@triton.jit
+def stepped(g, theta, rates, rate_at, each, at, inside):
+    """θ − α g, α = 1 without rates; g itself without θ."""
+    if theta is not None:
+        if rates is not None:
+            g *= tl.load(rates + tl.load(rate_at + at * each, mask=inside, other=0), mask=inside, other=0.0)
+        g = tl.load(theta + at, mask=inside, other=0.0) - g
+    return g
+
+
 @triton.jit(do_not_specialize=["size"])
 def step_kernel(theta, vector, rates, rate_at, out, size, theta_t, vector_t, out_t, BLOCK: tl.constexpr):
     across = tl.cdiv(size, BLOCK)
     t = (tl.program_id(0) // across).to(tl.int64)
     i = (tl.program_id(0) % across) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
-    rate = tl.load(rates + tl.load(rate_at + i, mask=inside, other=0), mask=inside, other=0.0)
-    y = rate * tl.load(vector + t * vector_t + i, mask=inside, other=0.0)
+    y = tl.load(vector + t * vector_t + i, mask=inside, other=0.0)
+    if rates is not None:
+        y *= tl.load(rates + tl.load(rate_at + i, mask=inside, other=0), mask=inside, other=0.0)
     if theta is not None:
         y = tl.load(theta + t * theta_t + i, mask=inside, other=0.0) - y
     tl.store(out + t * out_t + i, y, mask=inside)
@@ -56,8 +69,11 @@ def sum_segments_kernel(a, begins, ends, out, BLOCK: tl.constexpr):
     tl.store(out + s, tl.sum(total, axis=0))
 
 
-@triton.jit(do_not_specialize=["splits", "size"])
-def sum_splits_kernel(a, out, splits, size, out_t, ADD: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr):
+@triton.jit(do_not_specialize=["splits", "size", "each"])
+def sum_splits_kernel(
+    a, out, theta, rates, rate_at, splits, size, out_t, theta_t, each,
+    ADD: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
     across = tl.cdiv(size, BI)
     t = (tl.program_id(0) // across).to(tl.int64)
     i = (tl.program_id(0) % across) * BI + tl.arange(0, BI)
@@ -69,11 +85,42 @@ def sum_splits_kernel(a, out, splits, size, out_t, ADD: tl.constexpr, BM: tl.con
     y = tl.sum(total, axis=0)
     if ADD:
         y += tl.load(out + t * out_t + i, mask=i < size, other=0.0)
-    tl.store(out + t * out_t + i, y, mask=i < size)
+    if theta is not None:
+        theta += t * theta_t
+    tl.store(out + t * out_t + i, stepped(y, theta, rates, rate_at, each, i, i < size), mask=i < size)
 
 
-def step(launch: Launch, out: Tensor, theta: Tensor | None, vector: Tensor, rates: Tensor, rate_at: Tensor) -> None:
-    """out ← theta − α ∘ vector, or α ∘ vector without theta; (T, A) with contiguous rows, rate_at (A,) int32."""
+@dataclass(frozen=True)
+class Step:
+    """θ − α g, for a kernel that makes a parameter's gradient g to store instead of it.
+
+    Attributes:
+        theta: (T, size). rates: all of them; None for α = 1.
+        rate_at: (size,) int32, where α stands. each: whether every number has its own, not all the first's.
+    """
+
+    theta: Tensor
+    rates: Tensor | None
+    rate_at: Tensor | None
+    each: bool
+
+
+def step_arguments(w: Step | None, b: Step | None) -> tuple[tuple[object, ...], tuple[int, ...]]:
+    """A weight's and a bias's θ, the rates, both `rate_at`; the distance between tasks of θ, and both `each`."""
+    some, both = w or b, (w, b)
+    if some is None:
+        return (None,) * 5, (0,) * 3
+    theta, at, each = ([getattr(one, name, None) for one in both] for name in ("theta", "rate_at", "each"))
+    return (*theta, some.rates, *at), (some.theta.stride(0), *(int(bool(e)) for e in each))
+
+
+def step(
+    launch: Launch, out: Tensor, theta: Tensor | None, vector: Tensor, rates: Tensor | None, rate_at: Tensor | None
+) -> None:
+    """out ← theta − α ∘ vector, α = 1 without rates, theta = 0 without it; (T, A) with contiguous rows.
+
+    rate_at is (A,) int32.
+    """
     tasks, size = out.shape
     theta_t = 0 if theta is None else theta.stride(0)
     launch(
@@ -94,11 +141,14 @@ def sum_segments(launch: Launch, out: Tensor, a: Tensor, begins: Tensor, ends: T
     launch(sum_segments_kernel, begins.numel(), a, begins, ends, out, BLOCK=_SEGMENT)
 
 
-def sum_splits(launch: Launch, out: Tensor, a: Tensor, *, add: bool) -> None:
-    """out[t] (+)= Σ_s a[t, s], always in one order; a (T, S, I) contiguous, out (T, I)."""
+def sum_splits(launch: Launch, out: Tensor, a: Tensor, *, add: bool, step: Step | None = None) -> None:
+    """out[t] (+)= Σ_s a[t, s], always in one order, or the step with it; a (T, S, I) contiguous, out (T, I)."""
     tasks, splits, size = a.shape
-    programs = tasks * blocks(size, 128)
-    launch(sum_splits_kernel, programs, a, out, splits, size, out.stride(0), ADD=add, BM=8, BI=128)
+    (theta, _, rates, rate_at, _), (theta_t, each, _) = step_arguments(step, None)
+    launch(
+        sum_splits_kernel, tasks * blocks(size, 128), a, out, theta, rates, rate_at,
+        splits, size, out.stride(0), theta_t, each, ADD=add, BM=8, BI=128,
+    )  # fmt: skip
 
 
 def segments(pieces: list[list[tuple[int, int]]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -11,6 +11,7 @@ from ...program import Backward, Hvp, Program
 from .activation import PIECEWISE_LINEAR
 from .layers import KINDS
 from .network import Layer, Network
+from .steps import unneeded
 
 Key = tuple[str | int, ...]
 
@@ -32,7 +33,7 @@ class Workspace:
         differentiated = {i.tape for i in program.instructions if isinstance(i, Backward)}
         curved = {i.tape for i in program.instructions if isinstance(i, Hvp)}
         row = -(-network.flat.active // _ALIGNED) * _ALIGNED
-        for slot in range(1, program.slots):
+        for slot in set(range(1, program.slots)) - unneeded(network, program):
             self.sizes["slot", slot] = row
         for tape, batch in enumerate(program.tapes):
             self._tape(tape, samples[batch], tape in differentiated, tape in curved)
