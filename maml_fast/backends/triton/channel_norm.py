@@ -21,8 +21,9 @@ from torch import Tensor
 
 from .activation import activate
 from .launch import Launch, blocks, power_of_two, task
+from .optional import given, of_task
 
-_SPAN = 1024  # rows a program
+SPAN = 1024  # rows a program
 _MOST_SPANS = 128  # whose sums every program of the second kernel reads
 
 
@@ -43,17 +44,17 @@ def _at(start, end, rc, c, BM: tl.constexpr):
 
 
 @triton.jit
-def _vector(p, at, inside, default: tl.constexpr):
+def _vector(p, at, inside, default: tl.constexpr, DYNAMIC: tl.constexpr):
     """p[at], or `default` where there is no p."""
-    if p is None:
-        return tl.where(inside, default, 0.0)
-    else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
-        return tl.load(p + at, mask=inside, other=0.0)
+    found = tl.where(inside, default, 0.0)
+    if given(p, DYNAMIC):
+        found = tl.load(p + at, mask=inside, other=0.0)
+    return found
 
 
 @triton.jit
-def _accumulate(p, at, inside, value, ADD: tl.constexpr):
-    if p is not None:
+def _accumulate(p, at, inside, value, ADD, DYNAMIC: tl.constexpr):
+    if given(p, DYNAMIC):
         if ADD:
             value += tl.load(p + at, mask=inside, other=0.0)
         tl.store(p + at, value, mask=inside)
@@ -116,40 +117,54 @@ def moments_kernel(x, part, c, m, span, spans, BM: tl.constexpr, BC: tl.constexp
     tl.store(to + c, square, mask=in_c)
 
 
+@triton.jit
+def forward_span(
+    x, part, given_mean, given_variance, w, b, y, mean, inverse,
+    j, rc, first, c, m, span, spans, eps, p0, p1,
+    ACT: tl.constexpr, BATCH, DYNAMIC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Span j and channels rc of one task, the first span with its statistics."""
+    in_c = rc < c
+    if BATCH:
+        if part is None:
+            mu, square = _moments(x, 0, m, rc, c, BM, BC)
+        else:
+            mu, square = _joined_moments(part, rc, c, m, span, spans, BM, BC)
+        r = 1.0 / tl.sqrt(square / m + eps)
+    else:
+        mu = tl.load(given_mean + rc, mask=in_c, other=0.0)
+        r = 1.0 / tl.sqrt(tl.load(given_variance + rc, mask=in_c, other=1.0) + eps)
+    tl.store(mean + rc, mu, mask=first)
+    tl.store(inverse + rc, r, mask=first)
+    weight, bias = _vector(w, rc, in_c, 1.0, DYNAMIC), _vector(b, rc, in_c, 0.0, DYNAMIC)
+    end = tl.minimum(j * span + span, m)
+    for start in range(j * span, end, BM):
+        at, inside = _at(start, end, rc, c, BM)
+        h = (tl.load(x + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
+        value, _, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT, False)
+        tl.store(y + at, value, mask=inside)
+
+
 @triton.jit(do_not_specialize=["m", "span", "spans", "w_t", "b_t"])
 def forward_kernel(
     x, part, given_mean, given_variance, w, b, y, mean, inverse,
     c, m, span, spans, eps, p0, p1, w_t, b_t,
     ACT: tl.constexpr, BATCH: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    t, j, rc, in_c, first = _program(c, spans, BC)
+    t, j, rc, _, first = _program(c, spans, BC)
     base = t * c * m
-    if BATCH:
-        if part is None:
-            mu, square = _moments(x + base, 0, m, rc, c, BM, BC)
-        else:
-            mu, square = _joined_moments(part + t * spans * 2 * c, rc, c, m, span, spans, BM, BC)
-        r = 1.0 / tl.sqrt(square / m + eps)
-    else:
-        mu = tl.load(given_mean + rc, mask=in_c, other=0.0)
-        r = 1.0 / tl.sqrt(tl.load(given_variance + rc, mask=in_c, other=1.0) + eps)
-    tl.store(mean + t * c + rc, mu, mask=first)
-    tl.store(inverse + t * c + rc, r, mask=first)
-    weight = _vector(w, t * w_t + rc, in_c, 1.0)
-    bias = _vector(b, t * b_t + rc, in_c, 0.0)
-    end = tl.minimum(j * span + span, m)
-    for start in range(j * span, end, BM):
-        at, inside = _at(start, end, rc, c, BM)
-        h = (tl.load(x + base + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
-        value, _, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT)
-        tl.store(y + base + at, value, mask=inside)
+    forward_span(
+        x + base, of_task(part, t, spans * 2 * c), given_mean, given_variance, of_task(w, t, w_t), of_task(b, t, b_t),
+        y + base, mean + t * c, inverse + t * c, j, rc, first, c, m, span, spans, eps, p0, p1,
+        ACT, BATCH, False, BM, BC,
+    )  # fmt: skip
 
 
 @triton.jit
 def _delta(x, dy, at, inside, mu, r, weight, bias, p0, p1, ACT: tl.constexpr):
     """x̂ and d."""
     h = (tl.load(x + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
-    _, slope, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT)
+    _, slope, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT, False)
     return h, slope * tl.load(dy + at, mask=inside, other=0.0)
 
 
@@ -177,12 +192,39 @@ def backward_sums_kernel(
     base = t * c * m
     mu = tl.load(mean + t * c + rc, mask=in_c, other=0.0)
     r = tl.load(inverse + t * c + rc, mask=in_c, other=0.0)
-    weight, bias = _vector(w, t * w_t + rc, in_c, 1.0), _vector(b, t * b_t + rc, in_c, 0.0)
+    weight, bias = _vector(w, t * w_t + rc, in_c, 1.0, False), _vector(b, t * b_t + rc, in_c, 0.0, False)
     end = tl.minimum(j * span + span, m)
     p, q = _delta_sums(x + base, dy + base, j * span, end, rc, c, mu, r, weight, bias, p0, p1, ACT, BM, BC)
     to = part + (t * spans + j) * 2 * c + rc
     tl.store(to, p, mask=in_c)
     tl.store(to + c, q, mask=in_c)
+
+
+@triton.jit
+def backward_span(
+    x, mean, inverse, dy, w, b, part, dx, gw, gb,
+    j, rc, first, c, m, span, spans, p0, p1,
+    ACT: tl.constexpr, BATCH, ADD, ADD_W, ADD_B, DYNAMIC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Span j and channels rc of one task, the first span with the weights' gradients."""
+    in_c = rc < c
+    mu = tl.load(mean + rc, mask=in_c, other=0.0)
+    r = tl.load(inverse + rc, mask=in_c, other=0.0)
+    weight, bias = _vector(w, rc, in_c, 1.0, DYNAMIC), _vector(b, rc, in_c, 0.0, DYNAMIC)
+    if part is None:
+        p, q = _delta_sums(x, dy, 0, m, rc, c, mu, r, weight, bias, p0, p1, ACT, BM, BC)
+    else:
+        p, q = _joined(part, 0, 2, rc, c, spans, BM, BC), _joined(part, 1, 2, rc, c, spans, BM, BC)
+    _accumulate(gw, rc, first, p, ADD_W, DYNAMIC)
+    _accumulate(gb, rc, first, q, ADD_B, DYNAMIC)
+    if given(dx, DYNAMIC):
+        end = tl.minimum(j * span + span, m)
+        for start in range(j * span, end, BM):
+            at, inside = _at(start, end, rc, c, BM)
+            h, u = _delta(x, dy, at, inside, mu, r, weight, bias, p0, p1, ACT)
+            if BATCH:
+                u -= (q[None, :] + h * p[None, :]) / m
+            _accumulate(dx, at, inside, (weight * r)[None, :] * u, ADD, DYNAMIC)
 
 
 @triton.jit(do_not_specialize=["m", "span", "spans", "w_t", "b_t", "gw_t", "gb_t"])
@@ -192,26 +234,13 @@ def backward_kernel(
     ACT: tl.constexpr, BATCH: tl.constexpr, ADD: tl.constexpr, ADD_W: tl.constexpr, ADD_B: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    t, j, rc, in_c, first = _program(c, spans, BC)
+    t, j, rc, _, first = _program(c, spans, BC)
     base = t * c * m
-    mu = tl.load(mean + t * c + rc, mask=in_c, other=0.0)
-    r = tl.load(inverse + t * c + rc, mask=in_c, other=0.0)
-    weight, bias = _vector(w, t * w_t + rc, in_c, 1.0), _vector(b, t * b_t + rc, in_c, 0.0)
-    if part is None:
-        p, q = _delta_sums(x + base, dy + base, 0, m, rc, c, mu, r, weight, bias, p0, p1, ACT, BM, BC)
-    else:
-        mine = part + t * spans * 2 * c
-        p, q = _joined(mine, 0, 2, rc, c, spans, BM, BC), _joined(mine, 1, 2, rc, c, spans, BM, BC)
-    _accumulate(gw, t * gw_t + rc, first, p, ADD_W)
-    _accumulate(gb, t * gb_t + rc, first, q, ADD_B)
-    if dx is not None:
-        end = tl.minimum(j * span + span, m)
-        for start in range(j * span, end, BM):
-            at, inside = _at(start, end, rc, c, BM)
-            h, u = _delta(x + base, dy + base, at, inside, mu, r, weight, bias, p0, p1, ACT)
-            if BATCH:
-                u -= (q[None, :] + h * p[None, :]) / m
-            _accumulate(dx, base + at, inside, (weight * r)[None, :] * u, ADD)
+    backward_span(
+        x + base, mean + t * c, inverse + t * c, dy + base, of_task(w, t, w_t), of_task(b, t, b_t),
+        of_task(part, t, spans * 2 * c), of_task(dx, base, 1), of_task(gw, t, gw_t), of_task(gb, t, gb_t),
+        j, rc, first, c, m, span, spans, p0, p1, ACT, BATCH, ADD, ADD_W, ADD_B, False, BM, BC,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -240,12 +269,44 @@ def tangent_sums_kernel(x, mean, inverse, tx, part, c, m, span, spans, BM: tl.co
 
 
 @triton.jit
-def _moved(tx, h, at, inside, r, tmean, slope):
+def _moved(tx, h, at, inside, r, tmean, slope, DYNAMIC: tl.constexpr):
     """x̂˙."""
-    if tx is None:
-        return tl.zeros_like(h)
-    else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
-        return r[None, :] * (tl.load(tx + at, mask=inside, other=0.0) - tmean[None, :] - h * slope[None, :])
+    found = tl.zeros_like(h)
+    if given(tx, DYNAMIC):
+        found = r[None, :] * (tl.load(tx + at, mask=inside, other=0.0) - tmean[None, :] - h * slope[None, :])
+    return found
+
+
+@triton.jit
+def tangent_span(
+    x, mean, inverse, tx, w, b, vw, vb, part, ty, tmean, s,
+    j, rc, first, c, m, span, spans, p0, p1,
+    ACT: tl.constexpr, BATCH, DYNAMIC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Span j and channels rc of one task, the first span with the statistics' tangents."""
+    in_c = rc < c
+    mu = tl.load(mean + rc, mask=in_c, other=0.0)
+    r = tl.load(inverse + rc, mask=in_c, other=0.0)
+    mu_moved, slope = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+    if given(tx, DYNAMIC):
+        if BATCH:
+            if part is None:
+                mu_moved, slope = _tangent_sums(x, tx, 0, m, rc, c, mu, r, BM, BC)
+            else:
+                mu_moved, slope = _joined(part, 0, 2, rc, c, spans, BM, BC), _joined(part, 1, 2, rc, c, spans, BM, BC)
+            mu_moved, slope = mu_moved / m, slope / m
+        tl.store(tmean + rc, mu_moved, mask=first)
+        tl.store(s + rc, slope, mask=first)
+    weight, bias = _vector(w, rc, in_c, 1.0, DYNAMIC), _vector(b, rc, in_c, 0.0, DYNAMIC)
+    weight_moved, bias_moved = _vector(vw, rc, in_c, 0.0, DYNAMIC), _vector(vb, rc, in_c, 0.0, DYNAMIC)
+    end = tl.minimum(j * span + span, m)
+    for start in range(j * span, end, BM):
+        at, inside = _at(start, end, rc, c, BM)
+        h = (tl.load(x + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
+        moved = _moved(tx, h, at, inside, r, mu_moved, slope, DYNAMIC)
+        z = weight[None, :] * moved + weight_moved[None, :] * h + bias_moved[None, :]
+        _, gain, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT, False)
+        tl.store(ty + at, gain * z, mask=inside)
 
 
 @triton.jit(do_not_specialize=["m", "span", "spans", "w_t", "b_t", "v_t"])
@@ -254,43 +315,24 @@ def tangent_kernel(
     c, m, span, spans, p0, p1, w_t, b_t, v_t,
     ACT: tl.constexpr, BATCH: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    t, j, rc, in_c, first = _program(c, spans, BC)
+    t, j, rc, _, first = _program(c, spans, BC)
     base = t * c * m
-    mu = tl.load(mean + t * c + rc, mask=in_c, other=0.0)
-    r = tl.load(inverse + t * c + rc, mask=in_c, other=0.0)
-    mu_moved, slope = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
-    if tx is not None:
-        tx += base
-    if BATCH and tx is not None:
-        if part is None:
-            mu_moved, slope = _tangent_sums(x + base, tx, 0, m, rc, c, mu, r, BM, BC)
-        else:
-            mine = part + t * spans * 2 * c
-            mu_moved, slope = _joined(mine, 0, 2, rc, c, spans, BM, BC), _joined(mine, 1, 2, rc, c, spans, BM, BC)
-        mu_moved, slope = mu_moved / m, slope / m
-    if tx is not None:
-        tl.store(tmean + t * c + rc, mu_moved, mask=first)
-        tl.store(s + t * c + rc, slope, mask=first)
-    weight, bias = _vector(w, t * w_t + rc, in_c, 1.0), _vector(b, t * b_t + rc, in_c, 0.0)
-    weight_moved, bias_moved = _vector(vw, t * v_t + rc, in_c, 0.0), _vector(vb, t * v_t + rc, in_c, 0.0)
-    end = tl.minimum(j * span + span, m)
-    for start in range(j * span, end, BM):
-        at, inside = _at(start, end, rc, c, BM)
-        h = (tl.load(x + base + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
-        moved = _moved(tx, h, at, inside, r, mu_moved, slope)
-        z = weight[None, :] * moved + weight_moved[None, :] * h + bias_moved[None, :]
-        _, gain, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT)
-        tl.store(ty + base + at, gain * z, mask=inside)
+    tangent_span(
+        x + base, mean + t * c, inverse + t * c, of_task(tx, base, 1), of_task(w, t, w_t), of_task(b, t, b_t),
+        of_task(vw, t, v_t), of_task(vb, t, v_t), of_task(part, t, spans * 2 * c), ty + base, tmean + t * c, s + t * c,
+        j, rc, first, c, m, span, spans, p0, p1, ACT, BATCH, False, BM, BC,
+    )  # fmt: skip
 
 
 @triton.jit
 def _both_deltas(
-    x, tx, dy, ey, at, inside, mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1, ACT: tl.constexpr
+    x, tx, dy, ey, at, inside, mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1,
+    ACT: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """x̂, x̂˙, d and d˙."""
     h = (tl.load(x + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
-    th = _moved(tx, h, at, inside, r, tmean, s)
-    _, gain, curvature = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT)
+    th = _moved(tx, h, at, inside, r, tmean, s, DYNAMIC)
+    _, gain, curvature = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT, False)
     tz = weight[None, :] * th + vweight[None, :] * h + vbias[None, :]
     d = tl.load(dy + at, mask=inside, other=0.0)
     e = gain * tl.load(ey + at, mask=inside, other=0.0) + curvature * tz * d
@@ -300,7 +342,7 @@ def _both_deltas(
 @triton.jit
 def _both_sums(
     x, tx, dy, ey, begin, end, rc, c, mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1,
-    ACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    ACT: tl.constexpr, DYNAMIC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Σ d x̂, Σ d and their tangents."""
     p_sum, q_sum = tl.zeros((BM, BC), tl.float32), tl.zeros((BM, BC), tl.float32)
@@ -308,13 +350,66 @@ def _both_sums(
     for start in range(begin, end, BM):
         at, inside = _at(start, end, rc, c, BM)
         h, th, d, e = _both_deltas(
-            x, tx, dy, ey, at, inside, mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1, ACT
+            x, tx, dy, ey, at, inside, mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1, ACT, DYNAMIC
         )
         p_sum += d * h
         q_sum += d
         tp_sum += e * h + d * th
         tq_sum += e
     return tl.sum(p_sum, axis=0), tl.sum(q_sum, axis=0), tl.sum(tp_sum, axis=0), tl.sum(tq_sum, axis=0)
+
+
+@triton.jit
+def backward_tangent_span(
+    x, mean, inverse, tx, tmean, s, dy, ey, w, b, vw, vb, part, ex, hw, hb,
+    j, rc, first, c, m, span, spans, p0, p1,
+    ACT: tl.constexpr, BATCH, SUMS: tl.constexpr, ADD, ADD_W, ADD_B,
+    DYNAMIC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Span j and channels rc of one task; with SUMS only the span's sums, into `part`."""
+    in_c = rc < c
+    mu = tl.load(mean + rc, mask=in_c, other=0.0)
+    r = tl.load(inverse + rc, mask=in_c, other=0.0)
+    tmu, slope = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+    if given(tx, DYNAMIC):
+        tmu = tl.load(tmean + rc, mask=in_c, other=0.0)
+        slope = tl.load(s + rc, mask=in_c, other=0.0)
+    weight, bias = _vector(w, rc, in_c, 1.0, DYNAMIC), _vector(b, rc, in_c, 0.0, DYNAMIC)
+    vweight, vbias = _vector(vw, rc, in_c, 0.0, DYNAMIC), _vector(vb, rc, in_c, 0.0, DYNAMIC)
+    begin, end = j * span, tl.minimum(j * span + span, m)
+    if SUMS:
+        p, q, tp, tq = _both_sums(
+            x, tx, dy, ey, begin, end, rc, c, mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1,
+            ACT, DYNAMIC, BM, BC,
+        )  # fmt: skip
+        to = part + j * 4 * c + rc
+        tl.store(to, p, mask=in_c)
+        tl.store(to + c, q, mask=in_c)
+        tl.store(to + 2 * c, tp, mask=in_c)
+        tl.store(to + 3 * c, tq, mask=in_c)
+    else:
+        if part is None:
+            p, q, tp, tq = _both_sums(
+                x, tx, dy, ey, 0, m, rc, c, mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1,
+                ACT, DYNAMIC, BM, BC,
+            )  # fmt: skip
+        else:
+            p, q = _joined(part, 0, 4, rc, c, spans, BM, BC), _joined(part, 1, 4, rc, c, spans, BM, BC)
+            tp, tq = _joined(part, 2, 4, rc, c, spans, BM, BC), _joined(part, 3, 4, rc, c, spans, BM, BC)
+        _accumulate(hw, rc, first, tp, ADD_W, DYNAMIC)
+        _accumulate(hb, rc, first, tq, ADD_B, DYNAMIC)
+        if given(ex, DYNAMIC):
+            for start in range(begin, end, BM):
+                at, inside = _at(start, end, rc, c, BM)
+                h, th, u, tu = _both_deltas(
+                    x, tx, dy, ey, at, inside, mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1, ACT, DYNAMIC
+                )
+                if BATCH:
+                    u -= (q[None, :] + h * p[None, :]) / m
+                    tu -= (tq[None, :] + th * p[None, :] + h * tp[None, :]) / m
+                turned = tu - u * (slope * r)[None, :]
+                value = r[None, :] * (weight[None, :] * turned + vweight[None, :] * u)
+                _accumulate(ex, at, inside, value, ADD, DYNAMIC)
 
 
 @triton.jit(do_not_specialize=["m", "span", "spans", "w_t", "b_t", "v_t", "hw_t", "hb_t"])
@@ -324,54 +419,14 @@ def backward_tangent_kernel(
     ACT: tl.constexpr, BATCH: tl.constexpr, SUMS: tl.constexpr,
     ADD: tl.constexpr, ADD_W: tl.constexpr, ADD_B: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """With SUMS only a span's sums, into `part`."""
-    t, j, rc, in_c, first = _program(c, spans, BC)
+    t, j, rc, _, first = _program(c, spans, BC)
     base = t * c * m
-    mu = tl.load(mean + t * c + rc, mask=in_c, other=0.0)
-    r = tl.load(inverse + t * c + rc, mask=in_c, other=0.0)
-    tmu, slope = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
-    if tx is not None:
-        tx += base
-        tmu = tl.load(tmean + t * c + rc, mask=in_c, other=0.0)
-        slope = tl.load(s + t * c + rc, mask=in_c, other=0.0)
-    weight, bias = _vector(w, t * w_t + rc, in_c, 1.0), _vector(b, t * b_t + rc, in_c, 0.0)
-    vweight, vbias = _vector(vw, t * v_t + rc, in_c, 0.0), _vector(vb, t * v_t + rc, in_c, 0.0)
-    x += base
-    dy += base
-    ey += base
-    begin, end = j * span, tl.minimum(j * span + span, m)
-    if SUMS:
-        p, q, tp, tq = _both_sums(
-            x, tx, dy, ey, begin, end, rc, c, mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1, ACT, BM, BC
-        )
-        to = part + (t * spans + j) * 4 * c + rc
-        tl.store(to, p, mask=in_c)
-        tl.store(to + c, q, mask=in_c)
-        tl.store(to + 2 * c, tp, mask=in_c)
-        tl.store(to + 3 * c, tq, mask=in_c)
-    else:
-        if part is None:
-            p, q, tp, tq = _both_sums(
-                x, tx, dy, ey, 0, m, rc, c, mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1, ACT, BM, BC
-            )
-        else:
-            mine = part + t * spans * 4 * c
-            p, q = _joined(mine, 0, 4, rc, c, spans, BM, BC), _joined(mine, 1, 4, rc, c, spans, BM, BC)
-            tp, tq = _joined(mine, 2, 4, rc, c, spans, BM, BC), _joined(mine, 3, 4, rc, c, spans, BM, BC)
-        _accumulate(hw, t * hw_t + rc, first, tp, ADD_W)
-        _accumulate(hb, t * hb_t + rc, first, tq, ADD_B)
-        if ex is not None:
-            for start in range(begin, end, BM):
-                at, inside = _at(start, end, rc, c, BM)
-                h, th, u, tu = _both_deltas(
-                    x, tx, dy, ey, at, inside, mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1, ACT
-                )
-                if BATCH:
-                    u -= (q[None, :] + h * p[None, :]) / m
-                    tu -= (tq[None, :] + th * p[None, :] + h * tp[None, :]) / m
-                turned = tu - u * (slope * r)[None, :]
-                value = r[None, :] * (weight[None, :] * turned + vweight[None, :] * u)
-                _accumulate(ex, base + at, inside, value, ADD)
+    backward_tangent_span(
+        x + base, mean + t * c, inverse + t * c, of_task(tx, base, 1), tmean + t * c, s + t * c, dy + base, ey + base,
+        of_task(w, t, w_t), of_task(b, t, b_t), of_task(vw, t, v_t), of_task(vb, t, v_t),
+        of_task(part, t, spans * 4 * c), of_task(ex, base, 1), of_task(hw, t, hw_t), of_task(hb, t, hb_t),
+        j, rc, first, c, m, span, spans, p0, p1, ACT, BATCH, SUMS, ADD, ADD_W, ADD_B, False, BM, BC,
+    )  # fmt: skip
 
 
 def scratch(rows: int, channels: int) -> int:
@@ -381,7 +436,7 @@ def scratch(rows: int, channels: int) -> int:
 
 
 def _span(rows: int) -> int:
-    return max(_SPAN, blocks(rows, _MOST_SPANS))
+    return max(SPAN, blocks(rows, _MOST_SPANS))
 
 
 class ChannelNorm:

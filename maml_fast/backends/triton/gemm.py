@@ -15,6 +15,7 @@ from torch import Tensor
 from . import tiles
 from .activation import activate
 from .launch import Launch, blocks, task
+from .optional import given, of_task
 
 
 @triton.jit
@@ -25,18 +26,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["m", "k", "bias_t", "sums_t"])
-def gemm_kernel(
+@triton.jit
+def product_tile(
     a, b, a2, b2, bias, c, sums, slope, curvature, gain, raw, u, v, w,
-    m, n, k, p0, p1,
-    a_t, a_m, a_k, b_t, b_k, b_n, a2_t, b2_t, bias_t, c_t, sums_t,
-    ACT: tl.constexpr, ADD: tl.constexpr, ADD_SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    m, n, k, p0, p1, a_m, a_k, b_k, b_n, tile,
+    ACT, ADD, ADD_SUMS, PRECISION: tl.constexpr, DYNAMIC: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """One tile of one task's product."""
     across = tl.cdiv(n, BN)
-    tiles = tl.cdiv(m, BM) * across
-    t = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
     rm = (tile // across) * BM + tl.arange(0, BM)
     rn = (tile % across) * BN + tl.arange(0, BN)
     # A merged batch of tasks can have more than 2³¹ numbers.
@@ -50,39 +48,57 @@ def gemm_kernel(
         b_at = b_columns + rk[:, None] * b_k
         a_in = (rm[:, None] < m) & (rk[None, :] < k)
         b_in = (rk[:, None] < k) & (rn[None, :] < n)
-        left = tl.load(a + t * a_t + a_at, mask=a_in, other=0.0)
-        acc = dot(left, tl.load(b + t * b_t + b_at, mask=b_in, other=0.0), acc, PRECISION)
-        if sums is not None:
+        left = tl.load(a + a_at, mask=a_in, other=0.0)
+        acc = dot(left, tl.load(b + b_at, mask=b_in, other=0.0), acc, PRECISION)
+        if given(sums, DYNAMIC):
             total += tl.sum(left, axis=1)
-        if a2 is not None:
-            left = tl.load(a2 + t * a2_t + a_at, mask=a_in, other=0.0)
-            acc = dot(left, tl.load(b2 + t * b2_t + b_at, mask=b_in, other=0.0), acc, PRECISION)
-    if bias is not None:
-        acc += tl.load(bias + t * bias_t + rn, mask=rn < n, other=0.0)[None, :]
-    at = t * c_t + rm.to(tl.int64)[:, None] * n + rn[None, :]
+        if given(a2, DYNAMIC):
+            left = tl.load(a2 + a_at, mask=a_in, other=0.0)
+            acc = dot(left, tl.load(b2 + b_at, mask=b_in, other=0.0), acc, PRECISION)
+    if given(bias, DYNAMIC):
+        acc += tl.load(bias + rn, mask=rn < n, other=0.0)[None, :]
+    at = rm.to(tl.int64)[:, None] * n + rn[None, :]
     inside = (rm[:, None] < m) & (rn[None, :] < n)
-    if raw is not None:
+    if given(raw, DYNAMIC):
         tl.store(raw + at, acc, mask=inside)
-    if gain is not None:
+    if given(gain, DYNAMIC):
         acc *= tl.load(gain + at, mask=inside, other=0.0)
-    if u is not None:
+    if given(u, DYNAMIC):
         more = tl.load(u + at, mask=inside, other=0.0) * tl.load(v + at, mask=inside, other=0.0)
         acc += more * tl.load(w + at, mask=inside, other=0.0)
-    if ACT != "identity":
-        acc, first, second = activate(acc, p0, p1, ACT)
-        if slope is not None:
-            tl.store(slope + at, first, mask=inside)
-        if curvature is not None:
-            tl.store(curvature + at, second, mask=inside)
+    acc, first, second = activate(acc, p0, p1, ACT, DYNAMIC)
+    if given(slope, DYNAMIC):
+        tl.store(slope + at, first, mask=inside)
+    if given(curvature, DYNAMIC):
+        tl.store(curvature + at, second, mask=inside)
     if ADD:
         acc += tl.load(c + at, mask=inside, other=0.0)
     tl.store(c + at, acc, mask=inside)
-    if sums is not None:
-        where = sums + t * sums_t + rm
+    if given(sums, DYNAMIC):
         mine = rm < tl.where(tile % across == 0, m, 0)
         if ADD_SUMS:
-            total += tl.load(where, mask=mine, other=0.0)
-        tl.store(where, total, mask=mine)
+            total += tl.load(sums + rm, mask=mine, other=0.0)
+        tl.store(sums + rm, total, mask=mine)
+
+
+@triton.jit(do_not_specialize=["m", "k", "bias_t", "sums_t"])
+def gemm_kernel(
+    a, b, a2, b2, bias, c, sums, slope, curvature, gain, raw, u, v, w,
+    m, n, k, p0, p1,
+    a_t, a_m, a_k, b_t, b_k, b_n, a2_t, b2_t, bias_t, c_t, sums_t,
+    ACT: tl.constexpr, ADD: tl.constexpr, ADD_SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(m, BM) * tl.cdiv(n, BN)
+    t = (tl.program_id(0) // tiles).to(tl.int64)
+    product_tile(
+        a + t * a_t, b + t * b_t, of_task(a2, t, a2_t), of_task(b2, t, b2_t),
+        of_task(bias, t, bias_t), c + t * c_t, of_task(sums, t, sums_t),
+        of_task(slope, t, c_t), of_task(curvature, t, c_t), of_task(gain, t, c_t), of_task(raw, t, c_t),
+        of_task(u, t, c_t), of_task(v, t, c_t), of_task(w, t, c_t),
+        m, n, k, p0, p1, a_m, a_k, b_k, b_n, tl.program_id(0) % tiles,
+        ACT, ADD, ADD_SUMS, PRECISION, False, BM, BN, BK,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

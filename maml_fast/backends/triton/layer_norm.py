@@ -14,87 +14,136 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, blocks, power_of_two, task
+from .optional import given, of_task
 from .row_norm import RowNorm
 
 WIDEST = 8192
 
 
 @triton.jit
-def _program(rows, BR: tl.constexpr):
-    """Task, and rows inside it."""
+def _program(rows, width, BR: tl.constexpr):
+    """Task, rows inside it, and where its rows and its numbers begin."""
     across = tl.cdiv(rows, BR)
-    return (tl.program_id(0) // across).to(tl.int64), (tl.program_id(0) % across) * BR + tl.arange(0, BR)
+    t = (tl.program_id(0) // across).to(tl.int64)
+    return t, (tl.program_id(0) % across) * BR + tl.arange(0, BR), t * rows, t * rows * width
 
 
 @triton.jit
-def _at(t, rr, rows, width, BW: tl.constexpr):
-    """Row indices and offsets over all tasks, features, and the masks of rows, features and both."""
+def _at(rr, rows, width, BW: tl.constexpr):
+    """Features, offsets, and the masks of rows, features and both."""
     ri = tl.arange(0, BW)
-    all_rows = t * rows + rr
     in_r, in_w = rr < rows, ri < width
-    return all_rows, all_rows[:, None] * width + ri[None, :], in_r, in_w, in_r[:, None] & in_w[None, :]
+    return ri, rr[:, None] * width + ri[None, :], in_r, in_w, in_r[:, None] & in_w[None, :]
 
 
 @triton.jit
-def _row(p, at, inside, default: tl.constexpr):
+def _row(p, at, inside, default: tl.constexpr, DYNAMIC: tl.constexpr):
     """p[at] as a row, or `default` where there is no p."""
-    if p is None:
-        return tl.where(inside, default, 0.0)[None, :]
-    else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
-        return tl.load(p + at, mask=inside, other=0.0)[None, :]
+    found = tl.where(inside, default, 0.0)
+    if given(p, DYNAMIC):
+        found = tl.load(p + at, mask=inside, other=0.0)
+    return found[None, :]
+
+
+@triton.jit
+def forward_rows(x, w, b, y, xhat, inverse, rr, rows, width, eps, DYNAMIC: tl.constexpr, BW: tl.constexpr):
+    """Rows rr of one task."""
+    ri, at, in_r, in_w, inside = _at(rr, rows, width, BW)
+    v = tl.load(x + at, mask=inside, other=0.0)
+    d = tl.where(inside, v - (tl.sum(v, axis=1) / width)[:, None], 0.0)
+    r = 1.0 / tl.sqrt(tl.sum(d * d, axis=1) / width + eps)
+    h = d * r[:, None]
+    tl.store(inverse + rr, r, mask=in_r)
+    tl.store(xhat + at, h, mask=inside)
+    tl.store(y + at, _row(w, ri, in_w, 1.0, DYNAMIC) * h + _row(b, ri, in_w, 0.0, DYNAMIC), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "w_t", "b_t"])
 def forward_kernel(
     x, w, b, y, xhat, inverse, rows, width, eps, w_t, b_t, BR: tl.constexpr, BW: tl.constexpr
 ):  # fmt: skip
-    t, rr = _program(rows, BR)
-    row, at, in_r, in_w, inside = _at(t, rr, rows, width, BW)
-    ri = tl.arange(0, BW)
-    v = tl.load(x + at, mask=inside, other=0.0)
-    d = tl.where(inside, v - (tl.sum(v, axis=1) / width)[:, None], 0.0)
-    r = 1.0 / tl.sqrt(tl.sum(d * d, axis=1) / width + eps)
-    h = d * r[:, None]
-    tl.store(inverse + row, r, mask=in_r)
-    tl.store(xhat + at, h, mask=inside)
-    tl.store(y + at, _row(w, t * w_t + ri, in_w, 1.0) * h + _row(b, t * b_t + ri, in_w, 0.0), mask=inside)
+    t, rr, row, at = _program(rows, width, BR)
+    forward_rows(
+        x + at, of_task(w, t, w_t), of_task(b, t, b_t), y + at, xhat + at, inverse + row, rr, rows, width, eps,
+        False, BW,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "w_t"])
-def backward_kernel(
-    xhat, inverse, dy, w, dx, rows, width, w_t, ADD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr
-):  # fmt: skip
-    t, rr = _program(rows, BR)
-    row, at, in_r, in_w, inside = _at(t, rr, rows, width, BW)
-    g = _row(w, t * w_t + tl.arange(0, BW), in_w, 1.0) * tl.load(dy + at, mask=inside, other=0.0)
+@triton.jit
+def backward_rows(xhat, inverse, dy, w, dx, rr, rows, width, ADD, DYNAMIC: tl.constexpr, BW: tl.constexpr):
+    """Rows rr of one task."""
+    ri, at, in_r, in_w, inside = _at(rr, rows, width, BW)
+    g = _row(w, ri, in_w, 1.0, DYNAMIC) * tl.load(dy + at, mask=inside, other=0.0)
     h = tl.load(xhat + at, mask=inside, other=0.0)
     q, p = tl.sum(g, axis=1) / width, tl.sum(g * h, axis=1) / width
-    r = tl.load(inverse + row, mask=in_r, other=0.0)
+    r = tl.load(inverse + rr, mask=in_r, other=0.0)
     u = r[:, None] * (g - q[:, None] - h * p[:, None])
     if ADD:
         u += tl.load(dx + at, mask=inside, other=0.0)
     tl.store(dx + at, u, mask=inside)
 
 
+@triton.jit(do_not_specialize=["rows", "w_t"])
+def backward_kernel(
+    xhat, inverse, dy, w, dx, rows, width, w_t, ADD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr
+):  # fmt: skip
+    t, rr, row, at = _program(rows, width, BR)
+    backward_rows(
+        xhat + at, inverse + row, dy + at, of_task(w, t, w_t), dx + at, rr, rows, width, ADD, False, BW
+    )  # fmt: skip
+
+
+@triton.jit
+def tangent_rows(
+    xhat, inverse, tx, w, vw, vb, ty, txhat, s, rr, rows, width, DYNAMIC: tl.constexpr, BW: tl.constexpr
+):  # fmt: skip
+    """Rows rr of one task."""
+    ri, at, in_r, in_w, inside = _at(rr, rows, width, BW)
+    h = tl.load(xhat + at, mask=inside, other=0.0)
+    moved, slope = tl.zeros_like(h), tl.zeros(rr.shape, tl.float32)
+    if given(tx, DYNAMIC):
+        v = tl.load(tx + at, mask=inside, other=0.0)
+        slope = tl.sum(h * v, axis=1) / width
+        r = tl.load(inverse + rr, mask=in_r, other=0.0)
+        moved = r[:, None] * (v - (tl.sum(v, axis=1) / width)[:, None] - h * slope[:, None])
+    tl.store(s + rr, slope, mask=in_r)
+    tl.store(txhat + at, moved, mask=inside)
+    if given(ty, DYNAMIC):
+        y = _row(w, ri, in_w, 1.0, DYNAMIC) * moved + _row(vw, ri, in_w, 0.0, DYNAMIC) * h
+        tl.store(ty + at, y + _row(vb, ri, in_w, 0.0, DYNAMIC), mask=inside)
+
+
 @triton.jit(do_not_specialize=["rows", "w_t", "v_t"])
 def tangent_kernel(
     xhat, inverse, tx, w, vw, vb, ty, txhat, s, rows, width, w_t, v_t, BR: tl.constexpr, BW: tl.constexpr
 ):  # fmt: skip
-    t, rr = _program(rows, BR)
-    row, at, in_r, in_w, inside = _at(t, rr, rows, width, BW)
-    ri = tl.arange(0, BW)
-    h = tl.load(xhat + at, mask=inside, other=0.0)
-    moved, slope = tl.zeros((BR, BW), tl.float32), tl.zeros((BR,), tl.float32)
-    if tx is not None:
-        v = tl.load(tx + at, mask=inside, other=0.0)
-        slope = tl.sum(h * v, axis=1) / width
-        r = tl.load(inverse + row, mask=in_r, other=0.0)
-        moved = r[:, None] * (v - (tl.sum(v, axis=1) / width)[:, None] - h * slope[:, None])
-    tl.store(s + row, slope, mask=in_r)
-    tl.store(txhat + at, moved, mask=inside)
-    if ty is not None:
-        y = _row(w, t * w_t + ri, in_w, 1.0) * moved + _row(vw, t * v_t + ri, in_w, 0.0) * h
-        tl.store(ty + at, y + _row(vb, t * v_t + ri, in_w, 0.0), mask=inside)
+    t, rr, row, at = _program(rows, width, BR)
+    tangent_rows(
+        xhat + at, inverse + row, of_task(tx, at, 1), of_task(w, t, w_t), of_task(vw, t, v_t), of_task(vb, t, v_t),
+        of_task(ty, at, 1), txhat + at, s + row, rr, rows, width, False, BW,
+    )  # fmt: skip
+
+
+@triton.jit
+def backward_tangent_rows(
+    xhat, inverse, txhat, s, dy, ey, w, vw, ex, rr, rows, width, ADD, DYNAMIC: tl.constexpr, BW: tl.constexpr
+):  # fmt: skip
+    """Rows rr of one task."""
+    ri, at, in_r, in_w, inside = _at(rr, rows, width, BW)
+    d, e = tl.load(dy + at, mask=inside, other=0.0), tl.load(ey + at, mask=inside, other=0.0)
+    h, th = tl.load(xhat + at, mask=inside, other=0.0), tl.load(txhat + at, mask=inside, other=0.0)
+    weight = _row(w, ri, in_w, 1.0, DYNAMIC)
+    g, tg = weight * d, weight * e + _row(vw, ri, in_w, 0.0, DYNAMIC) * d
+    q, tq = tl.sum(g, axis=1) / width, tl.sum(tg, axis=1) / width
+    p, tp = tl.sum(g * h, axis=1) / width, tl.sum(tg * h + g * th, axis=1) / width
+    u = g - q[:, None] - h * p[:, None]
+    tu = tg - tq[:, None] - th * p[:, None] - h * tp[:, None]
+    r = tl.load(inverse + rr, mask=in_r, other=0.0)
+    sr = r * tl.load(s + rr, mask=in_r, other=0.0)
+    value = r[:, None] * (tu - u * sr[:, None])
+    if ADD:
+        value += tl.load(ex + at, mask=inside, other=0.0)
+    tl.store(ex + at, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "w_t", "v_t"])
@@ -102,23 +151,39 @@ def backward_tangent_kernel(
     xhat, inverse, txhat, s, dy, ey, w, vw, ex, rows, width, w_t, v_t,
     ADD: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    t, rr = _program(rows, BR)
-    row, at, in_r, in_w, inside = _at(t, rr, rows, width, BW)
-    ri = tl.arange(0, BW)
-    d, e = tl.load(dy + at, mask=inside, other=0.0), tl.load(ey + at, mask=inside, other=0.0)
-    h, th = tl.load(xhat + at, mask=inside, other=0.0), tl.load(txhat + at, mask=inside, other=0.0)
-    weight = _row(w, t * w_t + ri, in_w, 1.0)
-    g, tg = weight * d, weight * e + _row(vw, t * v_t + ri, in_w, 0.0) * d
-    q, tq = tl.sum(g, axis=1) / width, tl.sum(tg, axis=1) / width
-    p, tp = tl.sum(g * h, axis=1) / width, tl.sum(tg * h + g * th, axis=1) / width
-    u = g - q[:, None] - h * p[:, None]
-    tu = tg - tq[:, None] - th * p[:, None] - h * tp[:, None]
-    r = tl.load(inverse + row, mask=in_r, other=0.0)
-    sr = r * tl.load(s + row, mask=in_r, other=0.0)
-    value = r[:, None] * (tu - u * sr[:, None])
-    if ADD:
-        value += tl.load(ex + at, mask=inside, other=0.0)
-    tl.store(ex + at, value, mask=inside)
+    t, rr, row, at = _program(rows, width, BR)
+    backward_tangent_rows(
+        xhat + at, inverse + row, txhat + at, s + row, dy + at, ey + at, of_task(w, t, w_t), of_task(vw, t, v_t),
+        ex + at, rr, rows, width, ADD, False, BW,
+    )  # fmt: skip
+
+
+@triton.jit
+def column_sums_block(
+    a, b, c, d, gw, gb, ri, rows, width, ADD_W, ADD_B, DYNAMIC: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr
+):  # fmt: skip
+    """Columns ri of one task."""
+    in_w = ri < width
+    w_sum, b_sum = tl.zeros((BR, BW), tl.float32), tl.zeros((BR, BW), tl.float32)
+    for start in range(0, rows, BR):
+        rr = start + tl.arange(0, BR)
+        at = rr[:, None] * width + ri[None, :]
+        inside = (rr < rows)[:, None] & in_w[None, :]
+        left = tl.load(a + at, mask=inside, other=0.0)
+        b_sum += left
+        w_sum += left * tl.load(b + at, mask=inside, other=0.0)
+        if given(c, DYNAMIC):
+            w_sum += tl.load(c + at, mask=inside, other=0.0) * tl.load(d + at, mask=inside, other=0.0)
+    if given(gw, DYNAMIC):
+        total = tl.sum(w_sum, axis=0)
+        if ADD_W:
+            total += tl.load(gw + ri, mask=in_w, other=0.0)
+        tl.store(gw + ri, total, mask=in_w)
+    if given(gb, DYNAMIC):
+        total = tl.sum(b_sum, axis=0)
+        if ADD_B:
+            total += tl.load(gb + ri, mask=in_w, other=0.0)
+        tl.store(gb + ri, total, mask=in_w)
 
 
 @triton.jit(do_not_specialize=["rows", "gw_t", "gb_t"])
@@ -128,28 +193,11 @@ def column_sums_kernel(
 ):  # fmt: skip
     across = tl.cdiv(width, BW)
     t = (tl.program_id(0) // across).to(tl.int64)
-    ri = (tl.program_id(0) % across) * BW + tl.arange(0, BW)
-    in_w = ri < width
-    w_sum, b_sum = tl.zeros((BR, BW), tl.float32), tl.zeros((BR, BW), tl.float32)
-    for start in range(0, rows, BR):
-        rr = start + tl.arange(0, BR)
-        at = (t * rows + rr)[:, None] * width + ri[None, :]
-        inside = (rr < rows)[:, None] & in_w[None, :]
-        left = tl.load(a + at, mask=inside, other=0.0)
-        b_sum += left
-        w_sum += left * tl.load(b + at, mask=inside, other=0.0)
-        if c is not None:
-            w_sum += tl.load(c + at, mask=inside, other=0.0) * tl.load(d + at, mask=inside, other=0.0)
-    if gw is not None:
-        total = tl.sum(w_sum, axis=0)
-        if ADD_W:
-            total += tl.load(gw + t * gw_t + ri, mask=in_w, other=0.0)
-        tl.store(gw + t * gw_t + ri, total, mask=in_w)
-    if gb is not None:
-        total = tl.sum(b_sum, axis=0)
-        if ADD_B:
-            total += tl.load(gb + t * gb_t + ri, mask=in_w, other=0.0)
-        tl.store(gb + t * gb_t + ri, total, mask=in_w)
+    at = t * rows * width
+    column_sums_block(
+        a + at, b + at, of_task(c, at, 1), of_task(d, at, 1), of_task(gw, t, gw_t), of_task(gb, t, gb_t),
+        (tl.program_id(0) % across) * BW + tl.arange(0, BW), rows, width, ADD_W, ADD_B, False, BR, BW,
+    )  # fmt: skip
 
 
 class LayerNorm(RowNorm):

@@ -10,9 +10,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, blocks
+from .optional import given, of_task
 
 _BLOCK = 1024
 _SEGMENT = 1024  # numbers that one program of the first summation adds up
+
+
+@triton.jit
+def step_block(theta, vector, rates, rate_at, out, i, size, DYNAMIC: tl.constexpr):
+    """Elements i of one task."""
+    inside = i < size
+    rate = tl.load(rates + tl.load(rate_at + i, mask=inside, other=0), mask=inside, other=0.0)
+    y = rate * tl.load(vector + i, mask=inside, other=0.0)
+    if given(theta, DYNAMIC):
+        y = tl.load(theta + i, mask=inside, other=0.0) - y
+    tl.store(out + i, y, mask=inside)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -20,16 +32,11 @@ def step_kernel(theta, vector, rates, rate_at, out, size, theta_t, vector_t, out
     across = tl.cdiv(size, BLOCK)
     t = (tl.program_id(0) // across).to(tl.int64)
     i = (tl.program_id(0) % across) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    rate = tl.load(rates + tl.load(rate_at + i, mask=inside, other=0), mask=inside, other=0.0)
-    y = rate * tl.load(vector + t * vector_t + i, mask=inside, other=0.0)
-    if theta is not None:
-        y = tl.load(theta + t * theta_t + i, mask=inside, other=0.0) - y
-    tl.store(out + t * out_t + i, y, mask=inside)
+    step_block(of_task(theta, t, theta_t), vector + t * vector_t, rates, rate_at, out + t * out_t, i, size, False)
 
 
 @triton.jit(do_not_specialize=["tasks", "size"])
-def sum_tasks_kernel(a, b, out, tasks, size, a_t, b_t, BT: tl.constexpr, BI: tl.constexpr):
+def sum_tasks_kernel(a, b, out, f, tasks, size, a_t, b_t, BT: tl.constexpr, BI: tl.constexpr):
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     total = tl.zeros((BT, BI), tl.float32)
     for start in range(0, tasks, BT):
@@ -39,9 +46,7 @@ def sum_tasks_kernel(a, b, out, tasks, size, a_t, b_t, BT: tl.constexpr, BI: tl.
         if b is not None:
             x *= tl.load(b + t[:, None] * b_t + i[None, :], mask=inside, other=0.0)
         total += x
-    y = tl.sum(total, axis=0)
-    if b is not None:
-        y = -y
+    y = f * tl.sum(total, axis=0)
     tl.store(out + i, tl.load(out + i, mask=i < size, other=0.0) + y, mask=i < size)
 
 
@@ -82,11 +87,11 @@ def step(launch: Launch, out: Tensor, theta: Tensor | None, vector: Tensor, rate
     )  # fmt: skip
 
 
-def sum_tasks(launch: Launch, out: Tensor, a: Tensor, b: Tensor | None = None) -> None:
-    """out += Σ_t a[t], or out −= Σ_t a[t] ∘ b[t], always in one order; a, b (T, A), out (A,)."""
+def sum_tasks(launch: Launch, out: Tensor, a: Tensor, b: Tensor | None = None, *, f: float = 1.0) -> None:
+    """out += f Σ_t a[t], or f Σ_t a[t] ∘ b[t], always in one order; a, b (T, A), out (A,)."""
     tasks, size = a.shape
     b_t = 0 if b is None else b.stride(0)
-    launch(sum_tasks_kernel, blocks(size, 32), a, b, out, tasks, size, a.stride(0), b_t, BT=32, BI=32)
+    launch(sum_tasks_kernel, blocks(size, 32), a, b, out, f, tasks, size, a.stride(0), b_t, BT=32, BI=32)
 
 
 def sum_segments(launch: Launch, out: Tensor, a: Tensor, begins: Tensor, ends: Tensor) -> None:
