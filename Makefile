@@ -15,7 +15,7 @@ train: core
 
 test: core $(VENV)/.test
 	$(bin)/python -m pytest $(PYTEST)
-	$(if $(PYTEST),,TRITON_INTERPRET=1 $(bin)/python -m pytest tests/test_triton_interpreter.py)
+	$(if $(PYTEST),,TRITON_INTERPRET=1 $(bin)/python -m pytest tests/test_triton_interpreter.py tests/test_triton_resident.py)
 
 bench: core $(VENV)/.bench
 	$(bin)/maml-fast bench

@@ -21,15 +21,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...plan import Plan
+from . import TritonBackend
 from .call import PRECISIONS, Call
 from .launch import OPTIONS
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory that one program may have, by compute capability × 10."""
 
-_TILES = ("BM", "BN", "BK", "BC", "BR", "BW", "BT", "BI", "BLOCK")
+_TILES = ("BM", "BN", "BK", "BC", "BR", "BW", "BT", "BI", "BLOCK", "FEW", "WIDE")
 _OPERANDS = ("a2", "sums", "DIV_H", "PRECISION")
-_LAUNCH_OPTIONS = ("num_warps", "num_stages")
+_LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _TYPES = {torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 
 
@@ -39,7 +40,7 @@ class Instance:
 
     Attributes:
         signature: argument name and Triton type. constants: values known when compiling.
-        aligned: positions of arguments that are multiples of 16. options: warps and stages.
+        aligned: positions of arguments that are multiples of 16. options: warps, stages and the most registers.
     """
 
     kernel: Any
@@ -85,20 +86,21 @@ class Usage:
     spills: int
 
 
-def launches(plan: Plan) -> list[tuple[Any, int, tuple[Any, ...], dict[str, Any]]]:
+def launches(plan: Plan, variant: str = "wide") -> list[tuple[Any, int, tuple[Any, ...], dict[str, Any]]]:
     """Every launch of one call, in order: kernel, programs, arguments, constants. Nothing is computed."""
     recorded = []
 
     def record(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         recorded.append((kernel, programs, arguments, constants))
 
-    Call(plan, 1 << 60, record, torch.device("meta")).run()
+    Call(plan, variant, 1 << 60, record, torch.device("meta")).run()
     return recorded
 
 
-def instances(plan: Plan) -> list[Instance]:
+def instances(plan: Plan, variant: str = "wide") -> list[Instance]:
     """The different kernels that a plan's launches need."""
-    return list(dict.fromkeys(_instance(k, arguments, constants) for k, _, arguments, constants in launches(plan)))
+    found = launches(plan, variant)
+    return list(dict.fromkeys(_instance(k, arguments, constants) for k, _, arguments, constants in found))
 
 
 def _instance(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Instance:
@@ -186,12 +188,13 @@ def work(every: bool = False) -> tuple[tuple[int, Instance], ...]:
 
     The tests leave out, for 9.0 in float32, instances that differ in strides and alignment only, and otherwise
     those that differ in the tile too, of which the largest takes most; and products with rounded operands that
-    differ in their epilogue only, which does not round.
+    differ in their epilogue only, which does not round; and the resident kernel with rounded operands but for 9.0.
     """
     found = {p: dict.fromkeys(_all_instances(p)) for p in PRECISIONS}
     found = {p: {i: None for i in of if p == "float32" or i.rounded} for p, of in found.items()}
+    resident = [i for p in PRECISIONS for i in resident_instances(p)]
     if every:
-        return tuple((c, i) for of in found.values() for i in of for c in SHARED_LIMIT)
+        return tuple((c, i) for of in (*found.values(), resident) for i in of for c in SHARED_LIMIT)
     named: dict[str, Instance] = {}
     for i in found["float32"]:
         named[i.name] = max(i, named.get(i.name, i), key=lambda i: len(i.aligned))
@@ -199,7 +202,14 @@ def work(every: bool = False) -> tuple[tuple[int, Instance], ...]:
     for i in (i for of in found.values() for i in of):
         largest[i.variant] = max(i, largest.get(i.variant, i), key=lambda i: (i.tile, len(i.aligned)))
     pairs = {(90, i): None for i in named.values()} | {(c, i): None for i in largest.values() for c in SHARED_LIMIT}
+    pairs |= {(c, i): None for i in resident for c in SHARED_LIMIT if c == 90 or not i.rounded}
     return tuple(pairs)
+
+
+def resident_instances(precision: str) -> list[Instance]:
+    """The resident kernel, which is the same for every plan."""
+    found = instances(replace(plans()["sinusoid-k1"], precision=precision), "resident")
+    return [i for i in found if i.module == "machine"]
 
 
 def _all_instances(precision: str) -> list[Instance]:
@@ -215,6 +225,8 @@ def compile_nth(n: int, every: bool = False) -> tuple[str, int, Usage]:
 def main() -> None:
     for name, plan in plans().items():
         print(f"{name}: {len(launches(plan))} launches a call")
+        if TritonBackend().variant(plan) == "resident":
+            print(f"{name}, resident: {len(launches(plan, 'resident'))} launches a call")
     for name, capability, usage in (compile_nth(n, every=True) for n in range(len(work(every=True)))):
         print(f"{capability:4d} {usage.shared:6d} B {usage.registers:3d} regs {usage.spills:4d} B spilt  {name}")
 

@@ -37,9 +37,10 @@ def product_tile(
     across = tl.cdiv(n, BN)
     rm = (tile // across) * BM + tl.arange(0, BM)
     rn = (tile % across) * BN + tl.arange(0, BN)
-    # A merged batch of tasks can have more than 2³¹ numbers.
-    a_rows = rm.to(tl.int64)[:, None] * a_m
-    b_columns = rn.to(tl.int64)[None, :] * b_n
+    # One task has fewer than 2³¹ numbers; a merged batch of tasks can have more.
+    rows, columns = (rm, rn) if DYNAMIC else (rm.to(tl.int64), rn.to(tl.int64))
+    a_rows = rows[:, None] * a_m
+    b_columns = columns[None, :] * b_n
     acc = tl.zeros((BM, BN), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for start in range(0, k, BK):
@@ -57,7 +58,7 @@ def product_tile(
             acc = dot(left, tl.load(b2 + b_at, mask=b_in, other=0.0), acc, PRECISION)
     if given(bias, DYNAMIC):
         acc += tl.load(bias + rn, mask=rn < n, other=0.0)[None, :]
-    at = rm.to(tl.int64)[:, None] * n + rn[None, :]
+    at = rows[:, None] * n + rn[None, :]
     inside = (rm[:, None] < m) & (rn[None, :] < n)
     if given(raw, DYNAMIC):
         tl.store(raw + at, acc, mask=inside)

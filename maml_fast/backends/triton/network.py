@@ -104,16 +104,19 @@ class Network:
         out: the buffer that the network returns. out_moves: whether it depends on adapting parameters.
         after, before: per linear layer, by its index, the activation whose forward functions ride on its
             own, and the one whose backward functions do.
+
+    Args:
+        fuse: whether norms take in the activations after them.
     """
 
-    def __init__(self, plan: Plan, graph: Graph) -> None:
+    def __init__(self, plan: Plan, graph: Graph, fuse: bool = True) -> None:
         self.graph = graph = channels_last(graph)
         filters = {p for op in graph.ops if op.kind == "conv" and (p := op.parameters[0]) is not None}
         self.flat = Flat(plan, graph.used_parameters(), filters)
         self.buffers = {0: 0}
         self.features = [graph.features(0)]
         self.activations: dict[int, Op] = {}
-        ops = [op for op in self._fused(graph) if not self._name(op)]
+        ops = [op for op in (self._fused(graph) if fuse else graph.ops) if not self._name(op)]
         self.out = self.buffers[graph.output]
         self.layers = self._layers(ops, plan.needs.x_s or plan.needs.x_q)
         self.out_moves = any(layer.output_moves for layer in self.layers if layer.output == self.out)
