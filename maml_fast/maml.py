@@ -52,9 +52,8 @@ class MAML(nn.Module):
         loss: `"mse"`, `"cross_entropy"`, `"bce_with_logits"`, `"l1"`, `"huber"`, the matching
             `torch.nn` module or function, or any callable `(outputs, targets) -> scalar`. The mean
             over a task's samples.
-        backend: `"auto"`, `"cpu"`, `"vmap"`, `"reference"` or `"triton"` (unverified on hardware; never `"auto"`), which
-            takes resident kernels for small networks and wide ones otherwise; `"triton-resident"` and
-            `"triton-wide"` force one.
+        backend: `"auto"`, `"cpu"`, `"vmap"`, `"reference"` or `"triton"` (unverified on hardware; never `"auto"`).
+            The last chooses by the network's size between `"triton-resident"` and `"triton-wide"`.
         adapts: which parameters the inner loop updates: names, or a predicate
             `(name, parameter) -> bool`. None means all. The others still get meta-gradients.
         tape_bytes: memory a thread may spend on saved activations; beyond it they are recomputed.

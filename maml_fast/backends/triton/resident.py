@@ -82,6 +82,7 @@ class ResidentExecutor(Executor):
     def chunk(self) -> None:
         program = self._table()
         self.launch(resident_kernel, self.tasks, program, len(program) - 1, PRECISION=self.precision, **SHAPE)
+        # After the launch, because nothing in a program changes a vector that it has accumulated.
         for instruction in self.program.instructions:
             if isinstance(instruction, Accumulate):
                 self.execute(instruction)
