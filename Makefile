@@ -16,7 +16,8 @@ train: core
 
 test: core $(VENV)/.test
 	$(bin)/python -m pytest $(PYTEST)
-	$(if $(PYTEST),,TRITON_INTERPRET=1 $(bin)/python -m pytest tests/test_triton_interpreter.py tests/test_triton_tuning.py)
+	$(if $(PYTEST),,TRITON_INTERPRET=1 $(bin)/python -m pytest tests/test_triton_interpreter.py tests/test_triton_resident.py \
+	    tests/test_triton_tuning.py)
 
 # The oldest Triton that the kernels are for: ahead of time, and a little of its interpreter, which needs an older NumPy.
 test-oldest-triton: core $(VENV)/.test $(OLDEST)

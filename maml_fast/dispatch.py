@@ -12,8 +12,17 @@ from .backends.triton import TritonBackend
 from .backends.vmap import VmapBackend
 from .plan import Plan
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), VmapBackend(), ReferenceBackend(), TritonBackend())}
-"""In order of preference. A new backend is one line here. The reference always can, so what stands behind it runs
+_ALL: tuple[Backend, ...] = (
+    CpuBackend(),
+    VmapBackend(),
+    ReferenceBackend(),
+    TritonBackend(),
+    TritonBackend("resident"),
+    TritonBackend("wide"),
+)
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in _ALL}
+"""In order of preference. A new backend is one line above. The reference always can, so what stands behind it runs
 only by name: the Triton kernels do until they have been verified on hardware."""
 
 

@@ -53,6 +53,7 @@ class MAML(nn.Module):
             `torch.nn` module or function, or any callable `(outputs, targets) -> scalar`. The mean
             over a task's samples.
         backend: `"auto"`, `"cpu"`, `"vmap"`, `"reference"` or `"triton"` (unverified on hardware; never `"auto"`).
+            The last chooses by the network's size between `"triton-resident"` and `"triton-wide"`.
         adapts: which parameters the inner loop updates: names, or a predicate
             `(name, parameter) -> bool`. None means all. The others still get meta-gradients.
         tape_bytes: memory a thread may spend on saved activations; beyond it they are recomputed.

@@ -64,6 +64,13 @@ def test_no_kernel_spills_much(table: list[tuple[str, int, Any]]) -> None:
     assert not [row for row in table if row[2].spills > MOST_SPILLS]
 
 
+def test_the_resident_kernel_compiles_for_every_gpu_and_precision(table: list[tuple[str, int, Any]]) -> None:
+    found = {
+        (capability, name.split("PRECISION=")[1].split()[0]) for name, capability, _ in table if "resident" in name
+    }
+    assert found == {(80, "ieee"), (90, "ieee"), (100, "ieee"), (120, "ieee"), (90, "tf32"), (90, "bf16")}
+
+
 def test_every_precision_compiles(table: list[tuple[str, int, Any]]) -> None:
     for precision in ("ieee", "tf32", "bf16"):
         assert any(f"PRECISION={precision}" in name for name, _, _ in table), precision

@@ -1,4 +1,4 @@
-"""The Triton backend under Triton's interpreter: its algebra, float32, against the float64 reference.
+"""The wide Triton kernels under Triton's interpreter: their algebra, float32, against the float64 reference.
 
 Triton's own functions are interpreted or not from its first import on, which PyTorch may bring about: these tests need
 a process of their own, started with TRITON_INTERPRET=1, as `make test` does.
@@ -6,20 +6,13 @@ a process of their own, started with TRITON_INTERPRET=1, as `make test` does.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from functools import partial
-from typing import Any
 
+import interpreted
 import pytest
 import torch
-from torch import Tensor, nn
-
-# Not by importing it: the environment decides how its functions compile.
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("they need TRITON_INTERPRET=1 and a process of their own", allow_module_level=True)
+from interpreted import assert_close, assert_equal, record
+from torch import nn
 
 from maml_fast import MAML, cases, dispatch, verify
 from maml_fast.algorithms import maml as algorithm
@@ -57,42 +50,14 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
     Tiles are large, because the interpreter's time goes with their number.
     """
     torch.set_num_threads(1)
-    backend = TritonBackend()
-    monkeypatch.setitem(dispatch.BACKENDS, "triton", backend)
+    backend = TritonBackend("wide")
+    monkeypatch.setitem(dispatch.BACKENDS, "triton-wide", backend)
     monkeypatch.setattr(tiles, "product", _large_tile)
-    allocate = workspace.Workspace.allocate
-
-    def poisoned(self: workspace.Workspace, tasks: int, device: torch.device) -> None:
-        allocate(self, tasks, device)
-        self.memory.fill_(torch.nan)
-
-    monkeypatch.setattr(workspace.Workspace, "allocate", poisoned)
+    interpreted.poison(monkeypatch, workspace.Workspace)
     return backend
 
 
-def meta_gradient(case: cases.Case, first_order: bool) -> verify.Results:
-    """The loss and every gradient, from one plan."""
-    problem = case.build(torch.float32)
-    maml = problem.maml("triton", first_order)
-    x_s, x_q = problem.x_s.requires_grad_(), problem.x_q.requires_grad_()
-    parameters = [p for p in problem.model.parameters() if p.requires_grad]
-    given = problem.lr.values() if isinstance(problem.lr, dict) else [problem.lr]
-    rates = [r for r in given if isinstance(r, Tensor)]
-    loss = maml.meta_loss(x_s, problem.y_s, x_q, problem.y_q)
-    gradients = torch.autograd.grad(loss, [*parameters, *rates, x_s, x_q])
-    end = len(parameters) + len(rates)
-    return {
-        "loss": (loss.detach(),),
-        "parameters": gradients[: len(parameters)],
-        "rates": gradients[len(parameters) : end],
-        "x_s": gradients[end:-1],
-        "x_q": gradients[-1:],
-    }
-
-
-def assert_close(case: cases.Case, results: verify.Results, first_order: bool) -> None:
-    errors = verify.judge(case, results, torch.float32, first_order)
-    assert all(e.ok for e in errors), [e for e in errors if not e.ok]
+meta_gradient = partial(interpreted.meta_gradient, "triton-wide")
 
 
 @pytest.mark.parametrize("name", SECOND_ORDER + IMAGES)
@@ -123,14 +88,14 @@ def test_first_order(name: str) -> None:
 @pytest.mark.parametrize("name", ALL_MODES)
 def test_every_mode(name: str) -> None:
     (case,) = cases.select([name])
-    assert_close(case, verify.observe(case.build(torch.float32), "triton", first_order=False), first_order=False)
+    assert_close(case, verify.observe(case.build(torch.float32), "triton-wide", first_order=False), first_order=False)
 
 
 def test_recomputing_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     (case,) = cases.select(["steps-3"])
     saved = meta_gradient(case, first_order=False)
     monkeypatch.setattr(algorithm, "emit", partial(algorithm.emit, save=False))
-    _assert_equal(meta_gradient(case, first_order=False), saved)
+    assert_equal(meta_gradient(case, first_order=False), saved)
 
 
 def test_chunks_of_tasks_give_the_same_numbers(triton: TritonBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,12 +112,12 @@ def test_says_how_many_bytes_are_missing(triton: TritonBackend) -> None:
     triton.budget = 1000
     problem = cases.select(["tanh"])[0].build(torch.float32)
     with pytest.raises(RuntimeError, match=r"one task needs \d+ bytes"):
-        problem.maml("triton").explain(*problem.batch)
+        problem.maml("triton-wide").explain(*problem.batch)
 
 
 def test_never_aliases_the_callers_tensors() -> None:
     problem = cases.select(["linear"])[0].build(torch.float32)
-    maml = problem.maml("triton")
+    maml = problem.maml("triton-wide")
     first = maml.adapt(problem.x_s, problem.y_s)
     kept = [p.clone() for p in first.parameters.values()]
     maml.adapt(problem.x_s + 1, problem.y_s)
@@ -161,14 +126,14 @@ def test_never_aliases_the_callers_tensors() -> None:
 
 def test_same_bits_every_time() -> None:
     (case,) = cases.select(["rate-scalar"])
-    _assert_equal(meta_gradient(case, first_order=False), meta_gradient(case, first_order=False))
+    assert_equal(meta_gradient(case, first_order=False), meta_gradient(case, first_order=False))
 
 
 def test_weights_of_convolutions_keep_their_order() -> None:
     """Inside they stand channels last; what comes out has PyTorch's order, and nothing aliases anything."""
     (case,) = cases.select(["conv-everything"])
     problem = case.build(torch.float32)
-    adapted = problem.maml("triton").adapt(problem.x_s, problem.y_s).parameters
+    adapted = problem.maml("triton-wide").adapt(problem.x_s, problem.y_s).parameters
     for name, value in problem.model.named_parameters():
         assert adapted[name].shape == (case.tasks, *value.shape)
         assert adapted[name].is_contiguous(), name
@@ -177,9 +142,9 @@ def test_weights_of_convolutions_keep_their_order() -> None:
 @pytest.mark.parametrize(("precision", "read_as"), [("float32", "ieee"), ("tf32", "tf32")])
 def test_precision_reaches_the_products(precision: str, read_as: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter computes both alike: this only shows what the kernels are asked for."""
-    asked = _record(monkeypatch)
+    asked = record(monkeypatch)
     problem = cases.select(["conv-alone"])[0].build(torch.float32)
-    MAML(problem.model, 0.1, loss="mse", backend="triton", precision=precision).adapt(problem.x_s, problem.y_s)
+    MAML(problem.model, 0.1, loss="mse", backend="triton-wide", precision=precision).adapt(problem.x_s, problem.y_s)
     assert {constants["PRECISION"] for _, constants in asked if "PRECISION" in constants} == {read_as}
 
 
@@ -207,25 +172,25 @@ def test_steps_ride_on_the_gradients() -> None:
 def test_declines_float64() -> None:
     problem = cases.select(["linear"])[0].build(torch.float64)
     with pytest.raises(RuntimeError, match="float64 is not float32"):
-        problem.maml("triton").explain(*problem.batch)
+        problem.maml("triton-wide").explain(*problem.batch)
 
 
 def test_declines_cpu_tensors_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     problem = cases.select(["linear"])[0].build(torch.float32)
-    assert "the tensors are on cpu" in _why_not(problem.maml("triton"), problem)
+    assert "the tensors are on cpu" in _why_not(problem.maml("triton-wide"), problem)
 
 
 def test_declines_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     problem = cases.select(["linear"])[0].build(torch.float32)
-    assert "triton is not installed" in _why_not(problem.maml("triton"), problem)
+    assert "triton is not installed" in _why_not(problem.maml("triton-wide"), problem)
 
 
 def test_declines_a_layer_without_kernels() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(dim=1))
     problem = cases.select(["linear"])[0].build(torch.float32)
-    maml = MAML(model, 0.1, backend="triton", loss="mse")
+    maml = MAML(model, 0.1, backend="triton-wide", loss="mse")
     assert "Softmax" in _why_not(maml, problem)
 
 
@@ -235,29 +200,12 @@ def _why_not(maml: MAML, problem: cases.Problem) -> str:
     return str(error.value)
 
 
-def _assert_equal(a: verify.Results, b: verify.Results) -> None:
-    for kind, values in a.items():
-        assert all(torch.equal(x, y) for x, y in zip(values, b[kind], strict=True)), kind
-
-
 def _launched(name: str) -> tuple[cases.Case, list[str]]:
     """The case, and the kernels of one meta-gradient in order; nothing is computed."""
     (case,) = cases.select([name])
     problem = case.build(torch.float32)
     plan = problem.maml("reference")._prepare(Mode.META_GRADIENT, *problem.batch).call.plan
     return case, [kernel.fn.__name__ for kernel, *_ in aot.launches(plan)]
-
-
-def _record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """Every launch from now on: the kernel's name and the constants."""
-    run, seen = launch.run, []
-
-    def recorded(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        seen.append((kernel.fn.__name__, constants))
-        run(kernel, programs, *arguments, **constants)
-
-    monkeypatch.setattr(launch, "run", recorded)
-    return seen
 
 
 def _count_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:

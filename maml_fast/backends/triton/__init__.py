@@ -1,4 +1,7 @@
-"""Triton kernels, each launched once for all tasks, captured as one CUDA graph a plan.
+"""Triton kernels, captured as one CUDA graph a plan: wide ones, or a resident one for small networks.
+
+A wide kernel is one layer's function, launched once for all tasks; the resident one runs a task's whole Program in one
+program, and is launched once a call.
 
 Importing this package needs neither Triton nor a GPU; running a plan needs both.
 """
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...plan import Plan, Result, Tensors
-from .support import why_not_machine, why_not_network
+from .support import too_large, why_not_machine, why_not_network, why_not_resident
 
 if TYPE_CHECKING:
     from .call import Call
@@ -24,16 +27,17 @@ class TritonBackend:
     """Fused kernels for many tasks on CUDA devices of compute capability ≥ 8.0, float32.
 
     Args:
+        forced: `"wide"` or `"resident"`; None chooses by the network's size.
         budget: bytes that a plan may take; default a share of what is free. Tasks that do not fit
             at once run in chunks.
     """
 
-    name = "triton"
     fused = True
     accumulates = False
 
-    def __init__(self, budget: int | None = None) -> None:
-        self.budget = budget
+    def __init__(self, forced: str | None = None, budget: int | None = None) -> None:
+        self.name = f"triton-{forced}" if forced else "triton"
+        self.forced, self.budget = forced, budget
 
     def why_not(self, plan: Plan) -> list[str]:
         reasons = why_not_machine(plan)
@@ -42,11 +46,21 @@ class TritonBackend:
         if graph is None or reasons:
             return reasons
         reasons += why_not_network(plan, graph)
+        if self.forced == "resident":
+            reasons += why_not_resident(plan, graph)
         if reasons:
             return reasons
         from .call import why_not_memory
 
-        return why_not_memory(plan, self._bytes(plan.device))
+        return why_not_memory(plan, self.variant(plan), self._bytes(plan.device))
+
+    def variant(self, plan: Plan) -> str:
+        """`"resident"` or `"wide"`: which kernels run the plan."""
+        if self.forced:
+            return self.forced
+        graph = plan.trace[0]
+        assert graph is not None
+        return "wide" if why_not_resident(plan, graph) or too_large(plan, graph) else "resident"
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
         device = plan.device
@@ -59,7 +73,8 @@ class TritonBackend:
 
         call = plan.state.get(self.name)
         if not isinstance(call, Call):
-            call = plan.state[self.name] = Call(plan, self._bytes(plan.device), run, plan.device)
+            call = Call(plan, self.variant(plan), self._bytes(plan.device), run, plan.device)
+            plan.state[self.name] = call
         return call
 
     def _bytes(self, device: torch.device) -> int:

@@ -9,9 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...graph import ACTIVATIONS
 from .launch import Launch, blocks
+from .optional import given
 
 PIECEWISE_LINEAR = ("relu", "leaky_relu")
+NAMES = ("identity", *ACTIVATIONS)
+_NAMES, _COUNT = tl.constexpr(NAMES), tl.constexpr(len(NAMES))
 
 CROWDED = ("sine",)
 """Activations that need many registers, for the reduction of large arguments."""
@@ -48,8 +52,21 @@ def _expm1(x):
 
 
 @triton.jit
-def activate(x, p0, p1, ACT: tl.constexpr):
-    """f(x), f'(x), f''(x)."""
+def activate(x, p0, p1, act, DYNAMIC: tl.constexpr):
+    """f(x), f'(x), f''(x) of the activation `act`: its name, or if DYNAMIC its place in `NAMES`."""
+    if DYNAMIC:
+        y, d1, d2 = x, tl.zeros_like(x) + 1.0, tl.zeros_like(x)
+        if act != 0:
+            for i in tl.static_range(1, _COUNT):
+                if act == i:
+                    y, d1, d2 = _named(x, p0, p1, _NAMES[i])
+        return y, d1, d2
+    else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
+        return _named(x, p0, p1, act)
+
+
+@triton.jit
+def _named(x, p0, p1, ACT: tl.constexpr):
     if ACT == "identity":
         return x, tl.zeros_like(x) + 1.0, tl.zeros_like(x)
     elif ACT == "relu":  # noqa: RET505  # Triton compiles what follows a return in a static branch
@@ -100,16 +117,22 @@ def activate(x, p0, p1, ACT: tl.constexpr):
         return y, p0 * tl.cos(p0 * x), -p0 * p0 * y
 
 
+@triton.jit
+def activation_block(x, y, d1, d2, p0, p1, i, size, ACT, DYNAMIC: tl.constexpr):
+    """Elements i."""
+    inside = i < size
+    value, slope, curvature = activate(tl.load(x + i, mask=inside, other=0.0), p0, p1, ACT, DYNAMIC)
+    tl.store(y + i, value, mask=inside)
+    if given(d1, DYNAMIC):
+        tl.store(d1 + i, slope, mask=inside)
+    if given(d2, DYNAMIC):
+        tl.store(d2 + i, curvature, mask=inside)
+
+
 @triton.jit(do_not_specialize=["size"])
 def activation_kernel(x, y, d1, d2, p0, p1, size, ACT: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    value, slope, curvature = activate(tl.load(x + i, mask=inside, other=0.0), p0, p1, ACT)
-    tl.store(y + i, value, mask=inside)
-    if d1 is not None:
-        tl.store(d1 + i, slope, mask=inside)
-    if d2 is not None:
-        tl.store(d2 + i, curvature, mask=inside)
+    activation_block(x, y, d1, d2, p0, p1, i, size, ACT, False)
 
 
 def activation(

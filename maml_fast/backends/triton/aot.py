@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...plan import Plan
-from . import tiles, tuning
+from . import TritonBackend, tiles, tuning
 from .call import PRECISIONS, Call
 from .launch import OPTIONS, Launch
 from .tiles import Product
@@ -29,9 +29,9 @@ from .tiles import Product
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory that one program may have, by compute capability × 10."""
 
-_TILES = ("BM", "BN", "BK", "BC", "BR", "BW", "BT", "BI", "BLOCK")
+_TILES = ("BM", "BN", "BK", "BC", "BR", "BW", "BT", "BI", "BLOCK", "FEW", "WIDE")
 _OPERANDS = ("a2", "sums", "DIV_H", "PRECISION")
-_LAUNCH_OPTIONS = ("num_warps", "num_stages")
+_LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _TYPES = {torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 
 
@@ -41,7 +41,7 @@ class Instance:
 
     Attributes:
         signature: argument name and Triton type. constants: values known when compiling.
-        aligned: positions of arguments that are multiples of 16. options: warps and stages.
+        aligned: positions of arguments that are multiples of 16. options: warps, stages and the most registers.
     """
 
     kernel: Any
@@ -87,29 +87,30 @@ class Usage:
     spills: int
 
 
-def launches(plan: Plan) -> list[tuple[Any, int, tuple[Any, ...], dict[str, Any]]]:
+def launches(plan: Plan, variant: str = "wide") -> list[tuple[Any, int, tuple[Any, ...], dict[str, Any]]]:
     """Every launch of one call, in order: kernel, programs, arguments, constants. Nothing is computed."""
     recorded: list[tuple[Any, int, tuple[Any, ...], dict[str, Any]]] = []
 
     def record(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         recorded.append((kernel, programs, arguments, constants))
 
-    _start(plan, record)
+    _start(plan, variant, record)
     return recorded
 
 
-def _start(plan: Plan, launch: Launch) -> None:
-    Call(plan, 1 << 60, launch, torch.device("meta")).run()
+def _start(plan: Plan, variant: str, launch: Launch) -> None:
+    Call(plan, variant, 1 << 60, launch, torch.device("meta")).run()
 
 
-def instances(plan: Plan) -> list[Instance]:
+def instances(plan: Plan, variant: str = "wide") -> list[Instance]:
     """The different kernels that a plan's launches need."""
-    return list(dict.fromkeys(_instance(k, arguments, constants) for k, _, arguments, constants in launches(plan)))
+    found = launches(plan, variant)
+    return list(dict.fromkeys(_instance(k, arguments, constants) for k, _, arguments, constants in found))
 
 
 def products(plan: Plan) -> list[Product]:
     """One of every kind of product that the plan needs."""
-    return list(tuning.products(partial(_start, plan)).values())
+    return list(tuning.products(partial(_start, plan, "wide")).values())
 
 
 def candidates(one: Product) -> list[Instance]:
@@ -210,15 +211,17 @@ def work(every: bool = False) -> tuple[tuple[int, Instance], ...]:
     The tests leave out, for 9.0 in float32, instances that differ in strides and alignment only, and otherwise
     those that differ in the tile too, of which the largest takes most; and products with rounded operands that
     differ in their epilogue only, which does not round. Of the tiles that tuning would try, they take those of
-    the largest product of each kernel.
+    the largest product of each kernel; of the resident kernel with rounded operands, that for 9.0.
     """
     chosen = {p: [replace(plan, precision=p) for plan in plans().values()] for p in PRECISIONS}
     found = {p: dict.fromkeys(i for plan in of for i in instances(plan)) for p, of in chosen.items()}
     found = {p: {i: None for i in of if p == "float32" or i.rounded} for p, of in found.items()}
+    resident = [i for p in PRECISIONS for i in resident_instances(p)]
     to_tile = [one for of in chosen.values() for plan in of for one in products(plan)]
     if every:
         tried = [i for one in to_tile for i in candidates(one)]
-        return tuple({(c, i): None for i in (*(i for of in found.values() for i in of), *tried) for c in SHARED_LIMIT})
+        all_of = (*(i for of in found.values() for i in of), *tried, *resident)
+        return tuple({(c, i): None for i in all_of for c in SHARED_LIMIT})
     named: dict[str, Instance] = {}
     for i in found["float32"]:
         named[i.name] = max(i, named.get(i.name, i), key=lambda i: len(i.aligned))
@@ -228,12 +231,19 @@ def work(every: bool = False) -> tuple[tuple[int, Instance], ...]:
     hardest: dict[object, Product] = {}
     for one in to_tile:
         hardest[one.kernel, one.precision] = max(one, hardest.get((one.kernel, one.precision), one), key=_hardness)
-    for_h100 = [*named.values(), *(i for one in hardest.values() for i in candidates(one))]
-    return tuple({(90, i): None for i in for_h100} | {(c, i): None for i in largest.values() for c in SHARED_LIMIT})
+    for_h100 = [*named.values(), *(i for one in hardest.values() for i in candidates(one)), *resident]
+    for_all = [*largest.values(), *(i for i in resident if not i.rounded)]
+    return tuple({(90, i): None for i in for_h100} | {(c, i): None for i in for_all for c in SHARED_LIMIT})
 
 
 def _hardness(one: Product) -> tuple[int, int]:
     return sum(a is not None for a in one.arguments), one.m * one.n * one.k
+
+
+def resident_instances(precision: str) -> list[Instance]:
+    """The resident kernel, which is the same for every plan."""
+    found = instances(replace(plans()["sinusoid-k1"], precision=precision), "resident")
+    return [i for i in found if i.module == "machine"]
 
 
 def compile_nth(n: int, every: bool = False) -> tuple[str, int, Usage]:
@@ -245,6 +255,8 @@ def compile_nth(n: int, every: bool = False) -> tuple[str, int, Usage]:
 def main() -> None:
     for name, plan in plans().items():
         print(f"{name}: {len(launches(plan))} launches a call")
+        if TritonBackend().variant(plan) == "resident":
+            print(f"{name}, resident: {len(launches(plan, 'resident'))} launches a call")
     for name, capability, usage in (compile_nth(n, every=True) for n in range(len(work(every=True)))):
         print(f"{capability:4d} {usage.shared:6d} B {usage.registers:3d} regs {usage.spills:4d} B spilt  {name}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 import torch
 
@@ -15,16 +16,33 @@ from .capture import Capture
 from .executor import Executor
 from .launch import Launch
 from .network import Network
+from .resident import ResidentExecutor, TaskMajor
 from .workspace import Workspace
 
 PRECISIONS = {"float32": "ieee", "tf32": "tf32", "bf16": "bf16"}
 """How products read float32 operands, by the user's word for it; `"tf32x3"` would be as exact as `"ieee"`."""
 
 
+@dataclass(frozen=True)
+class Variant:
+    """How the tasks of a plan share the device.
+
+    Attributes:
+        workspace, executor: where things are, and what runs the program.
+    """
+
+    workspace: type[Workspace]
+    executor: type[Executor]
+
+
+VARIANTS = {"wide": Variant(Workspace, Executor), "resident": Variant(TaskMajor, ResidentExecutor)}
+
+
 class Call:
     """Runs a plan for any tensors of its shapes.
 
     Args:
+        variant: a name in `VARIANTS`.
         budget: bytes that buffers and workspace may take.
         launch: how kernels start.
         device: where the memory is; `meta` to only record launches.
@@ -34,18 +52,19 @@ class Call:
         torch.OutOfMemoryError: the device has less memory than the budget.
     """
 
-    def __init__(self, plan: Plan, budget: int, launch: Launch, device: torch.device) -> None:
-        graph = plan.trace[0]
+    def __init__(self, plan: Plan, variant: str, budget: int, launch: Launch, device: torch.device) -> None:
+        graph, chosen = plan.trace[0], VARIANTS[variant]
         assert graph is not None
         self.lock = threading.Lock()
         network = Network(plan, graph)
         self.buffers = Buffers(plan, network, device)
-        program, self.workspace, self.chunk = _fit(plan, network, budget - self.buffers.bytes())
+        room = budget - self.buffers.bytes()
+        program, self.workspace, self.chunk = _fit(plan, network, chosen.workspace, room)
         self.workspace.allocate(self.chunk, device)
         precision = PRECISIONS[plan.precision]
 
         def executor(launch: Launch) -> Executor:
-            return Executor(plan, network, program, self.buffers, self.workspace, launch, precision)
+            return chosen.executor(plan, network, program, self.buffers, self.workspace, launch, precision)
 
         if tuning.wanted(device):
             launch = tuning.tune(launch, lambda other: executor(other).run(self.chunk), tuning.store(device))
@@ -68,22 +87,23 @@ class Call:
         self.executor.run(self.chunk)
 
 
-def why_not_memory(plan: Plan, budget: int) -> list[str]:
+def why_not_memory(plan: Plan, variant: str, budget: int) -> list[str]:
     """The bytes that one task needs, if they are more than the budget."""
-    graph = plan.trace[0]
+    graph, chosen = plan.trace[0], VARIANTS[variant]
     assert graph is not None
     network = Network(plan, graph)
+    room = budget - Buffers(plan, network, torch.device("meta")).bytes()
     try:
-        _fit(plan, network, budget - Buffers(plan, network, torch.device("meta")).bytes())
+        _fit(plan, network, chosen.workspace, room)
     except MemoryError as error:
         return [str(error)]
     return []
 
 
-def _fit(plan: Plan, network: Network, room: int) -> tuple[Program, Workspace, int]:
+def _fit(plan: Plan, network: Network, kind: type[Workspace], room: int) -> tuple[Program, Workspace, int]:
     """The program, its memory and how many tasks at once; tapes are kept if one task's fit."""
     for program in (plan.program, maml.emit(plan, save=False)):
-        workspace = Workspace(plan, network, program)
+        workspace = kind(plan, network, program)
         need = 4 * workspace.numbers(1)
         if need <= room:
             return program, workspace, min(plan.tasks, room // max(need, 1))

@@ -107,7 +107,7 @@ def _gradient(p, at, inside, value, theta, rates, rate_at, each, rc, ADD: tl.con
     if p is not None:
         if ADD:
             value += tl.load(p + at, mask=inside, other=0.0)
-        tl.store(p + at, stepped(value, theta, rates, rate_at, each, rc, inside), mask=inside)
+        tl.store(p + at, stepped(value, theta, rates, rate_at, each, rc, inside, False), mask=inside)
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def moments_kernel(x, part, c, m, span, spans, BM: tl.constexpr, BC: tl.constexp
 def _value(x, at, inside, mu, r, weight, bias, p0, p1, ACT: tl.constexpr):
     """f(z)."""
     h = (tl.load(x + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
-    value, _, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT)
+    value, _, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT, False)
     return value
 
 
@@ -224,7 +224,7 @@ def forward_kernel(
 def _delta(x, dy, at, inside, at_y, in_y, mu, r, weight, bias, p0, p1, ACT: tl.constexpr):
     """x̂ and d."""
     h = (tl.load(x + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
-    _, slope, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT)
+    _, slope, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT, False)
     return h, slope * tl.load(dy + at_y, mask=in_y, other=0.0)
 
 
@@ -382,7 +382,7 @@ def tangent_kernel(
         h = (tl.load(x + base + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
         moved = _moved(tx, h, at, inside, r, mu_moved, slope)
         z = weight[None, :] * moved + weight_moved[None, :] * h + bias_moved[None, :]
-        _, gain, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT)
+        _, gain, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT, False)
         tl.store(ty + t * c * outs + at_y, gain * z, mask=inside)
 
 
@@ -393,7 +393,7 @@ def _both_deltas(
     """x̂, x̂˙, d and d˙."""
     h = (tl.load(x + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
     th = _moved(tx, h, at, inside, r, tmean, s)
-    _, gain, curvature = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT)
+    _, gain, curvature = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT, False)
     tz = weight[None, :] * th + vweight[None, :] * h + vbias[None, :]
     d = tl.load(dy + at_y, mask=in_y, other=0.0)
     e = gain * tl.load(ey + at_y, mask=in_y, other=0.0) + curvature * tz * d

@@ -22,7 +22,7 @@ from torch import Tensor
 from .gemm import Epilogue, dot, finish
 from .launch import Launch, blocks, task
 from .tiles import Product, start_product
-from .vectors import Step, step_arguments, stepped, sum_splits
+from .vectors import Step, step_arguments, stepped, sum_rows
 
 _SPLIT = 1024  # positions that one program of the weight gradient adds up
 _MOST_SPLITS = 128
@@ -92,7 +92,7 @@ def conv_kernel(
         acc += tl.load(bias + t * bias_t + group * columns + rn, mask=rn < columns, other=0.0)[None, :]
     at = t * c_t + rm[:, None] * (columns * groups) + (group * columns + rn)[None, :]
     inside = (rm < rows)[:, None] & (rn < columns)[None, :]
-    acc = finish(acc, at, inside, slope, curvature, gain, raw, u, v, w, p0, p1, ACT)
+    acc = finish(acc, at, inside, slope, curvature, gain, raw, u, v, w, p0, p1, ACT, False)
     if ADD:
         acc += tl.load(c + at, mask=inside, other=0.0)
     tl.store(c + at, acc, mask=inside)
@@ -155,7 +155,7 @@ def weight_kernel(
         acc += tl.load(out, mask=inside, other=0.0)
     if theta is not None:
         theta += t * theta_t
-    tl.store(out, stepped(acc, theta, rates, rate_at, each, here, inside), mask=inside)
+    tl.store(out, stepped(acc, theta, rates, rate_at, each, here, inside, False), mask=inside)
     if sums is not None:
         where = sums + t * sums_t + split * sums_split + filter
         mine = rm < tl.where(n_tile == 0, filters, 0)
@@ -163,7 +163,7 @@ def weight_kernel(
             total += tl.load(where, mask=mine, other=0.0)
         if sums_theta is not None:
             sums_theta += t * theta_t
-        tl.store(where, stepped(total, sums_theta, rates, sums_at, sums_each, filter, mine), mask=mine)
+        tl.store(where, stepped(total, sums_theta, rates, sums_at, sums_each, filter, mine, False), mask=mine)
 
 
 def plane(numbers: tuple[int, ...], missing: int) -> tuple[int, int]:
@@ -316,9 +316,9 @@ class Conv:
         form, sizes = f"conv weight{' twice' * (pair is not None)}", (self.filters, columns, min(rows, span))
         self._start(weight_kernel, form, splits, sizes, arguments, {"ADD": own[0], "ADD_SUMS": own[1]})
         if splits > 1:
-            sum_splits(self.launch, gw, partial, add=adds[0], step=steps[0])
+            sum_rows(self.launch, gw, partial, add=adds[0], step=steps[0])
             if gb is not None and partial_b is not None:
-                sum_splits(self.launch, gb, partial_b, add=adds[1], step=steps[1])
+                sum_rows(self.launch, gb, partial_b, add=adds[1], step=steps[1])
 
     def _start(
         self,

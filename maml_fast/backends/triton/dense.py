@@ -11,9 +11,9 @@ from .activation import PIECEWISE_LINEAR, activation
 from .elementwise import combine, copy_rows, multiply, transpose
 from .gemm import product
 from .kinds import Kind, LinearMap, Sizes
-from .layer_norm import sum_rows
 from .network import Layer
 from .passes import Pass
+from .vectors import sum_rows
 
 
 class Linear(Kind):
@@ -77,7 +77,7 @@ class Linear(Kind):
                 precision=p.precision,
             )
         elif gb is not None:
-            sum_rows(p.launch, dy, gb, add=not p.layer.first_bias, step=p.steps()[1])
+            sum_rows(p.launch, gb, dy, add=not p.layer.first_bias, step=p.steps()[1])
 
     @staticmethod
     def _rows(p: Pass, x: Tensor) -> Tensor:

@@ -7,16 +7,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, blocks
+from .optional import given
 
 _BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["size"])
-def combine_kernel(a, b, out, f, g, h, size, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def combine_block(a, b, out, f, g, h, i, size, ADD, DYNAMIC: tl.constexpr):
+    """Elements i."""
     inside = i < size
     y = f * tl.load(a + i, mask=inside, other=0.0) + h
-    if b is not None:
+    if given(b, DYNAMIC):
         y += g * tl.load(b + i, mask=inside, other=0.0)
     if ADD:
         y += tl.load(out + i, mask=inside, other=0.0)
@@ -24,11 +25,17 @@ def combine_kernel(a, b, out, f, g, h, size, ADD: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit(do_not_specialize=["size"])
-def multiply_kernel(a, b, c, d, e, out, size, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def combine_kernel(a, b, out, f, g, h, size, ADD: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    combine_block(a, b, out, f, g, h, i, size, ADD, False)
+
+
+@triton.jit
+def multiply_block(a, b, c, d, e, out, i, size, ADD, DYNAMIC: tl.constexpr):
+    """Elements i."""
     inside = i < size
     y = tl.load(a + i, mask=inside, other=0.0) * tl.load(b + i, mask=inside, other=0.0)
-    if c is not None:
+    if given(c, DYNAMIC):
         more = tl.load(c + i, mask=inside, other=0.0) * tl.load(d + i, mask=inside, other=0.0)
         y += more * tl.load(e + i, mask=inside, other=0.0)
     if ADD:
@@ -37,17 +44,29 @@ def multiply_kernel(a, b, c, d, e, out, size, ADD: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit(do_not_specialize=["size"])
-def copy_rows_kernel(a, out, size, width, a_row, out_row, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def multiply_kernel(a, b, c, d, e, out, size, ADD: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    multiply_block(a, b, c, d, e, out, i, size, ADD, False)
+
+
+@triton.jit
+def copy_rows_block(a, out, width, a_row, out_row, i, size, ADD, DYNAMIC: tl.constexpr):
+    """Elements i."""
     inside = i < size
     row, column = i // width, i % width
     to = out + row * out_row + column
-    y = tl.zeros((BLOCK,), tl.float32)
-    if a is not None:
+    y = tl.zeros(i.shape, tl.float32)
+    if given(a, DYNAMIC):
         y = tl.load(a + row * a_row + column, mask=inside, other=0.0)
     if ADD:
         y += tl.load(to, mask=inside, other=0.0)
     tl.store(to, y, mask=inside)
+
+
+@triton.jit(do_not_specialize=["size"])
+def copy_rows_kernel(a, out, size, width, a_row, out_row, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    copy_rows_block(a, out, width, a_row, out_row, i, size, ADD, False)
 
 
 @triton.jit(do_not_specialize=["size", "rows", "a_t"])

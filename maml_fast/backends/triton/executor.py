@@ -75,15 +75,23 @@ class Executor:
                 total.zero_()
         for first in range(0, self.plan.tasks, chunk):
             self.first, self.tasks = first, min(chunk, self.plan.tasks - first)
-            for at, instruction in enumerate(self.program.instructions):
-                self.direct, before = self.directs.get(at), self.directs.get(at - 1)
-                if before is None:
-                    _EXECUTE[type(instruction)](self, instruction)
-                else:
-                    self._rest(before)
+            self.chunk()
         if buffers.rate_products is not None and buffers.rate_partials.numel():
             vectors.sum_segments(self.launch, buffers.rate_partials, buffers.rate_products, *buffers.segments[0])
             vectors.sum_segments(self.launch, buffers.rate_sums, buffers.rate_partials, *buffers.segments[1])
+
+    def chunk(self) -> None:
+        """The program for the tasks at hand."""
+        for at, instruction in enumerate(self.program.instructions):
+            self.direct, before = self.directs.get(at), self.directs.get(at - 1)
+            if before is None:
+                self.execute(instruction)
+            else:
+                self._rest(before)
+
+    def execute(self, instruction: Instruction) -> None:
+        """One instruction for the tasks at hand."""
+        _EXECUTE[type(instruction)](self, instruction)
 
     # ---- where things are ----------------------------------------------------------------------
 
@@ -212,7 +220,7 @@ class Executor:
     def hvp(self, i: Hvp) -> None:
         if not self.network.out_moves:
             if self.direct is None:
-                self._slot(i.out).zero_()
+                copy_rows(self.launch, self._slot(i.out), None)
             return
         p = replace(
             self._pass(i.tape, i.inputs),
@@ -254,7 +262,7 @@ class Executor:
     def rate_gradient(self, i: RateGradient) -> None:
         total = self.buffers.rate_products
         if total is not None and self.flat.adapting:
-            vectors.sum_tasks(self.launch, total, self._adapting(i.gradient), self._adapting(i.adjoint))
+            vectors.sum_tasks(self.launch, total, self._adapting(i.gradient), self._adapting(i.adjoint), f=-1.0)
 
     def accumulate(self, i: Accumulate) -> None:
         assert self.buffers.gradient is not None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .activation import CROWDED, activate
 from .launch import Launch, task
+from .optional import given, of_task
 from .tiles import Product, start_product
 from .vectors import Step, step_arguments, stepped
 
@@ -27,22 +28,66 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, at, inside, slope, curvature, gain, raw, u, v, w, p0, p1, ACT: tl.constexpr):
+def finish(acc, at, inside, slope, curvature, gain, raw, u, v, w, p0, p1, ACT, DYNAMIC: tl.constexpr):
     """e of a product: see `Epilogue`."""
-    if raw is not None:
+    if given(raw, DYNAMIC):
         tl.store(raw + at, acc, mask=inside)
-    if gain is not None:
+    if given(gain, DYNAMIC):
         acc *= tl.load(gain + at, mask=inside, other=0.0)
-    if u is not None:
+    if given(u, DYNAMIC):
         more = tl.load(u + at, mask=inside, other=0.0) * tl.load(v + at, mask=inside, other=0.0)
         acc += more * tl.load(w + at, mask=inside, other=0.0)
-    if ACT != "identity":
-        acc, first, second = activate(acc, p0, p1, ACT)
-        if slope is not None:
-            tl.store(slope + at, first, mask=inside)
-        if curvature is not None:
-            tl.store(curvature + at, second, mask=inside)
+    acc, first, second = activate(acc, p0, p1, ACT, DYNAMIC)
+    if given(slope, DYNAMIC):
+        tl.store(slope + at, first, mask=inside)
+    if given(curvature, DYNAMIC):
+        tl.store(curvature + at, second, mask=inside)
     return acc
+
+
+@triton.jit
+def product_tile(
+    a, b, a2, b2, bias, c, sums, slope, curvature, gain, raw, u, v, w, theta, sums_theta, rates, rate_at, sums_at,
+    m, n, k, p0, p1, a_m, a_k, b_k, b_n, each, sums_each, tile,
+    ACT, ADD, ADD_SUMS, PRECISION: tl.constexpr, DYNAMIC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One tile of one task's product."""
+    across = tl.cdiv(n, BN)
+    rm = (tile // across) * BM + tl.arange(0, BM)
+    rn = (tile % across) * BN + tl.arange(0, BN)
+    # One task has fewer than 2³¹ numbers; a merged batch of tasks can have more.
+    rows, columns = (rm, rn) if DYNAMIC else (rm.to(tl.int64), rn.to(tl.int64))
+    a_rows = rows[:, None] * a_m
+    b_columns = columns[None, :] * b_n
+    acc = tl.zeros((BM, BN), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for start in range(0, k, BK):
+        rk = start + tl.arange(0, BK)
+        a_at = a_rows + rk[None, :] * a_k
+        b_at = b_columns + rk[:, None] * b_k
+        a_in = (rm[:, None] < m) & (rk[None, :] < k)
+        b_in = (rk[:, None] < k) & (rn[None, :] < n)
+        left = tl.load(a + a_at, mask=a_in, other=0.0)
+        acc = dot(left, tl.load(b + b_at, mask=b_in, other=0.0), acc, PRECISION)
+        if given(sums, DYNAMIC):
+            total += tl.sum(left, axis=1)
+        if given(a2, DYNAMIC):
+            left = tl.load(a2 + a_at, mask=a_in, other=0.0)
+            acc = dot(left, tl.load(b2 + b_at, mask=b_in, other=0.0), acc, PRECISION)
+    if given(bias, DYNAMIC):
+        acc += tl.load(bias + rn, mask=rn < n, other=0.0)[None, :]
+    at = rows[:, None] * n + rn[None, :]
+    inside = (rm[:, None] < m) & (rn[None, :] < n)
+    acc = finish(acc, at, inside, slope, curvature, gain, raw, u, v, w, p0, p1, ACT, DYNAMIC)
+    if ADD:
+        acc += tl.load(c + at, mask=inside, other=0.0)
+    tl.store(c + at, stepped(acc, theta, rates, rate_at, each, at, inside, DYNAMIC), mask=inside)
+    if given(sums, DYNAMIC):
+        mine = rm < tl.where(tile % across == 0, m, 0)
+        if ADD_SUMS:
+            total += tl.load(sums + rm, mask=mine, other=0.0)
+        tl.store(sums + rm, stepped(total, sums_theta, rates, sums_at, sums_each, rm, mine, DYNAMIC), mask=mine)
 
 
 @triton.jit(do_not_specialize=["m", "k", "bias_t", "sums_t", "each", "sums_each"])
@@ -53,49 +98,17 @@ def gemm_kernel(
     ACT: tl.constexpr, ADD: tl.constexpr, ADD_SUMS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(n, BN)
-    tiles = tl.cdiv(m, BM) * across
+    tiles = tl.cdiv(m, BM) * tl.cdiv(n, BN)
     t = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    rm = (tile // across) * BM + tl.arange(0, BM)
-    rn = (tile % across) * BN + tl.arange(0, BN)
-    # A merged batch of tasks can have more than 2³¹ numbers.
-    a_rows = rm.to(tl.int64)[:, None] * a_m
-    b_columns = rn.to(tl.int64)[None, :] * b_n
-    acc = tl.zeros((BM, BN), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    for start in range(0, k, BK):
-        rk = start + tl.arange(0, BK)
-        a_at = a_rows + rk[None, :] * a_k
-        b_at = b_columns + rk[:, None] * b_k
-        a_in = (rm[:, None] < m) & (rk[None, :] < k)
-        b_in = (rk[:, None] < k) & (rn[None, :] < n)
-        left = tl.load(a + t * a_t + a_at, mask=a_in, other=0.0)
-        acc = dot(left, tl.load(b + t * b_t + b_at, mask=b_in, other=0.0), acc, PRECISION)
-        if sums is not None:
-            total += tl.sum(left, axis=1)
-        if a2 is not None:
-            left = tl.load(a2 + t * a2_t + a_at, mask=a_in, other=0.0)
-            acc = dot(left, tl.load(b2 + t * b2_t + b_at, mask=b_in, other=0.0), acc, PRECISION)
-    if bias is not None:
-        acc += tl.load(bias + t * bias_t + rn, mask=rn < n, other=0.0)[None, :]
-    here = rm.to(tl.int64)[:, None] * n + rn[None, :]
-    at = t * c_t + here
-    inside = (rm[:, None] < m) & (rn[None, :] < n)
-    acc = finish(acc, at, inside, slope, curvature, gain, raw, u, v, w, p0, p1, ACT)
-    if ADD:
-        acc += tl.load(c + at, mask=inside, other=0.0)
-    if theta is not None:
-        theta += t * theta_t
-    tl.store(c + at, stepped(acc, theta, rates, rate_at, each, here, inside), mask=inside)
-    if sums is not None:
-        where = sums + t * sums_t + rm
-        mine = rm < tl.where(tile % across == 0, m, 0)
-        if ADD_SUMS:
-            total += tl.load(where, mask=mine, other=0.0)
-        if sums_theta is not None:
-            sums_theta += t * theta_t
-        tl.store(where, stepped(total, sums_theta, rates, sums_at, sums_each, rm, mine), mask=mine)
+    product_tile(
+        a + t * a_t, b + t * b_t, of_task(a2, t, a2_t), of_task(b2, t, b2_t),
+        of_task(bias, t, bias_t), c + t * c_t, of_task(sums, t, sums_t),
+        of_task(slope, t, c_t), of_task(curvature, t, c_t), of_task(gain, t, c_t), of_task(raw, t, c_t),
+        of_task(u, t, c_t), of_task(v, t, c_t), of_task(w, t, c_t),
+        of_task(theta, t, theta_t), of_task(sums_theta, t, theta_t), rates, rate_at, sums_at,
+        m, n, k, p0, p1, a_m, a_k, b_k, b_n, each, sums_each, tl.program_id(0) % tiles,
+        ACT, ADD, ADD_SUMS, PRECISION, False, BM, BN, BK,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def forward_kernel(
         h = (tl.load(x + base + at, mask=inside, other=0.0) - mu) * r
         tl.store(xhat + base + at, h, mask=inside)
         weight, bias = _weight(w, t * w_t + channel, inside, 1.0), _weight(b, t * b_t + channel, inside, 0.0)
-        value, _, _ = activate(weight * h + bias, p0, p1, ACT)
+        value, _, _ = activate(weight * h + bias, p0, p1, ACT, False)
         tl.store(y + base + at, value, mask=inside)
 
 

@@ -21,8 +21,6 @@ from .vectors import Step, step_arguments, stepped
 
 WIDEST = 8192
 
-_NO_ACTIVATION = ("identity", 0.0, 0.0)
-
 
 @triton.jit
 def _program(rows, BR: tl.constexpr):
@@ -63,7 +61,7 @@ def forward_kernel(
     h = d * r[:, None]
     tl.store(inverse + row, r, mask=in_r)
     tl.store(xhat + at, h, mask=inside)
-    value, _, _ = activate(_row(w, t * w_t + ri, in_w, 1.0) * h + _row(b, t * b_t + ri, in_w, 0.0), p0, p1, ACT)
+    value, _, _ = activate(_row(w, t * w_t + ri, in_w, 1.0) * h + _row(b, t * b_t + ri, in_w, 0.0), p0, p1, ACT, False)
     tl.store(y + at, value, mask=inside)
 
 
@@ -143,7 +141,7 @@ def column_sums_kernel(
     rows, width, p0, p1, w_t, b_t, v_t, gw_t, gb_t, theta_t, each_w, each_b,
     ACT: tl.constexpr, ADD_W: tl.constexpr, ADD_B: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """With ey the tangents of the sums; without x̂ only that of dy."""
+    """With ey the tangents of the sums."""
     across = tl.cdiv(width, BW)
     t = (tl.program_id(0) // across).to(tl.int64)
     ri = (tl.program_id(0) % across) * BW + tl.arange(0, BW)
@@ -156,33 +154,30 @@ def column_sums_kernel(
         at = (t * rows + rr)[:, None] * width + ri[None, :]
         inside = (rr < rows)[:, None] & in_w[None, :]
         d = tl.load(dy + at, mask=inside, other=0.0)
-        if xhat is None:
+        h = tl.load(xhat + at, mask=inside, other=0.0)
+        if ey is None:
+            d, _ = deltas(d, 0.0, h, 0.0, weight, bias, 0.0, 0.0, p0, p1, ACT)
+            w_sum += d * h
             b_sum += d
         else:
-            h = tl.load(xhat + at, mask=inside, other=0.0)
-            if ey is None:
-                d, _ = deltas(d, 0.0, h, 0.0, weight, bias, 0.0, 0.0, p0, p1, ACT)
-                w_sum += d * h
-                b_sum += d
-            else:
-                th, e = tl.load(txhat + at, mask=inside, other=0.0), tl.load(ey + at, mask=inside, other=0.0)
-                d, e = deltas(d, e, h, th, weight, bias, vweight, vbias, p0, p1, ACT)
-                w_sum += e * h + d * th
-                b_sum += e
+            th, e = tl.load(txhat + at, mask=inside, other=0.0), tl.load(ey + at, mask=inside, other=0.0)
+            d, e = deltas(d, e, h, th, weight, bias, vweight, vbias, p0, p1, ACT)
+            w_sum += e * h + d * th
+            b_sum += e
     if gw is not None:
         total = tl.sum(w_sum, axis=0)
         if ADD_W:
             total += tl.load(gw + t * gw_t + ri, mask=in_w, other=0.0)
         if theta_w is not None:
             theta_w += t * theta_t
-        tl.store(gw + t * gw_t + ri, stepped(total, theta_w, rates, at_w, each_w, ri, in_w), mask=in_w)
+        tl.store(gw + t * gw_t + ri, stepped(total, theta_w, rates, at_w, each_w, ri, in_w, False), mask=in_w)
     if gb is not None:
         total = tl.sum(b_sum, axis=0)
         if ADD_B:
             total += tl.load(gb + t * gb_t + ri, mask=in_w, other=0.0)
         if theta_b is not None:
             theta_b += t * theta_t
-        tl.store(gb + t * gb_t + ri, stepped(total, theta_b, rates, at_b, each_b, ri, in_w), mask=in_w)
+        tl.store(gb + t * gb_t + ri, stepped(total, theta_b, rates, at_b, each_b, ri, in_w, False), mask=in_w)
 
 
 class LayerNorm(RowNorm):
@@ -193,9 +188,7 @@ class LayerNorm(RowNorm):
     tangent_kernel = tangent_kernel
     backward_tangent_kernel = backward_tangent_kernel
 
-    def __init__(
-        self, launch: Launch, tasks: int, rows: int, width: int, act: tuple[str, float, float] = _NO_ACTIVATION
-    ) -> None:
+    def __init__(self, launch: Launch, tasks: int, rows: int, width: int, act: tuple[str, float, float]) -> None:
         bw = power_of_two(width, 16, WIDEST)
         br = power_of_two(rows, 1, max(1024 // bw, 1))
         warps = power_of_two(bw // 512, 4, 16)  # wide rows would spill
@@ -204,7 +197,7 @@ class LayerNorm(RowNorm):
 
     def sums(
         self,
-        xhat: Tensor | None,
+        xhat: Tensor,
         txhat: Tensor | None,
         dy: Tensor,
         ey: Tensor | None,
@@ -222,9 +215,3 @@ class LayerNorm(RowNorm):
             *step_tensors, *self.sizes, *distances(weights), *map(task, gradients), *step_numbers,
             ACT=self.constants["ACT"], ADD_W=adds[0], ADD_B=adds[1], BR=power_of_two(int(rows), 8, 2048 // bw), BW=bw,
         )  # fmt: skip
-
-
-def sum_rows(launch: Launch, a: Tensor, out: Tensor, *, add: bool, step: Step | None) -> None:
-    """out (+)= Σ_rows a, or the step with it; a (T, R, W) contiguous, out (T, W)."""
-    rows = LayerNorm(launch, a.shape[0], a.shape[1], a.shape[2])
-    rows.sums(None, None, a, None, (None,) * 4, (None, out), (False, add), (None, step))

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from .activation import log1p_unit, sigmoid
 from .launch import Launch, power_of_two
+from .optional import given, of_task
 
 MOST_CLASSES = 16384
+POINTWISE = ("mse", "l1", "huber", "bce_with_logits")
+_POINTWISE, _COUNT = tl.constexpr(POINTWISE), tl.constexpr(len(POINTWISE))
 
 
 @triton.jit
@@ -24,8 +27,20 @@ def _sign(r):
 
 
 @triton.jit
-def _pointwise(z, y, d, LOSS: tl.constexpr):
-    """Value, slope and curvature at an output z for a target y."""
+def _pointwise(z, y, d, loss, DYNAMIC: tl.constexpr):
+    """Value, slope and curvature at z for a target y of the loss: its name, or its place in `POINTWISE`."""
+    if DYNAMIC:
+        value, slope, curvature = tl.zeros_like(z), tl.zeros_like(z), tl.zeros_like(z)
+        for i in tl.static_range(_COUNT):
+            if loss == i:
+                value, slope, curvature = _named(z, y, d, _POINTWISE[i])
+        return value, slope, curvature
+    else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
+        return _named(z, y, d, loss)
+
+
+@triton.jit
+def _named(z, y, d, LOSS: tl.constexpr):
     r = z - y
     if LOSS == "mse":
         return r * r, 2.0 * r, 2.0 + 0.0 * r
@@ -42,38 +57,51 @@ def _pointwise(z, y, d, LOSS: tl.constexpr):
         return value, s - y, s * (1.0 - s)
 
 
-@triton.jit(do_not_specialize=["size"])
-def pointwise_kernel(z, y, weights, losses, dz, size, d, LOSS: tl.constexpr, BLOCK: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64)
+@triton.jit
+def pointwise_task(z, y, weight, loss, dz, size, d, LOSS, DYNAMIC: tl.constexpr, BLOCK: tl.constexpr):
+    """One task."""
     scale = 1.0 / size
-    if weights is not None:
-        scale *= tl.load(weights + t)
+    if given(weight, DYNAMIC):
+        scale *= tl.load(weight)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         i = start + tl.arange(0, BLOCK)
         inside = i < size
-        at = t * size + i
         value, slope, _ = _pointwise(
-            tl.load(z + at, mask=inside, other=0.0), tl.load(y + at, mask=inside, other=0.0), d, LOSS
+            tl.load(z + i, mask=inside, other=0.0), tl.load(y + i, mask=inside, other=0.0), d, LOSS, DYNAMIC
         )
         total += tl.where(inside, value, 0.0)
-        if dz is not None:
-            tl.store(dz + at, scale * slope, mask=inside)
-    if losses is not None:
-        tl.store(losses + t, tl.sum(total, axis=0) / size)
+        if given(dz, DYNAMIC):
+            tl.store(dz + i, scale * slope, mask=inside)
+    if given(loss, DYNAMIC):
+        tl.store(loss, tl.sum(total, axis=0) / size)
+
+
+@triton.jit(do_not_specialize=["size"])
+def pointwise_kernel(z, y, weights, losses, dz, size, d, LOSS: tl.constexpr, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    pointwise_task(
+        z + t * size, y + t * size, of_task(weights, t, 1), of_task(losses, t, 1), of_task(dz, t, size), size, d,
+        LOSS, False, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def pointwise_tangent_task(z, y, tz, ez, size, d, LOSS, DYNAMIC: tl.constexpr, BLOCK: tl.constexpr):
+    """One task."""
+    for start in range(0, size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < size
+        _, _, curvature = _pointwise(
+            tl.load(z + i, mask=inside, other=0.0), tl.load(y + i, mask=inside, other=0.0), d, LOSS, DYNAMIC
+        )
+        tl.store(ez + i, curvature * tl.load(tz + i, mask=inside, other=0.0) / size, mask=inside)
 
 
 @triton.jit(do_not_specialize=["size"])
 def pointwise_tangent_kernel(z, y, tz, ez, size, d, LOSS: tl.constexpr, BLOCK: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64)
-    for start in range(0, size, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        inside = i < size
-        at = t * size + i
-        _, _, curvature = _pointwise(
-            tl.load(z + at, mask=inside, other=0.0), tl.load(y + at, mask=inside, other=0.0), d, LOSS
-        )
-        tl.store(ez + at, curvature * tl.load(tz + at, mask=inside, other=0.0) / size, mask=inside)
+    at = tl.program_id(0).to(tl.int64) * size
+    pointwise_tangent_task(z + at, y + at, tz + at, ez + at, size, d, LOSS, False, BLOCK)
 
 
 @triton.jit
@@ -89,45 +117,64 @@ def _softmax(z, at, inside):
     return v, e / total[:, None], top + tl.log(total)
 
 
-@triton.jit(do_not_specialize=["samples", "classes"])
-def cross_entropy_kernel(
-    z, labels, weights, losses, dz, samples, classes, smoothing, BN: tl.constexpr, BC: tl.constexpr
+@triton.jit
+def cross_entropy_task(
+    z, labels, weight, loss, dz, samples, classes, smoothing,
+    DYNAMIC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
+    """One task."""
     scale = 1.0 / samples
-    if weights is not None:
-        scale *= tl.load(weights + t)
+    if given(weight, DYNAMIC):
+        scale *= tl.load(weight)
     rc = tl.arange(0, BC)
     total = tl.zeros((BN,), tl.float32)
     for start in range(0, samples, BN):
         rn = start + tl.arange(0, BN)
         in_n = rn < samples
         inside = in_n[:, None] & (rc < classes)[None, :]
-        at = (t * samples + rn)[:, None] * classes + rc[None, :]
+        at = rn[:, None] * classes + rc[None, :]
         v, p, log_sum = _softmax(z, at, inside)
-        label = tl.load(labels + t * samples + rn, mask=in_n, other=0)
+        label = tl.load(labels + rn, mask=in_n, other=0)
         # Comparing rather than indexing: a label out of range reads nothing out of bounds.
         q = smoothing / classes + tl.where(label[:, None] == rc[None, :], 1.0 - smoothing, 0.0)
         expected = tl.sum(q * tl.where(inside, v, 0.0), axis=1)
         total += tl.where(in_n, log_sum - expected, 0.0)
-        if dz is not None:
+        if given(dz, DYNAMIC):
             tl.store(dz + at, scale * (p - q), mask=inside)
-    if losses is not None:
-        tl.store(losses + t, tl.sum(total, axis=0) / samples)
+    if given(loss, DYNAMIC):
+        tl.store(loss, tl.sum(total, axis=0) / samples)
 
 
 @triton.jit(do_not_specialize=["samples", "classes"])
-def cross_entropy_tangent_kernel(z, tz, ez, samples, classes, BN: tl.constexpr, BC: tl.constexpr):
+def cross_entropy_kernel(
+    z, labels, weights, losses, dz, samples, classes, smoothing, BN: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
+    at = t * samples * classes
+    cross_entropy_task(
+        z + at, labels + t * samples, of_task(weights, t, 1), of_task(losses, t, 1), of_task(dz, at, 1),
+        samples, classes, smoothing, False, BN, BC,
+    )  # fmt: skip
+
+
+@triton.jit
+def cross_entropy_tangent_task(z, tz, ez, samples, classes, BN: tl.constexpr, BC: tl.constexpr):
+    """One task."""
     rc = tl.arange(0, BC)
     for start in range(0, samples, BN):
         rn = start + tl.arange(0, BN)
         inside = (rn < samples)[:, None] & (rc < classes)[None, :]
-        at = (t * samples + rn)[:, None] * classes + rc[None, :]
+        at = rn[:, None] * classes + rc[None, :]
         _, p, _ = _softmax(z, at, inside)
         moved = tl.load(tz + at, mask=inside, other=0.0)
         mean = tl.sum(p * moved, axis=1)
         tl.store(ez + at, p * (moved - mean[:, None]) / samples, mask=inside)
+
+
+@triton.jit(do_not_specialize=["samples", "classes"])
+def cross_entropy_tangent_kernel(z, tz, ez, samples, classes, BN: tl.constexpr, BC: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * samples * classes
+    cross_entropy_tangent_task(z + at, tz + at, ez + at, samples, classes, BN, BC)
 
 
 class TaskLoss:

@@ -25,7 +25,7 @@ def deltas(d, e, h, th, weight, bias, vweight, vbias, p0, p1, ACT: tl.constexpr)
     if ACT == "identity":
         return d, e
     else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
-        _, gain, curvature = activate(weight * h + bias, p0, p1, ACT)
+        _, gain, curvature = activate(weight * h + bias, p0, p1, ACT, False)
         tz = weight * th + vweight * h + vbias
         return gain * d, gain * e + curvature * tz * d
 

@@ -11,10 +11,10 @@ from . import conv, riders
 from .conv import Conv, Window, plane
 from .elementwise import spread_rows
 from .kinds import Kind, LinearMap, Sizes
-from .layer_norm import sum_rows
 from .network import Layer
 from .passes import Pass
 from .pool import Pool
+from .vectors import sum_rows
 
 
 class Convolution(Kind):
@@ -60,7 +60,7 @@ class Convolution(Kind):
             adds = (not layer.first_weight, not layer.first_bias)
             self._kernels(p).weight_gradient(dy, p.x(0), gw, gb, adds, pair, p.steps())
         elif gb is not None:
-            sum_rows(p.launch, self._rows(p, dy), gb, add=not layer.first_bias, step=p.steps()[1])
+            sum_rows(p.launch, gb, self._rows(p, dy), add=not layer.first_bias, step=p.steps()[1])
 
     @staticmethod
     def _rows(p: Pass, y: Tensor) -> Tensor:

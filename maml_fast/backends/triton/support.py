@@ -8,11 +8,17 @@ import os
 
 import torch
 
-from ...graph import Graph
+from ...graph import ACTIVATIONS, Graph
 from ...plan import Plan
 
 _OLDEST = (8, 0)
 _MOST_NUMBERS = 1 << 31  # a task's array, whose offsets are 32-bit
+
+_INSTRUCTIONS = frozenset(("linear", *ACTIVATIONS, "affine", "add", "cat", "reshape"))
+
+# About as much as one multiprocessor does in the 1–2 µs of a launch, which is what the resident variant saves.
+_SMALL_PRODUCT = 1 << 17
+_SMALL_VALUE = 1 << 14
 
 
 def interpreted() -> bool:
@@ -68,3 +74,35 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
     if plan.inner.loss.takes_labels and (len(output) != 1 or output[0] > MOST_CLASSES):
         reasons.append(f"cross_entropy over outputs of shape {output}, not (classes,) of at most {MOST_CLASSES}")
     return reasons
+
+
+def why_not_resident(plan: Plan, graph: Graph) -> list[str]:
+    """Reasons why one program cannot run a task alone; needs triton."""
+    from .opcodes import MOST_CLASSES
+
+    reasons = [
+        f"layer {kind} has no instruction in the resident kernel"
+        for kind in dict.fromkeys(op.kind for op in graph.live_ops())
+        if kind not in _INSTRUCTIONS
+    ]
+    classes = graph.features(graph.output)
+    if plan.inner.loss.takes_labels and classes > MOST_CLASSES:
+        reasons.append(f"cross_entropy over {classes} classes, more than the resident kernel's {MOST_CLASSES}")
+    return reasons
+
+
+def too_large(plan: Plan, graph: Graph) -> list[str]:
+    """Reasons why launches for all tasks are likely faster than one program a task; unverified on hardware."""
+    reasons = []
+    for op in graph.live_ops():
+        numbers = _samples(plan) * max(graph.features(v) for v in (*op.inputs, op.output))
+        if numbers > _SMALL_VALUE:
+            reasons.append(f"layer {op.kind} has {numbers} numbers a task, more than {_SMALL_VALUE}")
+        work = _samples(plan) * graph.features(op.output) * graph.shapes[op.inputs[0]][-1]
+        if op.kind == "linear" and work > _SMALL_PRODUCT:
+            reasons.append(f"layer linear has {work} multiplications a task, more than {_SMALL_PRODUCT}")
+    return reasons
+
+
+def _samples(plan: Plan) -> int:
+    return max(plan.support, plan.query)

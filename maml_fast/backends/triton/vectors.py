@@ -12,19 +12,62 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, blocks
+from .optional import given, of_task
 
 _BLOCK = 1024
 _SEGMENT = 1024  # numbers that one program of the first summation adds up
 
 
 @triton.jit
-def stepped(g, theta, rates, rate_at, each, at, inside):
+def stepped(g, theta, rates, rate_at, each, at, inside, DYNAMIC: tl.constexpr):
     """θ − α g, α = 1 without rates; g itself without θ."""
-    if theta is not None:
-        if rates is not None:
+    if given(theta, DYNAMIC):
+        if given(rates, DYNAMIC):
             g *= tl.load(rates + tl.load(rate_at + at * each, mask=inside, other=0), mask=inside, other=0.0)
         g = tl.load(theta + at, mask=inside, other=0.0) - g
     return g
+
+
+@triton.jit
+def step_block(theta, vector, rates, rate_at, out, i, size, DYNAMIC: tl.constexpr):
+    """Elements i of one task."""
+    inside = i < size
+    y = tl.load(vector + i, mask=inside, other=0.0)
+    if given(rates, DYNAMIC):
+        y *= tl.load(rates + tl.load(rate_at + i, mask=inside, other=0), mask=inside, other=0.0)
+    if given(theta, DYNAMIC):
+        y = tl.load(theta + i, mask=inside, other=0.0) - y
+    tl.store(out + i, y, mask=inside)
+
+
+@triton.jit
+def sum_rows_block(
+    a, out, theta, rates, rate_at, each, i, rows, width, ADD, DYNAMIC: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr
+):  # fmt: skip
+    """Columns i of one task."""
+    total = tl.zeros((BM, BI), tl.float32)
+    for start in range(0, rows, BM):
+        r = start + tl.arange(0, BM)
+        inside = (r < rows)[:, None] & (i < width)[None, :]
+        total += tl.load(a + r[:, None] * width + i[None, :], mask=inside, other=0.0)
+    y = tl.sum(total, axis=0)
+    if ADD:
+        y += tl.load(out + i, mask=i < width, other=0.0)
+    tl.store(out + i, stepped(y, theta, rates, rate_at, each, i, i < width, DYNAMIC), mask=i < width)
+
+
+@triton.jit(do_not_specialize=["rows", "each"])
+def sum_rows_kernel(
+    a, out, theta, rates, rate_at, rows, width, out_t, theta_t, each,
+    ADD: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(width, BI)
+    t = (tl.program_id(0) // across).to(tl.int64)
+    i = (tl.program_id(0) % across) * BI + tl.arange(0, BI)
+    sum_rows_block(
+        a + t * rows * width, out + t * out_t, of_task(theta, t, theta_t), rates, rate_at, each, i, rows, width,
+        ADD, False, BM, BI,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -32,17 +75,11 @@ def step_kernel(theta, vector, rates, rate_at, out, size, theta_t, vector_t, out
     across = tl.cdiv(size, BLOCK)
     t = (tl.program_id(0) // across).to(tl.int64)
     i = (tl.program_id(0) % across) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    y = tl.load(vector + t * vector_t + i, mask=inside, other=0.0)
-    if rates is not None:
-        y *= tl.load(rates + tl.load(rate_at + i, mask=inside, other=0), mask=inside, other=0.0)
-    if theta is not None:
-        y = tl.load(theta + t * theta_t + i, mask=inside, other=0.0) - y
-    tl.store(out + t * out_t + i, y, mask=inside)
+    step_block(of_task(theta, t, theta_t), vector + t * vector_t, rates, rate_at, out + t * out_t, i, size, False)
 
 
 @triton.jit(do_not_specialize=["tasks", "size"])
-def sum_tasks_kernel(a, b, out, tasks, size, a_t, b_t, BT: tl.constexpr, BI: tl.constexpr):
+def sum_tasks_kernel(a, b, out, f, tasks, size, a_t, b_t, BT: tl.constexpr, BI: tl.constexpr):
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     total = tl.zeros((BT, BI), tl.float32)
     for start in range(0, tasks, BT):
@@ -52,9 +89,7 @@ def sum_tasks_kernel(a, b, out, tasks, size, a_t, b_t, BT: tl.constexpr, BI: tl.
         if b is not None:
             x *= tl.load(b + t[:, None] * b_t + i[None, :], mask=inside, other=0.0)
         total += x
-    y = tl.sum(total, axis=0)
-    if b is not None:
-        y = -y
+    y = f * tl.sum(total, axis=0)
     tl.store(out + i, tl.load(out + i, mask=i < size, other=0.0) + y, mask=i < size)
 
 
@@ -67,27 +102,6 @@ def sum_segments_kernel(a, begins, ends, out, BLOCK: tl.constexpr):
         i = start + tl.arange(0, BLOCK)
         total += tl.load(a + i, mask=i < end, other=0.0)
     tl.store(out + s, tl.sum(total, axis=0))
-
-
-@triton.jit(do_not_specialize=["splits", "size", "each"])
-def sum_splits_kernel(
-    a, out, theta, rates, rate_at, splits, size, out_t, theta_t, each,
-    ADD: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
-):  # fmt: skip
-    across = tl.cdiv(size, BI)
-    t = (tl.program_id(0) // across).to(tl.int64)
-    i = (tl.program_id(0) % across) * BI + tl.arange(0, BI)
-    total = tl.zeros((BM, BI), tl.float32)
-    for start in range(0, splits, BM):
-        s = start + tl.arange(0, BM)
-        inside = (s < splits)[:, None] & (i < size)[None, :]
-        total += tl.load(a + (t * splits + s)[:, None] * size + i[None, :], mask=inside, other=0.0)
-    y = tl.sum(total, axis=0)
-    if ADD:
-        y += tl.load(out + t * out_t + i, mask=i < size, other=0.0)
-    if theta is not None:
-        theta += t * theta_t
-    tl.store(out + t * out_t + i, stepped(y, theta, rates, rate_at, each, i, i < size), mask=i < size)
 
 
 @dataclass(frozen=True)
@@ -129,11 +143,11 @@ def step(
     )  # fmt: skip
 
 
-def sum_tasks(launch: Launch, out: Tensor, a: Tensor, b: Tensor | None = None) -> None:
-    """out += Σ_t a[t], or out −= Σ_t a[t] ∘ b[t], always in one order; a, b (T, A), out (A,)."""
+def sum_tasks(launch: Launch, out: Tensor, a: Tensor, b: Tensor | None = None, *, f: float = 1.0) -> None:
+    """out += f Σ_t a[t], or f Σ_t a[t] ∘ b[t], always in one order; a, b (T, A), out (A,)."""
     tasks, size = a.shape
     b_t = 0 if b is None else b.stride(0)
-    launch(sum_tasks_kernel, blocks(size, 32), a, b, out, tasks, size, a.stride(0), b_t, BT=32, BI=32)
+    launch(sum_tasks_kernel, blocks(size, 32), a, b, out, f, tasks, size, a.stride(0), b_t, BT=32, BI=32)
 
 
 def sum_segments(launch: Launch, out: Tensor, a: Tensor, begins: Tensor, ends: Tensor) -> None:
@@ -141,13 +155,13 @@ def sum_segments(launch: Launch, out: Tensor, a: Tensor, begins: Tensor, ends: T
     launch(sum_segments_kernel, begins.numel(), a, begins, ends, out, BLOCK=_SEGMENT)
 
 
-def sum_splits(launch: Launch, out: Tensor, a: Tensor, *, add: bool, step: Step | None = None) -> None:
-    """out[t] (+)= Σ_s a[t, s], always in one order, or the step with it; a (T, S, I) contiguous, out (T, I)."""
-    tasks, splits, size = a.shape
+def sum_rows(launch: Launch, out: Tensor, a: Tensor, *, add: bool, step: Step | None = None) -> None:
+    """out[t] (+)= Σ_r a[t, r], always in one order, or the step with it; a (T, R, W) contiguous, out (T, W)."""
+    tasks, rows, width = a.shape
     (theta, _, rates, rate_at, _), (theta_t, each, _) = step_arguments(step, None)
     launch(
-        sum_splits_kernel, tasks * blocks(size, 128), a, out, theta, rates, rate_at,
-        splits, size, out.stride(0), theta_t, each, ADD=add, BM=8, BI=128,
+        sum_rows_kernel, tasks * blocks(width, 128), a, out, theta, rates, rate_at,
+        rows, width, out.stride(0), theta_t, each, ADD=add, BM=8, BI=128,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from .steps import unneeded
 
 Key = tuple[str | int, ...]
 
-_ALIGNED = 16
+ALIGNED = 16
 
 
 class Workspace:
@@ -32,7 +32,7 @@ class Workspace:
         samples = (plan.support, plan.query)
         differentiated = {i.tape for i in program.instructions if isinstance(i, Backward)}
         curved = {i.tape for i in program.instructions if isinstance(i, Hvp)}
-        row = -(-network.flat.active // _ALIGNED) * _ALIGNED
+        row = -(-network.flat.active // ALIGNED) * ALIGNED
         for slot in set(range(1, program.slots)) - unneeded(network, program):
             self.sizes["slot", slot] = row
         for tape, batch in enumerate(program.tapes):
@@ -79,6 +79,9 @@ class Workspace:
         """
         # Zeros, because sums over whole slots run over the gaps between parameters too.
         self.memory = torch.zeros(self.numbers(tasks), dtype=torch.float32, device=device)
+        self._place(tasks)
+
+    def _place(self, tasks: int) -> None:
         self.offsets: dict[Key, int] = {}
         used = 0
         for key, size in self.sizes.items():
@@ -99,4 +102,4 @@ def _bends(layer: Layer) -> bool:
 
 
 def _room(size: int, tasks: int) -> int:
-    return -(-size * tasks // _ALIGNED) * _ALIGNED
+    return -(-size * tasks // ALIGNED) * ALIGNED

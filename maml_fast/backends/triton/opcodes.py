@@ -1,0 +1,68 @@
+"""The machine's instructions: their numbers, and what stands in their rows; see `machine.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import triton.language as tl
+
+from .activation import activation_kernel
+from .elementwise import combine_kernel, copy_rows_kernel, multiply_kernel
+from .gemm import gemm_kernel
+from .losses import (
+    cross_entropy_kernel,
+    cross_entropy_tangent_kernel,
+    pointwise_kernel,
+    pointwise_tangent_kernel,
+)
+from .vectors import step_kernel, sum_rows_kernel
+
+WIDTH = 56  # words a row
+OPCODE_BITS = 8  # of a row's header
+MOST_CLASSES = 32  # a row of a cross-entropy fits one tile
+
+PRODUCT = tl.constexpr(1)
+ACTIVATION = tl.constexpr(2)
+COMBINE = tl.constexpr(3)
+MULTIPLY = tl.constexpr(4)
+COPY_ROWS = tl.constexpr(5)
+STEP = tl.constexpr(6)
+POINTWISE = tl.constexpr(7)
+POINTWISE_TANGENT = tl.constexpr(8)
+CROSS_ENTROPY = tl.constexpr(9)
+CROSS_ENTROPY_TANGENT = tl.constexpr(10)
+SUM_ROWS = tl.constexpr(11)
+
+
+@dataclass(frozen=True)
+class Form:
+    """An instruction's row: its opcode, and which of a wide kernel's arguments stand in it, in order."""
+
+    opcode: int
+    operands: tuple[str, ...]
+    integers: tuple[str, ...] = ()
+    floats: tuple[str, ...] = ()
+
+
+def _form(opcode: tl.constexpr, operands: str, integers: str = "", floats: str = "") -> Form:
+    return Form(opcode.value, tuple(operands.split()), tuple(integers.split()), tuple(floats.split()))
+
+
+FORMS: dict[Callable[..., None], Form] = {
+    gemm_kernel.fn: _form(
+        PRODUCT, "a b a2 b2 bias c sums slope curvature gain raw u v w theta sums_theta rates rate_at sums_at",
+        "m n k a_m a_k b_k b_n each sums_each ACT ADD ADD_SUMS", "p0 p1",
+    ),
+    activation_kernel.fn: _form(ACTIVATION, "x y d1 d2", "size ACT", "p0 p1"),
+    combine_kernel.fn: _form(COMBINE, "a b out", "size ADD", "f g h"),
+    multiply_kernel.fn: _form(MULTIPLY, "a b c d e out", "size ADD"),
+    copy_rows_kernel.fn: _form(COPY_ROWS, "a out", "size width a_row out_row ADD"),
+    step_kernel.fn: _form(STEP, "theta vector rates rate_at out", "size"),
+    pointwise_kernel.fn: _form(POINTWISE, "z y weights losses dz", "size LOSS", "d"),
+    pointwise_tangent_kernel.fn: _form(POINTWISE_TANGENT, "z y tz ez", "size LOSS", "d"),
+    cross_entropy_kernel.fn: _form(CROSS_ENTROPY, "z labels weights losses dz", "samples classes", "smoothing"),
+    cross_entropy_tangent_kernel.fn: _form(CROSS_ENTROPY_TANGENT, "z tz ez", "samples classes"),
+    sum_rows_kernel.fn: _form(SUM_ROWS, "a out theta rates rate_at", "rows width each ADD"),
+}  # fmt: skip
+"""The instructions, by the function of the wide kernel that does the same for all tasks."""

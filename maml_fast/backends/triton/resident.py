@@ -1,0 +1,108 @@
+"""The resident variant: one launch whose programs each run one task's whole Program; see `machine.py`.
+
+The instructions are what the executor launches for a single task, written down once. Sums over tasks are launches that
+follow.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ...plan import Plan
+from ...program import Accumulate, Instruction, Program, RateGradient
+from . import vectors
+from .assembler import Assembler, table
+from .elementwise import multiply
+from .executor import Executor
+from .machine import SHAPE, resident_kernel
+from .network import Network
+from .workspace import ALIGNED, Workspace
+
+
+class TaskMajor(Workspace):
+    """Everything of one task side by side, so that its program's memory is one piece.
+
+    A further key: ("rate_products",), the task's own Σ_k g_k ∘ λ_{k+1}.
+    """
+
+    def __init__(self, plan: Plan, network: Network, program: Program) -> None:
+        super().__init__(plan, network, program)
+        if any(isinstance(i, RateGradient) for i in program.instructions):
+            self.sizes["rate_products",] = network.flat.adapting
+
+    def numbers(self, tasks: int) -> int:
+        return tasks * sum(-(-size // ALIGNED) * ALIGNED for size in self.sizes.values())
+
+    def allocate(self, tasks: int, device: torch.device) -> None:
+        self._place(1)
+        self.memory = torch.zeros(tasks, self.numbers(1), dtype=torch.float32, device=device)
+
+    def view(self, tasks: int, *key: str | int) -> Tensor | None:
+        size = self.sizes.get(key)
+        return None if size is None else self.memory[:tasks, self.offsets[key] : self.offsets[key] + size]
+
+    def task(self, t: int) -> TaskMajor:
+        """Task t's part as that of a single task."""
+        one = copy(self)
+        one.memory = self.memory[t : t + 1]
+        return one
+
+
+class _OneTask(Executor):
+    """Everything but sums over tasks, for one task, written down."""
+
+    def assembled(self, t: int) -> Assembler:
+        """What task t does."""
+        self.first, self.tasks = t, 1
+        self.launch = assembler = Assembler()
+        self.summed = False
+        self.chunk()
+        return assembler
+
+    def execute(self, instruction: Instruction) -> None:
+        if isinstance(instruction, RateGradient):
+            self._products(instruction, add=self.summed)
+            self.summed = True
+        elif not isinstance(instruction, Accumulate):
+            super().execute(instruction)
+
+    def _products(self, i: RateGradient, add: bool) -> None:
+        total = self.workspace.view(1, "rate_products")
+        if total is not None and self.flat.adapting:
+            multiply(self.launch, total, self._adapting(i.gradient), self._adapting(i.adjoint), add=add)
+
+
+class ResidentExecutor(Executor):
+    """A chunk of tasks as one launch, and the sums over them."""
+
+    workspace: TaskMajor
+
+    def chunk(self) -> None:
+        program = self._table()
+        self.launch(resident_kernel, self.tasks, program, len(program) - 1, PRECISION=self.precision, **SHAPE)
+        # After the launch, because nothing in a program changes a vector that it has accumulated.
+        for instruction in self.program.instructions:
+            if isinstance(instruction, Accumulate):
+                self.execute(instruction)
+        products = self.workspace.view(self.tasks, "rate_products")
+        if products is not None and self.buffers.rate_products is not None and self.flat.adapting:
+            vectors.sum_tasks(self.launch, self.buffers.rate_products, products, f=-1.0)
+
+    @cached_property
+    def _tables(self) -> dict[int, Tensor]:
+        return {}
+
+    def _table(self) -> Tensor:
+        """The chunk's instructions, made once: its addresses stay."""
+        if self.first not in self._tables:
+            found = [self._one(t).assembled(self.first + t) for t in range(min(self.tasks, 2))]
+            self._tables[self.first] = table(found[0], found[-1], self.buffers.theta.device)
+        return self._tables[self.first]
+
+    def _one(self, t: int) -> _OneTask:
+        workspace = self.workspace.task(t)
+        return _OneTask(self.plan, self.network, self.program, self.buffers, workspace, self.launch, self.precision)

@@ -1,0 +1,73 @@
+"""What the tests under Triton's interpreter share; importing it skips those that cannot run here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+# Not by importing it: the environment decides how its functions compile.
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("they need TRITON_INTERPRET=1 and a process of their own", allow_module_level=True)
+
+from maml_fast import cases, verify
+from maml_fast.backends.triton import launch, workspace
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, kind: type[workspace.Workspace]) -> None:
+    """Memory that is NaN until something is written."""
+    allocate = kind.allocate
+
+    def poisoned(self: workspace.Workspace, tasks: int, device: torch.device) -> None:
+        allocate(self, tasks, device)
+        self.memory.fill_(torch.nan)
+
+    monkeypatch.setattr(kind, "allocate", poisoned)
+
+
+def meta_gradient(backend: str, case: cases.Case, first_order: bool) -> verify.Results:
+    """The loss and every gradient, from one plan."""
+    problem = case.build(torch.float32)
+    maml = problem.maml(backend, first_order)
+    x_s, x_q = problem.x_s.requires_grad_(), problem.x_q.requires_grad_()
+    parameters = [p for p in problem.model.parameters() if p.requires_grad]
+    given = problem.lr.values() if isinstance(problem.lr, dict) else [problem.lr]
+    rates = [r for r in given if isinstance(r, Tensor)]
+    loss = maml.meta_loss(x_s, problem.y_s, x_q, problem.y_q)
+    gradients = torch.autograd.grad(loss, [*parameters, *rates, x_s, x_q])
+    end = len(parameters) + len(rates)
+    return {
+        "loss": (loss.detach(),),
+        "parameters": gradients[: len(parameters)],
+        "rates": gradients[len(parameters) : end],
+        "x_s": gradients[end:-1],
+        "x_q": gradients[-1:],
+    }
+
+
+def assert_close(case: cases.Case, results: verify.Results, first_order: bool) -> None:
+    errors = verify.judge(case, results, torch.float32, first_order)
+    assert all(e.ok for e in errors), [e for e in errors if not e.ok]
+
+
+def assert_equal(a: verify.Results, b: verify.Results) -> None:
+    for kind, values in a.items():
+        assert all(torch.equal(x, y) for x, y in zip(values, b[kind], strict=True)), kind
+
+
+def record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Every launch from now on: the kernel's name and the constants."""
+    run, seen = launch.run, []
+
+    def recorded(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        seen.append((kernel.fn.__name__, constants))
+        run(kernel, programs, *arguments, **constants)
+
+    monkeypatch.setattr(launch, "run", recorded)
+    return seen
