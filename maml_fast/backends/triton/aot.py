@@ -29,8 +29,8 @@ from .tiles import Product
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory that one program may have, by compute capability × 10."""
 
-_TILES = ("BM", "BN", "BK", "BC", "BR", "BW", "BT", "BI", "BLOCK", "FEW", "WIDE")
-_OPERANDS = ("a2", "sums", "DIV_H", "PRECISION")
+_TILES = ("BM", "BN", "BK", "BC", "BR", "BW", "BT", "BI", "BLOCK")
+_OPERANDS = ("a2", "sums", "STRIDE_H", "PRECISION")
 _LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _TYPES = {torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 
@@ -205,13 +205,14 @@ def plans() -> dict[str, Plan]:
 
 
 @cache
-def work(every: bool = False) -> tuple[tuple[int, Instance], ...]:
+def work(every: bool = False, tuned: bool = True) -> tuple[tuple[int, Instance], ...]:
     """Pairs of capability and instance to compile: all that the plans need in every precision, or the tests' part.
 
     The tests leave out, for 9.0 in float32, instances that differ in strides and alignment only, and otherwise
     those that differ in the tile too, of which the largest takes most; and products with rounded operands that
     differ in their epilogue only, which does not round. Of the tiles that tuning would try, they take those of
-    the largest product of each kernel; of the resident kernel with rounded operands, that for 9.0.
+    the largest product of each kernel, at the end, or none unless `tuned`; of the resident kernel with rounded
+    operands, that for 9.0.
     """
     chosen = {p: [replace(plan, precision=p) for plan in plans().values()] for p in PRECISIONS}
     found = {p: dict.fromkeys(i for plan in of for i in instances(plan)) for p, of in chosen.items()}
@@ -229,11 +230,11 @@ def work(every: bool = False) -> tuple[tuple[int, Instance], ...]:
     for i in (i for of in found.values() for i in of):
         largest[i.variant] = max(i, largest.get(i.variant, i), key=lambda i: (i.tile, len(i.aligned)))
     hardest: dict[object, Product] = {}
-    for one in to_tile:
+    for one in to_tile if tuned else []:
         hardest[one.kernel, one.precision] = max(one, hardest.get((one.kernel, one.precision), one), key=_hardness)
-    for_h100 = [*named.values(), *(i for one in hardest.values() for i in candidates(one)), *resident]
-    for_all = [*largest.values(), *(i for i in resident if not i.rounded)]
-    return tuple({(90, i): None for i in for_h100} | {(c, i): None for i in for_all for c in SHARED_LIMIT})
+    pairs = {(90, i): None for i in (*named.values(), *resident)}
+    pairs |= {(c, i): None for i in (*largest.values(), *resident[:1]) for c in SHARED_LIMIT}
+    return tuple(pairs | {(90, i): None for one in hardest.values() for i in candidates(one)})
 
 
 def _hardness(one: Product) -> tuple[int, int]:

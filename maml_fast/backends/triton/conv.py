@@ -5,7 +5,8 @@
     weight gradient   δw[t, o, j, c] = Σ_q δy[t, q, o] x[t, at(q, j), c]
 Index legend: t task, q output position, p input position, j tap of the window, c and o channels of a group;
 positions run over all samples of a task. Along each dimension at(q, j) = stride q − padding + dilation j, and
-at'(p, j) = (p + padding − dilation j) / stride where that is whole; both are (mul · position + shift + step · j) / div.
+at'(p, j) = (p + padding − dilation j) / stride where that is whole. Positions p with one remainder by the stride, a
+phase, meet the same taps, so that at' too is mul · position + shift + step · j, for the phase's own positions and taps.
 A second product into the same sum makes each product of a Hessian-vector product one launch.
 """
 
@@ -33,14 +34,24 @@ _SIZES += ["mul_h", "mul_w", "shift_h", "shift_w", "step_h", "step_w"]
 
 
 @triton.jit
-def _source(position, tap, mul, shift, step, size, DIV: tl.constexpr):
+def _source(position, tap, mul, shift, step, size):
     """Where the window's tap meets the source along one dimension, and whether it does."""
     at = (position * mul + shift)[:, None] + (tap * step)[None, :]
-    if DIV == 1:
-        return at, (at >= 0) & (at < size)
+    return at, (at >= 0) & (at < size)
+
+
+@triton.jit
+def _phase(phase, shift, step, taps, STRIDE: tl.constexpr, PERIOD: tl.constexpr):
+    """Every PERIOD-th tap meets the positions of a phase: which is the first, how many, and their shift and step."""
+    if STRIDE == 1:
+        return 0, taps, shift, step
     else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
-        found = at // DIV
-        return found, (at >= 0) & (found * DIV == at) & (found < size)
+        first = taps
+        for j in tl.static_range(PERIOD):
+            meets = (j < taps) & ((phase + shift + step * j) % STRIDE == 0)
+            first = tl.where(meets, j, first)
+        count = (taps - first + PERIOD - 1) // PERIOD
+        return first, count, (phase + shift + step * first) // STRIDE, step * PERIOD // STRIDE
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "bias_t", "b_group"])
@@ -50,21 +61,31 @@ def conv_kernel(
     out_h, out_w, in_h, in_w, taps, taps_w,
     mul_h, mul_w, shift_h, shift_w, step_h, step_w, p0, p1,
     a_t, b_t, b2_t, bias_t, c_t, b_group, b_n, b_tap, b_k,
-    ACT: tl.constexpr, ADD: tl.constexpr, DIV_H: tl.constexpr, DIV_W: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PERIOD_H: tl.constexpr, PERIOD_W: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """With strides the rows are those of one phase."""
     across = tl.cdiv(columns, BN)
     down = tl.cdiv(rows, BM)
     n_tile = tl.program_id(0) % across
     rest = tl.program_id(0) // across
     m_tile = rest % down
     rest = rest // down
+    phase = rest % (STRIDE_H * STRIDE_W)
+    rest = rest // (STRIDE_H * STRIDE_W)
     group, t = rest % groups, (rest // groups).to(tl.int64)
     rm = m_tile * BM + tl.arange(0, BM)
     rn = n_tile * BN + tl.arange(0, BN)
-    column = rm % out_w
-    row = (rm // out_w) % out_h
-    sample = rm // (out_w * out_h)
+    phase_h, phase_w = phase // STRIDE_W, phase % STRIDE_W
+    height, width = tl.cdiv(out_h, STRIDE_H), tl.cdiv(out_w, STRIDE_W)
+    column = rm % width
+    row = (rm // width) % height
+    sample = rm // (width * height)
+    out_row, out_column = row * STRIDE_H + phase_h, column * STRIDE_W + phase_w
+    first_h, taps_h, shift_h, step_h = _phase(phase_h, shift_h, step_h, taps // taps_w, STRIDE_H, PERIOD_H)
+    first_w, count_w, shift_w, step_w = _phase(phase_w, shift_w, step_w, taps_w, STRIDE_W, PERIOD_W)
+    count = taps_h * count_w
     channels = depth * groups
     a_rows = sample * (in_h * in_w * channels) + group * depth
     a += t * a_t
@@ -73,16 +94,17 @@ def conv_kernel(
         a2 += t * a_t
         b2 += t * b2_t + group * b_group
     acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, taps * depth, BK):
+    for start in range(0, count * depth, BK):
         rk = start + tl.arange(0, BK)
         tap = rk // depth
         channel = rk % depth
-        y, y_in = _source(row, tap // taps_w, mul_h, shift_h, step_h, in_h, DIV_H)
-        x, x_in = _source(column, tap % taps_w, mul_w, shift_w, step_w, in_w, DIV_W)
+        y, y_in = _source(row, tap // count_w, mul_h, shift_h, step_h, in_h)
+        x, x_in = _source(column, tap % count_w, mul_w, shift_w, step_w, in_w)
         a_at = a_rows[:, None] + (y * in_w + x) * channels + channel[None, :]
-        a_in = (rm < rows)[:, None] & (tap < taps)[None, :] & y_in & x_in
-        b_at = (tap * b_tap + channel * b_k)[:, None] + (rn * b_n)[None, :]
-        b_in = (tap < taps)[:, None] & (rn < columns)[None, :]
+        a_in = (rm < rows)[:, None] & (tap < count)[None, :] & y_in & x_in
+        of_w = (first_h + tap // count_w * PERIOD_H) * taps_w + first_w + tap % count_w * PERIOD_W
+        b_at = (of_w * b_tap + channel * b_k)[:, None] + (rn * b_n)[None, :]
+        b_in = (tap < count)[:, None] & (rn < columns)[None, :]
         left, right = tl.load(a + a_at, mask=a_in, other=0.0), tl.load(b + b_at, mask=b_in, other=0.0)
         acc = dot(left, right, acc, PRECISION)
         if a2 is not None:
@@ -90,8 +112,9 @@ def conv_kernel(
             acc = dot(left, right, acc, PRECISION)
     if bias is not None:
         acc += tl.load(bias + t * bias_t + group * columns + rn, mask=rn < columns, other=0.0)[None, :]
-    at = t * c_t + rm[:, None] * (columns * groups) + (group * columns + rn)[None, :]
-    inside = (rm < rows)[:, None] & (rn < columns)[None, :]
+    out = (sample * out_h + out_row) * out_w + out_column
+    at = t * c_t + out[:, None] * (columns * groups) + (group * columns + rn)[None, :]
+    inside = ((rm < rows) & (out_row < out_h) & (out_column < out_w))[:, None] & (rn < columns)[None, :]
     acc = finish(acc, at, inside, slope, curvature, gain, raw, u, v, w, p0, p1, ACT, False)
     if ADD:
         acc += tl.load(c + at, mask=inside, other=0.0)
@@ -134,8 +157,8 @@ def weight_kernel(
     for start in range(split * span, end, BK):
         rk = start + tl.arange(0, BK)
         row, sample = (rk // out_w) % out_h, rk // (out_w * out_h)
-        y, y_in = _source(row, tap // taps_w, mul_h, shift_h, step_h, in_h, 1)
-        x, x_in = _source(rk % out_w, tap % taps_w, mul_w, shift_w, step_w, in_w, 1)
+        y, y_in = _source(row, tap // taps_w, mul_h, shift_h, step_h, in_h)
+        x, x_in = _source(rk % out_w, tap % taps_w, mul_w, shift_w, step_w, in_w)
         b_at = (sample * (in_h * in_w * channels))[:, None] + (y * in_w + x) * channels + channel[None, :]
         b_in = (rk < end)[:, None] & (rn < columns)[None, :] & y_in & x_in
         a_at = (rk * (filters * groups))[None, :] + rm[:, None]
@@ -266,20 +289,23 @@ class Conv:
         columns: int,
         depth: int,
         walk: tuple[int, ...],
-        div: tuple[int, int],
+        stride: tuple[int, int],
         strides: tuple[int, int, int],
     ) -> None:
-        a2, w2 = pair or (None, None)
-        rows, taps = self.samples * math.prod(target), self.window.taps
+        o, (a2, w2) = self.window, pair or (None, None)
+        rows, taps, phases = self.samples * math.prod(map(blocks, target, stride)), o.taps, math.prod(stride)
         group = self.filters * taps * self.depth
         arguments = (
             a, w, a2, w2, bias, c, *epilogue.tensors,
-            rows, columns, depth, self.groups, *target, *source, taps, self.window.kernel[1], *walk, *epilogue.act[1:],
+            rows, columns, depth, self.groups, *target, *source, taps, o.kernel[1], *walk, *epilogue.act[1:],
             a.stride(0), w.stride(0), task(w2), task(bias), c.stride(0), group, *strides,
         )  # fmt: skip
-        constants = {"ACT": epilogue.act[0], "ADD": add, "DIV_H": div[0], "DIV_W": div[1]}
+        periods = [s // math.gcd(s, d) for s, d in zip(stride, o.dilation, strict=True)]
+        constants = {"ACT": epilogue.act[0], "ADD": add}
+        constants |= {"STRIDE_H": stride[0], "STRIDE_W": stride[1], "PERIOD_H": periods[0], "PERIOD_W": periods[1]}
         form = f"{form}{' twice' * (pair is not None)}"
-        self._start(conv_kernel, form, 1, (rows, columns, taps * depth), arguments, constants, epilogue.crowded)
+        sizes = rows, columns, blocks(taps, phases) * depth
+        self._start(conv_kernel, form, phases, sizes, arguments, constants, epilogue.crowded)
 
     def weight_gradient(
         self,

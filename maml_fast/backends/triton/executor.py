@@ -138,9 +138,11 @@ class Executor:
         if one is None or p in one.rest:
             return None
         where = self.flat.slice(p)
-        rates, rate_at = self._rates(where) if one.scaled else (None, None)
+        theta = self._slot(one.base)[:, where]
+        if not one.scaled:
+            return Step(theta, None, None, each=False)
         each = self.plan.rates.shapes[self.plan.rates.of_parameter[p]] != ()
-        return Step(self._slot(one.base)[:, where], rates, rate_at, each)
+        return Step(theta, *self._rates(where), each)
 
     def _rates(self, where: slice) -> tuple[Tensor, Tensor]:
         return self.buffers.rates, self.buffers.rate_at[where]
