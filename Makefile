@@ -23,7 +23,7 @@ test: core $(VENV)/.test
 test-oldest-triton: core $(VENV)/.test $(OLDEST)
 	PYTHONPATH=$(abspath $(OLDEST)) MAML_FAST_AOT=90 $(bin)/python -m pytest tests/test_triton_aot.py
 	PYTHONPATH=$(abspath $(OLDEST)) TRITON_INTERPRET=1 $(bin)/python -m pytest -W ignore::DeprecationWarning \
-	    tests/test_triton_interpreter.py -k '[tanh] or [conv-2x3]'
+	    tests/test_triton_interpreter.py tests/test_triton_resident.py -k "[tanh] or [conv-2x3]"
 
 bench: core $(VENV)/.bench
 	$(bin)/maml-fast bench

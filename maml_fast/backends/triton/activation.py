@@ -59,10 +59,16 @@ def activate(x, p0, p1, act, DYNAMIC: tl.constexpr):
         if act != 0:
             for i in tl.static_range(1, _COUNT):
                 if act == i:
-                    y, d1, d2 = _named(x, p0, p1, _NAMES[i])
+                    y, d1, d2 = _numbered(x, p0, p1, i)
         return y, d1, d2
     else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
         return _named(x, p0, p1, act)
+
+
+@triton.jit
+def _numbered(x, p0, p1, NUMBER: tl.constexpr):
+    NAME: tl.constexpr = _NAMES[NUMBER]  # told, because Triton 3.6 does not see that it is a constant
+    return _named(x, p0, p1, NAME)
 
 
 @triton.jit

@@ -33,10 +33,16 @@ def _pointwise(z, y, d, loss, DYNAMIC: tl.constexpr):
         value, slope, curvature = tl.zeros_like(z), tl.zeros_like(z), tl.zeros_like(z)
         for i in tl.static_range(_COUNT):
             if loss == i:
-                value, slope, curvature = _named(z, y, d, _POINTWISE[i])
+                value, slope, curvature = _numbered(z, y, d, i)
         return value, slope, curvature
     else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
         return _named(z, y, d, loss)
+
+
+@triton.jit
+def _numbered(z, y, d, NUMBER: tl.constexpr):
+    NAME: tl.constexpr = _POINTWISE[NUMBER]  # told, because Triton 3.6 does not see that it is a constant
+    return _named(z, y, d, NAME)
 
 
 @triton.jit
