@@ -35,7 +35,7 @@ class Model:
         named = dict(module.named_parameters())
         self.names = tuple(named)
         self._slots = tuple(owners[id(p)] for p in named.values())
-        self._children = [tuple(m._modules.values()) for m in self.modules]
+        self._children = [[*m._modules.values()] or None for m in self.modules]
         self.chosen = _choose(named, adapts)
         self._kinds = [(p.requires_grad, p.shape, p.dtype, p.device) for p in named.values()]
         self.trainable = tuple(p.requires_grad for p in named.values())
@@ -48,7 +48,7 @@ class Model:
 
     def restructured(self) -> bool:
         """Whether submodules or parameters were added, removed, frozen, or replaced by others of another kind."""
-        if [tuple(m._modules.values()) if m._modules else () for m in self.modules] != self._children:
+        if [[*m._modules.values()] if m._modules else None for m in self.modules] != self._children:
             return True
         try:
             found = [owner[key] for owner, key in self._slots]

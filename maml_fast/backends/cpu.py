@@ -135,6 +135,7 @@ class _Call:
         spec = _Spec(plan, graph).as_dict()
         self.core = _core.Plan(spec, plan.dtype == torch.float64, _core.choose())
         self.reverse = plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
+        self.rates_wanted = self.reverse and any(plan.needs.rates)
         self.rate_sizes = [math.prod(s) for s in plan.rates.shapes]
         self.scalar = torch.empty((), dtype=plan.dtype, device=plan.device)
 
@@ -155,7 +156,7 @@ class _Call:
         rate_gradient = None
         if self.reverse:
             self._allocate_gradients(result, t, parameters)
-            if any(plan.needs.rates):
+            if self.rates_wanted:
                 rate_gradient = like.new_zeros(sum(self.rate_sizes))
         inputs = (*batch, t.weights, t.cotangent)
         outputs = (result.losses, result.objective, result.outputs, rate_gradient, result.x_s, result.x_q)
