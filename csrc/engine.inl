@@ -39,9 +39,11 @@ class Engine {
         : plan_(plan), call_(call), arena_(arena), ws_(workspace), partial_(partial) {}
 
     void run(long first, long count) {
-        for (long done = 0; done < count; done += plan_.lockstep) {
-            t0_ = first + done;
-            B_ = least(plan_.lockstep, count - done);
+        long rounds = ceil_div(count, plan_.lockstep);
+        for (long round = 0; round < rounds; ++round) {
+            long begin = round * count / rounds, end = (round + 1) * count / rounds;
+            t0_ = first + begin;
+            B_ = end - begin;
             for (int i = 0; i < plan_.n_code; ++i) execute(plan_.code[i]);
         }
     }
