@@ -99,8 +99,7 @@ def bench(
     with _explained():
         if memory:
             show_memory(case or None)
-            raise typer.Exit
-        code = run(device, out, case or None, seconds)
+        code = 0 if memory else run(device, out, case or None, seconds)
     raise typer.Exit(code)
 
 

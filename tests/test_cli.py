@@ -72,6 +72,13 @@ def test_defaults_that_depend_on_other_settings_are_told() -> None:
     assert re.search(r"--queries.*default: \(shots\)", output)
 
 
+def test_bench_of_memory_ends_without_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("maml_fast.bench.show_memory", asked.append)
+    assert run("bench", "--memory", "--case", "siren") == (0, "")
+    assert asked == [["siren"]]
+
+
 def test_sinusoid_trains_and_resumes(tmp_path: Path) -> None:
     arguments = ["train", "sinusoid", "--out", str(tmp_path), *SMALL]
     code, output = run(*arguments, "--iterations", "60")
