@@ -69,7 +69,8 @@ def test_the_resident_kernel_compiles_for_every_gpu_and_precision(table: list[tu
     found = {
         (capability, name.split("PRECISION=")[1].split()[0]) for name, capability, _ in table if "resident" in name
     }
-    assert found == {(80, "ieee"), (90, "ieee"), (100, "ieee"), (120, "ieee"), (90, "tf32"), (90, "bf16")}
+    wanted = {(80, "ieee"), (90, "ieee"), (100, "ieee"), (120, "ieee"), (90, "tf32"), (90, "bf16")}
+    assert found == {pair for pair in wanted if pair[0] in CAPABILITIES}
 
 
 def test_every_precision_compiles(table: list[tuple[str, int, Any]]) -> None:

@@ -129,9 +129,9 @@ def activation_block(x, y, d1, d2, p0, p1, i, size, ACT, DYNAMIC: tl.constexpr):
     inside = i < size
     value, slope, curvature = activate(tl.load(x + i, mask=inside, other=0.0), p0, p1, ACT, DYNAMIC)
     tl.store(y + i, value, mask=inside)
-    if given(d1, DYNAMIC):
+    if d1 is not None and given(d1, DYNAMIC):
         tl.store(d1 + i, slope, mask=inside)
-    if given(d2, DYNAMIC):
+    if d2 is not None and given(d2, DYNAMIC):
         tl.store(d2 + i, curvature, mask=inside)
 
 

@@ -17,7 +17,7 @@ def combine_block(a, b, out, f, g, h, i, size, ADD, DYNAMIC: tl.constexpr):
     """Elements i."""
     inside = i < size
     y = f * tl.load(a + i, mask=inside, other=0.0) + h
-    if given(b, DYNAMIC):
+    if b is not None and given(b, DYNAMIC):
         y += g * tl.load(b + i, mask=inside, other=0.0)
     if ADD:
         y += tl.load(out + i, mask=inside, other=0.0)
@@ -35,7 +35,7 @@ def multiply_block(a, b, c, d, e, out, i, size, ADD, DYNAMIC: tl.constexpr):
     """Elements i."""
     inside = i < size
     y = tl.load(a + i, mask=inside, other=0.0) * tl.load(b + i, mask=inside, other=0.0)
-    if given(c, DYNAMIC):
+    if c is not None and given(c, DYNAMIC):
         more = tl.load(c + i, mask=inside, other=0.0) * tl.load(d + i, mask=inside, other=0.0)
         y += more * tl.load(e + i, mask=inside, other=0.0)
     if ADD:
@@ -56,7 +56,7 @@ def copy_rows_block(a, out, width, a_row, out_row, i, size, ADD, DYNAMIC: tl.con
     row, column = i // width, i % width
     to = out + row * out_row + column
     y = tl.zeros(i.shape, tl.float32)
-    if given(a, DYNAMIC):
+    if a is not None and given(a, DYNAMIC):
         y = tl.load(a + row * a_row + column, mask=inside, other=0.0)
     if ADD:
         y += tl.load(to, mask=inside, other=0.0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .activation import CROWDED, activate
 from .launch import Launch, task
-from .optional import given, of_task
+from .optional import given
 from .tiles import Product, start_product
 from .vectors import Step, step_arguments, stepped
 
@@ -30,17 +30,17 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def finish(acc, at, inside, slope, curvature, gain, raw, u, v, w, p0, p1, ACT, DYNAMIC: tl.constexpr):
     """e of a product: see `Epilogue`."""
-    if given(raw, DYNAMIC):
+    if raw is not None and given(raw, DYNAMIC):
         tl.store(raw + at, acc, mask=inside)
-    if given(gain, DYNAMIC):
+    if gain is not None and given(gain, DYNAMIC):
         acc *= tl.load(gain + at, mask=inside, other=0.0)
-    if given(u, DYNAMIC):
+    if u is not None and given(u, DYNAMIC):
         more = tl.load(u + at, mask=inside, other=0.0) * tl.load(v + at, mask=inside, other=0.0)
         acc += more * tl.load(w + at, mask=inside, other=0.0)
     acc, first, second = activate(acc, p0, p1, ACT, DYNAMIC)
-    if given(slope, DYNAMIC):
+    if slope is not None and given(slope, DYNAMIC):
         tl.store(slope + at, first, mask=inside)
-    if given(curvature, DYNAMIC):
+    if curvature is not None and given(curvature, DYNAMIC):
         tl.store(curvature + at, second, mask=inside)
     return acc
 
@@ -70,12 +70,12 @@ def product_tile(
         b_in = (rk[:, None] < k) & (rn[None, :] < n)
         left = tl.load(a + a_at, mask=a_in, other=0.0)
         acc = dot(left, tl.load(b + b_at, mask=b_in, other=0.0), acc, PRECISION)
-        if given(sums, DYNAMIC):
+        if sums is not None and given(sums, DYNAMIC):
             total += tl.sum(left, axis=1)
-        if given(a2, DYNAMIC):
+        if a2 is not None and given(a2, DYNAMIC):
             left = tl.load(a2 + a_at, mask=a_in, other=0.0)
             acc = dot(left, tl.load(b2 + b_at, mask=b_in, other=0.0), acc, PRECISION)
-    if given(bias, DYNAMIC):
+    if bias is not None and given(bias, DYNAMIC):
         acc += tl.load(bias + rn, mask=rn < n, other=0.0)[None, :]
     at = rows[:, None] * n + rn[None, :]
     inside = (rm[:, None] < m) & (rn[None, :] < n)
@@ -83,7 +83,7 @@ def product_tile(
     if ADD:
         acc += tl.load(c + at, mask=inside, other=0.0)
     tl.store(c + at, stepped(acc, theta, rates, rate_at, each, at, inside, DYNAMIC), mask=inside)
-    if given(sums, DYNAMIC):
+    if sums is not None and given(sums, DYNAMIC):
         mine = rm < tl.where(tile % across == 0, m, 0)
         if ADD_SUMS:
             total += tl.load(sums + rm, mask=mine, other=0.0)
@@ -101,11 +101,13 @@ def gemm_kernel(
     tiles = tl.cdiv(m, BM) * tl.cdiv(n, BN)
     t = (tl.program_id(0) // tiles).to(tl.int64)
     product_tile(
-        a + t * a_t, b + t * b_t, of_task(a2, t, a2_t), of_task(b2, t, b2_t),
-        of_task(bias, t, bias_t), c + t * c_t, of_task(sums, t, sums_t),
-        of_task(slope, t, c_t), of_task(curvature, t, c_t), of_task(gain, t, c_t), of_task(raw, t, c_t),
-        of_task(u, t, c_t), of_task(v, t, c_t), of_task(w, t, c_t),
-        of_task(theta, t, theta_t), of_task(sums_theta, t, theta_t), rates, rate_at, sums_at,
+        a + t * a_t, b + t * b_t, None if a2 is None else a2 + t * a2_t, None if b2 is None else b2 + t * b2_t,
+        None if bias is None else bias + t * bias_t, c + t * c_t, None if sums is None else sums + t * sums_t,
+        None if slope is None else slope + t * c_t, None if curvature is None else curvature + t * c_t,
+        None if gain is None else gain + t * c_t, None if raw is None else raw + t * c_t,
+        None if u is None else u + t * c_t, None if v is None else v + t * c_t, None if w is None else w + t * c_t,
+        None if theta is None else theta + t * theta_t, None if sums_theta is None else sums_theta + t * theta_t,
+        rates, rate_at, sums_at,
         m, n, k, p0, p1, a_m, a_k, b_k, b_n, each, sums_each, tl.program_id(0) % tiles,
         ACT, ADD, ADD_SUMS, PRECISION, False, BM, BN, BK,
     )  # fmt: skip

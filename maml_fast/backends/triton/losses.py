@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .activation import log1p_unit, sigmoid
 from .launch import Launch, power_of_two
-from .optional import given, of_task
+from .optional import given
 
 MOST_CLASSES = 16384
 POINTWISE = ("mse", "l1", "huber", "bce_with_logits")
@@ -67,7 +67,7 @@ def _named(z, y, d, LOSS: tl.constexpr):
 def pointwise_task(z, y, weight, loss, dz, size, d, LOSS, DYNAMIC: tl.constexpr, BLOCK: tl.constexpr):
     """One task."""
     scale = 1.0 / size
-    if given(weight, DYNAMIC):
+    if weight is not None and given(weight, DYNAMIC):
         scale *= tl.load(weight)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
@@ -77,9 +77,9 @@ def pointwise_task(z, y, weight, loss, dz, size, d, LOSS, DYNAMIC: tl.constexpr,
             tl.load(z + i, mask=inside, other=0.0), tl.load(y + i, mask=inside, other=0.0), d, LOSS, DYNAMIC
         )
         total += tl.where(inside, value, 0.0)
-        if given(dz, DYNAMIC):
+        if dz is not None and given(dz, DYNAMIC):
             tl.store(dz + i, scale * slope, mask=inside)
-    if given(loss, DYNAMIC):
+    if loss is not None and given(loss, DYNAMIC):
         tl.store(loss, tl.sum(total, axis=0) / size)
 
 
@@ -87,7 +87,8 @@ def pointwise_task(z, y, weight, loss, dz, size, d, LOSS, DYNAMIC: tl.constexpr,
 def pointwise_kernel(z, y, weights, losses, dz, size, d, LOSS: tl.constexpr, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     pointwise_task(
-        z + t * size, y + t * size, of_task(weights, t, 1), of_task(losses, t, 1), of_task(dz, t, size), size, d,
+        z + t * size, y + t * size, None if weights is None else weights + t,
+        None if losses is None else losses + t, None if dz is None else dz + t * size, size, d,
         LOSS, False, BLOCK,
     )  # fmt: skip
 
@@ -130,7 +131,7 @@ def cross_entropy_task(
 ):  # fmt: skip
     """One task."""
     scale = 1.0 / samples
-    if given(weight, DYNAMIC):
+    if weight is not None and given(weight, DYNAMIC):
         scale *= tl.load(weight)
     rc = tl.arange(0, BC)
     total = tl.zeros((BN,), tl.float32)
@@ -145,9 +146,9 @@ def cross_entropy_task(
         q = smoothing / classes + tl.where(label[:, None] == rc[None, :], 1.0 - smoothing, 0.0)
         expected = tl.sum(q * tl.where(inside, v, 0.0), axis=1)
         total += tl.where(in_n, log_sum - expected, 0.0)
-        if given(dz, DYNAMIC):
+        if dz is not None and given(dz, DYNAMIC):
             tl.store(dz + at, scale * (p - q), mask=inside)
-    if given(loss, DYNAMIC):
+    if loss is not None and given(loss, DYNAMIC):
         tl.store(loss, tl.sum(total, axis=0) / samples)
 
 
@@ -158,7 +159,8 @@ def cross_entropy_kernel(
     t = tl.program_id(0).to(tl.int64)
     at = t * samples * classes
     cross_entropy_task(
-        z + at, labels + t * samples, of_task(weights, t, 1), of_task(losses, t, 1), of_task(dz, at, 1),
+        z + at, labels + t * samples, None if weights is None else weights + t,
+        None if losses is None else losses + t, None if dz is None else dz + at,
         samples, classes, smoothing, False, BN, BC,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, blocks
-from .optional import given, of_task
+from .optional import given
 
 _BLOCK = 1024
 _SEGMENT = 1024  # numbers that one program of the first summation adds up
@@ -21,8 +21,8 @@ _SEGMENT = 1024  # numbers that one program of the first summation adds up
 @triton.jit
 def stepped(g, theta, rates, rate_at, each, at, inside, DYNAMIC: tl.constexpr):
     """θ − α g, α = 1 without rates; g itself without θ."""
-    if given(theta, DYNAMIC):
-        if given(rates, DYNAMIC):
+    if theta is not None and given(theta, DYNAMIC):
+        if rates is not None and given(rates, DYNAMIC):
             g *= tl.load(rates + tl.load(rate_at + at * each, mask=inside, other=0), mask=inside, other=0.0)
         g = tl.load(theta + at, mask=inside, other=0.0) - g
     return g
@@ -33,9 +33,9 @@ def step_block(theta, vector, rates, rate_at, out, i, size, DYNAMIC: tl.constexp
     """Elements i of one task."""
     inside = i < size
     y = tl.load(vector + i, mask=inside, other=0.0)
-    if given(rates, DYNAMIC):
+    if rates is not None and given(rates, DYNAMIC):
         y *= tl.load(rates + tl.load(rate_at + i, mask=inside, other=0), mask=inside, other=0.0)
-    if given(theta, DYNAMIC):
+    if theta is not None and given(theta, DYNAMIC):
         y = tl.load(theta + i, mask=inside, other=0.0) - y
     tl.store(out + i, y, mask=inside)
 
@@ -65,7 +65,8 @@ def sum_rows_kernel(
     t = (tl.program_id(0) // across).to(tl.int64)
     i = (tl.program_id(0) % across) * BI + tl.arange(0, BI)
     sum_rows_block(
-        a + t * rows * width, out + t * out_t, of_task(theta, t, theta_t), rates, rate_at, each, i, rows, width,
+        a + t * rows * width, out + t * out_t, None if theta is None else theta + t * theta_t,
+        rates, rate_at, each, i, rows, width,
         ADD, False, BM, BI,
     )  # fmt: skip
 
@@ -75,7 +76,16 @@ def step_kernel(theta, vector, rates, rate_at, out, size, theta_t, vector_t, out
     across = tl.cdiv(size, BLOCK)
     t = (tl.program_id(0) // across).to(tl.int64)
     i = (tl.program_id(0) % across) * BLOCK + tl.arange(0, BLOCK)
-    step_block(of_task(theta, t, theta_t), vector + t * vector_t, rates, rate_at, out + t * out_t, i, size, False)
+    step_block(
+        None if theta is None else theta + t * theta_t,
+        vector + t * vector_t,
+        rates,
+        rate_at,
+        out + t * out_t,
+        i,
+        size,
+        False,
+    )
 
 
 @triton.jit(do_not_specialize=["tasks", "size"])
