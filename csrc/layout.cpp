@@ -332,7 +332,7 @@ void Layout::place_panels() {
     for (Op& op : ops_) {
         op.pack_forward = op.pack_backward = -1;
         if (op.kind == OpKind::linear) {
-            op.pack_forward = packed(packed_size(op.width, op.out_width, machine_.lanes));
+            if (!is_thin(op)) op.pack_forward = packed(packed_size(op.width, op.out_width, machine_.lanes));
             if (backward) op.pack_backward = packed(packed_size(op.out_width, op.width, machine_.lanes));
         }
         if (op.kind == OpKind::conv && backward) op.pack_backward = packed(params_[op.w].size);

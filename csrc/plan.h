@@ -92,6 +92,9 @@ struct Op {
     long pack_backward;
 };
 
+// A linear layer whose weight is a single row or column, which stands in memory as its transpose does.
+inline bool is_thin(const Op& op) { return op.width == 1 || op.out_width == 1; }
+
 // A term c Pᵀ Q of a low-rank weight. P holds a layer's output deltas and Q its inputs, of `tape`;
 // or one of them is replaced by its tangent of Hessian-vector product `hvp`.
 enum class Term : int { gradient, tangent_delta, tangent_input };

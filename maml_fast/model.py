@@ -35,9 +35,9 @@ class Model:
         named = dict(module.named_parameters())
         self.names = tuple(named)
         self._slots = tuple(owners[id(p)] for p in named.values())
-        self._children = [[*m._modules.values()] or None for m in self.modules]
+        self._children = _children(self.modules)
         self.chosen = _choose(named, adapts)
-        self._kinds = [(p.requires_grad, p.shape, p.dtype, p.device) for p in named.values()]
+        self._kinds = _kinds(named.values())
         self.trainable = tuple(p.requires_grad for p in named.values())
         self.adapts = tuple(c and t for c, t in zip(self.chosen, self.trainable, strict=True))
         self.shapes = tuple(tuple(p.shape) for p in named.values())
@@ -48,11 +48,10 @@ class Model:
 
     def restructured(self) -> bool:
         """Whether submodules or parameters were added, removed, frozen, or replaced by others of another kind."""
-        if [[*m._modules.values()] if m._modules else None for m in self.modules] != self._children:
+        if _children(self.modules) != self._children:
             return True
         try:
-            found = [owner[key] for owner, key in self._slots]
-            return [(p.requires_grad, p.shape, p.dtype, p.device) for p in found] != self._kinds  # type: ignore[union-attr]
+            return _kinds(self.parameters()) != self._kinds
         except (KeyError, AttributeError):
             return True
 
@@ -73,6 +72,15 @@ class Model:
 
     def named(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.names, values, strict=True))
+
+
+def _children(modules: Iterable[nn.Module]) -> list[list[nn.Module | None] | None]:
+    """Every module's own submodules; None for none, which most have."""
+    return [[*m._modules.values()] if m._modules else None for m in modules]
+
+
+def _kinds(parameters: Iterable[Tensor]) -> list[tuple[bool, torch.Size, torch.dtype, torch.device]]:
+    return [(p.requires_grad, p.shape, p.dtype, p.device) for p in parameters]
 
 
 def _choose(named: Mapping[str, nn.Parameter], adapts: Adapts) -> tuple[bool, ...]:

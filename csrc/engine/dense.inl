@@ -77,10 +77,9 @@ struct Operand {
     PerTask<const S> w{};
 };
 
-// Wᵀ for task b. What all tasks share was packed before the call began; a single row or column stands in memory as
-// its transpose does.
+// Wᵀ for task b. What all tasks share was packed before the call began, unless it is thin.
 Right<S> transposed_weight(const Op& op, const PerTask<const S>& w, long b, S* room) const {
-    if (op.width == 1 || op.out_width == 1) return {w.of(b), op.out_width, false, false};
+    if (is_thin(op)) return {w.of(b), op.out_width, false, false};
     if (w.stride == 0) return {arena_ + op.pack_forward, op.width, true, true};
     pack_transposed(op.width, op.out_width, w.of(b), room);
     return {room, op.width, true, true};
@@ -193,9 +192,8 @@ void linear_backward_tangent(const Op& op, const Instr& in, const TapeView& tape
     long N = samples(tape);
     PerTask<const S> v = direction(in.c, op.w);
     if (ex) {
-        bool bends = v && !op.low_rank;
-        linear_transposed_product(op, N, {ey, weight(in.a, op.w)}, bends ? Operand{dy, v} : Operand{},
-                                  !op.delta_first[0], ex);
+        linear_transposed_product(op, N, {ey, weight(in.a, op.w)}, v ? Operand{dy, v} : Operand{}, !op.delta_first[0],
+                                  ex);
         if (op.low_rank) add_transposed_product(op, in.theta, N, ey, ex);
         if (op.low_rank) add_transposed_product(op, in.vector, N, dy, ex);
     }
