@@ -44,7 +44,9 @@ class Engine {
             long begin = round * count / rounds, end = (round + 1) * count / rounds;
             t0_ = first + begin;
             B_ = end - begin;
-            for (int i = 0; i < plan_.n_code; ++i) execute(plan_.code[i]);
+            for (const Instr* in = plan_.code; in < plan_.code + plan_.n_code; in += in->together)
+                for (stretch_ = 0; stretch_ < in->stretches; ++stretch_)
+                    for (int i = 0; i < in->together; ++i) execute(in[i]);
         }
     }
 
@@ -84,12 +86,20 @@ class Engine {
 
     // ---- where things are --------------------------------------------------------------------
 
-    long samples(const TapeView& tape) const { return plan_.samples[tape.batch]; }
-    long per_task(const TapeView& tape, int buffer) const { return samples(tape) * plan_.features[buffer]; }
+    const TapeView& tape(int index) const { return plan_.tapes[index][stretch_]; }
+    bool starts(bool first_writer) const { return first_writer && stretch_ == 0; }
+
+    static long samples(const TapeView& tape) { return tape.samples; }
+    long per_task(const TapeView& tape, int buffer) const { return tape.samples * plan_.features[buffer]; }
+
+    // Where the first task's samples begin in the caller's tensors, whose samples have `features` numbers.
+    long place(const TapeView& tape, long features) const {
+        return (t0_ * plan_.samples[tape.batch] + tape.first) * features;
+    }
 
     const S* value(const TapeView& tape, int buffer) const {
         if (tape.value[buffer] >= 0) return ws_ + tape.value[buffer];
-        return static_cast<const S*>(call_.x[tape.batch]) + t0_ * per_task(tape, buffer);
+        return static_cast<const S*>(call_.x[tape.batch]) + place(tape, plan_.features[buffer]);
     }
     S* output(const TapeView& tape, int buffer) const { return ws_ + tape.value[buffer]; }
 
@@ -122,7 +132,7 @@ class Engine {
 
     void forward(const Instr& in) {
         int slot = in.a;
-        const TapeView& tape = plan_.tapes[in.b];
+        const TapeView& tape = this->tape(in.b);
         long N = samples(tape);
         for (int i = 0; i < plan_.n_ops; ++i) {
             const Op& op = plan_.ops[i];
@@ -185,13 +195,13 @@ class Engine {
         int buffer = op.in[j];
         if (!op.wants_delta[j]) return nullptr;
         if (tape.value[buffer] >= 0) return ws_ + tape.delta[buffer];
-        return inputs ? static_cast<S*>(call_.dx[tape.batch]) + t0_ * per_task(tape, buffer) : nullptr;
+        return inputs ? static_cast<S*>(call_.dx[tape.batch]) + place(tape, plan_.features[buffer]) : nullptr;
     }
 
     void backward(const Instr& in) {
         int slot = in.a, out = in.c;
         bool inputs = in.inputs;
-        const TapeView& tape = plan_.tapes[in.b];
+        const TapeView& tape = this->tape(in.b);
         long N = samples(tape);
         bool adapted_only = tape.batch == 0;
         for (int i = plan_.n_ops - 1; i >= 0; --i) {
@@ -212,6 +222,7 @@ class Engine {
                 }
                 case OpKind::activation:
                     if (dx) activation_backward<S>(first, size, ws_ + tape.aux1[i], dy, dx);
+                    if (S* d2 = at(tape.aux2[i])) activation_curvature<S>(size, dy, d2);
                     break;
                 case OpKind::affine: {
                     S f = S(op.f0);
@@ -263,7 +274,7 @@ class Engine {
     // ---- Hessian-vector product: the tangent of forward and backward ---------------------------
 
     void hvp(const Instr& in) {
-        const TapeView& tape = plan_.tapes[in.b];
+        const TapeView& tape = this->tape(in.b);
         if (!plan_.moves) {
             if (!in.scaled) fill(ws_ + plan_.slots[in.d], B_ * plan_.parameters, S(0));
             return;
@@ -273,11 +284,10 @@ class Engine {
         loss_tangent(tape);
         backward_tangent(in, tape);
         if (!in.inputs) return;
-        long size = per_task(tape, 0);
         const S* ex = ws_ + tangents_.delta[0];
-        S* dx = static_cast<S*>(call_.dx[0]) + t0_ * size;
+        S* dx = static_cast<S*>(call_.dx[0]) + place(tape, plan_.features[0]);
         S alpha = in.scaled ? *rate(plan_.params[0]) : S(1);
-        for (long i = 0; i < B_ * size; ++i) dx[i] -= alpha * ex[i];
+        for (long i = 0; i < B_ * per_task(tape, 0); ++i) dx[i] -= alpha * ex[i];
     }
 
     S* tangent(const Op& op, int j) const { return op.has_tangent[j] ? ws_ + tangents_.value[op.in[j]] : nullptr; }
@@ -380,8 +390,7 @@ class Engine {
                     break;
                 case OpKind::activation:
                     if (ex)
-                        activation_backward_tangent<S>(first, size, ws_ + tape.aux1[i], at(tape.aux2[i]), tx, dy, ey,
-                                                       ex);
+                        activation_backward_tangent<S>(first, size, ws_ + tape.aux1[i], at(tape.aux2[i]), tx, ey, ex);
                     break;
                 case OpKind::affine: {
                     S f = S(op.f0);
@@ -442,6 +451,7 @@ class Engine {
     S* ws_;
     S* partial_;
     long t0_ = 0, B_ = 0;
+    int stretch_ = 0;
     TangentView tangents_{};  // of the Hessian-vector product under way
 };
 

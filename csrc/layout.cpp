@@ -10,6 +10,8 @@ constexpr long kAlignment = 16;              // numbers: a cache line of floats
 constexpr long kSlack = 64;                  // a vector read past the last buffer stays inside
 constexpr long kWorkspaceBytes = 384 << 10;  // what tasks in lockstep may take: most of a private cache
 constexpr long kLockstep = 8;
+constexpr long kStretchBytes = 1 << 20;  // what a stretch of samples may take beside its tape
+constexpr long kStretchRows = 96;        // rows from which products run at full speed
 constexpr long kLargeModel = 1 << 16;         // parameters from which fewer partial sums are cheaper
 constexpr long kFewBlocks = 4, kBlocks = 16;  // partial sums a call is cut into, whatever the number of threads
 constexpr double kBlockWork = 4e6;            // multiply-adds below which a block costs more than it shares out
@@ -29,6 +31,38 @@ long statistics(const Op& op, long n) {
 Window window_of(const std::vector<long>& v) {
     if (v.empty()) return {1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1};
     return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11]};
+}
+
+// Whether an operation treats every sample by itself, and its parameters' gradients are products that add up.
+bool goes_by_sample(const Op& op) {
+    switch (op.kind) {
+        case OpKind::linear:
+            return !op.low_rank;
+        case OpKind::activation:
+        case OpKind::affine:
+        case OpKind::add:
+        case OpKind::cat:
+            return true;
+        default:
+            return false;
+    }
+}
+
+// The tape of an instruction that works on samples, or -1.
+int tape_of(const Instr& in) {
+    switch (in.code) {
+        case Code::forward:
+        case Code::backward:
+        case Code::hvp:
+            return in.b;
+        case Code::support_loss:
+        case Code::query_loss:
+        case Code::cotangent:
+        case Code::store_outputs:
+            return in.a;
+        default:
+            return -1;
+    }
 }
 
 bool is_piecewise_linear(Act act) { return act == Act::relu || act == Act::leaky_relu; }
@@ -76,7 +110,9 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
         if (s.active) view_.sums += s.size;
     }
     find_factors();
+    find_stretches();
     fuse_steps();
+    find_groups();
     find_slots();
     for (long size : spec_.rate_sizes) {
         rate_offsets_.push_back(view_.rates);
@@ -87,7 +123,8 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     find_pairs();
     place_panels();
     view_.blocks = blocks();
-    long lockstep = std::min((spec_.tasks + view_.blocks - 1) / view_.blocks, kLockstep);
+    bool stretched = stretches_[0] > 1 || stretches_[1] > 1;
+    long lockstep = stretched ? 1 : std::min((spec_.tasks + view_.blocks - 1) / view_.blocks, kLockstep);
     do {
         place_buffers(lockstep);
     } while (used_ * machine_.scalar_bytes > kWorkspaceBytes && lockstep-- > 1);
@@ -200,6 +237,35 @@ void Layout::find_factors() {
     }
 }
 
+// Samples of a task that do not fit into a private cache go through the network in stretches.
+void Layout::find_stretches() {
+    if (!std::all_of(ops_.begin(), ops_.end(), goes_by_sample)) return;
+    long features = 0, rows = 1;
+    for (std::size_t v = 1; v < spec_.features.size(); ++v) features += spec_.features[v];
+    for (const Op& op : ops_) rows = std::max(rows, op.rows);
+    long bytes = 4 * features * machine_.scalar_bytes;  // values, deltas and the tangents of both
+    long length = std::max(kStretchBytes / bytes, (kStretchRows + rows - 1) / rows);
+    for (int batch = 0; batch < 2; ++batch) stretches_[batch] = std::max(1L, spec_.samples[batch] / length);
+}
+
+// What goes through a stretch of samples before the next stretch begins.
+void Layout::find_groups() {
+    std::vector<int> groups(spec_.tapes.size());
+    for (std::size_t i = 0; i < spec_.code.size(); i += std::size_t(spec_.code[i].together)) {
+        Instr& in = spec_.code[i];
+        in.together = in.stretches = 1;
+        int tape = tape_of(in);
+        if (tape < 0) continue;
+        in.stretches = int(stretches_[spec_.tapes[tape]]);
+        auto follows = [&](std::size_t j) {
+            return j < spec_.code.size() && tape_of(spec_.code[j]) == tape && spec_.code[j].code != Code::forward;
+        };
+        while (in.stretches > 1 && follows(i + std::size_t(in.together))) ++in.together;
+        ++groups[tape];
+    }
+    for (int n : groups) lives_on_.push_back(n > 1);
+}
+
 // Whether every gradient is one product of one linear layer, whose result can go anywhere.
 bool Layout::steps_fuse() const {
     std::vector<int> uses(params_.size());
@@ -212,7 +278,8 @@ bool Layout::steps_fuse() const {
 }
 
 // Gradients that only feed a step are added to the parameters where the product ends. With one rate for all, so are
-// Hessian-vector products to the adjoint, H(−αλ) = −α Hλ, and the last of them to the sum over tasks.
+// Hessian-vector products to the adjoint, H(−αλ) = −α Hλ, and the last of them to the sum over tasks. Not in place
+// where there are several stretches: the next one still reads the parameters and the adjoint.
 void Layout::fuse_steps() {
     if (!steps_fuse()) return;
     auto is = [&](std::size_t i, Code code) { return i < spec_.code.size() && spec_.code[i].code == code; };
@@ -222,16 +289,20 @@ void Layout::fuse_steps() {
     std::vector<Instr> fused;
     for (std::size_t i = 0; i < spec_.code.size(); ++i) {
         Instr in = spec_.code[i];
-        if (in.code == Code::backward && is(i + 1, Code::update) && !gradients_read) {
+        bool steps = in.code == Code::backward && is(i + 1, Code::update) && !gradients_read;
+        if (steps && (stretches_[0] == 1 || spec_.code[i + 1].a != in.a)) {
             in.step = spec_.code[++i].a;
             in.c = -1;
         } else if (in.code == Code::scale && is(i + 1, Code::hvp) && is(i + 2, Code::subtract) && one_rate) {
-            int adjoint = in.b;
-            in = spec_.code[i + 1];
-            in.c = in.d = adjoint;
-            in.scaled = true;
-            i += 2;
-            if (is(i + 1, Code::accumulate)) {
+            bool last = is(i + 3, Code::accumulate);
+            if (last || stretches_[0] == 1) {
+                int adjoint = in.b;
+                in = spec_.code[i + 1];
+                in.c = in.d = adjoint;
+                in.scaled = true;
+                i += 2;
+            }
+            if (last) {
                 fused.push_back(spec_.code[++i]);
                 in.d = kSums;
             }
@@ -330,7 +401,7 @@ void Layout::find_pairs() {
 void Layout::place_panels() {
     bool backward = spec_.reverse || spec_.samples[0] > 0;
     for (Op& op : ops_) {
-        op.pack_forward = op.pack_backward = -1;
+        op.pack_forward = op.pack_backward = op.rooms = -1;
         if (op.kind == OpKind::linear) {
             if (!is_thin(op)) op.pack_forward = packed(packed_size(op.width, op.out_width, machine_.lanes));
             if (backward) op.pack_backward = packed(packed_size(op.out_width, op.width, machine_.lanes));
@@ -358,7 +429,7 @@ long Layout::scratch_size(long lockstep) const {
         if (op.kind == OpKind::layer_norm) size = std::max(size, 4 * op.width);
         if (op.kind == OpKind::conv) size = std::max(size, 2 * params_[op.w].size + kSlack);
         if (op.kind != OpKind::linear) continue;
-        size = std::max(size, kProducts * packed_size(op.width, op.out_width, machine_.lanes));
+        size = std::max(size, kProducts * room_size(op, machine_.lanes));
         if (!op.low_rank) continue;
         long rows = samples * op.rows, widest = std::max(op.width, op.out_width);
         size = std::max(size, packed_size(widest, rows, machine_.lanes) + rows * rows);
@@ -382,10 +453,8 @@ long Layout::gemm_scratch_size() const {
     long size = 0;
     for (const Op& op : ops_) {
         if (op.kind != OpKind::linear) continue;
-        long columns = std::max(op.width, op.out_width);
         long transposed = 2 * op.width > machine_.lanes ? 0 : op.width * op.out_width;
-        long panels =
-            packed_size(machine_.gemm_depth, std::max(columns, kProducts * 2 * machine_.lanes), machine_.lanes);
+        long panels = kProducts * kPanels * machine_.gemm_depth * 2 * machine_.lanes;
         size = std::max(size, transposed + panels);
     }
     return size;
@@ -400,7 +469,7 @@ void Layout::place_tangents(long lockstep) {
     std::vector<bool> lives_on(buffers);
     for (const Op& op : ops_)
         if (op.low_rank) lives_on[op.in[0]] = lives_on[op.out] = true;
-    long n = spec_.samples[0];
+    long n = longest(0);
     tangents_.clear();
     for (int h = 0; h < hvps_; ++h) {
         long *value = table(buffers), *delta = table(buffers), *aux1 = table(ops_.size()), *aux2 = table(ops_.size());
@@ -421,43 +490,74 @@ void Layout::place_tangents(long lockstep) {
     }
 }
 
+// A buffer that only its own group reads holds one stretch; any other holds all samples, and a view of a stretch begins
+// at its first.
+void Layout::place_tape(int index, long lockstep) {
+    int batch = spec_.tapes[index];
+    std::size_t buffers = spec_.features.size();
+    bool lives_on = lives_on_[index], softmax = LossKind(spec_.loss) == LossKind::cross_entropy;
+    long n = lives_on ? spec_.samples[batch] : longest(batch);
+    std::vector<long> value(buffers, -1), delta(buffers, -1), aux1(ops_.size(), -1), aux2(ops_.size(), -1);
+    for (std::size_t v = 1; v < buffers; ++v) {
+        value[v] = take(lockstep * n * spec_.features[v]);
+        delta[v] = take(lockstep * n * spec_.features[v]);
+    }
+    for (std::size_t i = 0; i < ops_.size(); ++i) {
+        const Op& op = ops_[i];
+        long size = lockstep * n * spec_.features[op.out];
+        bool curved = batch == 0 && spec_.second_order && !is_piecewise_linear(op.act);
+        if (op.kind == OpKind::activation && (batch == 0 || spec_.reverse)) aux1[i] = take(size);
+        if (op.kind == OpKind::activation && curved) aux2[i] = take(size);
+        if (op.kind == OpKind::layer_norm || op.kind == OpKind::max_pool) aux1[i] = take(size);
+        if (is_pooled(op)) aux1[i] = take(2 * size);
+        if (op.kind == OpKind::layer_norm || is_channel_norm(op.kind)) aux2[i] = take(lockstep * statistics(op, n));
+    }
+    long loss = softmax ? take(lockstep * n * spec_.features[spec_.out]) : -1;
+
+    std::vector<TapeView>& views = tapes_.emplace_back();
+    for (long s = 0; s < stretches_[batch]; ++s) {
+        long first = stretch_begin(batch, s), count = stretch_begin(batch, s + 1) - first;
+        auto shift = [&](long offset, int buffer) {
+            return offset < 0 || !lives_on ? offset : offset + first * spec_.features[buffer];
+        };
+        long *values = table(buffers), *deltas = table(buffers), *aux1s = table(ops_.size()),
+             *aux2s = table(ops_.size());
+        for (std::size_t v = 0; v < buffers; ++v) {
+            values[v] = shift(value[v], int(v));
+            deltas[v] = shift(delta[v], int(v));
+        }
+        for (std::size_t i = 0; i < ops_.size(); ++i) {
+            aux1s[i] = shift(aux1[i], ops_[i].out);
+            aux2s[i] = shift(aux2[i], ops_[i].out);
+        }
+        views.push_back({values, deltas, aux1s, aux2s, shift(loss, spec_.out), batch, first, count});
+    }
+}
+
+// A task's own weights in panels serve all stretches.
+void Layout::place_rooms() {
+    for (Op& op : ops_)
+        op.rooms = op.kind == OpKind::linear && !is_thin(op) && stretches_[0] + stretches_[1] > 2
+                       ? take(kRooms * room_size(op, machine_.lanes))
+                       : -1;
+}
+
 void Layout::place_buffers(long lockstep) {
     used_ = 0;
     tables_.clear();
     tapes_.clear();
     slots_.clear();
-    tables_.reserve(4 * (spec_.tapes.size() + hvps_));
-    std::size_t buffers = spec_.features.size();
-
-    for (int batch : spec_.tapes) {
-        long n = spec_.samples[batch];
-        long *value = table(buffers), *delta = table(buffers), *aux1 = table(ops_.size()), *aux2 = table(ops_.size());
-        for (std::size_t v = 1; v < buffers; ++v) {
-            value[v] = take(lockstep * n * spec_.features[v]);
-            delta[v] = take(lockstep * n * spec_.features[v]);
-        }
-        for (std::size_t i = 0; i < ops_.size(); ++i) {
-            const Op& op = ops_[i];
-            long size = lockstep * n * spec_.features[op.out];
-            bool curved = batch == 0 && spec_.second_order && !is_piecewise_linear(op.act);
-            if (op.kind == OpKind::activation && (batch == 0 || spec_.reverse)) aux1[i] = take(size);
-            if (op.kind == OpKind::activation && curved) aux2[i] = take(size);
-            if (op.kind == OpKind::layer_norm || op.kind == OpKind::max_pool) aux1[i] = take(size);
-            if (is_pooled(op)) aux1[i] = take(2 * size);
-            if (op.kind == OpKind::layer_norm || is_channel_norm(op.kind)) aux2[i] = take(lockstep * statistics(op, n));
-        }
-        bool softmax = LossKind(spec_.loss) == LossKind::cross_entropy;
-        long loss = softmax ? take(lockstep * n * spec_.features[spec_.out]) : -1;
-        tapes_.push_back({value, delta, aux1, aux2, loss, batch});
-    }
-
+    tape_views_.clear();
+    for (std::size_t t = 0; t < spec_.tapes.size(); ++t) place_tape(int(t), lockstep);
+    for (const auto& views : tapes_) tape_views_.push_back(views.data());
     place_tangents(lockstep);
+    place_rooms();
     slots_.assign(spec_.slots, -1);
     for (int s = 1; s < spec_.slots; ++s)
         if (used_slots_[s]) slots_[s] = take(lockstep * view_.parameters);
 
     view_.lockstep = lockstep;
-    view_.tapes = tapes_.data();
+    view_.tapes = tape_views_.data();
     view_.tangents = tangents_.data();
     view_.slots = slots_.data();
     view_.scratch = take(scratch_size(lockstep));

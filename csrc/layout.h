@@ -59,6 +59,8 @@ class Layout {
     long blocks() const;
     void find_low_rank();
     void find_factors();
+    void find_stretches();
+    void find_groups();
     bool steps_fuse() const;
     void fuse_steps();
     void find_slots();
@@ -66,9 +68,17 @@ class Layout {
     void find_pairs();
     void place_panels();
     void place_buffers(long lockstep);
+    void place_tape(int index, long lockstep);
     void place_tangents(long lockstep);
+    void place_rooms();
     long* table(std::size_t n);
     long take(long size);
+    long stretch_begin(int batch, long stretch) const {
+        return stretch * spec_.samples[batch] / stretches_[batch];
+    }
+    long longest(int batch) const {
+        return (spec_.samples[batch] + stretches_[batch] - 1) / stretches_[batch];
+    }
     long packed(long size);
     long scratch_size(long lockstep) const;
     long norm_scratch_size() const;
@@ -85,7 +95,10 @@ class Layout {
     std::vector<std::vector<Factor>> factors_;
     std::vector<TangentView> tangents_;
     int hvps_ = 0;
-    std::vector<TapeView> tapes_;
+    long stretches_[2] = {1, 1};     // per batch
+    std::vector<bool> lives_on_;     // per tape: instructions of more than one group name it
+    std::vector<std::vector<TapeView>> tapes_;
+    std::vector<const TapeView*> tape_views_;
     std::vector<std::vector<long>> tables_;
     std::vector<long> slots_, rate_offsets_;
     std::vector<bool> used_slots_;

@@ -58,6 +58,8 @@ Spec parse(const py::dict& d) {
                           -1,
                           -1,
                           false,
+                          1,
+                          1,
                           {nullptr, 0},
                           {nullptr, 0}});
     }

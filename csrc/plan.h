@@ -90,6 +90,7 @@ struct Op {
     bool low_rank;      // the adapted weight is never formed: W_k = W_0 + Σ_r c_r P_rᵀ Q_r
     long pack_forward;  // offset of the shared weight's panels, or -1
     long pack_backward;
+    long rooms;  // for a task's own weights in panels, which all stretches of samples read; or -1
 };
 
 // A linear layer whose weight is a single row or column, which stands in memory as its transpose does.
@@ -112,6 +113,7 @@ struct Factors {
 };
 
 constexpr int kSums = -2;  // in place of a slot: the sum over tasks
+constexpr int kRooms = 4;  // of an operation: the transposes and the weights of two products
 
 struct Instr {
     Code code;
@@ -121,18 +123,21 @@ struct Instr {
     int hvp;         // which tangents a Hessian-vector product writes
     int step;        // a backward pass: the slot for θ − α ∘ gradient, which takes the gradient's place; or -1
     bool scaled;     // a Hessian-vector product: what it adds to its slot is −α times it
+    int together;    // this many instructions from this one on run for one stretch of samples after the other
+    int stretches;
     Factors theta;   // low-rank part of slot a's weights (of slot b's in a sum)
     Factors vector;  // of the direction
 };
 
-// Offsets of one tape's buffers; -1 where absent (or, for the input, the caller's memory).
+// Offsets of one tape's buffers for a stretch of its samples; -1 where absent (or, for the input, the caller's memory).
 struct TapeView {
     const long* value;  // per buffer: activations
     const long* delta;  // per buffer
     const long* aux1;   // per op: f' (activation), normalised input (layer norm), maxima (pools, pooled norms)
-    const long* aux2;   // per op: f'' (activation), 1/σ (layer norm), means and 1/σ (other norms)
+    const long* aux2;   // per op: f'', after a backward pass f'' δy (activation), 1/σ (layer norm), means and 1/σ (other norms)
     long loss;          // probabilities, or -1
     int batch;
+    long first, samples;
 };
 
 // Offsets of one Hessian-vector product's buffers.
@@ -153,7 +158,7 @@ struct PlanView {
     int n_params;
     const Instr* code;
     int n_code;
-    const TapeView* tapes;
+    const TapeView* const* tapes;  // per tape: a view of each stretch
     const TangentView* tangents;
     const long* slots;        // offset of each slot
     const long* rate_offset;  // per rate: offset in the rate gradient
@@ -231,11 +236,18 @@ inline long norm_scratch(long channels, long rows) {
 }
 
 constexpr int kProducts = 2;  // products that are added up in one pass
+constexpr int kPanels = 2;    // panels that a tile may span
 
 // Numbers a packed matrix takes: full double-width panels and a last one padded to one or two vectors.
 inline long packed_size(long rows, long columns, long lanes) {
     long full = columns / (2 * lanes) * (2 * lanes);
     return rows * (full + (full < columns ? panel_width(columns, full, lanes) : 0));
+}
+
+// Numbers of a linear layer's weight in panels, transposed or not.
+inline long room_size(const Op& op, long lanes) {
+    long transposed = packed_size(op.width, op.out_width, lanes), plain = packed_size(op.out_width, op.width, lanes);
+    return transposed > plain ? transposed : plain;
 }
 
 }  // namespace maml_fast

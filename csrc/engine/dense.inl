@@ -12,11 +12,11 @@ void linear_values(const Op& op, int slot, Factors theta, long N, const S* x, S*
 
 const S* deltas(const Op& op, const Factor& f) const {
     if (f.term == Term::tangent_delta) return ws_ + plan_.tangents[f.hvp].delta[op.out];
-    return ws_ + plan_.tapes[f.tape].delta[op.out];
+    return ws_ + tape(f.tape).delta[op.out];
 }
 const S* inputs(const Op& op, const Factor& f) const {
     if (f.term == Term::tangent_input) return ws_ + plan_.tangents[f.hvp].value[op.in[0]];
-    return value(plan_.tapes[f.tape], op.in[0]);
+    return value(tape(f.tape), op.in[0]);
 }
 // A layer without a tangent at its input has no such term.
 bool absent(const Op& op, const Factor& f) const { return f.term == Term::tangent_input && !op.has_tangent[0]; }
@@ -37,7 +37,7 @@ void add_transposed_product(const Op& op, Factors factors, long N, const S* dy, 
     for (int r = 0; r < factors.n; ++r) {
         const Factor& f = factors.p[r];
         if (absent(op, f)) continue;
-        bool owned = plan_.tapes[f.tape].value[op.in[0]] >= 0;
+        bool owned = tape(f.tape).value[op.in[0]] >= 0;
         add_term(op, f, N, op.out_width, op.width, dy, deltas(op, f), inputs(op, f), owned, dx);
     }
 }
@@ -45,7 +45,7 @@ void add_transposed_product(const Op& op, Factors factors, long N, const S* dy, 
 // y += c (x qᵀ) p for every task. `owned`: p lies in the workspace.
 void add_term(const Op& op, const Factor& f, long N, long I, long O, const S* x, const S* q, const S* p, bool owned,
               S* y) {
-    long rows = N * op.rows, rank = samples(plan_.tapes[f.tape]) * op.rows;
+    long rows = N * op.rows, rank = samples(tape(f.tape)) * op.rows;
     S c = coefficient(op, f);
     for (long b = 0; b < B_; ++b)
         low_rank_product<S>(rows, I, O, rank, c, x + b * rows * I, q + b * rank * I, p + b * rank * O, owned,
@@ -58,7 +58,7 @@ void accumulate_low_rank(const Op& op, Factors factors) {
     for (int r = 0; r < factors.n; ++r) {
         const Factor& f = factors.p[r];
         if (absent(op, f)) continue;
-        long rows = B_ * samples(plan_.tapes[f.tape]) * op.rows;
+        long rows = B_ * samples(tape(f.tape)) * op.rows;
         const S* p = deltas(op, f);
         if (f.sign < 0) {
             S* negated = scratch();
@@ -77,31 +77,40 @@ struct Operand {
     PerTask<const S> w{};
 };
 
-// Wᵀ for task b. What all tasks share was packed before the call began, unless it is thin.
-Right<S> transposed_weight(const Op& op, const PerTask<const S>& w, long b, S* room) const {
-    if (is_thin(op)) return {w.of(b), op.out_width, false, false};
-    if (w.stride == 0) return {arena_ + op.pack_forward, op.width, true, true};
-    pack_transposed(op.width, op.out_width, w.of(b), room);
-    return {room, op.width, true, true};
+// Where a task's own weights stand in panels: for all stretches of its samples, or for one product.
+S* room(const Op& op, int place) const {
+    return (op.rooms < 0 ? scratch() : ws_ + op.rooms) + place * room_size(op, lanes<S>);
 }
 
-Right<S> plain_weight(const Op& op, const PerTask<const S>& w, long b) const {
+// Wᵀ for task b. What all tasks share was packed before the call began, unless it is thin.
+Right<S> transposed_weight(const Op& op, const PerTask<const S>& w, long b, int place) const {
+    if (is_thin(op)) return {w.of(b), op.out_width, false, false};
+    if (w.stride == 0) return {arena_ + op.pack_forward, op.width, true, true};
+    S* panels = room(op, place);
+    if (stretch_ == 0) pack_transposed(op.width, op.out_width, w.of(b), panels);
+    return {panels, op.width, true, true};
+}
+
+// W for task b; in place where it is read once.
+Right<S> plain_weight(const Op& op, const PerTask<const S>& w, long b, int place) const {
     if (w.stride == 0) return {arena_ + op.pack_backward, op.out_width, true, true};
-    return {w.of(b), op.width, false, false};
+    if (op.rooms < 0) return {w.of(b), op.width, false, false};
+    S* panels = room(op, kProducts + place);
+    if (stretch_ == 0) pack(op.out_width, op.width, w.of(b), op.width, panels);
+    return {panels, op.out_width, true, true};
 }
 
 // y (+)= x Wᵀ + z Vᵀ + bias; W may be shared, V is every task's own.
 void linear_product(const Op& op, long N, const Operand& x, const Operand& z, PerTask<const S> bias, bool add, S* y) {
     multiply(N * op.rows, op.out_width, x, z, bias, add, y, [&](const Operand& o, long b, int place) {
-        S* room = scratch() + place * packed_size(op.width, op.out_width, lanes<S>);
-        return forward_term(op, o.x + b * N * op.rows * op.width, transposed_weight(op, o.w, b, room));
+        return forward_term(op, o.x + b * N * op.rows * op.width, transposed_weight(op, o.w, b, place));
     });
 }
 
 // dx (+)= dy W + dz V.
 void linear_transposed_product(const Op& op, long N, const Operand& dy, const Operand& dz, bool add, S* dx) {
-    multiply(N * op.rows, op.width, dy, dz, {}, add, dx, [&](const Operand& o, long b, int) {
-        return backward_term(op, o.x + b * N * op.rows * op.out_width, plain_weight(op, o.w, b));
+    multiply(N * op.rows, op.width, dy, dz, {}, add, dx, [&](const Operand& o, long b, int place) {
+        return backward_term(op, o.x + b * N * op.rows * op.out_width, plain_weight(op, o.w, b, place));
     });
 }
 
@@ -134,14 +143,15 @@ Destination added(PerTask<S> to, bool first, S scale = S(1)) const {
 
 // Of a backward pass: the gradient's slot, or the parameter after the step.
 Destination gradient_or_step(const Instr& in, int param, bool adapted_only, bool first) const {
-    if (in.step < 0) return added(gradient(in.c, param, adapted_only), first);
+    if (in.step < 0) return added(gradient(in.c, param, adapted_only), starts(first));
     PerTask<S> to = gradient(in.step, param, adapted_only);
-    return {to, weight(in.a, param), to ? -*rate(plan_.params[param]) : S(1)};
+    S scale = to ? -*rate(plan_.params[param]) : S(1);
+    return stretch_ == 0 ? Destination{to, weight(in.a, param), scale} : added(to, false, scale);
 }
 
 // Of a Hessian-vector product.
 Destination curvature(const Instr& in, int param, bool first) const {
-    if (!in.scaled) return added(gradient(in.d, param, false), first);
+    if (!in.scaled) return added(gradient(in.d, param, false), starts(first));
     if (param < 0 || plan_.params[param].sum < 0) return {};
     const Param& p = plan_.params[param];
     PerTask<S> to = in.d == kSums ? PerTask<S>{partial_ + p.sum, 0} : gradient(in.d, param, false);

@@ -1,8 +1,8 @@
 // Part of Engine: losses, their slopes and tangents.
 
 void loss(int tape_index, int batch, S* losses, bool slope) {
-    const TapeView& tape = plan_.tapes[tape_index];
-    long N = samples(tape), F = plan_.features[plan_.out], size = N * F;
+    const TapeView& tape = this->tape(tape_index);
+    long N = samples(tape), all = plan_.samples[batch], F = plan_.features[plan_.out], size = N * F;
     S d = S(plan_.loss_parameter);
     for (long b = 0; b < B_; ++b) {
         const S* z = value(tape, plan_.out) + b * size;
@@ -10,42 +10,42 @@ void loss(int tape_index, int batch, S* losses, bool slope) {
         S weight = batch == 1 && slope ? static_cast<const S*>(call_.weights)[t0_ + b] : S(1);
         S value;
         if (plan_.loss == LossKind::cross_entropy) {
-            const std::int64_t* y = static_cast<const std::int64_t*>(call_.y[batch]) + (t0_ + b) * N;
+            const std::int64_t* y = static_cast<const std::int64_t*>(call_.y[batch]) + place(tape, 1) + b * N;
             S* p = ws_ + tape.loss + b * size;
-            value = cross_entropy_value(N, F, d, z, y, p) / S(N);
-            if (dz) cross_entropy_slope(N, F, d, weight / S(N), y, p, dz);
+            value = cross_entropy_value(N, F, d, z, y, p) / S(all);
+            if (dz) cross_entropy_slope(N, F, d, weight / S(all), y, p, dz);
         } else {
-            const S* y = static_cast<const S*>(call_.y[batch]) + (t0_ + b) * size;
+            const S* y = static_cast<const S*>(call_.y[batch]) + place(tape, F) + b * size;
             LossKind kind = plan_.loss;
+            S count = S(all * F), scale = weight / count;
             value =
-                losses ? sum_of<S>(size, [=](long i) { return pointwise_value(kind, z[i], y[i], d); }) / S(size) : S(0);
-            S scale = weight / S(size);
+                losses ? sum_of<S>(size, [=](long i) { return pointwise_value(kind, z[i], y[i], d); }) / count : S(0);
             if (dz) put(true, dz, size, [=](long i) { return scale * pointwise_slope(kind, z[i], y[i], d); });
         }
-        if (losses) losses[b] = value;
+        if (losses) losses[b] = starts(true) ? value : losses[b] + value;
     }
 }
 
 void loss_tangent(const TapeView& tape) {
-    long N = samples(tape), F = plan_.features[plan_.out], size = N * F;
+    long N = samples(tape), all = plan_.samples[tape.batch], F = plan_.features[plan_.out], size = N * F;
     S d = S(plan_.loss_parameter);
     for (long b = 0; b < B_; ++b) {
         const S* tz = ws_ + tangents_.value[plan_.out] + b * size;
         S* ez = ws_ + tangents_.delta[plan_.out] + b * size;
         if (plan_.loss == LossKind::cross_entropy) {
-            cross_entropy_tangent(N, F, S(1) / S(N), ws_ + tape.loss + b * size, tz, ez);
+            cross_entropy_tangent(N, F, S(1) / S(all), ws_ + tape.loss + b * size, tz, ez);
         } else {
             const S* z = value(tape, plan_.out) + b * size;
-            const S* y = static_cast<const S*>(call_.y[0]) + (t0_ + b) * size;
+            const S* y = static_cast<const S*>(call_.y[0]) + place(tape, F) + b * size;
             LossKind kind = plan_.loss;
-            S scale = S(1) / S(size);
+            S scale = S(1) / S(all * F);
             put(true, ez, size, [=](long i) { return scale * pointwise_curvature(kind, z[i], y[i], d) * tz[i]; });
         }
     }
 }
 
 void cotangent(int tape_index) {
-    const TapeView& tape = plan_.tapes[tape_index];
-    long size = per_task(tape, plan_.out);
-    copy(static_cast<const S*>(call_.cotangent) + t0_ * size, ws_ + tape.delta[plan_.out], B_ * size);
+    const TapeView& tape = this->tape(tape_index);
+    const S* from = static_cast<const S*>(call_.cotangent) + place(tape, plan_.features[plan_.out]);
+    copy(from, ws_ + tape.delta[plan_.out], B_ * per_task(tape, plan_.out));
 }

@@ -1,6 +1,6 @@
 // y = f(x), element by element. The forward pass leaves f' and f'' on the tape, so that the other
-// three functions are the same for every f:
-//   δx = f' δy      ẏ = f' ẋ      δ̇x = f' δ̇y + f'' ẋ δy
+// functions are the same for every f; the backward pass puts f'' δy in place of f'':
+//   δx = f' δy      ẏ = f' ẋ      δ̇x = f' δ̇y + f'' δy ẋ
 
 template <class S>
 struct Point {
@@ -73,8 +73,8 @@ inline void activation_map(long n, S p0, S p1, const S* __restrict x, S* __restr
 
 // The polynomial reduction of float angles loses digits beyond kLargeAngle; libm does not.
 inline void large_angles(long n, float w0, const float* x, float* y, float* d1, float* d2) {
-    bool large = false;
-    for (long i = 0; i < n; ++i) large |= abs_(w0 * x[i]) > kLargeAngle;
+    int large = 0;
+    for (long i = 0; i < n; ++i) large |= abs_(w0 * x[i]) > kLargeAngle ? 1 : 0;
     if (!large) return;
     for (long i = 0; i < n; ++i) {
         if (!(abs_(w0 * x[i]) > kLargeAngle)) continue;
@@ -124,13 +124,18 @@ void activation_tangent(long n, const S* __restrict d1, const S* __restrict tx, 
     put(true, ty, n, [=](long i) { return d1[i] * tx[i]; });
 }
 
-// d2 or tx null: f'' = 0 or ẋ = 0.
+// f'' ← f'' δy.
 template <class S>
-void activation_backward_tangent(bool first, long n, const S* __restrict d1, const S* __restrict d2,
-                                 const S* __restrict tx, const S* __restrict dy, const S* __restrict ey,
-                                 S* __restrict ex) {
-    if (d2 && tx)
-        put(first, ex, n, [=](long i) { return d1[i] * ey[i] + d2[i] * tx[i] * dy[i]; });
+void activation_curvature(long n, const S* __restrict dy, S* __restrict d2) {
+    for (long i = 0; i < n; ++i) d2[i] *= dy[i];
+}
+
+// curvature or tx null: f'' = 0 or ẋ = 0.
+template <class S>
+void activation_backward_tangent(bool first, long n, const S* __restrict d1, const S* __restrict curvature,
+                                 const S* __restrict tx, const S* __restrict ey, S* __restrict ex) {
+    if (curvature && tx)
+        put(first, ex, n, [=](long i) { return d1[i] * ey[i] + curvature[i] * tx[i]; });
     else
         activation_backward(first, n, d1, ey, ex);
 }

@@ -44,19 +44,29 @@ struct Result {
     Result again() const { return {p, ld, p, nullptr, scale}; }
 };
 
-// What one panel of C is made from.
+// Rows of a panel of B, `ld` apart.
+template <class S>
+struct Rows {
+    const S* p;
+    long ld;
+};
+
+// What two neighbouring panels of C are made from, or one, where tiles are narrow or no other is left.
 template <class S>
 struct Strip {
     long depth;
     const S* a;
     long rs, cs;
-    const S* b;
-    long ldb;
+    Rows<S> b[2];
 };
+
+// With 32 registers a tile is up to four vectors wide: half as many numbers of A are read for a product.
+constexpr bool kWide = MAML_FAST_ROWS > 6;
 
 // Tile heights that keep the accumulators in registers and the multipliers busy.
 constexpr int tile_rows(int vectors) {
-    return vectors == 2 || MAML_FAST_ROWS > 6 ? MAML_FAST_ROWS : 2 * MAML_FAST_ROWS;
+    if (kWide) return vectors < 3 ? MAML_FAST_ROWS : 2 * MAML_FAST_ROWS / vectors;
+    return vectors == 2 ? MAML_FAST_ROWS : 2 * MAML_FAST_ROWS;
 }
 
 // MR rows by NV vectors of C in registers, from row `top` of the strips on. Edge: fewer columns than NV vectors hold.
@@ -70,10 +80,10 @@ __attribute__((noinline)) void tile(const Strip<S>* strips, long top, const Resu
     if (c.source && !scaled) {
 #pragma GCC unroll 32
         for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) acc[r][v] = read(c.source + r * c.ld, v);
     } else {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
             vec<S> start = c.bias ? read(c.bias, v) : vec<S>{};
 #pragma GCC unroll 32
@@ -81,30 +91,34 @@ __attribute__((noinline)) void tile(const Strip<S>* strips, long top, const Resu
         }
     }
     for (int t = 0; t < kProducts && strips[t].depth > 0; ++t) {
-        const auto [depth, start, rs, cs, from, ldb] = strips[t];
+        const auto& [depth, start, rs, cs, from] = strips[t];
         // one pointer for three rows: a and two offsets that addresses can hold
         constexpr int kPointers = (MR + 2) / 3;
-        const S *a[kPointers], *b = from;
+        const S *a[kPointers], *b = from[0].p, *next = from[1].p;
 #pragma GCC unroll 32
         for (int i = 0; i < kPointers; ++i) a[i] = start + (top + 3 * i) * rs;
-        for (long k = depth; k > 0; --k, b += ldb) {
+        for (long k = depth; k > 0; --k) {
             vec<S> bv[NV];
-#pragma GCC unroll 2
-            for (int v = 0; v < NV; ++v)
-                bv[v] = Edge && kMaskedEdges<S> && v == NV - 1 ? load_edge(b + v * L, edge) : load(b + v * L);
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) {
+                const S* p = v < 2 ? b + v * L : next + (v - 2) * L;
+                bv[v] = Edge && kMaskedEdges<S> && v == NV - 1 ? load_edge(p, edge) : load(p);
+            }
 #pragma GCC unroll 32
             for (int r = 0; r < MR; ++r) {
                 S x = a[r / 3][r % 3 * rs];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v) acc[r][v] += x * bv[v];
             }
 #pragma GCC unroll 32
             for (int i = 0; i < kPointers; ++i) a[i] += cs;
+            b += from[0].ld;
+            if (NV > 2) next += from[1].ld;
         }
     }
 #pragma GCC unroll 32
     for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
             if (scaled) acc[r][v] = read(c.source + r * c.ld, v) + c.scale * acc[r][v];
             if (Edge && v == NV - 1)
@@ -124,9 +138,9 @@ inline Tile<S> pick(unsigned rows, Heights<MR...>) {
     return table[rows - 1];
 }
 
-// All rows of C for the columns of one panel, in tiles of nearly equal height.
+// All rows of C for the columns of NV vectors, in tiles of nearly equal height.
 template <class S, int NV, bool Edge>
-inline void panel(long M, const Strip<S>* strips, const Result<S>& c, long columns) {
+inline void column_block(long M, const Strip<S>* strips, const Result<S>& c, long columns) {
     constexpr HeightsTo<tile_rows(NV)> heights;
     if (M <= tile_rows(NV)) return pick<S, NV, Edge>(unsigned(M), heights)(strips, 0, c, columns);
     unsigned tiles = (unsigned(M) + tile_rows(NV) - 1) / tile_rows(NV);
@@ -214,59 +228,76 @@ __attribute__((noinline)) void pack_transposed(long K, long N, const S* w, S* ou
     }
 }
 
-constexpr long kBlockRows = 120, kBlockDepth = 256;  // A's block stays in L2, B's panel in L1
+constexpr long kBlockRows = 256, kBlockDepth = 128;  // A's block stays in L2, B's panels in L1
 constexpr long kPackFrom = 48;                       // rows of A from which packing B pays
 
-// Columns [j, j + columns) of a term's B as rows of `width`.
+// The columns from `j` on of a term's B as rows of `width`, `columns` of which are B's; copied where many rows of A or
+// a ragged edge ask for it.
 template <class S>
-inline Strip<S> strip(const Product<S>& term, long j, long columns, long width, S* scratch) {
+inline Rows<S> rows_of(const Product<S>& term, long j, long columns, long width, bool many, S* scratch) {
     const auto& [K, a, b, from] = term;
-    if (K == 0) return {};
-    if (b.packed) return {K, a.p, a.rs, a.cs, b.p + j * b.ld + from * width, width};
+    if (b.packed) return {b.p + j * b.ld + from * width, width};
     const S* bj = b.p + from * b.ld + j;
-    if (kMaskedEdges<S> || b.padded || columns == width) return {K, a.p, a.rs, a.cs, bj, b.ld};
+    if (!many && (kMaskedEdges<S> || b.padded || columns == width)) return {bj, b.ld};
     pack(K, columns, bj, b.ld, scratch);
-    return {K, a.p, a.rs, a.cs, scratch, width};
+    return {scratch, width};
 }
 
-// All panels of C from terms of at most kBlockDepth.
+template <class S, bool Edge>
+inline void column_block(long vectors, long M, const Strip<S>* strips, const Result<S>& c, long columns) {
+    if constexpr (kWide) {
+        if (vectors == 4) return column_block<S, 4, Edge>(M, strips, c, columns);
+        if (vectors == 3) return column_block<S, 3, Edge>(M, strips, c, columns);
+    }
+    vectors == 2 ? column_block<S, 2, Edge>(M, strips, c, columns) : column_block<S, 1, Edge>(M, strips, c, columns);
+}
+
+// All of C from terms of at most kBlockDepth, two panels at a time where tiles are wide enough.
 template <class S>
 inline void panels(long M, long N, const Product<S>& p, const Product<S>& q, const Result<S>& c, S* scratch) {
     constexpr long L = lanes<S>;
+    const bool many = M >= kPackFrom;
+    const Product<S>* const terms[kProducts] = {&p, &q};
     for (long j = 0; j < N;) {
-        long width = panel_width(N, j, L), columns = least(width, N - j);
-        const Strip<S> strips[kProducts] = {strip(p, j, columns, width, scratch),
-                                            strip(q, j, columns, width, scratch + kBlockDepth * width)};
-        if (columns == width)
-            width == L ? panel<S, 1, false>(M, strips, c.at(0, j), columns)
-                       : panel<S, 2, false>(M, strips, c.at(0, j), columns);
-        else
-            width == L ? panel<S, 1, true>(M, strips, c.at(0, j), columns)
-                       : panel<S, 2, true>(M, strips, c.at(0, j), columns);
+        long widths[2] = {panel_width(N, j, L), 0};
+        if (kWide && j + widths[0] < N) widths[1] = panel_width(N, j + widths[0], L);
+        long width = widths[0] + widths[1], columns = least(width, N - j);
+        Strip<S> strips[kProducts] = {};
+        for (int t = 0; t < kProducts && terms[t]->depth > 0; ++t) {
+            const Product<S>& term = *terms[t];
+            S* room = scratch + t * kBlockDepth * kPanels * 2 * L;
+            strips[t] = {term.depth, term.a.p, term.a.rs, term.a.cs, {}};
+            strips[t].b[0] = rows_of(term, j, least(columns, widths[0]), widths[0], many, room);
+            if (widths[1])
+                strips[t].b[1] = rows_of(term, j + widths[0], columns - widths[0], widths[1], many,
+                                         room + kBlockDepth * widths[0]);
+        }
+        columns == width ? column_block<S, false>(width / L, M, strips, c.at(0, j), columns)
+                         : column_block<S, true>(width / L, M, strips, c.at(0, j), columns);
         j += width;
     }
+}
+
+// f(first, last) for 0 … n in nearly equal pieces of at most `most`.
+template <class F>
+inline void each_block(long n, long most, F f) {
+    for (long i = 0, blocks = ceil_div(n, most); i < blocks; ++i) f(i * n / blocks, (i + 1) * n / blocks);
 }
 
 // One term, cut into blocks of rows and depth.
 template <class S>
 inline void blocks(long M, long N, const Product<S>& term, Result<S> c, S* scratch) {
     const auto& [K, a, b, from] = term;
-    for (long k0 = 0, left = ceil_div(K, kBlockDepth); left > 0; --left) {
-        long depth = (K - k0) / left;
-        Product<S> block{depth, {a.p + k0 * a.cs, a.rs, a.cs}, b, k0};
-        if (!b.packed && M >= kPackFrom) {
-            pack(depth, N, b.p + k0 * b.ld, b.ld, scratch);
-            block.b = {scratch, depth, true, true};
-            block.from = 0;
-        }
-        for (long m = 0; m < M; m += kBlockRows, block.a.p += kBlockRows * a.rs)
-            panels(least(kBlockRows, M - m), N, block, Product<S>{}, c.at(m, 0), scratch);
+    each_block(K, kBlockDepth, [&](long k, long end) {
+        each_block(M, kBlockRows, [&](long m, long bottom) {
+            Product<S> block{end - k, {a.p + m * a.rs + k * a.cs, a.rs, a.cs}, b, k};
+            panels(bottom - m, N, block, Product<S>{}, c.at(m, 0), scratch);
+        });
         c = c.again();
-        k0 += depth;
-    }
+    });
 }
 
-// Scratch: `packed_size` of B at a depth of kBlockDepth, and of as many panels as there are terms.
+// Scratch: kPanels panels of kBlockDepth rows for each term.
 template <class S>
 __attribute__((noinline)) void gemm(long M, long N, const Product<S>& p, const Product<S>& q, const Result<S>& c,
                                     S* scratch) {
