@@ -10,8 +10,8 @@ constexpr long kAlignment = 16;              // numbers: a cache line of floats
 constexpr long kSlack = 64;                  // a vector read past the last buffer stays inside
 constexpr long kWorkspaceBytes = 384 << 10;  // what tasks in lockstep may take: most of a private cache
 constexpr long kLockstep = 8;
-constexpr long kStretchBytes = 1 << 20;  // what a stretch of samples may take beside its tape
-constexpr long kStretchRows = 96;        // rows from which products run at full speed
+constexpr long kStretchBytes = 1 << 20;       // what a stretch of samples may take beside its tape
+constexpr long kStretchRows = 96;             // rows from which products run at full speed
 constexpr long kLargeModel = 1 << 16;         // parameters from which fewer partial sums are cheaper
 constexpr long kFewBlocks = 4, kBlocks = 16;  // partial sums a call is cut into, whatever the number of threads
 constexpr double kBlockWork = 4e6;            // multiply-adds below which a block costs more than it shares out

@@ -73,12 +73,8 @@ class Layout {
     void place_rooms();
     long* table(std::size_t n);
     long take(long size);
-    long stretch_begin(int batch, long stretch) const {
-        return stretch * spec_.samples[batch] / stretches_[batch];
-    }
-    long longest(int batch) const {
-        return (spec_.samples[batch] + stretches_[batch] - 1) / stretches_[batch];
-    }
+    long stretch_begin(int batch, long stretch) const { return stretch * spec_.samples[batch] / stretches_[batch]; }
+    long longest(int batch) const { return (spec_.samples[batch] + stretches_[batch] - 1) / stretches_[batch]; }
     long packed(long size);
     long scratch_size(long lockstep) const;
     long norm_scratch_size() const;
@@ -95,8 +91,8 @@ class Layout {
     std::vector<std::vector<Factor>> factors_;
     std::vector<TangentView> tangents_;
     int hvps_ = 0;
-    long stretches_[2] = {1, 1};     // per batch
-    std::vector<bool> lives_on_;     // per tape: instructions of more than one group name it
+    long stretches_[2] = {1, 1};  // per batch
+    std::vector<bool> lives_on_;  // per tape: instructions of more than one group name it
     std::vector<std::vector<TapeView>> tapes_;
     std::vector<const TapeView*> tape_views_;
     std::vector<std::vector<long>> tables_;

@@ -120,10 +120,10 @@ struct Instr {
     int a, b, c, d;
     bool inputs;  // also the gradient w.r.t. the batch's inputs
     int batch;
-    int hvp;         // which tangents a Hessian-vector product writes
-    int step;        // a backward pass: the slot for θ − α ∘ gradient, which takes the gradient's place; or -1
-    bool scaled;     // a Hessian-vector product: what it adds to its slot is −α times it
-    int together;    // this many instructions from this one on run for one stretch of samples after the other
+    int hvp;       // which tangents a Hessian-vector product writes
+    int step;      // a backward pass: the slot for θ − α ∘ gradient, which takes the gradient's place; or -1
+    bool scaled;   // a Hessian-vector product: what it adds to its slot is −α times it
+    int together;  // this many instructions from this one on run for one stretch of samples after the other
     int stretches;
     Factors theta;   // low-rank part of slot a's weights (of slot b's in a sum)
     Factors vector;  // of the direction
@@ -134,8 +134,9 @@ struct TapeView {
     const long* value;  // per buffer: activations
     const long* delta;  // per buffer
     const long* aux1;   // per op: f' (activation), normalised input (layer norm), maxima (pools, pooled norms)
-    const long* aux2;   // per op: f'', after a backward pass f'' δy (activation), 1/σ (layer norm), means and 1/σ (other norms)
-    long loss;          // probabilities, or -1
+    const long*
+        aux2;   // per op: f'', after a backward pass f'' δy (activation), 1/σ (layer norm), means and 1/σ (other norms)
+    long loss;  // probabilities, or -1
     int batch;
     long first, samples;
 };

@@ -269,8 +269,8 @@ inline void panels(long M, long N, const Product<S>& p, const Product<S>& q, con
             strips[t] = {term.depth, term.a.p, term.a.rs, term.a.cs, {}};
             strips[t].b[0] = rows_of(term, j, least(columns, widths[0]), widths[0], many, room);
             if (widths[1])
-                strips[t].b[1] = rows_of(term, j + widths[0], columns - widths[0], widths[1], many,
-                                         room + kBlockDepth * widths[0]);
+                strips[t].b[1] =
+                    rows_of(term, j + widths[0], columns - widths[0], widths[1], many, room + kBlockDepth * widths[0]);
         }
         columns == width ? column_block<S, false>(width / L, M, strips, c.at(0, j), columns)
                          : column_block<S, true>(width / L, M, strips, c.at(0, j), columns);

@@ -54,9 +54,10 @@ class Lambda(nn.Module):
 class Residual(nn.Module):
     """x + f(x), twice, the second scaled."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 6) -> None:
         super().__init__()
-        self.stem, self.a, self.b, self.head = nn.Linear(4, 6), mlp(6, 9, 6), mlp(6, 5, 6), nn.Linear(6, 3)
+        self.stem, self.head = nn.Linear(4, width), nn.Linear(width, 3)
+        self.a, self.b = mlp(width, 9, width), mlp(width, 5, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
@@ -248,6 +249,20 @@ def _sizes() -> list[Case]:
         Case("steps-0-classes", _classifier, (4,), (3,), "cross_entropy", steps=0),
         Case("batchnorm-steps", _batch_normed, (4,), (3,), "cross_entropy", support=7, query=6, steps=3),
         Case("batchnorm-deep", _batch_normed_twice, (17,), (5,), "cross_entropy", support=10, query=15),
+        Case("low-rank", lambda: mlp(100, 64, 5), (100,), (5,), "cross_entropy", support=5, query=50),
+        sized("stretches", (3, 300, 300, 2), 2, 230, 415),
+        Case(
+            "stretches-residual",
+            lambda: Residual(300),
+            (4,),
+            (3,),
+            "cross_entropy",
+            tasks=2,
+            support=230,
+            query=415,
+            steps=3,
+            rate="per_tensor",
+        ),
         Case("siren-small", lambda: siren(2, 17, 16, 3), (2,), (3,), support=20, query=19, steps=3, lr=0.01),
     ]
 
