@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -70,7 +71,7 @@ def broken(problem: Problem) -> peers.Step:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "select", lambda names, tag: [SINUSOID])
     monkeypatch.setattr(bench, "_unsupported", lambda case, device: "")
-    monkeypatch.setattr(bench, "_too_slow", lambda step, seconds, synchronize: "")
+    monkeypatch.setattr(bench, "_too_slow", lambda once, fastest_peer, seconds: "")
     everyone = [
         peers.Contender("vmap", peers.torch_vmap),
         peers.Contender("wrong", off_by_a_percent),
@@ -79,6 +80,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         peers.Contender("backward", peers.direct_backward, ours=True),
     ]
     monkeypatch.setattr(bench, "contenders", lambda: everyone)
+
+
+def test_a_slow_peer_is_timed_unless_another_is_far_faster() -> None:
+    assert not bench._too_slow(9.0, math.inf, seconds=4.0)
+    assert not bench._too_slow(1.0, 0.1, seconds=4.0)
+    assert not bench._too_slow(1.9, 1.0, seconds=4.0)
+    assert "2.1 s" in bench._too_slow(2.1, 1.0, seconds=4.0)
 
 
 @pytest.mark.usefixtures("tiny")

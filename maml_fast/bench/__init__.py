@@ -5,6 +5,7 @@ No result is timed before it has been compared with the float64 reference.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -73,6 +74,7 @@ def _time_case(case: Case, device: str, seconds: float) -> Outcome:
     ready: dict[str, Step] = {}
     errors: dict[str, float | None] = {}
     notes: dict[str, str] = {}
+    fastest_peer = math.inf
     everyone = contenders()
     for contender in everyone:
         _say(f"{case.name}: {contender.name} …")
@@ -88,10 +90,13 @@ def _time_case(case: Case, device: str, seconds: float) -> Outcome:
         errors[contender.name] = error
         if notes[contender.name] and (contender.ours or error > PEER_LIMIT):
             continue
-        slow = _too_slow(step, seconds, synchronize)
+        once = one_call(step, synchronize)
+        slow = "" if contender.ours else _too_slow(once, fastest_peer, seconds)
         notes[contender.name] = slow or notes[contender.name]
         if not slow:
             ready[contender.name] = step
+        if not contender.ours:
+            fastest_peer = min(fastest_peer, once)
     _say(f"{case.name}: timing {', '.join(ready)} …")
     samples = interleave(ready, seconds, synchronize) if ready else {}
     return Outcome(
@@ -100,9 +105,9 @@ def _time_case(case: Case, device: str, seconds: float) -> Outcome:
     )
 
 
-def _too_slow(step: Step, seconds: float, synchronize: Callable[[], object]) -> str:
-    once = one_call(step, synchronize)
-    return f"skipped: one call takes {once:.1f} s" if once > seconds / 4 else ""
+def _too_slow(once: float, fastest_peer: float, seconds: float) -> str:
+    """Why a peer is not timed: its call is long, and another peer's is less than half as long."""
+    return f"skipped: one call takes {once:.1f} s" if once > max(seconds / 4, 2 * fastest_peer) else ""
 
 
 def check(contender: Contender, case: Case, step: Step, device: str) -> tuple[float, str]:
