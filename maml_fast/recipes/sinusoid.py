@@ -62,8 +62,8 @@ class SinusoidRecipe(Recipe):
     def validate(self) -> float:
         """MSE from 5 points, the mean over validation tasks and over 1, 5 and 10 inner steps.
 
-        Some tasks diverge on the way to their tenth step, from one in a hundred thousand to three in a thousand
-        depending on the iteration: a few hundred tasks would not show it.
+        Some tasks diverge on the way to their tenth step, from fewer than one in ten thousand to three in a
+        thousand depending on the iteration: a few hundred tasks would not show it.
         """
         tasks, queries = self.config.validation_tasks, self.config.queries
         results = self._evaluate("validation", tasks, VALIDATION_SHOTS, queries, VALIDATION_STEPS)
