@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from maml_fast.data import LabelledSet, MetaBatch, Sinusoids
 from maml_fast.recipes import (
     NETS,
+    Config,
     OmniglotConfig,
     OmniglotRecipe,
     Recipe,
@@ -30,10 +31,12 @@ from maml_fast.recipes import (
     display,
     files,
     omniglot,
+    plots,
     train,
 )
 from maml_fast.recipes.evaluation import Estimate, evaluate
 from maml_fast.recipes.interrupt import Interrupt
+from maml_fast.recipes.measure import ACCURACY, LOSS, Measure
 
 
 def quiet() -> Console:
@@ -81,7 +84,8 @@ def losses(out: Path) -> list[dict[str, Any]]:
 @pytest.mark.usefixtures("drawings")
 @pytest.mark.parametrize("make", [sinusoid, small_omniglot])
 def test_resuming_gives_the_same_bits(make: Any, tmp_path: Path) -> None:
-    straight, first, second = make(tmp_path / "a", 20), make(tmp_path / "b", 10), make(tmp_path / "b", 20)
+    often = {"validate_every": 8, "validation_tasks": 8}
+    straight, first, second = (make(tmp_path / run, until, **often) for run, until in (("a", 20), ("b", 10), ("b", 20)))
     assert train(straight, console=quiet()) == 0
     assert train(first, console=quiet()) == 0
     assert train(second, resume=True, console=quiet()) == 0
@@ -89,7 +93,10 @@ def test_resuming_gives_the_same_bits(make: Any, tmp_path: Path) -> None:
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     a, b = (files.load(tmp_path / run / "checkpoint.pt") for run in "ab")
     assert a["iteration"] == b["iteration"] == 20
-    assert all(map(torch.equal, a["model"].values(), b["model"].values()))
+    for kept_a, kept_b in ((a["model"], b["model"]), (a["best"].pop("model"), b["best"].pop("model"))):
+        assert all(map(torch.equal, kept_a.values(), kept_b.values()))
+    assert a["best"] == b["best"]
+    assert a["best"]["iteration"] in (8, 16)
     assert (tmp_path / "a" / "evaluation.json").read_text() == (tmp_path / "b" / "evaluation.json").read_text()
 
 
@@ -185,9 +192,113 @@ def test_omniglot_learns_validates_and_keeps_the_best(net: str, tmp_path: Path) 
     state = files.load(tmp_path / "checkpoint.pt")
     validated = [line["validation_accuracy"] for line in losses(tmp_path) if "validation_accuracy" in line]
     assert len(validated) == 5
-    assert state["best"]["accuracy"] == max(validated)
+    best = state["best"]
+    assert best["accuracy"] == max(validated)
+    assert best["iteration"] == 8 * (1 + validated.index(max(validated)))
     (rows,) = json.loads((tmp_path / "evaluation.json").read_text()).values()
     assert rows[3]["accuracy"]["mean"] > 0.5, "five classes; chance is 0.2"
+
+
+def test_sinusoid_validates_and_keeps_the_best(tmp_path: Path) -> None:
+    console = quiet()
+    assert train(sinusoid(tmp_path, 40, validate_every=8, validation_tasks=50), console=console) == 0
+    best = files.load(tmp_path / "checkpoint.pt")["best"]
+    validated = {line["iteration"]: line["validation_loss"] for line in losses(tmp_path) if "validation_loss" in line}
+    assert list(validated) == [8, 16, 24, 32, 40]
+    assert best["loss"] == min(validated.values()) == validated[best["iteration"]]
+    assert f"{best['loss']:.4f}, of iteration {best['iteration']}." in console.file.getvalue()
+    again = sinusoid(tmp_path, 40, validation_tasks=50)
+    again.maml.module.load_state_dict(best["model"])
+    assert again.validate() == best["loss"], "the same tasks every time"
+
+
+def test_sinusoid_validation_is_the_mean_over_the_curve(tmp_path: Path) -> None:
+    recipe = sinusoid(tmp_path, 1, seed=3, validation_tasks=30)
+    tasks = Sinusoids(30, 5, 10, seed=3 * 3 + 1)
+    results = evaluate(recipe.maml.module, 0.01, "mse", tasks, 30, steps=[1, 5, 10])
+    assert recipe.validate() == pytest.approx(sum(result.loss.mean for result in results) / 3)
+
+
+class Scripted(SinusoidRecipe):
+    """Validates to the given values."""
+
+    values: Iterator[float]
+
+    def validate(self) -> float:
+        return next(self.values)
+
+
+def scripted(out: Path, iterations: int, *values: float) -> Scripted:
+    recipe = Scripted(sinusoid(out, iterations, validate_every=4).config)
+    recipe.values = iter(values)
+    return recipe
+
+
+def read_strictly(out: Path) -> list[dict[str, Any]]:
+    """The metrics, by a reader that takes no Infinity and no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    text = (out / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_validation_that_is_not_finite_is_never_chosen(tmp_path: Path) -> None:
+    values = [math.nan, 3.0, 1.0, -math.inf, 2.0, math.inf]
+    straight = scripted(tmp_path / "a", 24, *values)
+    assert train(straight, console=quiet()) == 0
+    state = files.load(tmp_path / "a" / "checkpoint.pt")
+    assert (state["best"]["iteration"], state["best"]["loss"]) == (12, 1.0)
+    assert all(map(torch.equal, parameters(straight), state["best"]["model"].values())), "the best are evaluated"
+    assert not all(map(torch.equal, parameters(straight), state["model"].values()))
+    lines = read_strictly(tmp_path / "a")
+    assert [line["validation_loss"] for line in lines if "validation_loss" in line] == [None, 3.0, 1.0, None, 2.0, None]
+    assert (tmp_path / "a" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    assert train(scripted(tmp_path / "b", 18, *values[:4]), console=quiet()) == 0
+    resumed = scripted(tmp_path / "b", 24, *values[4:])
+    assert train(resumed, resume=True, console=quiet()) == 0
+    assert all(map(torch.equal, parameters(straight), parameters(resumed)))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_last_parameters_are_evaluated_where_no_validation_is_finite(tmp_path: Path) -> None:
+    recipe = scripted(tmp_path, 8, math.nan, math.inf)
+    assert train(recipe, console=quiet()) == 0
+    state = files.load(tmp_path / "checkpoint.pt")
+    assert all(map(torch.equal, parameters(recipe), state["model"].values()))
+
+
+def test_best_of_an_earlier_version_is_taken_up(tmp_path: Path) -> None:
+    assert train(scripted(tmp_path, 4, 1.0), console=quiet()) == 0
+    state = files.load(tmp_path / "checkpoint.pt")
+    del state["best"]["iteration"]
+    files.save(tmp_path / "checkpoint.pt", state)
+    console = quiet()
+    assert train(scripted(tmp_path, 8, 2.0), resume=True, console=console) == 0
+    assert "1.0000, of iteration ?." in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("measure", "value", "best", "improves"),
+    [
+        (ACCURACY, 0.5, None, True),
+        (ACCURACY, 0.5, 0.4, True),
+        (ACCURACY, 0.5, 0.5, False),
+        (LOSS, 0.4, 0.5, True),
+        (LOSS, 0.5, 0.4, False),
+        *[(measure, value, None, False) for measure in (ACCURACY, LOSS) for value in (math.nan, math.inf, -math.inf)],
+    ],
+)
+def test_measures_know_their_direction(measure: Measure, value: float, best: float | None, improves: bool) -> None:
+    assert measure.improves(value, best) is improves
+
+
+@pytest.mark.parametrize("value", [None, 0.0, 1e33])
+def test_curves_are_drawn_whatever_the_validations_are(value: float | None, tmp_path: Path) -> None:
+    metrics = [{"iteration": 1, "loss": None}, {"iteration": 2, "validation_loss": value}]
+    plots.training_curves(tmp_path / "curves.png", metrics, LOSS)
 
 
 def test_earlier_run_is_moved_aside(tmp_path: Path) -> None:
@@ -209,7 +320,7 @@ def test_backend_that_cannot_run_is_refused_first(tmp_path: Path) -> None:
         sinusoid(tmp_path, 5, backend="abacus")
 
 
-@pytest.mark.parametrize("name", ["iterations", "meta_batch", "shots", "queries", "log_every", "eval_tasks"])
+@pytest.mark.parametrize("name", Config.COUNTS)
 def test_bad_settings_are_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected 1 or more, got 0"):
         SinusoidConfig(out=tmp_path, **{name: 0})
@@ -324,6 +435,12 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         files.write_atomically(path, fail)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "old"
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "file", {"rows": [{"mean": math.inf, "ci95": math.nan, "median": 0.5}], "step": 1})
+    expected = {"rows": [{"mean": None, "ci95": None, "median": 0.5}], "step": 1}
+    assert json.loads((tmp_path / "file").read_text()) == expected
 
 
 def test_metrics_survive_a_crash(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(dispatch.BACKENDS)
 Threads = Annotated[int, typer.Option(help="Threads to compute on; 0 leaves PyTorch's number.")]
 LogEvery = Annotated[int, typer.Option(help="Iterations between lines of metrics.")]
 SaveEvery = Annotated[int, typer.Option(help="Iterations between checkpoints.")]
+ValidateEvery = Annotated[int, typer.Option(help="Iterations between validations.")]
+ValidationTasks = Annotated[int, typer.Option(help="Tasks of a validation.")]
 EvalTasks = Annotated[int, typer.Option(help="Test tasks of the final evaluation.")]
 
 
@@ -48,6 +50,8 @@ class Config:
     queries: int
     steps: Steps
     inner_lr: InnerLr
+    validate_every: ValidateEvery
+    validation_tasks: ValidationTasks
     meta_lr: MetaLr = 1e-3
     seed: Seed = 0
     backend: Backend = "auto"
@@ -56,13 +60,24 @@ class Config:
     save_every: SaveEvery = 5000
     eval_tasks: EvalTasks = 600
 
+    COUNTS = (
+        "iterations",
+        "meta_batch",
+        "shots",
+        "queries",
+        "log_every",
+        "save_every",
+        "validate_every",
+        "validation_tasks",
+        "eval_tasks",
+    )
     FREE = ("out", "iterations", "backend", "threads", "save_every", "eval_tasks", "data", "split_folder")
 
     def __post_init__(self) -> None:
         for each in fields(self):
             if each.metadata and getattr(self, each.name) is None:
                 object.__setattr__(self, each.name, each.metadata["value"](self))
-        for name in ("iterations", "meta_batch", "shots", "queries", "log_every", "save_every", "eval_tasks"):
+        for name in self.COUNTS:
             positive(name, getattr(self, name))
         for name in ("steps", "threads", "seed"):
             if getattr(self, name) < 0:

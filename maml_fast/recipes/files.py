@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -35,11 +36,21 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+    text = json.dumps(_strict(value), indent=1)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _strict(value: Any) -> Any:
+    """Lists and dictionaries with None for infinities and NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: _strict(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Metrics:
-    """A JSON-lines file; every line has an `iteration`.
+    """A JSON-lines file; every line has an `iteration`. Numbers that are not finite are null.
 
     Args:
         path: of the file.
@@ -54,9 +65,10 @@ class Metrics:
         write_atomically(path, lambda file: file.write(text.encode()))
 
     def add(self, **values: Any) -> None:
-        self.lines.append(values)
+        line = _strict(values)
+        self.lines.append(line)
         with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(line) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -12,8 +12,9 @@ from ..data import Episodes, LabelledSet, load_omniglot, split_omniglot
 from ..data.omniglot import SPLITS, find_split_folder
 from ..data.sampler import positive
 from ..maml import MAML
-from .config import Config, InnerLr, Iterations, MetaBatch, Out, Steps, computed
+from .config import Config, InnerLr, Iterations, MetaBatch, Out, Steps, ValidateEvery, ValidationTasks, computed
 from .evaluation import StepResult, evaluate
+from .measure import ACCURACY
 from .nets import NETS
 from .trainer import Recipe, seeded, stream_seed
 
@@ -62,13 +63,12 @@ class OmniglotConfig(Config):
         Path | None, typer.Option(help="Text files of the vinyals split.", show_default="splits/ in or beside --data")
     ] = None
     rotations: Annotated[bool, typer.Option(help="Characters rotated by multiples of 90° are classes too.")] = True
-    validate_every: Annotated[int, typer.Option(help="Iterations between validations.")] = 1000
-    validation_tasks: Annotated[int, typer.Option(help="Tasks of a validation.")] = 300
+    validate_every: ValidateEvery = 1000
+    validation_tasks: ValidationTasks = 300
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("ways", "validate_every", "validation_tasks"):
-            positive(name, getattr(self, name))
+        positive("ways", self.ways)
         if self.test_steps < 0:
             raise ValueError(f"test_steps: expected 0 or more, got {self.test_steps}")
         if self.net not in NETS:
@@ -81,11 +81,11 @@ class OmniglotRecipe(Recipe):
     """Meta-train on training characters, keep the best on validation ones, evaluate on test ones."""
 
     name = "omniglot"
+    measure = ACCURACY
     config: OmniglotConfig
 
     def __init__(self, config: OmniglotConfig) -> None:
         self.config = config
-        self.validate_every = config.validate_every
         with seeded(config.seed):
             model = NETS[config.net](config.ways)
         self.maml = MAML(model, config.inner_lr, steps=config.steps, backend=config.backend, threads=config.cores)

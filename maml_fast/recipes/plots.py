@@ -8,23 +8,29 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from .files import write_atomically
+from .measure import ACCURACY, Measure
 
 
-def training_curves(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Meta-loss over iterations and, where there are any, validation accuracies."""
-    validated = [line for line in metrics if "validation_accuracy" in line]
+def training_curves(path: Path, metrics: Sequence[Mapping[str, Any]], measure: Measure) -> None:
+    """Meta-loss over iterations and, where there are any, validations; gaps where a number is None."""
+    validated = [line for line in metrics if measure.key in line]
     figure = Figure(figsize=(10 if validated else 6, 4), layout="constrained")
     axes = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
     trained = [line for line in metrics if "loss" in line]
     axes[0].plot([line["iteration"] for line in trained], [line["loss"] for line in trained], linewidth=0.8)
     axes[0].set(title="meta-training", xlabel="iteration", ylabel="query loss")
     if validated:
-        accuracy = [100 * line["validation_accuracy"] for line in validated]
-        axes[1].plot([line["iteration"] for line in validated], accuracy)
-        axes[1].set(title="validation", xlabel="iteration", ylabel="accuracy (%)")
+        values = [line[measure.key] for line in validated]
+        axes[1].plot([line["iteration"] for line in validated], values, marker=".")
+        axes[1].set(title="validation", xlabel="iteration", ylabel=measure.name)
+        if measure is ACCURACY:
+            axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+        elif best := min(filter(None, values), default=0.0):
+            axes[1].set_ylim(0, 4 * best)  # one diverged task can put a loss thirty decades above the others
     for each in axes:
         each.grid(alpha=0.3)
     _save(path, figure)

@@ -23,6 +23,7 @@ from .config import Config
 from .display import Display, results_table
 from .evaluation import StepResult
 from .interrupt import Interrupt
+from .measure import Measure
 from .plots import training_curves
 
 CHECKPOINT, METRICS, CURVES, EVALUATION = "checkpoint.pt", "metrics.jsonl", "curves.png", "evaluation.json"
@@ -34,18 +35,18 @@ class Recipe(ABC):
 
     Attributes:
         config, maml, sampler: what is trained, and on what.
-        validate_every: iterations between validations; 0 for none.
+        measure: what `validate` returns.
     """
 
     name: str
+    measure: Measure
     config: Config
     maml: MAML
     sampler: Sampler
-    validate_every: int = 0
 
+    @abstractmethod
     def validate(self) -> float:
-        """Accuracy in [0, 1] on validation tasks, the same ones every time."""
-        raise NotImplementedError
+        """The measure on validation tasks, the same ones every time. Parameters without a finite one are not kept."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, list[StepResult]]:
@@ -80,7 +81,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam([self.parameters.flat], lr=self.config.meta_lr, fused=True)
         self.iteration = 0
         self.window: list[Tensor] = []
-        self.best: dict[str, Any] = {"accuracy": -1.0, "model": {}}
+        self.best: dict[str, Any] = {"model": {}}
         self.backend = self._backend()
         self._open(resume)
         self.metrics = files.Metrics(self.config.out / METRICS, until=self.iteration)
@@ -132,8 +133,8 @@ class Trainer:
                 display.update(self.iteration, _mean(window[-100:]))
 
     def _next_event(self) -> int:
-        periods = [self.config.log_every, self.config.save_every, self.recipe.validate_every]
-        ahead = [(self.iteration // period + 1) * period for period in periods if period]
+        periods = [self.config.log_every, self.config.save_every, self.config.validate_every]
+        ahead = [(self.iteration // period + 1) * period for period in periods]
         return min([*ahead, self.config.iterations])
 
     def _events(self, display: Display) -> None:
@@ -141,31 +142,37 @@ class Trainer:
             rate = round(display.rate(self.iteration), 1)
             self.metrics.add(iteration=self.iteration, loss=_mean(self.window), iterations_per_second=rate)
             self.window.clear()
-        if self.recipe.validate_every and self.iteration % self.recipe.validate_every == 0:
+        if self.iteration % self.config.validate_every == 0:
             self._validate()
         if self.iteration % self.config.save_every == 0:
             self.save()
 
     def _validate(self) -> None:
-        accuracy = self.recipe.validate()
-        self.metrics.add(iteration=self.iteration, validation_accuracy=accuracy)
-        if accuracy > self.best["accuracy"]:
+        measure, value = self.recipe.measure, self.recipe.validate()
+        self.metrics.add(iteration=self.iteration, **{measure.key: value})
+        if measure.improves(value, self.best.get(measure.name)):
             model = {name: value.clone() for name, value in self.recipe.maml.module.state_dict().items()}
-            self.best = {"accuracy": accuracy, "model": model}
+            self.best = {"iteration": self.iteration, measure.name: value, "model": model}
 
     def _finish(self) -> None:
         """Draw the curves and evaluate the best (or else the last) parameters."""
         out = self.config.out
         if self.best["model"]:
-            self.recipe.maml.module.load_state_dict(self.best["model"])
+            self._take_best()
         if self.metrics.lines:
-            training_curves(out / CURVES, self.metrics.lines)
+            training_curves(out / CURVES, self.metrics.lines, self.recipe.measure)
         self.recipe.illustrate()
         results = self.recipe.evaluate()
         files.write_json(out / EVALUATION, {title: [asdict(r) for r in rows] for title, rows in results.items()})
         for title, rows in results.items():
             self.console.print(results_table(title, rows))
         self.console.print(f"Checkpoint, metrics, pictures and evaluation are in {out}.")
+
+    def _take_best(self) -> None:
+        best, name = self.best, self.recipe.measure.name
+        self.recipe.maml.module.load_state_dict(best["model"])
+        iteration = best.get("iteration", "?")  # the checkpoints of earlier versions have none
+        self.console.print(f"The best validation {name} is {best[name]:.4f}, of iteration {iteration}.")
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
