@@ -6,6 +6,7 @@
 #include "primitives/vector.inl"
 #include "primitives/edge.inl"
 #include "primitives/transpose.inl"
+#include "primitives/tiles.inl"
 #include "primitives/gemm.inl"
 #include "primitives/indirect.inl"
 #include "primitives/math.inl"

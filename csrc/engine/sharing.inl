@@ -30,7 +30,7 @@ void each_samples(long n, F f) const {
 template <class F>
 void each_piece(long N, long positions, long columns, F f) const {
     if (call_.team <= 1) return f(Piece{0, N, 0, columns});
-    constexpr long kRows = 512, kColumns = kPanel * lanes<S>;
+    constexpr long kRows = 512, kColumns = kWidest * lanes<S>;
     long pieces = least(least(N, 4L * call_.team), 1 + N * positions / kRows), panels = ceil_div(columns, kColumns);
     each(pieces * panels, [=](long i) {
         long piece = i / panels, panel = i % panels;

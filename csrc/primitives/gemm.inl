@@ -60,15 +60,6 @@ struct Strip {
     Rows<S> b[2];
 };
 
-// With 32 registers a tile is up to four vectors wide: half as many numbers of A are read for a product.
-constexpr bool kWide = MAML_FAST_ROWS > 6;
-
-// Tile heights that keep the accumulators in registers and the multipliers busy.
-constexpr int tile_rows(int vectors) {
-    if (kWide) return vectors < 3 ? MAML_FAST_ROWS : 2 * MAML_FAST_ROWS / vectors;
-    return vectors == 2 ? MAML_FAST_ROWS : 2 * MAML_FAST_ROWS;
-}
-
 // MR rows by NV vectors of C in registers, from row `top` of the strips on. Edge: fewer columns than NV vectors hold.
 template <class S, int MR, int NV, bool Edge>
 __attribute__((noinline)) void tile(const Strip<S>* strips, long top, const Result<S>& c, long columns) {
@@ -243,15 +234,6 @@ inline Rows<S> rows_of(const Product<S>& term, long j, long columns, long width,
     return {scratch, width};
 }
 
-template <class S, bool Edge>
-inline void column_block(long vectors, long M, const Strip<S>* strips, const Result<S>& c, long columns) {
-    if constexpr (kWide) {
-        if (vectors == 4) return column_block<S, 4, Edge>(M, strips, c, columns);
-        if (vectors == 3) return column_block<S, 3, Edge>(M, strips, c, columns);
-    }
-    vectors == 2 ? column_block<S, 2, Edge>(M, strips, c, columns) : column_block<S, 1, Edge>(M, strips, c, columns);
-}
-
 // All of C from terms of at most kBlockDepth, two panels at a time where tiles are wide enough.
 template <class S>
 inline void panels(long M, long N, const Product<S>& p, const Product<S>& q, const Result<S>& c, S* scratch) {
@@ -272,8 +254,9 @@ inline void panels(long M, long N, const Product<S>& p, const Product<S>& q, con
                 strips[t].b[1] =
                     rows_of(term, j + widths[0], columns - widths[0], widths[1], many, room + kBlockDepth * widths[0]);
         }
-        columns == width ? column_block<S, false>(width / L, M, strips, c.at(0, j), columns)
-                         : column_block<S, true>(width / L, M, strips, c.at(0, j), columns);
+        by_width<S>(columns, [&](auto vectors, auto ragged) {
+            column_block<S, vectors.value, ragged.value>(M, strips, c.at(0, j), columns);
+        });
         j += width;
     }
 }

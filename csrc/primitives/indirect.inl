@@ -18,8 +18,6 @@ struct Indirect {
     const S* bias;
 };
 
-constexpr int kTileRows = MAML_FAST_ROWS;
-
 // MR rows by NV vectors of C in registers. Edge: fewer columns than NV vectors hold.
 template <class S, int MR, int NV, bool Edge>
 __attribute__((noinline)) void indirect_tile(const Indirect<S>& p, long column, const long* from, const long* to, S* y,
@@ -28,7 +26,7 @@ __attribute__((noinline)) void indirect_tile(const Indirect<S>& p, long column, 
     const EdgeOf<S> edge(columns - (NV - 1) * L);  // only the last vector is ragged
     auto read = [&](const S* q, int v) { return Edge && v == NV - 1 ? load_edge(q + v * L, edge) : load(q + v * L); };
     vec<S> acc[MR][NV];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
         vec<S> start = p.bias ? read(p.bias + column, v) : vec<S>{};
 #pragma GCC unroll 32
@@ -43,13 +41,13 @@ __attribute__((noinline)) void indirect_tile(const Indirect<S>& p, long column, 
             for (int r = 0; r < MR; ++r) row[r] = a + from[r] + segment.a;
             for (long k = 0; k < segment.depth; ++k, b += p.ld) {
                 vec<S> bv[NV];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v)
                     bv[v] = Edge && kMaskedEdges<S> && v == NV - 1 ? load_edge(b + v * L, edge) : load(b + v * L);
 #pragma GCC unroll 32
                 for (int r = 0; r < MR; ++r) {
                     S x = row[r][k];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                     for (int v = 0; v < NV; ++v) acc[r][v] += x * bv[v];
                 }
             }
@@ -57,7 +55,7 @@ __attribute__((noinline)) void indirect_tile(const Indirect<S>& p, long column, 
     }
 #pragma GCC unroll 32
     for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
             S* q = y + to[r] + column + v * L;
             Edge&& v == NV - 1 ? store_edge(q, acc[r][v], edge) : store(q, acc[r][v]);
@@ -73,21 +71,33 @@ inline IndirectTile<S> pick_indirect(int rows, Heights<MR...>) {
     return table[rows - 1];
 }
 
-constexpr long kPanel = 2;  // vectors a tile is wide
+// f(column, columns, top, height) for the tiles that cover `rows` rows, at most kTileRows, of the columns from `first`
+// to `last`.
+template <class S, class F>
+inline void each_tile(int rows, long first, long last, F f) {
+    for (long j = first, columns; j < last; j += columns) {
+        columns = least(last - j, kWidest * lanes<S>);
+        int highest = tile_rows(int(ceil_div(columns, lanes<S>))), pieces = (rows + highest - 1) / highest;
+        for (int i = 0; i < pieces; ++i) {
+            int top = i * rows / pieces;
+            f(j, columns, top, (i + 1) * rows / pieces - top);
+        }
+    }
+}
+
+template <int NV>
+using TileHeights = HeightsTo<(tile_rows(NV) < kTileRows ? tile_rows(NV) : kTileRows)>;
 
 // Columns [first, last) of `rows` rows of C; `first` is a multiple of a panel's width.
 template <class S>
 inline void indirect_rows(const Indirect<S>& p, int rows, const long* from, const long* to, S* y, long first,
                           long last) {
-    constexpr long L = lanes<S>;
-    for (long j = first; j < last; j += kPanel * L) {
-        long left = last - j;
-        auto tile = left >= 2 * L ? pick_indirect<S, 2, false>(rows, HeightsTo<kTileRows>{})
-                    : left > L    ? pick_indirect<S, 2, true>(rows, HeightsTo<kTileRows>{})
-                    : left == L   ? pick_indirect<S, 1, false>(rows, HeightsTo<kTileRows>{})
-                                  : pick_indirect<S, 1, true>(rows, HeightsTo<kTileRows>{});
-        tile(p, j, from, to, y, left);
-    }
+    each_tile<S>(rows, first, last, [&](long j, long columns, int top, int height) {
+        auto tile = by_width<S>(columns, [&](auto vectors, auto ragged) {
+            return pick_indirect<S, vectors.value, ragged.value>(height, TileHeights<vectors.value>{});
+        });
+        tile(p, j, from + top, to + top, y, columns);
+    });
 }
 
 // ---- the transposed product: Σ over the positions of a lattice ------------------------------------
@@ -109,7 +119,7 @@ __attribute__((noinline)) void lattice_tile(const Lattice<S>& t, const long* off
     vec<S> acc[MR][NV];
 #pragma GCC unroll 32
     for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
             const S* q = c + r * ld + v * L;
             acc[r][v] = !add ? vec<S>{} : Edge && v == NV - 1 ? load_edge(q, edge) : load(q);
@@ -122,20 +132,20 @@ __attribute__((noinline)) void lattice_tile(const Lattice<S>& t, const long* off
             for (int r = 0; r < MR; ++r) row[r] = a0 + offsets[r];
             for (long x = 0, xa = 0; x < t.nx; ++x, xa += t.a_x, b += t.b_x) {
                 vec<S> bv[NV];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v)
                     bv[v] = Edge && kMaskedEdges<S> && v == NV - 1 ? load_edge(b + v * L, edge) : load(b + v * L);
 #pragma GCC unroll 32
                 for (int r = 0; r < MR; ++r) {
                     S s = row[r][xa];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                     for (int v = 0; v < NV; ++v) acc[r][v] += s * bv[v];
                 }
             }
         }
 #pragma GCC unroll 32
     for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
             S* q = c + r * ld + v * L;
             Edge&& v == NV - 1 ? store_edge(q, acc[r][v], edge) : store(q, acc[r][v]);
@@ -153,13 +163,12 @@ inline LatticeTile<S> pick_lattice(int rows, Heights<MR...>) {
 
 template <class S>
 inline void lattice_rows(Lattice<S> t, int rows, const long* offsets, bool add, S* c, long ld, long columns) {
-    constexpr long L = lanes<S>;
-    for (long j = 0; j < columns; j += 2 * L, t.b += 2 * L) {
-        long left = columns - j;
-        auto tile = left >= 2 * L ? pick_lattice<S, 2, false>(rows, HeightsTo<kTileRows>{})
-                    : left > L    ? pick_lattice<S, 2, true>(rows, HeightsTo<kTileRows>{})
-                    : left == L   ? pick_lattice<S, 1, false>(rows, HeightsTo<kTileRows>{})
-                                  : pick_lattice<S, 1, true>(rows, HeightsTo<kTileRows>{});
-        tile(t, offsets, add, c + j, ld, left);
-    }
+    const S* b = t.b;
+    each_tile<S>(rows, 0, columns, [&](long j, long width, int top, int height) {
+        auto tile = by_width<S>(width, [&](auto vectors, auto ragged) {
+            return pick_lattice<S, vectors.value, ragged.value>(height, TileHeights<vectors.value>{});
+        });
+        t.b = b + j;
+        tile(t, offsets + top, add, c + top * ld + j, ld, width);
+    });
 }
