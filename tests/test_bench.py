@@ -113,6 +113,25 @@ def test_a_wrong_result_of_ours_is_a_failure(monkeypatch: pytest.MonkeyPatch) ->
     assert bench.run("cpu", None, None, 0.1) == 1
 
 
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.filterwarnings("ignore:maml_fast falls back")
+@pytest.mark.parametrize(("dtypes", "code"), [((torch.float32,), 0), ((torch.float32, torch.float64), 1)])
+def test_rounding_excuses_ours_only_if_float64_is_right(
+    dtypes: tuple[torch.dtype, ...], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(problem: Problem) -> peers.Step:
+        step, factor = peers.torch_vmap(problem), 1.001 if problem.x_s.dtype in dtypes else 1.0
+
+        def scaled() -> tuple[torch.Tensor, list[torch.Tensor]]:
+            loss, gradients = step()
+            return loss, [factor * g for g in gradients]
+
+        return scaled
+
+    monkeypatch.setattr(bench, "contenders", lambda: [peers.Contender("ours", make, ours=True)])
+    assert bench.run("cpu", None, None, 0.1) == code
+
+
 def test_unknown_case() -> None:
     with pytest.raises(ValueError, match="no case named 'sinus'"):
         bench.run("cpu", None, ["sinus"], 0.1)
