@@ -239,7 +239,7 @@ void Layout::find_factors() {
 
 // Samples of a task that do not fit into a private cache go through the network in stretches.
 void Layout::find_stretches() {
-    if (!std::all_of(ops_.begin(), ops_.end(), goes_by_sample)) return;
+    if (ops_.empty() || !std::all_of(ops_.begin(), ops_.end(), goes_by_sample)) return;
     long features = 0, rows = 1;
     for (std::size_t v = 1; v < spec_.features.size(); ++v) features += spec_.features[v];
     for (const Op& op : ops_) rows = std::max(rows, op.rows);

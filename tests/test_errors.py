@@ -255,6 +255,26 @@ REPLACED = {
 
 
 @pytest.mark.parametrize("change", REPLACED.values(), ids=REPLACED)
+class Input(nn.Module):
+    """Returns its input, flattened; has a parameter all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+
+@pytest.mark.usefixtures("core")
+def test_the_core_declines_a_network_without_a_layer() -> None:
+    x_s, x_q = torch.randn(2, 3, 2, 2), torch.randn(2, 4, 2, 2)
+    batch = (x_s, x_s.flatten(2) + 1, x_q, x_q.flatten(2) + 1)
+    with pytest.raises(RuntimeError, match="the output is the input"):
+        mf.MAML(Input(), 0.1, loss="mse", backend="cpu").backward(*batch)
+    assert float(mf.MAML(Input(), 0.1, loss="mse", backend="reference").backward(*batch)) == pytest.approx(1.0)
+
+
 @pytest.mark.filterwarnings("ignore:maml_fast falls back")
 def test_what_a_model_holds_is_replaced_between_calls(change: Callable[[nn.Module], None]) -> None:
     """The plan of the first call describes other memory: it must not be run on the new one."""
