@@ -254,7 +254,6 @@ REPLACED = {
 }
 
 
-@pytest.mark.parametrize("change", REPLACED.values(), ids=REPLACED)
 class Input(nn.Module):
     """Returns its input, flattened; has a parameter all the same."""
 
@@ -275,6 +274,7 @@ def test_the_core_declines_a_network_without_a_layer() -> None:
     assert float(mf.MAML(Input(), 0.1, loss="mse", backend="reference").backward(*batch)) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("change", REPLACED.values(), ids=REPLACED)
 @pytest.mark.filterwarnings("ignore:maml_fast falls back")
 def test_what_a_model_holds_is_replaced_between_calls(change: Callable[[nn.Module], None]) -> None:
     """The plan of the first call describes other memory: it must not be run on the new one."""
