@@ -222,8 +222,9 @@ class Engine {
                     break;
                 }
                 case OpKind::activation:
-                    if (dx) activation_backward<S>(first, size, ws_ + tape.aux1[i], dy, dx);
-                    if (S* d2 = at(tape.aux2[i])) activation_curvature<S>(size, dy, d2);
+                    if (dx)
+                        activation_backward<S>(op, first, size, value(tape, op.out), ws_ + tape.aux1[i], dy, dx,
+                                               at(tape.aux2[i]));
                     break;
                 case OpKind::affine: {
                     S f = S(op.f0);

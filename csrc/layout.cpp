@@ -33,20 +33,13 @@ Window window_of(const std::vector<long>& v) {
     return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11]};
 }
 
-// Whether an operation treats every sample by itself, and its parameters' gradients are products that add up.
-bool goes_by_sample(const Op& op) {
-    switch (op.kind) {
-        case OpKind::linear:
-            return !op.low_rank;
-        case OpKind::activation:
-        case OpKind::affine:
-        case OpKind::add:
-        case OpKind::cat:
-            return true;
-        default:
-            return false;
-    }
+// Whether an operation has no parameters and treats every number, or every sample's numbers, by itself.
+bool is_plain(OpKind kind) {
+    return kind == OpKind::activation || kind == OpKind::affine || kind == OpKind::add || kind == OpKind::cat;
 }
+
+// Whether an operation treats every sample by itself, and its parameters' gradients are products that add up.
+bool goes_by_sample(const Op& op) { return is_plain(op.kind) || (op.kind == OpKind::linear && !op.low_rank); }
 
 // The tape of an instruction that works on samples, or -1.
 int tape_of(const Instr& in) {
@@ -248,9 +241,9 @@ void Layout::find_stretches() {
     for (int batch = 0; batch < 2; ++batch) stretches_[batch] = std::max(1L, spec_.samples[batch] / length);
 }
 
-// What goes through a stretch of samples before the next stretch begins.
+// What goes through a stretch of samples before the next stretch begins, and what a later group reads of a tape.
 void Layout::find_groups() {
-    std::vector<int> groups(spec_.tapes.size());
+    reread_.assign(spec_.tapes.size(), Reread::nothing);
     for (std::size_t i = 0; i < spec_.code.size(); i += std::size_t(spec_.code[i].together)) {
         Instr& in = spec_.code[i];
         in.together = in.stretches = 1;
@@ -260,10 +253,27 @@ void Layout::find_groups() {
         auto follows = [&](std::size_t j) {
             return j < spec_.code.size() && tape_of(spec_.code[j]) == tape && spec_.code[j].code != Code::forward;
         };
-        while (in.stretches > 1 && follows(i + std::size_t(in.together))) ++in.together;
-        ++groups[tape];
+        while (follows(i + std::size_t(in.together))) ++in.together;
+        if (in.code == Code::forward) continue;
+        bool products = std::all_of(&in, &in + in.together, [](const Instr& j) { return j.code == Code::hvp; });
+        reread_[tape] = std::max(reread_[tape], products ? Reread::curvature : Reread::everything);
     }
-    for (int n : groups) lives_on_.push_back(n > 1);
+}
+
+// Whether Hessian-vector products read a buffer's value or delta: not if activations and sums are all that touch it,
+// or if they make it and products read it, or the other way round.
+bool Layout::value_curves(int buffer) const {
+    return buffer == spec_.out || std::any_of(ops_.begin(), ops_.end(), [&](const Op& op) {
+               bool reads = std::count(op.in, op.in + op.n_in, buffer) > 0;
+               return op.kind == OpKind::linear ? reads : !is_plain(op.kind) && (reads || op.out == buffer);
+           });
+}
+
+bool Layout::delta_curves(int buffer) const {
+    return std::any_of(ops_.begin(), ops_.end(), [&](const Op& op) {
+        bool reads = std::count(op.in, op.in + op.n_in, buffer) > 0;
+        return op.kind == OpKind::linear ? op.out == buffer : !is_plain(op.kind) && (reads || op.out == buffer);
+    });
 }
 
 // Whether every gradient is one product of one linear layer, whose result can go anywhere.
@@ -490,17 +500,32 @@ void Layout::place_tangents(long lockstep) {
     }
 }
 
-// A buffer that only its own group reads holds one stretch; any other holds all samples, and a view of a stretch begins
-// at its first.
+// A buffer that only its own group reads holds one stretch, and all tapes share it; any other holds all samples, and a
+// view of a stretch begins at its first.
 void Layout::place_tape(int index, long lockstep) {
     int batch = spec_.tapes[index];
     std::size_t buffers = spec_.features.size();
-    bool lives_on = lives_on_[index], softmax = LossKind(spec_.loss) == LossKind::cross_entropy;
-    long n = lives_on ? spec_.samples[batch] : longest(batch);
+    bool everything = reread_[index] == Reread::everything,
+         curvature = everything || reread_[index] == Reread::curvature;
+    bool softmax = LossKind(spec_.loss) == LossKind::cross_entropy;
+    std::vector<bool> value_lasts(buffers, everything), delta_lasts(buffers, everything);
+    for (std::size_t v = 1; curvature && v < buffers; ++v) {
+        value_lasts[v] = value_lasts[v] || value_curves(int(v));
+        delta_lasts[v] = delta_lasts[v] || delta_curves(int(v));
+    }
+    for (const Op& op : ops_)
+        if (op.low_rank) value_lasts[op.in[0]] = delta_lasts[op.out] = true;
+
+    long n = curvature ? spec_.samples[batch] : longest(batch);
     std::vector<long> value(buffers, -1), delta(buffers, -1), aux1(ops_.size(), -1), aux2(ops_.size(), -1);
+    auto place = [&](bool lasts, long& passing, long features) {
+        if (lasts) return take(lockstep * spec_.samples[batch] * features);
+        if (passing < 0) passing = take(lockstep * std::max(longest(0), longest(1)) * features);
+        return passing;
+    };
     for (std::size_t v = 1; v < buffers; ++v) {
-        value[v] = take(lockstep * n * spec_.features[v]);
-        delta[v] = take(lockstep * n * spec_.features[v]);
+        value[v] = place(value_lasts[v], passing_values_[v], spec_.features[v]);
+        delta[v] = place(delta_lasts[v], passing_deltas_[v], spec_.features[v]);
     }
     for (std::size_t i = 0; i < ops_.size(); ++i) {
         const Op& op = ops_[i];
@@ -517,20 +542,20 @@ void Layout::place_tape(int index, long lockstep) {
     std::vector<TapeView>& views = tapes_.emplace_back();
     for (long s = 0; s < stretches_[batch]; ++s) {
         long first = stretch_begin(batch, s), count = stretch_begin(batch, s + 1) - first;
-        auto shift = [&](long offset, int buffer) {
-            return offset < 0 || !lives_on ? offset : offset + first * spec_.features[buffer];
+        auto shift = [&](bool lasts, long offset, int buffer) {
+            return offset < 0 || !lasts ? offset : offset + first * spec_.features[buffer];
         };
         long *values = table(buffers), *deltas = table(buffers), *aux1s = table(ops_.size()),
              *aux2s = table(ops_.size());
         for (std::size_t v = 0; v < buffers; ++v) {
-            values[v] = shift(value[v], int(v));
-            deltas[v] = shift(delta[v], int(v));
+            values[v] = shift(value_lasts[v], value[v], int(v));
+            deltas[v] = shift(delta_lasts[v], delta[v], int(v));
         }
         for (std::size_t i = 0; i < ops_.size(); ++i) {
-            aux1s[i] = shift(aux1[i], ops_[i].out);
-            aux2s[i] = shift(aux2[i], ops_[i].out);
+            aux1s[i] = shift(curvature, aux1[i], ops_[i].out);
+            aux2s[i] = shift(curvature, aux2[i], ops_[i].out);
         }
-        views.push_back({values, deltas, aux1s, aux2s, shift(loss, spec_.out), batch, first, count});
+        views.push_back({values, deltas, aux1s, aux2s, shift(curvature, loss, spec_.out), batch, first, count});
     }
 }
 
@@ -548,6 +573,8 @@ void Layout::place_buffers(long lockstep) {
     tapes_.clear();
     slots_.clear();
     tape_views_.clear();
+    passing_values_.assign(spec_.features.size(), -1);
+    passing_deltas_.assign(spec_.features.size(), -1);
     for (std::size_t t = 0; t < spec_.tapes.size(); ++t) place_tape(int(t), lockstep);
     for (const auto& views : tapes_) tape_views_.push_back(views.data());
     place_tangents(lockstep);

@@ -48,6 +48,9 @@ struct Machine {
     long lanes, gemm_depth, scalar_bytes;
 };
 
+// What later groups of instructions than the one that fills a tape read of it.
+enum class Reread { nothing, curvature, everything };
+
 class Layout {
   public:
     Layout(Spec spec, const Machine& machine);
@@ -61,6 +64,8 @@ class Layout {
     void find_factors();
     void find_stretches();
     void find_groups();
+    bool value_curves(int buffer) const;
+    bool delta_curves(int buffer) const;
     bool steps_fuse() const;
     void fuse_steps();
     void find_slots();
@@ -92,7 +97,8 @@ class Layout {
     std::vector<TangentView> tangents_;
     int hvps_ = 0;
     long stretches_[2] = {1, 1};  // per batch
-    std::vector<bool> lives_on_;  // per tape: instructions of more than one group name it
+    std::vector<Reread> reread_;  // per tape
+    std::vector<long> passing_values_, passing_deltas_;  // per buffer: where all tapes keep what none rereads, or -1
     std::vector<std::vector<TapeView>> tapes_;
     std::vector<const TapeView*> tape_views_;
     std::vector<std::vector<long>> tables_;

@@ -135,9 +135,9 @@ struct TapeView {
     const long* value;  // per buffer: activations
     const long* delta;  // per buffer
     const long* aux1;   // per op: f' (activation), normalised input (layer norm), maxima (pools, pooled norms)
-    const long*
-        aux2;   // per op: f'', after a backward pass f'' δy (activation), 1/σ (layer norm), means and 1/σ (other norms)
-    long loss;  // probabilities, or -1
+    const long* aux2;   // per op: f'' where it is kept, after a backward pass f'' δy (activation), 1/σ (layer norm),
+                        // means and 1/σ (other norms)
+    long loss;          // probabilities, or -1
     int batch;
     long first, samples;
 };

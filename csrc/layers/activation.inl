@@ -1,19 +1,25 @@
-// y = f(x), element by element. The forward pass leaves f' and f'' on the tape, so that the other
-// functions are the same for every f; the backward pass puts f'' δy in place of f'':
+// y = f(x), element by element. The forward pass leaves f' on the tape, and f'' where y and f' do not give it; the
+// backward pass leaves f'' δy there, so that the tangents are the same for every f:
 //   δx = f' δy      ẏ = f' ẋ      δ̇x = f' δ̇y + f'' δy ẋ
 
+template <Act A>
+struct Constant {
+    static constexpr Act value = A;
+};
+
+// d2 only where y and d1 do not give it.
 template <class S>
 struct Point {
-    S y, d1, d2;
+    S y, d1, d2 = S(0);
 };
 
 template <Act A, class S>
 inline Point<S> activate(S x, S p0, S p1) {
     if constexpr (A == Act::relu) {
-        return {x < S(0) ? S(0) : x, x <= S(0) ? S(0) : S(1), S(0)};
+        return {x < S(0) ? S(0) : x, x <= S(0) ? S(0) : S(1)};
     } else if constexpr (A == Act::leaky_relu) {
         bool positive = x > S(0);
-        return {positive ? x : p0 * x, positive ? S(1) : p0, S(0)};
+        return {positive ? x : p0 * x, positive ? S(1) : p0};
     } else if constexpr (A == Act::elu) {
         S e = p0 * expm1_(x < S(0) ? x : S(0));
         bool negative = x < S(0);
@@ -32,22 +38,36 @@ inline Point<S> activate(S x, S p0, S p1) {
         S s = S(1) / (S(1) + exp_(-x)), ds = s * (S(1) - s);
         return {x * s, s + x * ds, ds * (S(2) + x * (S(1) - S(2) * s))};
     } else if constexpr (A == Act::tanh) {
-        S t = tanh_(x), s = S(1) - t * t;
-        return {t, s, S(-2) * t * s};
+        S t = tanh_(x);
+        return {t, S(1) - t * t};
     } else if constexpr (A == Act::sigmoid) {
-        S s = S(1) / (S(1) + exp_(-x)), ds = s * (S(1) - s);
-        return {s, ds, ds * (S(1) - S(2) * s)};
+        S s = S(1) / (S(1) + exp_(-x));
+        return {s, s * (S(1) - s)};
     } else if constexpr (A == Act::softplus) {
         S t = p0 * x, m = abs_(t);
         bool linear = t > p1;
         S s = S(1) / (S(1) + exp_(-t));
         S y = ((t > S(0) ? t : S(0)) + log1p_unit(exp_(-m))) / p0;
-        return {linear ? x : y, linear ? S(1) : s, linear ? S(0) : p0 * s * (S(1) - s)};
+        return {linear ? x : y, linear ? S(1) : s};
     } else {
         S sine, cosine;
         sincos_(p0 * x, sine, cosine);
-        return {sine, p0 * cosine, -p0 * p0 * sine};
+        return {sine, p0 * cosine};
     }
+}
+
+template <Act A>
+constexpr bool kCurvesByValue = A == Act::relu || A == Act::leaky_relu || A == Act::tanh || A == Act::sigmoid ||
+                                A == Act::softplus || A == Act::sine;
+
+// f'' from y and f'.
+template <Act A, class S>
+inline S second_derivative(S y, S d1, S p0) {
+    if constexpr (A == Act::tanh) return S(-2) * y * d1;
+    if constexpr (A == Act::sigmoid) return d1 * (S(1) - S(2) * y);
+    if constexpr (A == Act::softplus) return p0 * d1 * (S(1) - d1);
+    if constexpr (A == Act::sine) return -p0 * p0 * y;
+    return S(0);
 }
 
 template <Act A, class S>
@@ -55,7 +75,7 @@ inline void activation_map(long n, S p0, S p1, const S* __restrict x, S* __restr
                            S* __restrict d2) {
     if (!d1) {
         for (long i = 0; i < n; ++i) y[i] = activate<A>(x[i], p0, p1).y;
-    } else if (!d2) {
+    } else if (!d2 || kCurvesByValue<A>) {
         for (long i = 0; i < n; ++i) {
             Point<S> p = activate<A>(x[i], p0, p1);
             y[i] = p.y;
@@ -72,7 +92,7 @@ inline void activation_map(long n, S p0, S p1, const S* __restrict x, S* __restr
 }
 
 // The polynomial reduction of float angles loses digits beyond kLargeAngle; libm does not.
-inline void large_angles(long n, float w0, const float* x, float* y, float* d1, float* d2) {
+inline void large_angles(long n, float w0, const float* x, float* y, float* d1) {
     int large = 0;
     for (long i = 0; i < n; ++i) large |= abs_(w0 * x[i]) > kLargeAngle ? 1 : 0;
     if (!large) return;
@@ -81,37 +101,45 @@ inline void large_angles(long n, float w0, const float* x, float* y, float* d1, 
         float sine = __builtin_sinf(w0 * x[i]), cosine = __builtin_cosf(w0 * x[i]);
         y[i] = sine;
         if (d1) d1[i] = w0 * cosine;
-        if (d2) d2[i] = -w0 * w0 * sine;
     }
 }
-inline void large_angles(long, double, const double*, double*, double*, double*) {}
+inline void large_angles(long, double, const double*, double*, double*) {}
+
+// f(act) with the activation as a constant.
+template <class F>
+inline void with_activation(Act act, F f) {
+    switch (act) {
+        case Act::relu:
+            return f(Constant<Act::relu>{});
+        case Act::leaky_relu:
+            return f(Constant<Act::leaky_relu>{});
+        case Act::elu:
+            return f(Constant<Act::elu>{});
+        case Act::gelu:
+            return f(Constant<Act::gelu>{});
+        case Act::gelu_tanh:
+            return f(Constant<Act::gelu_tanh>{});
+        case Act::silu:
+            return f(Constant<Act::silu>{});
+        case Act::tanh:
+            return f(Constant<Act::tanh>{});
+        case Act::sigmoid:
+            return f(Constant<Act::sigmoid>{});
+        case Act::softplus:
+            return f(Constant<Act::softplus>{});
+        case Act::sine:
+            return f(Constant<Act::sine>{});
+    }
+}
 
 template <class S>
 void activation_forward(const Op& op, long n, const S* x, S* y, S* d1, S* d2) {
     S p0 = S(op.f0), p1 = S(op.f1);
-    switch (op.act) {
-        case Act::relu:
-            return activation_map<Act::relu>(n, p0, p1, x, y, d1, d2);
-        case Act::leaky_relu:
-            return activation_map<Act::leaky_relu>(n, p0, p1, x, y, d1, d2);
-        case Act::elu:
-            return activation_map<Act::elu>(n, p0, p1, x, y, d1, d2);
-        case Act::gelu:
-            return activation_map<Act::gelu>(n, p0, p1, x, y, d1, d2);
-        case Act::gelu_tanh:
-            return activation_map<Act::gelu_tanh>(n, p0, p1, x, y, d1, d2);
-        case Act::silu:
-            return activation_map<Act::silu>(n, p0, p1, x, y, d1, d2);
-        case Act::tanh:
-            return activation_map<Act::tanh>(n, p0, p1, x, y, d1, d2);
-        case Act::sigmoid:
-            return activation_map<Act::sigmoid>(n, p0, p1, x, y, d1, d2);
-        case Act::softplus:
-            return activation_map<Act::softplus>(n, p0, p1, x, y, d1, d2);
-        case Act::sine:
-            activation_map<Act::sine>(n, p0, p1, x, y, d1, d2);
-            return large_angles(n, p0, x, y, d1, d2);
-    }
+    with_activation(op.act, [=](auto act) {
+        constexpr Act A = decltype(act)::value;
+        activation_map<A>(n, p0, p1, x, y, d1, d2);
+        if (A == Act::sine) large_angles(n, p0, x, y, d1);
+    });
 }
 
 template <class S>
@@ -119,15 +147,30 @@ void activation_backward(bool first, long n, const S* __restrict d1, const S* __
     put(first, dx, n, [=](long i) { return d1[i] * dy[i]; });
 }
 
+// The same, and curvature ← f'' δy.
+template <Act A, class S>
+inline void curved_backward(bool first, long n, S p0, const S* __restrict y, const S* __restrict d1,
+                            const S* __restrict dy, S* __restrict dx, S* __restrict curvature) {
+    put(first, dx, n, [=](long i) {
+        if constexpr (kCurvesByValue<A>)
+            curvature[i] = second_derivative<A>(y[i], d1[i], p0) * dy[i];
+        else
+            curvature[i] *= dy[i];
+        return d1[i] * dy[i];
+    });
+}
+
+template <class S>
+void activation_backward(const Op& op, bool first, long n, const S* y, const S* d1, const S* dy, S* dx, S* curvature) {
+    if (!curvature) return activation_backward(first, n, d1, dy, dx);
+    with_activation(op.act, [=, &op](auto act) {
+        curved_backward<decltype(act)::value>(first, n, S(op.f0), y, d1, dy, dx, curvature);
+    });
+}
+
 template <class S>
 void activation_tangent(long n, const S* __restrict d1, const S* __restrict tx, S* __restrict ty) {
     put(true, ty, n, [=](long i) { return d1[i] * tx[i]; });
-}
-
-// f'' ← f'' δy.
-template <class S>
-void activation_curvature(long n, const S* __restrict dy, S* __restrict d2) {
-    for (long i = 0; i < n; ++i) d2[i] *= dy[i];
 }
 
 // curvature or tx null: f'' = 0 or ẋ = 0.

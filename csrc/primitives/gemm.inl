@@ -60,6 +60,10 @@ struct Strip {
     Rows<S> b[2];
 };
 
+// The hardware does not see that tiles go through A in order, several rows at once. The widest tiles fetch ahead: rows
+// of the next tile where rows are contiguous, this tile's numbers of some products later where columns are.
+constexpr long kAhead = 8;
+
 // MR rows by NV vectors of C in registers, from row `top` of the strips on. Edge: fewer columns than NV vectors hold.
 template <class S, int MR, int NV, bool Edge>
 __attribute__((noinline)) void tile(const Strip<S>* strips, long top, const Result<S>& c, long columns) {
@@ -88,7 +92,13 @@ __attribute__((noinline)) void tile(const Strip<S>* strips, long top, const Resu
         const S *a[kPointers], *b = from[0].p, *next = from[1].p;
 #pragma GCC unroll 32
         for (int i = 0; i < kPointers; ++i) a[i] = start + (top + 3 * i) * rs;
+        const S* ahead = cs == 1 ? start + (top + MR) * rs : a[0] + kAhead * cs;
+        const long pace = cs == 1 ? MR : cs;
         for (long k = depth; k > 0; --k) {
+            if (NV == 4) {
+                __builtin_prefetch(ahead);
+                ahead += pace;
+            }
             vec<S> bv[NV];
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
