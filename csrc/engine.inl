@@ -87,7 +87,7 @@ class Engine {
 
     // ---- where things are --------------------------------------------------------------------
 
-    const TapeView& tape(int index) const { return plan_.tapes[index][stretch_]; }
+    const TapeView& view(int tape) const { return plan_.tapes[tape][stretch_]; }
     bool starts(bool first_writer) const { return first_writer && stretch_ == 0; }
 
     static long samples(const TapeView& tape) { return tape.samples; }
@@ -133,7 +133,7 @@ class Engine {
 
     void forward(const Instr& in) {
         int slot = in.a;
-        const TapeView& tape = this->tape(in.b);
+        const TapeView& tape = view(in.b);
         long N = samples(tape);
         for (int i = 0; i < plan_.n_ops; ++i) {
             const Op& op = plan_.ops[i];
@@ -202,7 +202,7 @@ class Engine {
     void backward(const Instr& in) {
         int slot = in.a, out = in.c;
         bool inputs = in.inputs;
-        const TapeView& tape = this->tape(in.b);
+        const TapeView& tape = view(in.b);
         long N = samples(tape);
         bool adapted_only = tape.batch == 0;
         for (int i = plan_.n_ops - 1; i >= 0; --i) {
@@ -276,7 +276,7 @@ class Engine {
     // ---- Hessian-vector product: the tangent of forward and backward ---------------------------
 
     void hvp(const Instr& in) {
-        const TapeView& tape = this->tape(in.b);
+        const TapeView& tape = view(in.b);
         if (!plan_.moves) {
             if (!in.scaled) fill(ws_ + plan_.slots[in.d], B_ * plan_.parameters, S(0));
             return;

@@ -6,8 +6,6 @@ namespace maml_fast {
 
 namespace {
 
-constexpr long kAlignment = 16;              // numbers: a cache line of floats
-constexpr long kSlack = 64;                  // a vector read past the last buffer stays inside
 constexpr long kWorkspaceBytes = 384 << 10;  // what tasks in lockstep may take: most of a private cache
 constexpr long kLockstep = 8;
 constexpr long kStretchBytes = 1 << 20;       // what a stretch of samples may take beside its tape
@@ -15,18 +13,6 @@ constexpr long kStretchRows = 96;             // rows from which products run at
 constexpr long kLargeModel = 1 << 16;         // parameters from which fewer partial sums are cheaper
 constexpr long kFewBlocks = 4, kBlocks = 16;  // partial sums a call is cut into, whatever the number of threads
 constexpr double kBlockWork = 4e6;            // multiply-adds below which a block costs more than it shares out
-
-bool is_channel_norm(OpKind kind) {
-    return kind == OpKind::batch_norm || kind == OpKind::running_norm || kind == OpKind::group_norm;
-}
-
-bool is_pooled(const Op& op) { return is_channel_norm(op.kind) && op.window.kh * op.window.kw > 1; }
-
-// Numbers of statistics of n samples: 1/σ of every row, or mean and 1/σ of every channel.
-long statistics(const Op& op, long n) {
-    if (op.kind == OpKind::layer_norm) return n * op.rows;
-    return 2 * op.width * (op.kind == OpKind::group_norm ? n : 1);
-}
 
 Window window_of(const std::vector<long>& v) {
     if (v.empty()) return {1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1};
@@ -57,8 +43,6 @@ int tape_of(const Instr& in) {
             return -1;
     }
 }
-
-bool is_piecewise_linear(Act act) { return act == Act::relu || act == Act::leaky_relu; }
 
 }  // namespace
 
@@ -116,8 +100,7 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     find_pairs();
     place_panels();
     view_.blocks = blocks();
-    bool stretched = stretches_[0] > 1 || stretches_[1] > 1;
-    long lockstep = stretched ? 1 : std::min((spec_.tasks + view_.blocks - 1) / view_.blocks, kLockstep);
+    long lockstep = stretched() ? 1 : std::min((spec_.tasks + view_.blocks - 1) / view_.blocks, kLockstep);
     do {
         place_buffers(lockstep);
     } while (used_ * machine_.scalar_bytes > kWorkspaceBytes && lockstep-- > 1);
@@ -405,193 +388,6 @@ void Layout::find_pairs() {
         norm.behind_conv = readers == 1;
         conv.bias_cancels = readers == 1 && norm.kind == OpKind::batch_norm;
     }
-}
-
-// Weights that all tasks share, in the order that products read, packed once a call.
-void Layout::place_panels() {
-    bool backward = spec_.reverse || spec_.samples[0] > 0;
-    for (Op& op : ops_) {
-        op.pack_forward = op.pack_backward = op.rooms = -1;
-        if (op.kind == OpKind::linear) {
-            if (!is_thin(op)) op.pack_forward = packed(packed_size(op.width, op.out_width, machine_.lanes));
-            if (backward) op.pack_backward = packed(packed_size(op.out_width, op.width, machine_.lanes));
-        }
-        if (op.kind == OpKind::conv && backward) op.pack_backward = packed(params_[op.w].size);
-    }
-    packed(kSlack);
-}
-
-long Layout::packed(long size) {
-    long offset = view_.packed;
-    view_.packed += (size + kAlignment - 1) / kAlignment * kAlignment;
-    return offset;
-}
-
-long Layout::take(long size) {
-    long offset = used_;
-    used_ += (size + kAlignment - 1) / kAlignment * kAlignment;
-    return offset;
-}
-
-long Layout::scratch_size(long lockstep) const {
-    long size = 0, samples = std::max(spec_.samples[0], spec_.samples[1]);
-    for (const Op& op : ops_) {
-        if (op.kind == OpKind::layer_norm) size = std::max(size, 4 * op.width);
-        if (op.kind == OpKind::conv) size = std::max(size, 2 * params_[op.w].size + kSlack);
-        if (op.kind != OpKind::linear) continue;
-        size = std::max(size, kProducts * room_size(op, machine_.lanes));
-        if (!op.low_rank) continue;
-        long rows = samples * op.rows, widest = std::max(op.width, op.out_width);
-        size = std::max(size, packed_size(widest, rows, machine_.lanes) + rows * rows);
-        size = std::max(size, lockstep * rows * op.out_width);
-    }
-    return size;
-}
-
-long Layout::norm_scratch_size() const {
-    long size = 0, samples = std::max(spec_.samples[0], spec_.samples[1]);
-    for (const Op& op : ops_) {
-        if (is_channel_norm(op.kind))
-            size = std::max(size, norm_scratch(op.width, samples * op.window.h * op.window.w));
-        if (op.kind == OpKind::conv)
-            size = std::max(size, norm_scratch(op.out_width, samples * op.window.oh * op.window.ow));
-    }
-    return size;
-}
-
-long Layout::gemm_scratch_size() const {
-    long size = 0;
-    for (const Op& op : ops_) {
-        if (op.kind != OpKind::linear) continue;
-        long transposed = 2 * op.width > machine_.lanes ? 0 : op.width * op.out_width;
-        long panels = kProducts * kPanels * machine_.gemm_depth * 2 * machine_.lanes;
-        size = std::max(size, transposed + panels);
-    }
-    return size;
-}
-
-long* Layout::table(std::size_t n) { return tables_.emplace_back(n, -1).data(); }
-
-// All Hessian-vector products share their buffers, but for those whose tangents are factors of a
-// low-rank weight: they live on.
-void Layout::place_tangents(long lockstep) {
-    std::size_t buffers = spec_.features.size();
-    std::vector<bool> lives_on(buffers);
-    for (const Op& op : ops_)
-        if (op.low_rank) lives_on[op.in[0]] = lives_on[op.out] = true;
-    long n = longest(0);
-    tangents_.clear();
-    for (int h = 0; h < hvps_; ++h) {
-        long *value = table(buffers), *delta = table(buffers), *aux1 = table(ops_.size()), *aux2 = table(ops_.size());
-        for (std::size_t v = 0; v < buffers; ++v) {
-            bool reuse = h > 0 && !lives_on[v];
-            long size = lockstep * n * spec_.features[v];
-            if (v > 0) value[v] = reuse ? tangents_[0].value[v] : take(size);
-            if (v > 0 || spec_.input_gradients) delta[v] = reuse ? tangents_[0].delta[v] : take(size);
-        }
-        for (std::size_t i = 0; i < ops_.size(); ++i) {
-            const Op& op = ops_[i];
-            bool normed = op.kind == OpKind::layer_norm || is_pooled(op);
-            if (normed) aux1[i] = h > 0 ? tangents_[0].aux1[i] : take(lockstep * n * spec_.features[op.out]);
-            if (op.kind == OpKind::layer_norm || is_channel_norm(op.kind))
-                aux2[i] = h > 0 ? tangents_[0].aux2[i] : take(lockstep * statistics(op, n));
-        }
-        tangents_.push_back({value, delta, aux1, aux2});
-    }
-}
-
-// A buffer that only its own group reads holds one stretch, and all tapes share it; any other holds all samples, and a
-// view of a stretch begins at its first.
-void Layout::place_tape(int index, long lockstep) {
-    int batch = spec_.tapes[index];
-    std::size_t buffers = spec_.features.size();
-    bool everything = reread_[index] == Reread::everything,
-         curvature = everything || reread_[index] == Reread::curvature;
-    bool softmax = LossKind(spec_.loss) == LossKind::cross_entropy;
-    std::vector<bool> value_lasts(buffers, everything), delta_lasts(buffers, everything);
-    for (std::size_t v = 1; curvature && v < buffers; ++v) {
-        value_lasts[v] = value_lasts[v] || value_curves(int(v));
-        delta_lasts[v] = delta_lasts[v] || delta_curves(int(v));
-    }
-    for (const Op& op : ops_)
-        if (op.low_rank) value_lasts[op.in[0]] = delta_lasts[op.out] = true;
-
-    long n = curvature ? spec_.samples[batch] : longest(batch);
-    std::vector<long> value(buffers, -1), delta(buffers, -1), aux1(ops_.size(), -1), aux2(ops_.size(), -1);
-    auto place = [&](bool lasts, long& passing, long features) {
-        if (lasts) return take(lockstep * spec_.samples[batch] * features);
-        if (passing < 0) passing = take(lockstep * std::max(longest(0), longest(1)) * features);
-        return passing;
-    };
-    for (std::size_t v = 1; v < buffers; ++v) {
-        value[v] = place(value_lasts[v], passing_values_[v], spec_.features[v]);
-        delta[v] = place(delta_lasts[v], passing_deltas_[v], spec_.features[v]);
-    }
-    for (std::size_t i = 0; i < ops_.size(); ++i) {
-        const Op& op = ops_[i];
-        long size = lockstep * n * spec_.features[op.out];
-        bool curved = batch == 0 && spec_.second_order && !is_piecewise_linear(op.act);
-        if (op.kind == OpKind::activation && (batch == 0 || spec_.reverse)) aux1[i] = take(size);
-        if (op.kind == OpKind::activation && curved) aux2[i] = take(size);
-        if (op.kind == OpKind::layer_norm || op.kind == OpKind::max_pool) aux1[i] = take(size);
-        if (is_pooled(op)) aux1[i] = take(2 * size);
-        if (op.kind == OpKind::layer_norm || is_channel_norm(op.kind)) aux2[i] = take(lockstep * statistics(op, n));
-    }
-    long loss = softmax ? take(lockstep * n * spec_.features[spec_.out]) : -1;
-
-    std::vector<TapeView>& views = tapes_.emplace_back();
-    for (long s = 0; s < stretches_[batch]; ++s) {
-        long first = stretch_begin(batch, s), count = stretch_begin(batch, s + 1) - first;
-        auto shift = [&](bool lasts, long offset, int buffer) {
-            return offset < 0 || !lasts ? offset : offset + first * spec_.features[buffer];
-        };
-        long *values = table(buffers), *deltas = table(buffers), *aux1s = table(ops_.size()),
-             *aux2s = table(ops_.size());
-        for (std::size_t v = 0; v < buffers; ++v) {
-            values[v] = shift(value_lasts[v], value[v], int(v));
-            deltas[v] = shift(delta_lasts[v], delta[v], int(v));
-        }
-        for (std::size_t i = 0; i < ops_.size(); ++i) {
-            aux1s[i] = shift(curvature, aux1[i], ops_[i].out);
-            aux2s[i] = shift(curvature, aux2[i], ops_[i].out);
-        }
-        views.push_back({values, deltas, aux1s, aux2s, shift(curvature, loss, spec_.out), batch, first, count});
-    }
-}
-
-// A task's own weights in panels serve all stretches.
-void Layout::place_rooms() {
-    for (Op& op : ops_)
-        op.rooms = op.kind == OpKind::linear && !is_thin(op) && stretches_[0] + stretches_[1] > 2
-                       ? take(kRooms * room_size(op, machine_.lanes))
-                       : -1;
-}
-
-void Layout::place_buffers(long lockstep) {
-    used_ = 0;
-    tables_.clear();
-    tapes_.clear();
-    slots_.clear();
-    tape_views_.clear();
-    passing_values_.assign(spec_.features.size(), -1);
-    passing_deltas_.assign(spec_.features.size(), -1);
-    for (std::size_t t = 0; t < spec_.tapes.size(); ++t) place_tape(int(t), lockstep);
-    for (const auto& views : tapes_) tape_views_.push_back(views.data());
-    place_tangents(lockstep);
-    place_rooms();
-    slots_.assign(spec_.slots, -1);
-    for (int s = 1; s < spec_.slots; ++s)
-        if (used_slots_[s]) slots_[s] = take(lockstep * view_.parameters);
-
-    view_.lockstep = lockstep;
-    view_.tapes = tape_views_.data();
-    view_.tangents = tangents_.data();
-    view_.slots = slots_.data();
-    view_.scratch = take(scratch_size(lockstep));
-    view_.norm_scratch = take(norm_scratch_size());
-    view_.gemm_scratch = take(gemm_scratch_size());
-    take(kSlack);
-    view_.workspace = used_;
 }
 
 }  // namespace maml_fast

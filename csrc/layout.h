@@ -78,6 +78,7 @@ class Layout {
     void place_rooms();
     long* table(std::size_t n);
     long take(long size);
+    bool stretched() const { return stretches_[0] > 1 || stretches_[1] > 1; }
     long stretch_begin(int batch, long stretch) const { return stretch * spec_.samples[batch] / stretches_[batch]; }
     long longest(int batch) const { return (spec_.samples[batch] + stretches_[batch] - 1) / stretches_[batch]; }
     long packed(long size);
@@ -96,8 +97,8 @@ class Layout {
     std::vector<std::vector<Factor>> factors_;
     std::vector<TangentView> tangents_;
     int hvps_ = 0;
-    long stretches_[2] = {1, 1};  // per batch
-    std::vector<Reread> reread_;  // per tape
+    long stretches_[2] = {1, 1};                         // per batch
+    std::vector<Reread> reread_;                         // per tape
     std::vector<long> passing_values_, passing_deltas_;  // per buffer: where all tapes keep what none rereads, or -1
     std::vector<std::vector<TapeView>> tapes_;
     std::vector<const TapeView*> tape_views_;

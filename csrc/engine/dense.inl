@@ -12,11 +12,11 @@ void linear_values(const Op& op, int slot, Factors theta, long N, const S* x, S*
 
 const S* deltas(const Op& op, const Factor& f) const {
     if (f.term == Term::tangent_delta) return ws_ + plan_.tangents[f.hvp].delta[op.out];
-    return ws_ + tape(f.tape).delta[op.out];
+    return ws_ + view(f.tape).delta[op.out];
 }
 const S* inputs(const Op& op, const Factor& f) const {
     if (f.term == Term::tangent_input) return ws_ + plan_.tangents[f.hvp].value[op.in[0]];
-    return value(tape(f.tape), op.in[0]);
+    return value(view(f.tape), op.in[0]);
 }
 // A layer without a tangent at its input has no such term.
 bool absent(const Op& op, const Factor& f) const { return f.term == Term::tangent_input && !op.has_tangent[0]; }
@@ -37,7 +37,7 @@ void add_transposed_product(const Op& op, Factors factors, long N, const S* dy, 
     for (int r = 0; r < factors.n; ++r) {
         const Factor& f = factors.p[r];
         if (absent(op, f)) continue;
-        bool owned = tape(f.tape).value[op.in[0]] >= 0;
+        bool owned = view(f.tape).value[op.in[0]] >= 0;
         add_term(op, f, N, op.out_width, op.width, dy, deltas(op, f), inputs(op, f), owned, dx);
     }
 }
@@ -45,7 +45,7 @@ void add_transposed_product(const Op& op, Factors factors, long N, const S* dy, 
 // y += c (x qᵀ) p for every task. `owned`: p lies in the workspace.
 void add_term(const Op& op, const Factor& f, long N, long I, long O, const S* x, const S* q, const S* p, bool owned,
               S* y) {
-    long rows = N * op.rows, rank = samples(tape(f.tape)) * op.rows;
+    long rows = N * op.rows, rank = samples(view(f.tape)) * op.rows;
     S c = coefficient(op, f);
     for (long b = 0; b < B_; ++b)
         low_rank_product<S>(rows, I, O, rank, c, x + b * rows * I, q + b * rank * I, p + b * rank * O, owned,
@@ -58,7 +58,7 @@ void accumulate_low_rank(const Op& op, Factors factors) {
     for (int r = 0; r < factors.n; ++r) {
         const Factor& f = factors.p[r];
         if (absent(op, f)) continue;
-        long rows = B_ * samples(tape(f.tape)) * op.rows;
+        long rows = B_ * samples(view(f.tape)) * op.rows;
         const S* p = deltas(op, f);
         if (f.sign < 0) {
             S* negated = scratch();

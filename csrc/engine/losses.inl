@@ -1,7 +1,7 @@
 // Part of Engine: losses, their slopes and tangents.
 
 void loss(int tape_index, int batch, S* losses, bool slope) {
-    const TapeView& tape = this->tape(tape_index);
+    const TapeView& tape = view(tape_index);
     long N = samples(tape), all = plan_.samples[batch], F = plan_.features[plan_.out], size = N * F;
     S d = S(plan_.loss_parameter);
     for (long b = 0; b < B_; ++b) {
@@ -45,7 +45,7 @@ void loss_tangent(const TapeView& tape) {
 }
 
 void cotangent(int tape_index) {
-    const TapeView& tape = this->tape(tape_index);
+    const TapeView& tape = view(tape_index);
     const S* from = static_cast<const S*>(call_.cotangent) + place(tape, plan_.features[plan_.out]);
     copy(from, ws_ + tape.delta[plan_.out], B_ * per_task(tape, plan_.out));
 }
