@@ -6,6 +6,9 @@ RUN ?= runs/sinusoid
 PYTEST ?=
 bin := $(VENV)/bin
 OLDEST := $(VENV)/triton-3.6.0
+pytest := OMP_NUM_THREADS=1 $(bin)/python -m pytest
+parallel := -n auto --maxprocesses 4 --dist worksteal
+interpreted := tests/test_triton_interpreter.py tests/test_triton_resident.py
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .PHONY: train test test-oldest-triton bench core lint types sanitize format clean
@@ -15,15 +18,14 @@ train: core
 	$(bin)/maml-fast train sinusoid --out $(RUN)
 
 test: core $(VENV)/.test
-	$(bin)/python -m pytest $(PYTEST)
-	$(if $(PYTEST),,TRITON_INTERPRET=1 $(bin)/python -m pytest tests/test_triton_interpreter.py tests/test_triton_resident.py \
-	    tests/test_triton_tuning.py)
+	$(pytest) $(or $(PYTEST),$(parallel))
+	$(if $(PYTEST),,TRITON_INTERPRET=1 $(pytest) $(parallel) $(interpreted) tests/test_triton_tuning.py)
 
 # The oldest Triton that the kernels are for: ahead of time, and a little of its interpreter, which needs an older NumPy.
 test-oldest-triton: core $(VENV)/.test $(OLDEST)
-	PYTHONPATH=$(abspath $(OLDEST)) MAML_FAST_AOT=90 $(bin)/python -m pytest tests/test_triton_aot.py
-	PYTHONPATH=$(abspath $(OLDEST)) TRITON_INTERPRET=1 $(bin)/python -m pytest -W ignore::DeprecationWarning \
-	    tests/test_triton_interpreter.py tests/test_triton_resident.py -k "[tanh] or [conv-2x3]"
+	PYTHONPATH=$(abspath $(OLDEST)) MAML_FAST_AOT=90 $(pytest) tests/test_triton_aot.py
+	PYTHONPATH=$(abspath $(OLDEST)) TRITON_INTERPRET=1 $(pytest) -W ignore::DeprecationWarning $(interpreted) \
+	    -k "[tanh] or [conv-2x3]"
 
 bench: core $(VENV)/.bench
 	$(bin)/maml-fast bench

@@ -32,11 +32,11 @@ def _compiler(cache: str) -> None:
     os.nice(10)
 
 
-def _chosen() -> list[int]:
+def _chosen(capability: int) -> list[int]:
     from maml_fast.backends.triton import aot
 
     work = aot.work(tuned=set(LIMIT) == CAPABILITIES)
-    return [n for n, (capability, _) in enumerate(work) if capability in CAPABILITIES]
+    return [n for n, (of, _) in enumerate(work) if of == capability]
 
 
 def _compiled(n: int) -> tuple[str, int, Any]:
@@ -45,34 +45,20 @@ def _compiled(n: int) -> tuple[str, int, Any]:
     return aot.compile_nth(n)
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, int, Any]]:
-    cache: Path = tmp_path_factory.mktemp("triton")
+@pytest.mark.parametrize("capability", sorted(CAPABILITIES))
+def test_kernels_compile_within_the_limits(capability: int, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, _compiler, (str(cache),)) as pool:
-        rows = list(pool.map(_compiled, pool.submit(_chosen).result(), chunksize=16))
-    for name, capability, usage in rows:
-        print(f"{capability:4d} {usage.shared:6d} B {usage.registers:3d} regs {usage.spills:4d} B spilt  {name}")
-    return rows
+    with ProcessPoolExecutor(1, context, _compiler, (str(tmp_path),)) as pool:
+        rows = list(pool.map(_compiled, pool.submit(_chosen, capability).result(), chunksize=16))
+    for name, of, usage in rows:
+        print(f"{of:4d} {usage.shared:6d} B {usage.registers:3d} regs {usage.spills:4d} B spilt  {name}")
+    assert {of for _, of, _ in rows} == {capability}
+    assert not [row for row in rows if row[2].shared > LIMIT[capability]]
+    assert not [row for row in rows if row[2].spills > MOST_SPILLS]
+    precisions = {"ieee", "tf32", "bf16"}
+    assert _precisions(rows, "") == precisions
+    assert _precisions(rows, "resident") == (precisions if capability == 90 else {"ieee"})
 
 
-def test_every_kernel_fits_the_shared_memory(table: list[tuple[str, int, Any]]) -> None:
-    assert {capability for _, capability, _ in table} == CAPABILITIES
-    assert not [row for row in table if row[2].shared > LIMIT[row[1]]]
-
-
-def test_no_kernel_spills_much(table: list[tuple[str, int, Any]]) -> None:
-    assert not [row for row in table if row[2].spills > MOST_SPILLS]
-
-
-def test_the_resident_kernel_compiles_for_every_gpu_and_precision(table: list[tuple[str, int, Any]]) -> None:
-    found = {
-        (capability, name.split("PRECISION=")[1].split()[0]) for name, capability, _ in table if "resident" in name
-    }
-    wanted = {(80, "ieee"), (90, "ieee"), (100, "ieee"), (120, "ieee"), (90, "tf32"), (90, "bf16")}
-    assert found == {pair for pair in wanted if pair[0] in CAPABILITIES}
-
-
-def test_every_precision_compiles(table: list[tuple[str, int, Any]]) -> None:
-    for precision in ("ieee", "tf32", "bf16"):
-        assert any(f"PRECISION={precision}" in name for name, _, _ in table), precision
+def _precisions(rows: list[tuple[str, int, Any]], kernel: str) -> set[str]:
+    return {name.split("PRECISION=")[1].split()[0] for name, _, _ in rows if kernel in name and "PRECISION=" in name}
