@@ -26,10 +26,11 @@ SECOND_ORDER = ("frozen-rates", "adapts-body", "adapts-none", "steps-0-classes")
 THREE_TASKS = ("rate-scalar",)
 ONE_STEP = (
     "relu", "leaky-relu", "elu", "gelu", "gelu-tanh", "silu", "tanh", "sigmoid", "softplus-beta", "sine",
-    "residual", "branches", "function-shift", "function-twice",
+    "residual", "branches", "function-shift", "function-twice", "layernorm", "layernorm-no-bias", "layernorm-sequence",
     "loss-cross-entropy-smoothed", "loss-bce", "loss-l1", "loss-huber-delta",
     "tied-rates", "unreached-rates",
 )  # fmt: skip
+FIRST_ORDER = ("rate-per_tensor", "layernorm")
 
 meta_gradient = partial(interpreted.meta_gradient, "triton-resident")
 
@@ -59,8 +60,9 @@ def test_second_order(case: cases.Case) -> None:
     assert_close(case, meta_gradient(case, first_order=False), first_order=False)
 
 
-def test_first_order() -> None:
-    case = small("rate-per_tensor")
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_first_order(name: str) -> None:
+    case = small(name)
     assert_close(case, meta_gradient(case, first_order=True), first_order=True)
 
 
@@ -141,7 +143,7 @@ def test_precision_reaches_the_products(precision: str, read_as: str, monkeypatc
 
 @pytest.mark.parametrize(
     ("name", "variant"),
-    [("tanh", "resident"), ("sinusoid-k5", "resident"), ("layernorm", "wide"), ("conv-alone", "wide"),
+    [("tanh", "resident"), ("sinusoid-k5", "resident"), ("layernorm", "resident"), ("conv-alone", "wide"),
      ("omniglot-mlp", "wide"), ("siren", "wide")],
 )  # fmt: skip
 def test_small_networks_are_resident(name: str, variant: str) -> None:
@@ -160,12 +162,20 @@ def test_forced_by_name(backend: str, kernel: str, monkeypatch: pytest.MonkeyPat
     assert asked[0][0] == kernel
 
 
+def normed_129() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 129), nn.LayerNorm(129), nn.Linear(129, 3))
+
+
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
         (small("conv-alone"), "layer conv has no instruction in the resident kernel"),
         (small("batchnorm"), "layer batch_norm has no instruction in the resident kernel"),
         (replace(small("loss-cross-entropy"), network=lambda: nn.Linear(4, 33)), "cross_entropy over 33 classes"),
+        (
+            replace(small("linear"), network=normed_129),
+            "LayerNorm over 129 features, more than the resident kernel's 128",
+        ),
     ],
 )
 def test_says_why_it_cannot_run(case: cases.Case, reason: str) -> None:

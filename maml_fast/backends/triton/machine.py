@@ -19,14 +19,21 @@ import triton.language as tl
 from .activation import activation_block
 from .elementwise import combine_block, copy_rows_block, multiply_block
 from .gemm import product_tile
+from .layer_norm import backward_rows, backward_tangent_rows, column_sums_block, forward_rows, tangent_rows
 from .losses import cross_entropy_tangent_task, cross_entropy_task, pointwise_tangent_task, pointwise_task
 from .opcodes import (
     ACTIVATION,
+    COLUMN_SUMS,
     COMBINE,
     COPY_ROWS,
     CROSS_ENTROPY,
     CROSS_ENTROPY_TANGENT,
+    LAYER_NORM,
+    LAYER_NORM_BACKWARD,
+    LAYER_NORM_BACKWARD_TANGENT,
+    LAYER_NORM_TANGENT,
     MOST_CLASSES,
+    MOST_FEATURES,
     MULTIPLY,
     OPCODE_BITS,
     POINTWISE,
@@ -181,11 +188,55 @@ def _sum_rows(code, header, t, BM: tl.constexpr, BI: tl.constexpr):
         sum_rows_block(a, out, theta, rates, _places(rate_at), each, i, rows, width, add, True, BM, BI)
 
 
+@triton.jit
+def _column_sums(code, header, t, BR: tl.constexpr, BI: tl.constexpr):
+    operands = _pointers(code, header, t, 15)
+    rows, width, each_w, each_b, add_w, add_b = _integers(code, header, 15, 6)
+    for start in range(0, width, BI):
+        column_sums_block(
+            *operands[:13], _places(operands[13]), _places(operands[14]), start + tl.arange(0, BI),
+            rows, width, 0.0, 0.0, each_w, each_b, add_w, add_b, "identity", True, BR, BI,
+        )  # fmt: skip
+
+
+@triton.jit
+def _layer_norm(code, header, t, BR: tl.constexpr, BW: tl.constexpr):
+    operands = _pointers(code, header, t, 6)
+    rows, width = _integers(code, header, 6, 2)
+    (eps,) = _floats(code, header, 6, 2, 1)
+    for start in range(0, rows, BR):
+        forward_rows(*operands, start + tl.arange(0, BR), rows, width, 0.0, 0.0, eps, "identity", True, BW)
+
+
+@triton.jit
+def _layer_norm_backward(code, header, t, BR: tl.constexpr, BW: tl.constexpr):
+    operands = _pointers(code, header, t, 6)
+    rows, width, add = _integers(code, header, 6, 3)
+    for start in range(0, rows, BR):
+        backward_rows(*operands, start + tl.arange(0, BR), rows, width, 0.0, 0.0, add, "identity", True, BW)
+
+
+@triton.jit
+def _layer_norm_tangent(code, header, t, BR: tl.constexpr, BW: tl.constexpr):
+    operands = _pointers(code, header, t, 10)
+    rows, width = _integers(code, header, 10, 2)
+    for start in range(0, rows, BR):
+        tangent_rows(*operands, start + tl.arange(0, BR), rows, width, 0.0, 0.0, "identity", True, BW)
+
+
+@triton.jit
+def _layer_norm_backward_tangent(code, header, t, BR: tl.constexpr, BW: tl.constexpr):
+    operands = _pointers(code, header, t, 11)
+    rows, width, add = _integers(code, header, 11, 3)
+    for start in range(0, rows, BR):
+        backward_tangent_rows(*operands, start + tl.arange(0, BR), rows, width, 0.0, 0.0, add, "identity", True, BW)
+
+
 @triton.jit(do_not_specialize=["count"])
 def resident_kernel(
     table, count,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     header = tl.load(table)
@@ -215,14 +266,25 @@ def resident_kernel(
             _cross_entropy_tangent(code, header, t, BR, BC)
         elif opcode == SUM_ROWS:
             _sum_rows(code, header, t, BR, BC)
+        elif opcode == COLUMN_SUMS:
+            _column_sums(code, header, t, BR, BC)
+        elif opcode == LAYER_NORM:
+            _layer_norm(code, header, t, BLOCK // BW, BW)
+        elif opcode == LAYER_NORM_BACKWARD:
+            _layer_norm_backward(code, header, t, BLOCK // BW, BW)
+        elif opcode == LAYER_NORM_TANGENT:
+            _layer_norm_tangent(code, header, t, BLOCK // BW, BW)
+        elif opcode == LAYER_NORM_BACKWARD_TANGENT:
+            _layer_norm_backward_tangent(code, header, t, BLOCK // BW, BW)
         header = following
         tl.debug_barrier()
 
 
 SHAPE: dict[str, Any] = {
     "BM": 16, "BN": 16, "BK": 16,  # products
-    "BLOCK": 256,  # flat arrays
+    "BLOCK": 256,  # flat arrays, and rows of a LayerNorm
     "BR": 4, "BC": MOST_CLASSES,  # rows and columns of classes
+    "BW": MOST_FEATURES,
     "num_warps": 1, "num_stages": 1, "maxnreg": 168,
 }  # fmt: skip
 """Tiles, warps and registers, chosen by counting: small tiles pad least, a task's one warp waits for no other, and a
