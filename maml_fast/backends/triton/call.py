@@ -39,7 +39,7 @@ class Variant:
 
 VARIANTS = {
     "wide": Variant(Workspace, Executor, fused=True),
-    # Activations inside of norms would be most of the resident kernel's code, and of the time to compile it.
+    # In the resident kernel, which must know them all, every norm's opcode would have its own copy of the activations.
     "resident": Variant(TaskMajor, ResidentExecutor, fused=False),
 }
 

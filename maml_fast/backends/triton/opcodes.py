@@ -7,14 +7,10 @@ from dataclasses import dataclass
 
 import triton.language as tl
 
+from . import channel_norm, layer_norm
 from .activation import activation_kernel
-from .elementwise import combine_kernel, copy_rows_kernel, multiply_kernel
+from .elementwise import combine_kernel, copy_rows_kernel, multiply_kernel, transpose_kernel
 from .gemm import gemm_kernel
-from .layer_norm import backward_kernel as layer_norm_backward_kernel
-from .layer_norm import backward_tangent_kernel as layer_norm_backward_tangent_kernel
-from .layer_norm import column_sums_kernel
-from .layer_norm import forward_kernel as layer_norm_kernel
-from .layer_norm import tangent_kernel as layer_norm_tangent_kernel
 from .losses import (
     cross_entropy_kernel,
     cross_entropy_tangent_kernel,
@@ -44,6 +40,11 @@ LAYER_NORM = tl.constexpr(13)
 LAYER_NORM_BACKWARD = tl.constexpr(14)
 LAYER_NORM_TANGENT = tl.constexpr(15)
 LAYER_NORM_BACKWARD_TANGENT = tl.constexpr(16)
+CHANNEL_NORM = tl.constexpr(17)
+CHANNEL_NORM_BACKWARD = tl.constexpr(18)
+CHANNEL_NORM_TANGENT = tl.constexpr(19)
+CHANNEL_NORM_BACKWARD_TANGENT = tl.constexpr(20)
+TRANSPOSE = tl.constexpr(21)
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,29 @@ FORMS: dict[Callable[..., None], Form] = {
     cross_entropy_kernel.fn: _form(CROSS_ENTROPY, "z labels weights losses dz", "samples classes", "smoothing"),
     cross_entropy_tangent_kernel.fn: _form(CROSS_ENTROPY_TANGENT, "z tz ez", "samples classes"),
     sum_rows_kernel.fn: _form(SUM_ROWS, "a out theta rates rate_at", "rows width each ADD"),
-    column_sums_kernel.fn: _form(
+    layer_norm.column_sums_kernel.fn: _form(
         COLUMN_SUMS, "xhat txhat dy ey w b vw vb gw gb theta_w theta_b rates at_w at_b",
         "rows width each_w each_b ADD_W ADD_B",
     ),
-    layer_norm_kernel.fn: _form(LAYER_NORM, "x w b y xhat inverse", "rows width", "eps"),
-    layer_norm_backward_kernel.fn: _form(LAYER_NORM_BACKWARD, "xhat inverse dy w b dx", "rows width ADD"),
-    layer_norm_tangent_kernel.fn: _form(LAYER_NORM_TANGENT, "xhat inverse tx w b vw vb ty txhat s", "rows width"),
-    layer_norm_backward_tangent_kernel.fn: _form(
+    layer_norm.forward_kernel.fn: _form(LAYER_NORM, "x w b y xhat inverse", "rows width", "eps"),
+    layer_norm.backward_kernel.fn: _form(LAYER_NORM_BACKWARD, "xhat inverse dy w b dx", "rows width ADD"),
+    layer_norm.tangent_kernel.fn: _form(LAYER_NORM_TANGENT, "xhat inverse tx w b vw vb ty txhat s", "rows width"),
+    layer_norm.backward_tangent_kernel.fn: _form(
         LAYER_NORM_BACKWARD_TANGENT, "xhat inverse txhat s dy ey w b vw vb ex", "rows width ADD",
     ),
+    channel_norm.forward_kernel.fn: _form(
+        CHANNEL_NORM, "x given_mean given_variance w b y mean inverse", "c m BATCH", "eps",
+    ),
+    channel_norm.backward_kernel.fn: _form(
+        CHANNEL_NORM_BACKWARD, "x mean inverse dy w b dx gw gb theta_w theta_b rates at_w at_b",
+        "c m each_w each_b BATCH ADD ADD_W ADD_B",
+    ),
+    channel_norm.tangent_kernel.fn: _form(CHANNEL_NORM_TANGENT, "x mean inverse tx w b vw vb ty tmean s", "c m BATCH"),
+    channel_norm.backward_tangent_kernel.fn: _form(
+        CHANNEL_NORM_BACKWARD_TANGENT,
+        "x mean inverse tx tmean s dy ey w b vw vb ex hw hb theta_w theta_b rates at_w at_b",
+        "c m each_w each_b BATCH ADD ADD_W ADD_B",
+    ),
+    transpose_kernel.fn: _form(TRANSPOSE, "a out", "size rows columns ADD"),
 }  # fmt: skip
 """The instructions, by the function of the wide kernel that does the same for all tasks."""

@@ -14,7 +14,8 @@ from ...plan import Plan
 _OLDEST = (8, 0)
 _MOST_NUMBERS = 1 << 31  # a task's array, whose offsets are 32-bit
 
-_INSTRUCTIONS = frozenset(("linear", *ACTIVATIONS, "affine", "add", "cat", "reshape", "layer_norm"))
+_NORMS = ("layer_norm", "batch_norm", "running_norm")
+_INSTRUCTIONS = frozenset(("linear", *ACTIVATIONS, "affine", "add", "cat", "reshape", *_NORMS))
 
 # About as much as one multiprocessor does in the 1–2 µs of a launch, which is what the resident variant saves.
 _SMALL_PRODUCT = 1 << 17
@@ -78,6 +79,7 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
 
 def why_not_resident(plan: Plan, graph: Graph) -> list[str]:
     """Reasons why one program cannot run a task alone; needs triton."""
+    from .channel_norm import SPAN
     from .opcodes import MOST_CLASSES, MOST_FEATURES
 
     reasons = []
@@ -86,6 +88,9 @@ def why_not_resident(plan: Plan, graph: Graph) -> list[str]:
             reasons.append(f"layer {op.kind} has no instruction in the resident kernel")
         if op.kind == "layer_norm" and (width := op.attributes["size"]) > MOST_FEATURES:
             reasons.append(f"LayerNorm over {width} features, more than the resident kernel's {MOST_FEATURES}")
+        rows = _samples(plan) * math.prod(graph.shapes[op.output][1:])
+        if op.kind in ("batch_norm", "running_norm") and rows > SPAN:
+            reasons.append(f"BatchNorm over {rows} rows a task, more than the resident kernel's {SPAN}")
     classes = graph.features(graph.output)
     if plan.inner.loss.takes_labels and classes > MOST_CLASSES:
         reasons.append(f"cross_entropy over {classes} classes, more than the resident kernel's {MOST_CLASSES}")
