@@ -174,6 +174,29 @@ def test_small_networks_are_resident(name: str, variant: str) -> None:
     assert TritonBackend().variant(prepared.call.plan) == variant
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("tanh", "variant resident"), ("conv-alone", "variant wide"),
+     ("conv-alone", "not resident: layer conv has no instruction in the resident kernel"),
+     ("omniglot-mlp", "not resident: layer linear has 15052800 multiplications a task, more than 131072")],
+)  # fmt: skip
+def test_explains_the_variant(name: str, said: str) -> None:
+    problem = cases.select([name])[0].build(torch.float32)
+    assert f"\n  triton: {said}" in problem.maml("triton").explain(*problem.batch)
+
+
+def test_explains_no_variant_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = small("tanh").build(torch.float32)
+    assert "  not triton: comes later in the order of preference\n  triton: variant resident" in _explained(problem)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "not triton: triton is not installed" in _explained(problem)
+    assert "variant" not in _explained(problem)
+
+
+def _explained(problem: cases.Problem) -> str:
+    return problem.maml("auto").explain(*problem.batch)
+
+
 @pytest.mark.parametrize(("backend", "kernel"), [
     ("triton", "resident_kernel"), ("triton-resident", "resident_kernel"), ("triton-wide", "gemm_kernel"),
 ])  # fmt: skip

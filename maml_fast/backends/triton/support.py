@@ -107,7 +107,7 @@ def too_large(plan: Plan, graph: Graph) -> list[str]:
         work = _samples(plan) * graph.features(op.output) * graph.shapes[op.inputs[0]][-1]
         if op.kind == "linear" and work > _SMALL_PRODUCT:
             reasons.append(f"layer linear has {work} multiplications a task, more than {_SMALL_PRODUCT}")
-    return reasons
+    return list(dict.fromkeys(reasons))
 
 
 def _samples(plan: Plan) -> int:
