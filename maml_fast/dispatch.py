@@ -28,16 +28,22 @@ only by name: the Triton kernels do until they have been verified on hardware.""
 
 @dataclass(frozen=True)
 class Choice:
-    """Which backend runs a plan, and why the others do not."""
+    """Which backend runs a plan, and why the others do not.
+
+    Attributes:
+        notes: what those that can run it choose themselves.
+    """
 
     backend: Backend
     reasons: dict[str, list[str]]
+    notes: dict[str, list[str]]
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend.name}"]
         for name, reasons in self.reasons.items():
             if name != self.backend.name:
                 lines += [f"  not {name}: {reason}" for reason in reasons or ["comes later in the order of preference"]]
+            lines += [f"  {name}: {note}" for note in self.notes.get(name, [])]
         return "\n".join(lines)
 
 
@@ -57,10 +63,11 @@ def choose(plan: Plan, name: str) -> Choice:
         backend = BACKENDS[name]
         if why_not := backend.why_not(plan):
             raise RuntimeError(f"backend {name!r} cannot run this model:\n" + "\n".join(f"  - {r}" for r in why_not))
-        return Choice(backend, {name: []})
+        return Choice(backend, {name: []}, {name: backend.notes(plan)})
     reasons = {name: backend.why_not(plan) for name, backend in BACKENDS.items()}
     chosen = next(BACKENDS[name] for name, why_not in reasons.items() if not why_not)
-    return Choice(chosen, reasons)
+    notes = {name: BACKENDS[name].notes(plan) for name, why_not in reasons.items() if not why_not}
+    return Choice(chosen, reasons, notes)
 
 
 def warn_of_fallback(choice: Choice) -> None:

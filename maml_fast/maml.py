@@ -173,7 +173,7 @@ class MAML(nn.Module):
         return Adapted(self, dict(zip(self._model.names, result.adapted, strict=True)))
 
     def explain(self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor | None = None) -> str:
-        """Which backend runs this meta-batch, and why the others do not."""
+        """Which backend runs this meta-batch, why the others do not, and which variant Triton's would be and why."""
         mode = Mode.META_GRADIENT if y_q is not None else Mode.LOGITS
         return str(self._prepare(mode, x_s, y_s, x_q, y_q).call.choice)
 

@@ -13,7 +13,7 @@ import interpreted
 import pytest
 import torch
 from interpreted import assert_close, assert_equal, record
-from torch import nn
+from torch import Tensor, nn
 
 from maml_fast import MAML, cases, dispatch, networks, verify
 from maml_fast.algorithms import maml as algorithm
@@ -26,10 +26,12 @@ SECOND_ORDER = ("frozen-rates", "adapts-body", "adapts-none", "steps-0-classes")
 THREE_TASKS = ("rate-scalar",)
 ONE_STEP = (
     "relu", "leaky-relu", "elu", "gelu", "gelu-tanh", "silu", "tanh", "sigmoid", "softplus-beta", "sine",
-    "residual", "branches", "function-shift", "function-twice",
+    "residual", "branches", "function-shift", "function-twice", "layernorm-no-bias", "layernorm-sequence",
+    "batchnorm-plain", "batchnorm-eval", "batchnorm-sequence", "rate-batchnorm",
     "loss-cross-entropy-smoothed", "loss-bce", "loss-l1", "loss-huber-delta",
     "tied-rates", "unreached-rates",
 )  # fmt: skip
+FIRST_ORDER = ("rate-per_tensor", "layernorm", "batchnorm")
 
 meta_gradient = partial(interpreted.meta_gradient, "triton-resident")
 
@@ -59,8 +61,9 @@ def test_second_order(case: cases.Case) -> None:
     assert_close(case, meta_gradient(case, first_order=False), first_order=False)
 
 
-def test_first_order() -> None:
-    case = small("rate-per_tensor")
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_first_order(name: str) -> None:
+    case = small(name)
     assert_close(case, meta_gradient(case, first_order=True), first_order=True)
 
 
@@ -72,6 +75,26 @@ def test_every_mode() -> None:
 
 def test_several_tiles_along_every_dimension() -> None:
     case = replace(small("size-one-feature"), network=lambda: networks.mlp(1, 33, 17, 1), support=17, query=1, steps=1)
+    assert_close(case, meta_gradient(case, first_order=False), first_order=False)
+
+
+class SharedNorms(nn.Module):
+    """Residual norms, each twice, over more rows and columns than a tile has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 33), nn.Linear(33, 3)
+        self.norms = nn.ModuleList([nn.LayerNorm(33), nn.BatchNorm1d(33)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for norm in (*self.norms, *self.norms):
+            x = x + norm(x)
+        return self.head(x)
+
+
+def test_norms_add_to_what_others_wrote() -> None:
+    case = replace(small("rate-batchnorm", steps=1), network=SharedNorms, support=5, query=3)
     assert_close(case, meta_gradient(case, first_order=False), first_order=False)
 
 
@@ -141,13 +164,37 @@ def test_precision_reaches_the_products(precision: str, read_as: str, monkeypatc
 
 @pytest.mark.parametrize(
     ("name", "variant"),
-    [("tanh", "resident"), ("sinusoid-k5", "resident"), ("layernorm", "wide"), ("conv-alone", "wide"),
+    [("tanh", "resident"), ("sinusoid-k5", "resident"), ("layernorm", "resident"), ("batchnorm-deep", "resident"),
+     ("conv-alone", "wide"),
      ("omniglot-mlp", "wide"), ("siren", "wide")],
 )  # fmt: skip
 def test_small_networks_are_resident(name: str, variant: str) -> None:
     problem = cases.select([name])[0].build(torch.float32)
     prepared = problem.maml("reference")._prepare(algorithm.Mode.META_GRADIENT, *problem.batch)
     assert TritonBackend().variant(prepared.call.plan) == variant
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("tanh", "variant resident"), ("conv-alone", "variant wide"),
+     ("conv-alone", "not resident: layer conv has no instruction in the resident kernel"),
+     ("omniglot-mlp", "not resident: layer linear has 15052800 multiplications a task, more than 131072")],
+)  # fmt: skip
+def test_explains_the_variant(name: str, said: str) -> None:
+    problem = cases.select([name])[0].build(torch.float32)
+    assert f"\n  triton: {said}" in problem.maml("triton").explain(*problem.batch)
+
+
+def test_explains_no_variant_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = small("tanh").build(torch.float32)
+    assert "  not triton: comes later in the order of preference\n  triton: variant resident" in _explained(problem)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "not triton: triton is not installed" in _explained(problem)
+    assert "variant" not in _explained(problem)
+
+
+def _explained(problem: cases.Problem) -> str:
+    return problem.maml("auto").explain(*problem.batch)
 
 
 @pytest.mark.parametrize(("backend", "kernel"), [
@@ -160,12 +207,23 @@ def test_forced_by_name(backend: str, kernel: str, monkeypatch: pytest.MonkeyPat
     assert asked[0][0] == kernel
 
 
+def normed_129() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 129), nn.LayerNorm(129), nn.Linear(129, 3))
+
+
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
         (small("conv-alone"), "layer conv has no instruction in the resident kernel"),
-        (small("batchnorm"), "layer batch_norm has no instruction in the resident kernel"),
+        (
+            replace(small("batchnorm"), query=1025),
+            "BatchNorm over 1025 rows a task, more than the resident kernel's 1024",
+        ),
         (replace(small("loss-cross-entropy"), network=lambda: nn.Linear(4, 33)), "cross_entropy over 33 classes"),
+        (
+            replace(small("linear"), network=normed_129),
+            "LayerNorm over 129 features, more than the resident kernel's 128",
+        ),
     ],
 )
 def test_says_why_it_cannot_run(case: cases.Case, reason: str) -> None:

@@ -23,5 +23,9 @@ class Backend(Protocol):
     def why_not(self, plan: Plan) -> list[str]:
         """Every reason why it cannot run the plan; empty where it can."""
 
+    def notes(self, plan: Plan) -> list[str]:
+        """What it chooses for a plan that it can run, and why; empty where it has no choice."""
+        return []
+
     def run(self, plan: Plan, tensors: Tensors) -> Result:
         """Run the plan. The tensors have been checked."""

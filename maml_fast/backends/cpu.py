@@ -31,6 +31,7 @@ from ..program import (
     SupportLoss,
     Update,
 )
+from .base import Backend
 
 try:
     from .. import _core
@@ -68,7 +69,7 @@ def info() -> dict[str, Any]:
     }
 
 
-class CpuBackend:
+class CpuBackend(Backend):
     """Fused kernels for many tasks on the CPU, float32 and float64."""
 
     name = "cpu"

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..plan import Plan, Result, Tensors
 from .autograd import differentiate
+from .base import Backend
 
 
-class ReferenceBackend:
+class ReferenceBackend(Backend):
     """Any module, any dtype, any device; one task after another."""
 
     name = "reference"

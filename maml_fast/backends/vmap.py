@@ -13,9 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..plan import Plan, Result, Tensors
 from .autograd import differentiate
+from .base import Backend
 
 
-class VmapBackend:
+class VmapBackend(Backend):
     """Any module that torch.func.vmap can batch."""
 
     name = "vmap"

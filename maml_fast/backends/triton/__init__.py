@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...plan import Plan, Result, Tensors
+from ..base import Backend
 from .support import too_large, why_not_machine, why_not_network, why_not_resident
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _SHARE = 0.8  # of the device's free memory that one plan may take
 _INTERPRETER_BYTES = 1 << 30
 
 
-class TritonBackend:
+class TritonBackend(Backend):
     """Fused kernels for many tasks on CUDA devices of compute capability ≥ 8.0, float32.
 
     Args:
@@ -58,9 +59,12 @@ class TritonBackend:
         """`"resident"` or `"wide"`: which kernels run the plan."""
         if self.forced:
             return self.forced
-        graph = plan.trace[0]
-        assert graph is not None
-        return "wide" if why_not_resident(plan, graph) or too_large(plan, graph) else "resident"
+        return "wide" if _why_wide(plan) else "resident"
+
+    def notes(self, plan: Plan) -> list[str]:
+        if self.forced:
+            return []
+        return [f"variant {self.variant(plan)}", *(f"not resident: {reason}" for reason in _why_wide(plan))]
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
         device = plan.device
@@ -83,3 +87,10 @@ class TritonBackend:
         if device.type != "cuda":
             return _INTERPRETER_BYTES
         return int(_SHARE * torch.cuda.mem_get_info(device)[0])
+
+
+def _why_wide(plan: Plan) -> list[str]:
+    """Reasons against the resident variant."""
+    graph = plan.trace[0]
+    assert graph is not None
+    return why_not_resident(plan, graph) + too_large(plan, graph)

@@ -29,13 +29,19 @@ class Variant:
 
     Attributes:
         workspace, executor: where things are, and what runs the program.
+        fused: whether activations and pools are part of the norms before them.
     """
 
     workspace: type[Workspace]
     executor: type[Executor]
+    fused: bool
 
 
-VARIANTS = {"wide": Variant(Workspace, Executor), "resident": Variant(TaskMajor, ResidentExecutor)}
+VARIANTS = {
+    "wide": Variant(Workspace, Executor, fused=True),
+    # In the resident kernel, which must know them all, every norm's opcode would have its own copy of the activations.
+    "resident": Variant(TaskMajor, ResidentExecutor, fused=False),
+}
 
 
 class Call:
@@ -56,7 +62,7 @@ class Call:
         graph, chosen = plan.trace[0], VARIANTS[variant]
         assert graph is not None
         self.lock = threading.Lock()
-        network = Network(plan, graph)
+        network = Network(plan, graph, chosen.fused)
         self.buffers = Buffers(plan, network, device)
         room = budget - self.buffers.bytes()
         program, self.workspace, self.chunk = _fit(plan, network, chosen.workspace, room)
@@ -91,7 +97,7 @@ def why_not_memory(plan: Plan, variant: str, budget: int) -> list[str]:
     """The bytes that one task needs, if they are more than the budget."""
     graph, chosen = plan.trace[0], VARIANTS[variant]
     assert graph is not None
-    network = Network(plan, graph)
+    network = Network(plan, graph, chosen.fused)
     room = budget - Buffers(plan, network, torch.device("meta")).bytes()
     try:
         _fit(plan, network, chosen.workspace, room)

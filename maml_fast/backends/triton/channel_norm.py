@@ -23,13 +23,14 @@ from torch import Tensor
 
 from .activation import activate
 from .launch import Launch, blocks, power_of_two, task
-from .vectors import Step, step_arguments, stepped
+from .optional import given, loaded
+from .vectors import Step, gradient, step_arguments
 
 Steps = tuple[Step | None, Step | None]
 Aux = tuple[Tensor, Tensor, Tensor | None]
 """μ and r; where, int32 and laid out like y, for a pool."""
 
-_SPAN = 1024  # rows a program
+SPAN = 1024  # rows a program
 _MOST_SPANS = 128  # whose sums every program of the second kernel reads
 
 _SIZES = ["m", "span", "spans"]
@@ -85,29 +86,10 @@ def _chosen(where, start, at, inside, rc, c, in_h, in_w, out_h, out_w, kernel_h,
 
 
 @triton.jit
-def _vector(p, at, inside, default: tl.constexpr):
-    """p[at], or `default` where there is no p."""
-    if p is None:
-        return tl.where(inside, default, 0.0)
-    else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
-        return tl.load(p + at, mask=inside, other=0.0)
-
-
-@triton.jit
-def _accumulate(p, at, inside, value, ADD: tl.constexpr):
-    if p is not None:
-        if ADD:
-            value += tl.load(p + at, mask=inside, other=0.0)
-        tl.store(p + at, value, mask=inside)
-
-
-@triton.jit
-def _gradient(p, at, inside, value, theta, rates, rate_at, each, rc, ADD: tl.constexpr):
-    """Store a weight's gradient, or θ − α times it."""
-    if p is not None:
-        if ADD:
-            value += tl.load(p + at, mask=inside, other=0.0)
-        tl.store(p + at, stepped(value, theta, rates, rate_at, each, rc, inside, False), mask=inside)
+def _accumulate(p, at, inside, value, ADD):
+    if ADD:
+        value += tl.load(p + at, mask=inside, other=0.0)
+    tl.store(p + at, value, mask=inside)
 
 
 @triton.jit
@@ -175,35 +157,33 @@ def _value(x, at, inside, mu, r, weight, bias, p0, p1, ACT: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=[*_SIZES, *_POOL, "w_t", "b_t"])
-def forward_kernel(
-    x, part, given_mean, given_variance, w, b, y, where, mean, inverse,
-    c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, eps, p0, p1, w_t, b_t,
-    ACT: tl.constexpr, BATCH: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+@triton.jit
+def forward_block(
+    x, part, given_mean, given_variance, w, b, y, where, mean, inverse, j, rc, first,
+    c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, eps, p0, p1, BATCH,
+    ACT: tl.constexpr, DYNAMIC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    t, j, rc, in_c, first = _program(c, spans, BC)
-    base = t * c * m
+    """One task's channels rc and span j; what belongs to the channels is stored where `first`."""
+    in_c = rc < c
     if BATCH:
         if part is None:
-            mu, square = _moments(x + base, 0, m, rc, c, BM, BC)
+            mu, square = _moments(x, 0, m, rc, c, BM, BC)
         else:
-            mu, square = _joined_moments(part + t * spans * 2 * c, rc, c, m, span, spans, BM, BC)
+            mu, square = _joined_moments(part, rc, c, m, span, spans, BM, BC)
         r = 1.0 / tl.sqrt(square / m + eps)
     else:
         mu = tl.load(given_mean + rc, mask=in_c, other=0.0)
         r = 1.0 / tl.sqrt(tl.load(given_variance + rc, mask=in_c, other=1.0) + eps)
-    tl.store(mean + t * c + rc, mu, mask=first)
-    tl.store(inverse + t * c + rc, r, mask=first)
-    weight = _vector(w, t * w_t + rc, in_c, 1.0)
-    bias = _vector(b, t * b_t + rc, in_c, 0.0)
+    tl.store(mean + rc, mu, mask=first)
+    tl.store(inverse + rc, r, mask=first)
+    weight, bias = loaded(w, rc, in_c, 1.0, DYNAMIC), loaded(b, rc, in_c, 0.0, DYNAMIC)
     outs = _outs(where, m, in_h, in_w, out_h, out_w, kernel_h, kernel_w)
-    y += t * c * outs
     share = tl.cdiv(outs, spans)
     end = tl.minimum(j * share + share, outs)
     for start in range(j * share, end, BM):
         at, inside = _at(start, end, rc, c, BM)
         if where is None:
-            value = _value(x + base, at, inside, mu, r, weight, bias, p0, p1, ACT)
+            value = _value(x, at, inside, mu, r, weight, bias, p0, p1, ACT)
         else:
             sample, corner = _corners(start + tl.arange(0, BM), in_h, in_w, out_h, out_w, kernel_h, kernel_w)
             value = tl.full((BM, BC), -float("inf"), tl.float32)
@@ -211,13 +191,29 @@ def forward_kernel(
             for tap in range(kernel_h * kernel_w):
                 here = corner + tap // kernel_w * in_w + tap % kernel_w
                 source = (sample + here)[:, None] * c + rc[None, :]
-                other = _value(x + base, source, inside, mu, r, weight, bias, p0, p1, ACT)
+                other = _value(x, source, inside, mu, r, weight, bias, p0, p1, ACT)
                 # As in PyTorch: the first of equals, and NaN beats every number.
                 better = (other > value) | (other != other) | (position < 0)
                 value = tl.where(better, other, value)
                 position = tl.where(better, here[:, None], position)
-            tl.store(where + t * c * outs + at, position, mask=inside)
+            tl.store(where + at, position, mask=inside)
         tl.store(y + at, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, *_POOL, "w_t", "b_t"])
+def forward_kernel(
+    x, part, given_mean, given_variance, w, b, y, where, mean, inverse,
+    c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, eps, p0, p1, w_t, b_t,
+    ACT: tl.constexpr, BATCH: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    t, j, rc, _, first = _program(c, spans, BC)
+    outs = _outs(where, m, in_h, in_w, out_h, out_w, kernel_h, kernel_w)
+    forward_block(
+        x + t * c * m, None if part is None else part + t * spans * 2 * c, given_mean, given_variance,
+        None if w is None else w + t * w_t, None if b is None else b + t * b_t,
+        y + t * c * outs, None if where is None else where + t * c * outs, mean + t * c, inverse + t * c, j, rc, first,
+        c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, eps, p0, p1, BATCH, ACT, False, BM, BC,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -255,7 +251,7 @@ def backward_sums_kernel(
     base = t * c * m
     mu = tl.load(mean + t * c + rc, mask=in_c, other=0.0)
     r = tl.load(inverse + t * c + rc, mask=in_c, other=0.0)
-    weight, bias = _vector(w, t * w_t + rc, in_c, 1.0), _vector(b, t * b_t + rc, in_c, 0.0)
+    weight, bias = loaded(w, t * w_t + rc, in_c, 1.0, False), loaded(b, t * b_t + rc, in_c, 0.0, False)
     outs = _outs(where, m, in_h, in_w, out_h, out_w, kernel_h, kernel_w)
     if where is not None:
         where += t * c * outs
@@ -268,6 +264,36 @@ def backward_sums_kernel(
     tl.store(to + c, q, mask=in_c)
 
 
+@triton.jit
+def backward_block(
+    x, mean, inverse, where, dy, w, b, part, dx, gw, gb, theta_w, theta_b, rates, at_w, at_b, j, rc, first,
+    c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, p0, p1, each_w, each_b, BATCH, ADD, ADD_W, ADD_B,
+    ACT: tl.constexpr, DYNAMIC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """One task's channels rc and span j; what belongs to the channels is stored where `first`."""
+    in_c = rc < c
+    mu, r = tl.load(mean + rc, mask=in_c, other=0.0), tl.load(inverse + rc, mask=in_c, other=0.0)
+    weight, bias = loaded(w, rc, in_c, 1.0, DYNAMIC), loaded(b, rc, in_c, 0.0, DYNAMIC)
+    if part is None:
+        p, q = _delta_sums(
+            x, dy, where, 0, m, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w,
+            mu, r, weight, bias, p0, p1, ACT, BM, BC,
+        )  # fmt: skip
+    else:
+        p, q = _joined(part, 0, 2, rc, c, spans, BM, BC), _joined(part, 1, 2, rc, c, spans, BM, BC)
+    gradient(gw, p, theta_w, rates, at_w, each_w, rc, first, ADD_W, DYNAMIC)
+    gradient(gb, q, theta_b, rates, at_b, each_b, rc, first, ADD_B, DYNAMIC)
+    if dx is not None and given(dx, DYNAMIC):
+        end = tl.minimum(j * span + span, m)
+        for start in range(j * span, end, BM):
+            at, inside = _at(start, end, rc, c, BM)
+            at_y, in_y = _chosen(where, start, at, inside, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w, BM)
+            h, u = _delta(x, dy, at, inside, at_y, in_y, mu, r, weight, bias, p0, p1, ACT)
+            if BATCH:
+                u -= (q[None, :] + h * p[None, :]) / m
+            _accumulate(dx, at, inside, (weight * r)[None, :] * u, ADD)
+
+
 @triton.jit(do_not_specialize=[*_SIZES, *_POOL, "w_t", "b_t", "gw_t", "gb_t", *_STEPS])
 def backward_kernel(
     x, mean, inverse, where, dy, w, b, part, dx, gw, gb, theta_w, theta_b, rates, at_w, at_b,
@@ -276,38 +302,18 @@ def backward_kernel(
     ACT: tl.constexpr, BATCH: tl.constexpr, ADD: tl.constexpr, ADD_W: tl.constexpr, ADD_B: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    t, j, rc, in_c, first = _program(c, spans, BC)
-    base = t * c * m
-    mu = tl.load(mean + t * c + rc, mask=in_c, other=0.0)
-    r = tl.load(inverse + t * c + rc, mask=in_c, other=0.0)
-    weight, bias = _vector(w, t * w_t + rc, in_c, 1.0), _vector(b, t * b_t + rc, in_c, 0.0)
+    t, j, rc, _, first = _program(c, spans, BC)
     outs = _outs(where, m, in_h, in_w, out_h, out_w, kernel_h, kernel_w)
-    dy += t * c * outs
-    if where is not None:
-        where += t * c * outs
-    if part is None:
-        p, q = _delta_sums(
-            x + base, dy, where, 0, m, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w,
-            mu, r, weight, bias, p0, p1, ACT, BM, BC,
-        )  # fmt: skip
-    else:
-        mine = part + t * spans * 2 * c
-        p, q = _joined(mine, 0, 2, rc, c, spans, BM, BC), _joined(mine, 1, 2, rc, c, spans, BM, BC)
-    if theta_w is not None:
-        theta_w += t * theta_t
-    if theta_b is not None:
-        theta_b += t * theta_t
-    _gradient(gw, t * gw_t + rc, first, p, theta_w, rates, at_w, each_w, rc, ADD_W)
-    _gradient(gb, t * gb_t + rc, first, q, theta_b, rates, at_b, each_b, rc, ADD_B)
-    if dx is not None:
-        end = tl.minimum(j * span + span, m)
-        for start in range(j * span, end, BM):
-            at, inside = _at(start, end, rc, c, BM)
-            at_y, in_y = _chosen(where, start, at, inside, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w, BM)
-            h, u = _delta(x + base, dy, at, inside, at_y, in_y, mu, r, weight, bias, p0, p1, ACT)
-            if BATCH:
-                u -= (q[None, :] + h * p[None, :]) / m
-            _accumulate(dx, base + at, inside, (weight * r)[None, :] * u, ADD)
+    backward_block(
+        x + t * c * m, mean + t * c, inverse + t * c, None if where is None else where + t * c * outs,
+        dy + t * c * outs, None if w is None else w + t * w_t, None if b is None else b + t * b_t,
+        None if part is None else part + t * spans * 2 * c, None if dx is None else dx + t * c * m,
+        None if gw is None else gw + t * gw_t, None if gb is None else gb + t * gb_t,
+        None if theta_w is None else theta_w + t * theta_t, None if theta_b is None else theta_b + t * theta_t,
+        rates, at_w, at_b, j, rc, first,
+        c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, p0, p1,
+        each_w, each_b, BATCH, ADD, ADD_W, ADD_B, ACT, False, BM, BC,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -336,39 +342,35 @@ def tangent_sums_kernel(x, mean, inverse, tx, part, c, m, span, spans, BM: tl.co
 
 
 @triton.jit
-def _moved(tx, h, at, inside, r, tmean, slope):
+def _moved(tx, h, at, inside, r, tmean, slope, DYNAMIC: tl.constexpr):
     """x̂˙."""
-    if tx is None:
-        return tl.zeros_like(h)
-    else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
-        return r[None, :] * (tl.load(tx + at, mask=inside, other=0.0) - tmean[None, :] - h * slope[None, :])
+    moved = tl.zeros_like(h)
+    if tx is not None and given(tx, DYNAMIC):
+        moved = r[None, :] * (tl.load(tx + at, mask=inside, other=0.0) - tmean[None, :] - h * slope[None, :])
+    return moved
 
 
-@triton.jit(do_not_specialize=[*_SIZES, *_POOL, "w_t", "b_t", "v_t"])
-def tangent_kernel(
-    x, mean, inverse, where, tx, w, b, vw, vb, part, ty, tmean, s,
-    c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, p0, p1, w_t, b_t, v_t,
-    ACT: tl.constexpr, BATCH: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+@triton.jit
+def tangent_block(
+    x, mean, inverse, where, tx, w, b, vw, vb, part, ty, tmean, s, j, rc, first,
+    c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, p0, p1, BATCH,
+    ACT: tl.constexpr, DYNAMIC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    t, j, rc, in_c, first = _program(c, spans, BC)
-    base = t * c * m
-    mu = tl.load(mean + t * c + rc, mask=in_c, other=0.0)
-    r = tl.load(inverse + t * c + rc, mask=in_c, other=0.0)
+    """One task's channels rc and span j; what belongs to the channels is stored where `first`."""
+    in_c = rc < c
+    mu, r = tl.load(mean + rc, mask=in_c, other=0.0), tl.load(inverse + rc, mask=in_c, other=0.0)
     mu_moved, slope = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
-    if tx is not None:
-        tx += base
-    if BATCH and tx is not None:
-        if part is None:
-            mu_moved, slope = _tangent_sums(x + base, tx, 0, m, rc, c, mu, r, BM, BC)
-        else:
-            mine = part + t * spans * 2 * c
-            mu_moved, slope = _joined(mine, 0, 2, rc, c, spans, BM, BC), _joined(mine, 1, 2, rc, c, spans, BM, BC)
-        mu_moved, slope = mu_moved / m, slope / m
-    if tx is not None:
-        tl.store(tmean + t * c + rc, mu_moved, mask=first)
-        tl.store(s + t * c + rc, slope, mask=first)
-    weight, bias = _vector(w, t * w_t + rc, in_c, 1.0), _vector(b, t * b_t + rc, in_c, 0.0)
-    weight_moved, bias_moved = _vector(vw, t * v_t + rc, in_c, 0.0), _vector(vb, t * v_t + rc, in_c, 0.0)
+    if tx is not None and given(tx, DYNAMIC):
+        if BATCH:
+            if part is None:
+                mu_moved, slope = _tangent_sums(x, tx, 0, m, rc, c, mu, r, BM, BC)
+            else:
+                mu_moved, slope = _joined(part, 0, 2, rc, c, spans, BM, BC), _joined(part, 1, 2, rc, c, spans, BM, BC)
+            mu_moved, slope = mu_moved / m, slope / m
+        tl.store(tmean + rc, mu_moved, mask=first)
+        tl.store(s + rc, slope, mask=first)
+    weight, bias = loaded(w, rc, in_c, 1.0, DYNAMIC), loaded(b, rc, in_c, 0.0, DYNAMIC)
+    weight_moved, bias_moved = loaded(vw, rc, in_c, 0.0, DYNAMIC), loaded(vb, rc, in_c, 0.0, DYNAMIC)
     outs = _outs(where, m, in_h, in_w, out_h, out_w, kernel_h, kernel_w)
     share = tl.cdiv(outs, spans)
     end = tl.minimum(j * share + share, outs)
@@ -377,22 +379,41 @@ def tangent_kernel(
         at = at_y
         if where is not None:
             sample, _ = _corners(start + tl.arange(0, BM), in_h, in_w, out_h, out_w, kernel_h, kernel_w)
-            position = tl.load(where + t * c * outs + at_y, mask=inside, other=0)
+            position = tl.load(where + at_y, mask=inside, other=0)
             at = (sample[:, None] + position) * c + rc[None, :]
-        h = (tl.load(x + base + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
-        moved = _moved(tx, h, at, inside, r, mu_moved, slope)
+        h = (tl.load(x + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
+        moved = _moved(tx, h, at, inside, r, mu_moved, slope, DYNAMIC)
         z = weight[None, :] * moved + weight_moved[None, :] * h + bias_moved[None, :]
         _, gain, _ = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT, False)
-        tl.store(ty + t * c * outs + at_y, gain * z, mask=inside)
+        tl.store(ty + at_y, gain * z, mask=inside)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, *_POOL, "w_t", "b_t", "v_t"])
+def tangent_kernel(
+    x, mean, inverse, where, tx, w, b, vw, vb, part, ty, tmean, s,
+    c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, p0, p1, w_t, b_t, v_t,
+    ACT: tl.constexpr, BATCH: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    t, j, rc, _, first = _program(c, spans, BC)
+    outs = _outs(where, m, in_h, in_w, out_h, out_w, kernel_h, kernel_w)
+    tangent_block(
+        x + t * c * m, mean + t * c, inverse + t * c, None if where is None else where + t * c * outs,
+        None if tx is None else tx + t * c * m,
+        None if w is None else w + t * w_t, None if b is None else b + t * b_t,
+        None if vw is None else vw + t * v_t, None if vb is None else vb + t * v_t,
+        None if part is None else part + t * spans * 2 * c, ty + t * c * outs, tmean + t * c, s + t * c, j, rc, first,
+        c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, p0, p1, BATCH, ACT, False, BM, BC,
+    )  # fmt: skip
 
 
 @triton.jit
 def _both_deltas(
-    x, tx, dy, ey, at, inside, at_y, in_y, mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1, ACT: tl.constexpr
+    x, tx, dy, ey, at, inside, at_y, in_y, mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1,
+    ACT: tl.constexpr, DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """x̂, x̂˙, d and d˙."""
     h = (tl.load(x + at, mask=inside, other=0.0) - mu[None, :]) * r[None, :]
-    th = _moved(tx, h, at, inside, r, tmean, s)
+    th = _moved(tx, h, at, inside, r, tmean, s, DYNAMIC)
     _, gain, curvature = activate(weight[None, :] * h + bias[None, :], p0, p1, ACT, False)
     tz = weight[None, :] * th + vweight[None, :] * h + vbias[None, :]
     d = tl.load(dy + at_y, mask=in_y, other=0.0)
@@ -404,7 +425,7 @@ def _both_deltas(
 def _both_sums(
     x, tx, where, dy, ey, begin, end, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w,
     mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1,
-    ACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    ACT: tl.constexpr, DYNAMIC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Σ d x̂, Σ d and their tangents."""
     p_sum, q_sum = tl.zeros((BM, BC), tl.float32), tl.zeros((BM, BC), tl.float32)
@@ -413,13 +434,69 @@ def _both_sums(
         at, inside = _at(start, end, rc, c, BM)
         at_y, in_y = _chosen(where, start, at, inside, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w, BM)
         h, th, d, e = _both_deltas(
-            x, tx, dy, ey, at, inside, at_y, in_y, mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1, ACT
+            x, tx, dy, ey, at, inside, at_y, in_y, mu, r, tmean, s, weight, bias, vweight, vbias, p0, p1, ACT, DYNAMIC
         )
         p_sum += d * h
         q_sum += d
         tp_sum += e * h + d * th
         tq_sum += e
     return tl.sum(p_sum, axis=0), tl.sum(q_sum, axis=0), tl.sum(tp_sum, axis=0), tl.sum(tq_sum, axis=0)
+
+
+@triton.jit
+def backward_tangent_block(
+    x, mean, inverse, where, tx, tmean, s, dy, ey, w, b, vw, vb, part, ex, hw, hb,
+    theta_w, theta_b, rates, at_w, at_b, j, rc, first,
+    c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, p0, p1, each_w, each_b, BATCH, ADD, ADD_W, ADD_B,
+    SUMS: tl.constexpr, ACT: tl.constexpr, DYNAMIC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """One task's channels rc and span j; what belongs to the channels is stored where `first`.
+
+    With SUMS only the span's sums, into `part`.
+    """
+    in_c = rc < c
+    mu, r = tl.load(mean + rc, mask=in_c, other=0.0), tl.load(inverse + rc, mask=in_c, other=0.0)
+    tmu, slope = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+    if tx is not None and given(tx, DYNAMIC):
+        tmu, slope = tl.load(tmean + rc, mask=in_c, other=0.0), tl.load(s + rc, mask=in_c, other=0.0)
+    weight, bias = loaded(w, rc, in_c, 1.0, DYNAMIC), loaded(b, rc, in_c, 0.0, DYNAMIC)
+    vweight, vbias = loaded(vw, rc, in_c, 0.0, DYNAMIC), loaded(vb, rc, in_c, 0.0, DYNAMIC)
+    begin, end = j * span, tl.minimum(j * span + span, m)
+    if SUMS:
+        p, q, tp, tq = _both_sums(
+            x, tx, where, dy, ey, begin, end, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w,
+            mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1, ACT, DYNAMIC, BM, BC,
+        )  # fmt: skip
+        to = part + j * 4 * c + rc
+        tl.store(to, p, mask=in_c)
+        tl.store(to + c, q, mask=in_c)
+        tl.store(to + 2 * c, tp, mask=in_c)
+        tl.store(to + 3 * c, tq, mask=in_c)
+    else:
+        if part is None:
+            p, q, tp, tq = _both_sums(
+                x, tx, where, dy, ey, 0, m, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w,
+                mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1, ACT, DYNAMIC, BM, BC,
+            )  # fmt: skip
+        else:
+            p, q = _joined(part, 0, 4, rc, c, spans, BM, BC), _joined(part, 1, 4, rc, c, spans, BM, BC)
+            tp, tq = _joined(part, 2, 4, rc, c, spans, BM, BC), _joined(part, 3, 4, rc, c, spans, BM, BC)
+        gradient(hw, tp, theta_w, rates, at_w, each_w, rc, first, ADD_W, DYNAMIC)
+        gradient(hb, tq, theta_b, rates, at_b, each_b, rc, first, ADD_B, DYNAMIC)
+        if ex is not None and given(ex, DYNAMIC):
+            for start in range(begin, end, BM):
+                at, inside = _at(start, end, rc, c, BM)
+                at_y, in_y = _chosen(where, start, at, inside, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w, BM)
+                h, th, u, tu = _both_deltas(
+                    x, tx, dy, ey, at, inside, at_y, in_y, mu, r, tmu, slope, weight, bias, vweight, vbias,
+                    p0, p1, ACT, DYNAMIC,
+                )  # fmt: skip
+                if BATCH:
+                    u -= (q[None, :] + h * p[None, :]) / m
+                    tu -= (tq[None, :] + th * p[None, :] + h * tp[None, :]) / m
+                turned = tu - u * (slope * r)[None, :]
+                value = r[None, :] * (weight[None, :] * turned + vweight[None, :] * u)
+                _accumulate(ex, at, inside, value, ADD)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *_POOL, "w_t", "b_t", "v_t", "hw_t", "hb_t", *_STEPS])
@@ -431,64 +508,20 @@ def backward_tangent_kernel(
     ACT: tl.constexpr, BATCH: tl.constexpr, SUMS: tl.constexpr,
     ADD: tl.constexpr, ADD_W: tl.constexpr, ADD_B: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """With SUMS only a span's sums, into `part`."""
-    t, j, rc, in_c, first = _program(c, spans, BC)
-    base = t * c * m
-    mu = tl.load(mean + t * c + rc, mask=in_c, other=0.0)
-    r = tl.load(inverse + t * c + rc, mask=in_c, other=0.0)
-    tmu, slope = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
-    if tx is not None:
-        tx += base
-        tmu = tl.load(tmean + t * c + rc, mask=in_c, other=0.0)
-        slope = tl.load(s + t * c + rc, mask=in_c, other=0.0)
-    weight, bias = _vector(w, t * w_t + rc, in_c, 1.0), _vector(b, t * b_t + rc, in_c, 0.0)
-    vweight, vbias = _vector(vw, t * v_t + rc, in_c, 0.0), _vector(vb, t * v_t + rc, in_c, 0.0)
-    x += base
+    t, j, rc, _, first = _program(c, spans, BC)
     outs = _outs(where, m, in_h, in_w, out_h, out_w, kernel_h, kernel_w)
-    dy += t * c * outs
-    ey += t * c * outs
-    if where is not None:
-        where += t * c * outs
-    begin, end = j * span, tl.minimum(j * span + span, m)
-    if SUMS:
-        p, q, tp, tq = _both_sums(
-            x, tx, where, dy, ey, begin, end, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w,
-            mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1, ACT, BM, BC,
-        )  # fmt: skip
-        to = part + (t * spans + j) * 4 * c + rc
-        tl.store(to, p, mask=in_c)
-        tl.store(to + c, q, mask=in_c)
-        tl.store(to + 2 * c, tp, mask=in_c)
-        tl.store(to + 3 * c, tq, mask=in_c)
-    else:
-        if part is None:
-            p, q, tp, tq = _both_sums(
-                x, tx, where, dy, ey, 0, m, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w,
-                mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1, ACT, BM, BC,
-            )  # fmt: skip
-        else:
-            mine = part + t * spans * 4 * c
-            p, q = _joined(mine, 0, 4, rc, c, spans, BM, BC), _joined(mine, 1, 4, rc, c, spans, BM, BC)
-            tp, tq = _joined(mine, 2, 4, rc, c, spans, BM, BC), _joined(mine, 3, 4, rc, c, spans, BM, BC)
-        if theta_w is not None:
-            theta_w += t * theta_t
-        if theta_b is not None:
-            theta_b += t * theta_t
-        _gradient(hw, t * hw_t + rc, first, tp, theta_w, rates, at_w, each_w, rc, ADD_W)
-        _gradient(hb, t * hb_t + rc, first, tq, theta_b, rates, at_b, each_b, rc, ADD_B)
-        if ex is not None:
-            for start in range(begin, end, BM):
-                at, inside = _at(start, end, rc, c, BM)
-                at_y, in_y = _chosen(where, start, at, inside, rc, c, in_h, in_w, out_h, out_w, kernel_h, kernel_w, BM)
-                h, th, u, tu = _both_deltas(
-                    x, tx, dy, ey, at, inside, at_y, in_y, mu, r, tmu, slope, weight, bias, vweight, vbias, p0, p1, ACT
-                )
-                if BATCH:
-                    u -= (q[None, :] + h * p[None, :]) / m
-                    tu -= (tq[None, :] + th * p[None, :] + h * tp[None, :]) / m
-                turned = tu - u * (slope * r)[None, :]
-                value = r[None, :] * (weight[None, :] * turned + vweight[None, :] * u)
-                _accumulate(ex, base + at, inside, value, ADD)
+    backward_tangent_block(
+        x + t * c * m, mean + t * c, inverse + t * c, None if where is None else where + t * c * outs,
+        None if tx is None else tx + t * c * m, tmean + t * c, s + t * c, dy + t * c * outs, ey + t * c * outs,
+        None if w is None else w + t * w_t, None if b is None else b + t * b_t,
+        None if vw is None else vw + t * v_t, None if vb is None else vb + t * v_t,
+        None if part is None else part + t * spans * 4 * c, None if ex is None else ex + t * c * m,
+        None if hw is None else hw + t * hw_t, None if hb is None else hb + t * hb_t,
+        None if theta_w is None else theta_w + t * theta_t, None if theta_b is None else theta_b + t * theta_t,
+        rates, at_w, at_b, j, rc, first,
+        c, m, span, spans, in_h, in_w, out_h, out_w, kernel_h, kernel_w, p0, p1,
+        each_w, each_b, BATCH, ADD, ADD_W, ADD_B, SUMS, ACT, False, BM, BC,
+    )  # fmt: skip
 
 
 def scratch(rows: int, channels: int) -> int:
@@ -498,7 +531,7 @@ def scratch(rows: int, channels: int) -> int:
 
 
 def _span(rows: int) -> int:
-    return max(_SPAN, blocks(rows, _MOST_SPANS))
+    return max(SPAN, blocks(rows, _MOST_SPANS))
 
 
 class ChannelNorm:

@@ -77,9 +77,9 @@ def spread_rows_kernel(a, out, size, width, rows, a_t, BLOCK: tl.constexpr):
     tl.store(out + i, tl.load(a + at, mask=inside, other=0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["size", "rows", "columns"])
-def transpose_kernel(a, out, size, rows, columns, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def transpose_block(a, out, rows, columns, i, size, ADD):
+    """Elements i."""
     inside = i < size
     one = rows * columns
     matrix, rest = i // one, i % one
@@ -87,6 +87,12 @@ def transpose_kernel(a, out, size, rows, columns, ADD: tl.constexpr, BLOCK: tl.c
     if ADD:
         y += tl.load(out + i, mask=inside, other=0.0)
     tl.store(out + i, y, mask=inside)
+
+
+@triton.jit(do_not_specialize=["size", "rows", "columns"])
+def transpose_kernel(a, out, size, rows, columns, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    transpose_block(a, out, rows, columns, i, size, ADD)
 
 
 def combine(

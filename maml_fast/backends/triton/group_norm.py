@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .activation import activate
 from .launch import Launch, power_of_two
+from .optional import loaded
 from .row_norm import RowNorm, deltas
 
 
@@ -31,14 +32,6 @@ def _at(start, size, group, width, c, BLOCK: tl.constexpr):
     i = start + tl.arange(0, BLOCK)
     channel = group * width + i % width
     return channel, (i // width) * c + channel, i < size
-
-
-@triton.jit
-def _weight(p, at, inside, default: tl.constexpr):
-    if p is None:
-        return tl.where(inside, default, 0.0)
-    else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
-        return tl.load(p + at, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["samples", "groups", "positions", "w_t", "b_t"])
@@ -65,7 +58,8 @@ def forward_kernel(
         channel, at, inside = _at(start, size, group, width, c, BLOCK)
         h = (tl.load(x + base + at, mask=inside, other=0.0) - mu) * r
         tl.store(xhat + base + at, h, mask=inside)
-        weight, bias = _weight(w, t * w_t + channel, inside, 1.0), _weight(b, t * b_t + channel, inside, 0.0)
+        weight = loaded(w, t * w_t + channel, inside, 1.0, False)
+        bias = loaded(b, t * b_t + channel, inside, 0.0, False)
         value, _, _ = activate(weight * h + bias, p0, p1, ACT, False)
         tl.store(y + base + at, value, mask=inside)
 
@@ -74,7 +68,7 @@ def forward_kernel(
 def _gradient(xhat, dy, w, b, channel, at, inside, p0, p1, ACT: tl.constexpr):
     """x̂ and g."""
     h, d = tl.load(xhat + at, mask=inside, other=0.0), tl.load(dy + at, mask=inside, other=0.0)
-    weight, bias = _weight(w, channel, inside, 1.0), _weight(b, channel, inside, 0.0)
+    weight, bias = loaded(w, channel, inside, 1.0, False), loaded(b, channel, inside, 0.0, False)
     d, _ = deltas(d, 0.0, h, 0.0, weight, bias, 0.0, 0.0, p0, p1, ACT)
     return h, weight * d
 
@@ -137,9 +131,10 @@ def tangent_kernel(
             moved = r * (tl.load(tx + at, mask=inside, other=0.0) - a - h * slope)
         tl.store(txhat + base + at, moved, mask=inside)
         if ty is not None:
-            weight, bias = _weight(w, t * w_t + channel, inside, 1.0), _weight(b, t * b_t + channel, inside, 0.0)
-            z = weight * moved + _weight(vw, t * v_t + channel, inside, 0.0) * h
-            z += _weight(vb, t * v_t + channel, inside, 0.0)
+            weight = loaded(w, t * w_t + channel, inside, 1.0, False)
+            bias = loaded(b, t * b_t + channel, inside, 0.0, False)
+            z = weight * moved + loaded(vw, t * v_t + channel, inside, 0.0, False) * h
+            z += loaded(vb, t * v_t + channel, inside, 0.0, False)
             z, _ = deltas(z, 0.0, h, 0.0, weight, bias, 0.0, 0.0, p0, p1, ACT)
             tl.store(ty + base + at, z, mask=inside)
 
@@ -149,8 +144,8 @@ def _gradients(xhat, txhat, dy, ey, w, b, vw, vb, channel, at, inside, p0, p1, A
     """x̂, x̂˙, g and g˙."""
     h, th = tl.load(xhat + at, mask=inside, other=0.0), tl.load(txhat + at, mask=inside, other=0.0)
     d, e = tl.load(dy + at, mask=inside, other=0.0), tl.load(ey + at, mask=inside, other=0.0)
-    weight, bias = _weight(w, channel, inside, 1.0), _weight(b, channel, inside, 0.0)
-    vweight, vbias = _weight(vw, channel, inside, 0.0), _weight(vb, channel, inside, 0.0)
+    weight, bias = loaded(w, channel, inside, 1.0, False), loaded(b, channel, inside, 0.0, False)
+    vweight, vbias = loaded(vw, channel, inside, 0.0, False), loaded(vb, channel, inside, 0.0, False)
     d, e = deltas(d, e, h, th, weight, bias, vweight, vbias, p0, p1, ACT)
     return h, th, weight * d, weight * e + vweight * d
 

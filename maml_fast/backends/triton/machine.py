@@ -7,6 +7,8 @@ do through the same device functions. Nothing here knows a network: everything b
 products is read from the table, so that there is one kernel to compile.
 
 What one instruction writes the next may read with other threads: a barrier stands between them.
+The norms' opcodes are functions that are called, not inlined: Triton's time to compile one function grows with the
+square of its loads and stores.
 """
 
 from __future__ import annotations
@@ -16,17 +18,28 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from . import channel_norm, layer_norm
 from .activation import activation_block
-from .elementwise import combine_block, copy_rows_block, multiply_block
+from .elementwise import combine_block, copy_rows_block, multiply_block, transpose_block
 from .gemm import product_tile
 from .losses import cross_entropy_tangent_task, cross_entropy_task, pointwise_tangent_task, pointwise_task
 from .opcodes import (
     ACTIVATION,
+    CHANNEL_NORM,
+    CHANNEL_NORM_BACKWARD,
+    CHANNEL_NORM_BACKWARD_TANGENT,
+    CHANNEL_NORM_TANGENT,
+    COLUMN_SUMS,
     COMBINE,
     COPY_ROWS,
     CROSS_ENTROPY,
     CROSS_ENTROPY_TANGENT,
+    LAYER_NORM,
+    LAYER_NORM_BACKWARD,
+    LAYER_NORM_BACKWARD_TANGENT,
+    LAYER_NORM_TANGENT,
     MOST_CLASSES,
+    MOST_FEATURES,
     MULTIPLY,
     OPCODE_BITS,
     POINTWISE,
@@ -34,6 +47,7 @@ from .opcodes import (
     PRODUCT,
     STEP,
     SUM_ROWS,
+    TRANSPOSE,
     WIDTH,
 )
 from .vectors import step_block, sum_rows_block
@@ -181,11 +195,116 @@ def _sum_rows(code, header, t, BM: tl.constexpr, BI: tl.constexpr):
         sum_rows_block(a, out, theta, rates, _places(rate_at), each, i, rows, width, add, True, BM, BI)
 
 
+@triton.jit(noinline=True)
+def _column_sums(code, header, t, BR: tl.constexpr, BI: tl.constexpr):
+    operands = _pointers(code, header, t, 15)
+    rows, width, each_w, each_b, add_w, add_b = _integers(code, header, 15, 6)
+    for start in range(0, width, BI):
+        layer_norm.column_sums_block(
+            *operands[:13], _places(operands[13]), _places(operands[14]), start + tl.arange(0, BI),
+            rows, width, 0.0, 0.0, each_w, each_b, add_w, add_b, "identity", True, BR, BI,
+        )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def _layer_norm(code, header, t, BR: tl.constexpr, BW: tl.constexpr):
+    operands = _pointers(code, header, t, 6)
+    rows, width = _integers(code, header, 6, 2)
+    (eps,) = _floats(code, header, 6, 2, 1)
+    for start in range(0, rows, BR):
+        layer_norm.forward_rows(*operands, start + tl.arange(0, BR), rows, width, 0.0, 0.0, eps, "identity", True, BW)
+
+
+@triton.jit(noinline=True)
+def _layer_norm_backward(code, header, t, BR: tl.constexpr, BW: tl.constexpr):
+    operands = _pointers(code, header, t, 6)
+    rows, width, add = _integers(code, header, 6, 3)
+    for start in range(0, rows, BR):
+        layer_norm.backward_rows(*operands, start + tl.arange(0, BR), rows, width, 0.0, 0.0, add, "identity", True, BW)
+
+
+@triton.jit(noinline=True)
+def _layer_norm_tangent(code, header, t, BR: tl.constexpr, BW: tl.constexpr):
+    operands = _pointers(code, header, t, 10)
+    rows, width = _integers(code, header, 10, 2)
+    for start in range(0, rows, BR):
+        layer_norm.tangent_rows(*operands, start + tl.arange(0, BR), rows, width, 0.0, 0.0, "identity", True, BW)
+
+
+@triton.jit(noinline=True)
+def _layer_norm_backward_tangent(code, header, t, BR: tl.constexpr, BW: tl.constexpr):
+    operands = _pointers(code, header, t, 11)
+    rows, width, add = _integers(code, header, 11, 3)
+    for start in range(0, rows, BR):
+        layer_norm.backward_tangent_rows(
+            *operands, start + tl.arange(0, BR), rows, width, 0.0, 0.0, add, "identity", True, BW
+        )
+
+
+@triton.jit(noinline=True)
+def _channel_norm(code, header, t, BR: tl.constexpr, BC: tl.constexpr):
+    x, given_mean, given_variance, w, b, y, mean, inverse = _pointers(code, header, t, 8)
+    c, m, batch = _integers(code, header, 8, 3)
+    (eps,) = _floats(code, header, 8, 3, 1)
+    for start in range(0, c, BC):
+        rc = start + tl.arange(0, BC)
+        channel_norm.forward_block(
+            x, None, given_mean, given_variance, w, b, y, None, mean, inverse, 0, rc, rc < c,
+            c, m, m, 1, 0, 0, 0, 0, 0, 0, eps, 0.0, 0.0, batch, "identity", True, BR, BC,
+        )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def _channel_norm_backward(code, header, t, BR: tl.constexpr, BC: tl.constexpr):
+    x, mean, inverse, dy, w, b, dx, gw, gb, theta_w, theta_b, rates, at_w, at_b = _pointers(code, header, t, 14)
+    c, m, each_w, each_b, batch, add, add_w, add_b = _integers(code, header, 14, 8)
+    for start in range(0, c, BC):
+        rc = start + tl.arange(0, BC)
+        channel_norm.backward_block(
+            x, mean, inverse, None, dy, w, b, None, dx, gw, gb, theta_w, theta_b, rates, _places(at_w), _places(at_b),
+            0, rc, rc < c, c, m, m, 1, 0, 0, 0, 0, 0, 0, 0.0, 0.0, each_w, each_b,
+            batch, add, add_w, add_b, "identity", True, BR, BC,
+        )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def _channel_norm_tangent(code, header, t, BR: tl.constexpr, BC: tl.constexpr):
+    x, mean, inverse, tx, w, b, vw, vb, ty, tmean, s = _pointers(code, header, t, 11)
+    c, m, batch = _integers(code, header, 11, 3)
+    for start in range(0, c, BC):
+        rc = start + tl.arange(0, BC)
+        channel_norm.tangent_block(
+            x, mean, inverse, None, tx, w, b, vw, vb, None, ty, tmean, s, 0, rc, rc < c,
+            c, m, m, 1, 0, 0, 0, 0, 0, 0, 0.0, 0.0, batch, "identity", True, BR, BC,
+        )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def _channel_norm_backward_tangent(code, header, t, BR: tl.constexpr, BC: tl.constexpr):
+    operands = _pointers(code, header, t, 20)
+    c, m, each_w, each_b, batch, add, add_w, add_b = _integers(code, header, 20, 8)
+    for start in range(0, c, BC):
+        rc = start + tl.arange(0, BC)
+        channel_norm.backward_tangent_block(
+            *operands[:3], None, *operands[3:12], None, *operands[12:18], _places(operands[18]), _places(operands[19]),
+            0, rc, rc < c, c, m, m, 1, 0, 0, 0, 0, 0, 0, 0.0, 0.0, each_w, each_b,
+            batch, add, add_w, add_b, False, "identity", True, BR, BC,
+        )  # fmt: skip
+
+
+@triton.jit
+def _transpose(code, header, t, BLOCK: tl.constexpr):
+    a, out = _pointers(code, header, t, 2)
+    size, rows, columns, add = _integers(code, header, 2, 4)
+    for start in range(0, size, BLOCK):
+        transpose_block(a, out, rows, columns, start + tl.arange(0, BLOCK), size, add)
+
+
 @triton.jit(do_not_specialize=["count"])
 def resident_kernel(
     table, count,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     header = tl.load(table)
@@ -215,14 +334,35 @@ def resident_kernel(
             _cross_entropy_tangent(code, header, t, BR, BC)
         elif opcode == SUM_ROWS:
             _sum_rows(code, header, t, BR, BC)
+        elif opcode == COLUMN_SUMS:
+            _column_sums(code, header, t, BR, BC)
+        elif opcode == LAYER_NORM:
+            _layer_norm(code, header, t, BLOCK // BW, BW)
+        elif opcode == LAYER_NORM_BACKWARD:
+            _layer_norm_backward(code, header, t, BLOCK // BW, BW)
+        elif opcode == LAYER_NORM_TANGENT:
+            _layer_norm_tangent(code, header, t, BLOCK // BW, BW)
+        elif opcode == LAYER_NORM_BACKWARD_TANGENT:
+            _layer_norm_backward_tangent(code, header, t, BLOCK // BW, BW)
+        elif opcode == CHANNEL_NORM:
+            _channel_norm(code, header, t, BR, BC)
+        elif opcode == CHANNEL_NORM_BACKWARD:
+            _channel_norm_backward(code, header, t, BR, BC)
+        elif opcode == CHANNEL_NORM_TANGENT:
+            _channel_norm_tangent(code, header, t, BR, BC)
+        elif opcode == CHANNEL_NORM_BACKWARD_TANGENT:
+            _channel_norm_backward_tangent(code, header, t, BR, BC)
+        elif opcode == TRANSPOSE:
+            _transpose(code, header, t, BLOCK)
         header = following
         tl.debug_barrier()
 
 
 SHAPE: dict[str, Any] = {
     "BM": 16, "BN": 16, "BK": 16,  # products
-    "BLOCK": 256,  # flat arrays
-    "BR": 4, "BC": MOST_CLASSES,  # rows and columns of classes
+    "BLOCK": 256,  # flat arrays, and rows of a LayerNorm
+    "BR": 4, "BC": MOST_CLASSES,  # rows and columns of classes and channels
+    "BW": MOST_FEATURES,
     "num_warps": 1, "num_stages": 1, "maxnreg": 168,
 }  # fmt: skip
 """Tiles, warps and registers, chosen by counting: small tiles pad least, a task's one warp waits for no other, and a

@@ -104,6 +104,9 @@ class Flat:
 class Network:
     """Layers in order, with reshapes dissolved into other names for the same buffer.
 
+    Args:
+        fused: whether activations and pools are part of the norms before them.
+
     Attributes:
         features: per buffer, the numbers a sample has. Buffer 0 is the input.
         out: the buffer that the network returns. out_moves: whether it depends on adapting parameters.
@@ -112,36 +115,36 @@ class Network:
             own, and the one whose backward functions do.
     """
 
-    def __init__(self, plan: Plan, graph: Graph) -> None:
+    def __init__(self, plan: Plan, graph: Graph, fused: bool) -> None:
         self.graph = graph = channels_last(graph)
         filters = {p for op in graph.ops if op.kind == "conv" and (p := op.parameters[0]) is not None}
         self.flat = Flat(plan, graph.used_parameters(), filters)
         self.buffers = {0: 0}
         self.features = [graph.features(0)]
         self.tails: dict[int, list[Op]] = {}
-        ops = [op for op in self._fused(graph) if not self._name(op)]
+        ops = [op for op in self._with_tails(graph, fused) if not self._name(op)]
         self.out = self.buffers[graph.output]
         self.layers = self._layers(ops, plan.needs.x_s or plan.needs.x_q)
         self.out_moves = any(layer.output_moves for layer in self.layers if layer.output == self.out)
         self.after, self.before = self._riders()
         self.constants = list(dict.fromkeys(name for op in ops for name in op.constants))
 
-    def _fused(self, graph: Graph) -> list[Op]:
-        """The operations, with activations and pools made part of the norms before them."""
+    def _with_tails(self, graph: Graph, fused: bool) -> list[Op]:
+        """The operations; if `fused`, with activations and pools made part of the norms before them."""
         readers = Counter([i for op in graph.ops for i in op.inputs] + [graph.output])
         followers = {op.inputs[0]: op for op in graph.ops if op.inputs and readers[op.inputs[0]] == 1}
-        fused: list[Op] = []
+        found: list[Op] = []
         gone: set[int] = set()
         for op in (op for op in graph.ops if op.output not in gone):
             tail = [op]
             for kinds, fits in ((_NORMS, _activates), (_POOLED, tiles)):
                 follower = followers.get(tail[-1].output)
-                if op.kind in kinds and follower is not None and fits(follower):
+                if fused and op.kind in kinds and follower is not None and fits(follower):
                     tail.append(follower)
             gone.update(follower.output for follower in tail[1:])
             self.tails[tail[-1].output] = tail
-            fused.append(replace(op, output=tail[-1].output))
-        return fused
+            found.append(replace(op, output=tail[-1].output))
+        return found
 
     def _riders(self) -> tuple[dict[int, Layer], dict[int, Layer]]:
         readers = Counter([i for layer in self.layers for i in layer.inputs] + [self.out])

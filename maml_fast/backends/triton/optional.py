@@ -17,3 +17,12 @@ def given(p, DYNAMIC: tl.constexpr):
         return p.to(tl.int64) != 0
     else:  # noqa: RET505  # Triton compiles what follows a return in a static branch
         return True
+
+
+@triton.jit
+def loaded(p, at, inside, default: tl.constexpr, DYNAMIC: tl.constexpr):
+    """p[at], or `default` where there is no p."""
+    found = tl.where(inside, default, 0.0)
+    if p is not None and given(p, DYNAMIC):
+        found = tl.load(p + at, mask=inside, other=0.0)
+    return found

@@ -14,7 +14,8 @@ from ...plan import Plan
 _OLDEST = (8, 0)
 _MOST_NUMBERS = 1 << 31  # a task's array, whose offsets are 32-bit
 
-_INSTRUCTIONS = frozenset(("linear", *ACTIVATIONS, "affine", "add", "cat", "reshape"))
+_NORMS = ("layer_norm", "batch_norm", "running_norm")
+_INSTRUCTIONS = frozenset(("linear", *ACTIVATIONS, "affine", "add", "cat", "reshape", *_NORMS))
 
 # About as much as one multiprocessor does in the 1–2 µs of a launch, which is what the resident variant saves.
 _SMALL_PRODUCT = 1 << 17
@@ -78,17 +79,22 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
 
 def why_not_resident(plan: Plan, graph: Graph) -> list[str]:
     """Reasons why one program cannot run a task alone; needs triton."""
-    from .opcodes import MOST_CLASSES
+    from .channel_norm import SPAN
+    from .opcodes import MOST_CLASSES, MOST_FEATURES
 
-    reasons = [
-        f"layer {kind} has no instruction in the resident kernel"
-        for kind in dict.fromkeys(op.kind for op in graph.live_ops())
-        if kind not in _INSTRUCTIONS
-    ]
+    reasons = []
+    for op in graph.live_ops():
+        if op.kind not in _INSTRUCTIONS:
+            reasons.append(f"layer {op.kind} has no instruction in the resident kernel")
+        if op.kind == "layer_norm" and (width := op.attributes["size"]) > MOST_FEATURES:
+            reasons.append(f"LayerNorm over {width} features, more than the resident kernel's {MOST_FEATURES}")
+        rows = _samples(plan) * math.prod(graph.shapes[op.output][1:])
+        if op.kind in ("batch_norm", "running_norm") and rows > SPAN:
+            reasons.append(f"BatchNorm over {rows} rows a task, more than the resident kernel's {SPAN}")
     classes = graph.features(graph.output)
     if plan.inner.loss.takes_labels and classes > MOST_CLASSES:
         reasons.append(f"cross_entropy over {classes} classes, more than the resident kernel's {MOST_CLASSES}")
-    return reasons
+    return list(dict.fromkeys(reasons))
 
 
 def too_large(plan: Plan, graph: Graph) -> list[str]:
@@ -101,7 +107,7 @@ def too_large(plan: Plan, graph: Graph) -> list[str]:
         work = _samples(plan) * graph.features(op.output) * graph.shapes[op.inputs[0]][-1]
         if op.kind == "linear" and work > _SMALL_PRODUCT:
             reasons.append(f"layer linear has {work} multiplications a task, more than {_SMALL_PRODUCT}")
-    return reasons
+    return list(dict.fromkeys(reasons))
 
 
 def _samples(plan: Plan) -> int:

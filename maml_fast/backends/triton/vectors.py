@@ -29,6 +29,15 @@ def stepped(g, theta, rates, rate_at, each, at, inside, DYNAMIC: tl.constexpr):
 
 
 @triton.jit
+def gradient(g, value, theta, rates, rate_at, each, at, inside, ADD, DYNAMIC: tl.constexpr):
+    """g (+)= a parameter's gradient, or the step with it, where g is wanted."""
+    if g is not None and given(g, DYNAMIC):
+        if ADD:
+            value += tl.load(g + at, mask=inside, other=0.0)
+        tl.store(g + at, stepped(value, theta, rates, rate_at, each, at, inside, DYNAMIC), mask=inside)
+
+
+@triton.jit
 def step_block(theta, vector, rates, rate_at, out, i, size, DYNAMIC: tl.constexpr):
     """Elements i of one task."""
     inside = i < size
