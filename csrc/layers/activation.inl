@@ -14,7 +14,7 @@ struct Point {
 };
 
 template <Act A, class S>
-inline Point<S> activate(S x, S p0, S p1) {
+MAML_FAST_INLINED Point<S> activate(S x, S p0, S p1) {
     if constexpr (A == Act::relu) {
         return {x < S(0) ? S(0) : x, x <= S(0) ? S(0) : S(1)};
     } else if constexpr (A == Act::leaky_relu) {
@@ -62,7 +62,7 @@ constexpr bool kCurvesByValue = A == Act::relu || A == Act::leaky_relu || A == A
 
 // f'' from y and f'.
 template <Act A, class S>
-inline S second_derivative(S y, S d1, S p0) {
+MAML_FAST_INLINED S second_derivative(S y, S d1, S p0) {
     if constexpr (A == Act::tanh) return S(-2) * y * d1;
     if constexpr (A == Act::sigmoid) return d1 * (S(1) - S(2) * y);
     if constexpr (A == Act::softplus) return p0 * d1 * (S(1) - d1);

@@ -5,12 +5,12 @@
 // Label smoothing s: q = (1 − s) onehot + s / classes.
 
 template <class S>
-inline S sign_of(S r) {
+MAML_FAST_INLINED S sign_of(S r) {
     return r > S(0) ? S(1) : r < S(0) ? S(-1) : r;  // keeps 0 and NaN
 }
 
 template <class S>
-inline S pointwise_value(LossKind kind, S z, S y, S d) {
+MAML_FAST_INLINED S pointwise_value(LossKind kind, S z, S y, S d) {
     S r = z - y;
     switch (kind) {
         case LossKind::mse:
@@ -25,7 +25,7 @@ inline S pointwise_value(LossKind kind, S z, S y, S d) {
 }
 
 template <class S>
-inline S pointwise_slope(LossKind kind, S z, S y, S d) {
+MAML_FAST_INLINED S pointwise_slope(LossKind kind, S z, S y, S d) {
     S r = z - y;
     switch (kind) {
         case LossKind::mse:
@@ -40,7 +40,7 @@ inline S pointwise_slope(LossKind kind, S z, S y, S d) {
 }
 
 template <class S>
-inline S pointwise_curvature(LossKind kind, S z, S y, S d) {
+MAML_FAST_INLINED S pointwise_curvature(LossKind kind, S z, S y, S d) {
     switch (kind) {
         case LossKind::mse:
             return S(2);

@@ -1,13 +1,13 @@
 // Elementary functions, branch-free in float so that the compilers vectorise loops over them.
 // Double goes to libm: it serves gradient checks, not speed.
 
-inline float as_float(std::int32_t bits) {
+MAML_FAST_INLINED float as_float(std::int32_t bits) {
     float f;
     __builtin_memcpy(&f, &bits, sizeof f);
     return f;
 }
 
-inline std::int32_t as_bits(float f) {
+MAML_FAST_INLINED std::int32_t as_bits(float f) {
     std::int32_t bits;
     __builtin_memcpy(&bits, &f, sizeof bits);
     return bits;
@@ -17,7 +17,7 @@ inline std::int32_t as_bits(float f) {
 constexpr float kRound = 12582912.0f;
 
 // x = n ln 2 + r with |r| ≤ ln 2 / 2; returns e^r − 1 and 2^n.
-inline float expm1_reduced(float x, float& scale) {
+MAML_FAST_INLINED float expm1_reduced(float x, float& scale) {
     x = x > 88.37f ? 88.37f : x;
     x = x < -87.0f ? -87.0f : x;
     float shifted = x * 1.44269504f + kRound;
@@ -34,18 +34,18 @@ inline float expm1_reduced(float x, float& scale) {
     return p * r * r + r;
 }
 
-inline float exp_(float x) {
+MAML_FAST_INLINED float exp_(float x) {
     float scale, p = expm1_reduced(x, scale);
     return p * scale + scale;
 }
 
-inline float expm1_(float x) {
+MAML_FAST_INLINED float expm1_(float x) {
     float scale, p = expm1_reduced(x, scale);
     return p * scale + (scale - 1.0f);
 }
 
 // log(1 + u) for u in [0, 1]: 2 artanh(u / (2 + u)).
-inline float log1p_unit(float u) {
+MAML_FAST_INLINED float log1p_unit(float u) {
     float s = u / (2.0f + u), z = s * s;
     float p = 1.0f / 15.0f;
     p = p * z + 1.0f / 13.0f;
@@ -57,21 +57,21 @@ inline float log1p_unit(float u) {
     return 2.0f * (p * z * s + s);
 }
 
-inline float log_(float x) { return __builtin_logf(x); }
+MAML_FAST_INLINED float log_(float x) { return __builtin_logf(x); }
 
-inline float abs_(float x) { return as_float(as_bits(x) & 0x7fffffff); }
+MAML_FAST_INLINED float abs_(float x) { return as_float(as_bits(x) & 0x7fffffff); }
 
-inline float with_sign(float magnitude, float sign) {
+MAML_FAST_INLINED float with_sign(float magnitude, float sign) {
     return as_float((as_bits(magnitude) & 0x7fffffff) | (as_bits(sign) & ~0x7fffffff));
 }
 
-inline float tanh_(float x) {
+MAML_FAST_INLINED float tanh_(float x) {
     float e = expm1_(-2.0f * abs_(x));
     return with_sign(e / (e + 2.0f), x);
 }
 
 // erf: an odd polynomial below 1, 1 − e^(−x²) times a polynomial in 1/x above; fitted to 4e-11 and 7e-9.
-inline float erf_(float x) {
+MAML_FAST_INLINED float erf_(float x) {
     float m = abs_(x);
     float z = m < 1.0f ? m * m : 0.0f;
     float near = -9.67359028e-06f;
@@ -100,7 +100,7 @@ inline float erf_(float x) {
 // sin and cos for |x| ≤ kLargeAngle: x = q π/2 + r with π/2 in four exact pieces.
 constexpr float kLargeAngle = 8192.0f;
 
-inline void sincos_(float x, float& sine, float& cosine) {
+MAML_FAST_INLINED void sincos_(float x, float& sine, float& cosine) {
     float shifted = x * 0.636619772f + kRound;
     float q = shifted - kRound;
     std::uint32_t quadrant = std::uint32_t(as_bits(shifted));
@@ -118,17 +118,17 @@ inline void sincos_(float x, float& sine, float& cosine) {
     cosine = as_float(std::int32_t(std::uint32_t(as_bits(b)) ^ (((quadrant + 1) & 2) << 30)));
 }
 
-inline double exp_(double x) { return __builtin_exp(x); }
-inline double expm1_(double x) { return __builtin_expm1(x); }
-inline double log1p_unit(double u) { return __builtin_log1p(u); }
-inline double log_(double x) { return __builtin_log(x); }
-inline double abs_(double x) { return __builtin_fabs(x); }
-inline double tanh_(double x) { return __builtin_tanh(x); }
-inline double erf_(double x) { return __builtin_erf(x); }
-inline void sincos_(double x, double& sine, double& cosine) {
+MAML_FAST_INLINED double exp_(double x) { return __builtin_exp(x); }
+MAML_FAST_INLINED double expm1_(double x) { return __builtin_expm1(x); }
+MAML_FAST_INLINED double log1p_unit(double u) { return __builtin_log1p(u); }
+MAML_FAST_INLINED double log_(double x) { return __builtin_log(x); }
+MAML_FAST_INLINED double abs_(double x) { return __builtin_fabs(x); }
+MAML_FAST_INLINED double tanh_(double x) { return __builtin_tanh(x); }
+MAML_FAST_INLINED double erf_(double x) { return __builtin_erf(x); }
+MAML_FAST_INLINED void sincos_(double x, double& sine, double& cosine) {
     sine = __builtin_sin(x);
     cosine = __builtin_cos(x);
 }
 
-inline float sqrt_(float x) { return __builtin_sqrtf(x); }
-inline double sqrt_(double x) { return __builtin_sqrt(x); }
+MAML_FAST_INLINED float sqrt_(float x) { return __builtin_sqrtf(x); }
+MAML_FAST_INLINED double sqrt_(double x) { return __builtin_sqrt(x); }

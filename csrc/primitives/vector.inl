@@ -1,6 +1,9 @@
 // SIMD vectors as the compilers' own vector types: one source for every instruction set.
 // MAML_FAST_BYTES is the register width in bytes, MAML_FAST_ROWS the tile height it affords.
 
+// Of functions in loops that are to become vector code, which one call would prevent.
+#define MAML_FAST_INLINED __attribute__((always_inline)) inline
+
 template <class S>
 struct Vector;
 
