@@ -28,22 +28,25 @@ only by name: the Triton kernels do until they have been verified on hardware.""
 
 @dataclass(frozen=True)
 class Choice:
-    """Which backend runs a plan, and why the others do not.
+    """Which backend runs a plan; as text, also why the others do not, which is found out only then.
 
     Attributes:
-        notes: what those that can run it choose themselves.
+        considered: the backends that could have been chosen, in order of preference.
     """
 
     backend: Backend
-    reasons: dict[str, list[str]]
-    notes: dict[str, list[str]]
+    plan: Plan
+    considered: tuple[Backend, ...]
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend.name}"]
-        for name, reasons in self.reasons.items():
-            if name != self.backend.name:
-                lines += [f"  not {name}: {reason}" for reason in reasons or ["comes later in the order of preference"]]
-            lines += [f"  {name}: {note}" for note in self.notes.get(name, [])]
+        for other in self.considered:
+            why_not = other.why_not(self.plan)
+            if other is not self.backend:
+                reasons = why_not or ["comes later in the order of preference"]
+                lines += [f"  not {other.name}: {reason}" for reason in reasons]
+            if not why_not:
+                lines += [f"  {other.name}: {note}" for note in other.notes(self.plan)]
         return "\n".join(lines)
 
 
@@ -63,11 +66,8 @@ def choose(plan: Plan, name: str) -> Choice:
         backend = BACKENDS[name]
         if why_not := backend.why_not(plan):
             raise RuntimeError(f"backend {name!r} cannot run this model:\n" + "\n".join(f"  - {r}" for r in why_not))
-        return Choice(backend, {name: []}, {name: backend.notes(plan)})
-    reasons = {name: backend.why_not(plan) for name, backend in BACKENDS.items()}
-    chosen = next(BACKENDS[name] for name, why_not in reasons.items() if not why_not)
-    notes = {name: BACKENDS[name].notes(plan) for name, why_not in reasons.items() if not why_not}
-    return Choice(chosen, reasons, notes)
+        return Choice(backend, plan, (backend,))
+    return Choice(next(b for b in _ALL if not b.why_not(plan)), plan, _ALL)
 
 
 def warn_of_fallback(choice: Choice) -> None:
