@@ -1,10 +1,11 @@
 #include "run.h"
 
 #include <atomic>
+#include <cstdlib>
 #include <limits>
+#include <new>
 #include <thread>
 
-#include "buffer.h"
 #include "pool.h"
 
 namespace maml_fast {
@@ -32,7 +33,23 @@ const KernelsOf<double>& kernels_of<double>(Isa isa) {
     return kernels_for(isa).f64;
 }
 
+constexpr std::size_t kLine = 64;
 constexpr long kParallelPack = 1 << 15;  // numbers from which packing is worth waking the threads
+
+template <class S>
+struct Free {
+    void operator()(S* p) const { std::free(p); }
+};
+template <class S>
+using Buffer = std::unique_ptr<S[], Free<S>>;
+
+template <class S>
+Buffer<S> allocate(long count) {
+    std::size_t bytes = (std::size_t(count) * sizeof(S) + kLine) / kLine * kLine;
+    S* p = static_cast<S*>(std::aligned_alloc(kLine, bytes));
+    if (!p) throw std::bad_alloc();
+    return Buffer<S>(p);
+}
 
 }  // namespace
 
