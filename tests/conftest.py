@@ -15,6 +15,11 @@ settings.register_profile("maml_fast", deadline=None, derandomize=True, database
 settings.load_profile("maml_fast")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: pytest-xdist's workers then share what is left."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 MOST_SPILLS = 32  # bytes a thread
 LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
