@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from pathlib import Path
 from types import ModuleType
 
@@ -279,3 +281,18 @@ def test_package_without_core(without_core: Path, tmp_path: Path) -> None:
     loss = next(float(line) for line in output.splitlines() if line[:1].isdigit())
     reference = problem.maml("reference").meta_loss(*problem.batch)
     assert verify.relative_error([torch.tensor(loss)], [reference]) < 1e-5
+
+
+def test_workspace_goes_with_the_last_reference(core: ModuleType) -> None:
+    maml = maml_fast.MAML(torch.nn.Linear(3, 2), 0.1, loss="mse", backend="cpu")
+    x, y = torch.randn(2, 4, 3), torch.randn(2, 4, 2)
+    maml.backward(x, y, x, y)
+    (call,) = maml._calls.values()
+    held = weakref.ref(call.plan.state["cpu"])
+    gc.collect()
+    gc.disable()
+    try:
+        del maml, call
+        assert held() is None
+    finally:
+        gc.enable()

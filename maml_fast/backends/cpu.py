@@ -94,7 +94,7 @@ class CpuBackend(Backend):
         call = plan.state.get("cpu")
         if call is None:
             call = plan.state["cpu"] = _Call(plan)
-        return call(tensors)  # type: ignore[operator]
+        return call(plan, tensors)  # type: ignore[operator]
 
 
 def _unsupported(plan: Plan, graph: Graph) -> list[str]:
@@ -124,12 +124,14 @@ def _mixed(graph: Graph) -> list[int]:
 
 
 class _Call:
-    """A plan in the core, and the tensors each run of it needs."""
+    """A plan in the core, and the tensors each run of it needs.
+
+    It stands in the plan's state, so it does not hold the plan: the workspace goes with the last reference.
+    """
 
     def __init__(self, plan: Plan) -> None:
         graph = plan.kernel_graph
         assert graph is not None
-        self.plan = plan
         self.constants = _constants(graph)
         self.constant_shapes = [b.shape for b in map(plan.model.module.get_buffer, self.constants)]
         self.out_shape = graph.shapes[graph.output]
@@ -142,10 +144,10 @@ class _Call:
         self.rate_sizes = [math.prod(s) for s in plan.rates.shapes]
         self.scalar = torch.empty((), dtype=plan.dtype, device=plan.device)
 
-    def __call__(self, t: Tensors) -> Result:
-        plan, result = self.plan, Result()
+    def __call__(self, plan: Plan, t: Tensors) -> Result:
+        result = Result()
         parameters, rates, adapted = _dense(t.parameters), _dense(t.rates), _dense(t.adapted)
-        constants = self._buffers() if self.constants else []
+        constants = self._buffers(plan) if self.constants else []
         batch = [v if v is None or v.is_contiguous() else v.contiguous() for v in (t.x_s, t.y_s, t.x_q, t.y_q)]
         like = parameters[0]
         if plan.mode is Mode.META_GRADIENT:
@@ -158,7 +160,7 @@ class _Call:
             result.outputs = like.new_empty(plan.tasks, plan.query, *self.out_shape)
         rate_gradient = None
         if self.reverse:
-            self._allocate_gradients(result, t, parameters)
+            self._allocate_gradients(plan, result, t, parameters)
             if self.rates_wanted:
                 rate_gradient = like.new_zeros(sum(self.rate_sizes))
         inputs = (*batch, t.weights, t.cotangent)
@@ -180,18 +182,18 @@ class _Call:
             result.rates = [g.view(s) if need else None for g, s, need in pieces]
         return result
 
-    def _buffers(self) -> list[Tensor]:
+    def _buffers(self, plan: Plan) -> list[Tensor]:
         """The buffers that layers read as constants, in the core's type."""
-        found = [self.plan.model.module.get_buffer(name) for name in self.constants]
+        found = [plan.model.module.get_buffer(name) for name in self.constants]
         for name, buffer, shape in zip(self.constants, found, self.constant_shapes, strict=True):
             if buffer.shape != shape:
                 raise ValueError(f"model: expected buffer {name!r} of shape {tuple(shape)}, got {tuple(buffer.shape)}")
-        return _dense([b.to(self.plan.device, self.plan.dtype) for b in found])
+        return _dense([b.to(plan.device, plan.dtype) for b in found])
 
-    def _allocate_gradients(self, result: Result, t: Tensors, parameters: list[Tensor]) -> None:
+    def _allocate_gradients(self, plan: Plan, result: Result, t: Tensors, parameters: list[Tensor]) -> None:
         """New memory for the gradients; zeros where the core has nothing to write."""
         assert t.x_s is not None and t.x_q is not None
-        needs = self.plan.needs
+        needs = plan.needs
         if t.into:
             result.parameters = [None] * len(parameters)
         elif self.writes_all:
