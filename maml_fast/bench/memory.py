@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import subprocess
 import sys
@@ -73,7 +72,6 @@ def _measure(name: str, contender: str, sizes: str) -> float:
         raise SystemExit(chosen.missing)
     small = replace(case, tasks=1, steps=min(1, case.steps))
     chosen.make(small.build(torch.float32))()  # loads libraries and starts threads
-    gc.collect()  # plans hold their workspaces in cycles
     step = chosen.make(case.build(torch.float32))
     before = _reset_peak()
     step()

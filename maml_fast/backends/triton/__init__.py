@@ -64,7 +64,8 @@ class TritonBackend(Backend):
     def notes(self, plan: Plan) -> list[str]:
         if self.forced:
             return []
-        return [f"variant {self.variant(plan)}", *(f"not resident: {reason}" for reason in _why_wide(plan))]
+        reasons = _why_wide(plan)
+        return [f"variant {'wide' if reasons else 'resident'}", *(f"not resident: {reason}" for reason in reasons)]
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
         device = plan.device
