@@ -217,14 +217,13 @@ struct KernelsOf {
     void (*block)(const PlanView&, const Call&, const S* arena, S* workspace, S* partial, long first, long count);
 };
 
-struct Kernels {
-    KernelsOf<float> f32;
-    KernelsOf<double> f64;
-};
-
-const Kernels& kernels_baseline();
-const Kernels& kernels_avx2();
-const Kernels& kernels_avx512();
+// The argument's type chooses.
+const KernelsOf<float>& kernels_baseline(float);
+const KernelsOf<double>& kernels_baseline(double);
+const KernelsOf<float>& kernels_avx2(float);
+const KernelsOf<double>& kernels_avx2(double);
+const KernelsOf<float>& kernels_avx512(float);
+const KernelsOf<double>& kernels_avx512(double);
 
 // Width of the packed panel that starts at column `j` of `columns`.
 inline long panel_width(long columns, long j, long lanes) { return columns - j > lanes ? 2 * lanes : lanes; }

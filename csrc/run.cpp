@@ -12,25 +12,15 @@ namespace maml_fast {
 
 namespace {
 
-const Kernels& kernels_for(Isa isa) {
+template <class S>
+const KernelsOf<S>& kernels_for(Isa isa) {
 #if defined(__x86_64__)
-    if (isa == Isa::avx512) return kernels_avx512();
-    if (isa == Isa::avx2) return kernels_avx2();
+    if (isa == Isa::avx512) return kernels_avx512(S());
+    if (isa == Isa::avx2) return kernels_avx2(S());
 #else
     (void)isa;
 #endif
-    return kernels_baseline();
-}
-
-template <class S>
-const KernelsOf<S>& kernels_of(Isa isa);
-template <>
-const KernelsOf<float>& kernels_of<float>(Isa isa) {
-    return kernels_for(isa).f32;
-}
-template <>
-const KernelsOf<double>& kernels_of<double>(Isa isa) {
-    return kernels_for(isa).f64;
+    return kernels_baseline(S());
 }
 
 constexpr std::size_t kLine = 64;
@@ -126,7 +116,7 @@ void poison(Memory<S>& memory, const PlanView& plan) {
 
 template <class S>
 Runner<S>::Runner(Spec spec, Isa isa)
-    : kernels_(kernels_of<S>(isa)),
+    : kernels_(kernels_for<S>(isa)),
       layout_(std::move(spec), Machine{kernels_.lanes, kernels_.gemm_depth, long(sizeof(S))}) {}
 
 template <class S>

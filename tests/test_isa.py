@@ -161,7 +161,7 @@ def instructions(library: str) -> dict[str, set[str]]:
         if columns[3] == "FILE":
             file = name.removesuffix(".cpp") if name.removesuffix(".cpp") in ISAS else ""
         elif columns[3] == "FUNC" and columns[6] != "UND":
-            face = re.search(r"kernels_(baseline|avx2|avx512)Ev$", name)
+            face = re.search(r"kernels_(baseline|avx2|avx512)E[fd]$", name)
             start = int(columns[1], 16)
             ranges.append((start, start + int(columns[2], 0), face[1] if face else file))
     assert {owner for *_, owner in ranges} >= set(ISAS), f"{library} has no symbols of csrc/isa: stripped?"

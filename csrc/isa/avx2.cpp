@@ -8,8 +8,8 @@ namespace {
 #include "../engine.inl"
 }  // namespace
 
-const Kernels& kernels_avx2() {
-    static constexpr Kernels kernels{kernels_of<float>(), kernels_of<double>()};
+const KernelsOf<MAML_FAST_SCALAR>& kernels_avx2(MAML_FAST_SCALAR) {
+    static constexpr auto kernels = kernels_of<MAML_FAST_SCALAR>();
     return kernels;
 }
 
