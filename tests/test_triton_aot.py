@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 MOST_SPILLS = 32  # bytes a thread
 LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+WORKERS = 1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count()
 CAPABILITIES = {int(c) for c in os.environ.get("MAML_FAST_AOT", "").split()} or set(LIMIT)
 
 
@@ -48,8 +49,8 @@ def _compiled(n: int) -> tuple[str, int, Any]:
 @pytest.mark.parametrize("capability", sorted(CAPABILITIES))
 def test_kernels_compile_within_the_limits(capability: int, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, _compiler, (str(tmp_path),)) as pool:
-        rows = list(pool.map(_compiled, pool.submit(_chosen, capability).result(), chunksize=16))
+    with ProcessPoolExecutor(WORKERS, context, _compiler, (str(tmp_path),)) as pool:
+        rows = list(pool.map(_compiled, pool.submit(_chosen, capability).result(), chunksize=4))
     for name, of, usage in rows:
         print(f"{of:4d} {usage.shared:6d} B {usage.registers:3d} regs {usage.spills:4d} B spilt  {name}")
     assert {of for _, of, _ in rows} == {capability}
