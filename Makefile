@@ -7,7 +7,7 @@ PYTEST ?=
 bin := $(VENV)/bin
 OLDEST := $(VENV)/triton-3.6.0
 pytest := OMP_NUM_THREADS=1 $(bin)/python -m pytest
-parallel := -n auto --maxprocesses 4 --dist worksteal
+parallel := -n auto --maxprocesses 4 --maxschedchunk 1
 interpreted := tests/test_triton_interpreter.py tests/test_triton_resident.py
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
@@ -43,7 +43,7 @@ types: $(VENV)/.dev
 	$(bin)/mypy
 
 sanitize: $(VENV)/.test
-	PATH="$(abspath $(bin)):$$PATH" bash tests/sanitize.sh $(PYTEST)
+	PATH="$(abspath $(bin)):$$PATH" PARALLEL="$(parallel)" bash tests/sanitize.sh $(PYTEST)
 
 format: $(VENV)/.dev
 	$(bin)/ruff check --fix .

@@ -243,20 +243,15 @@ void Layout::find_groups() {
     }
 }
 
-// Whether Hessian-vector products read a buffer's value or delta: not if activations and sums are all that touch it,
-// or if they make it and products read it, or the other way round.
-bool Layout::value_curves(int buffer) const {
-    return buffer == spec_.out || std::any_of(ops_.begin(), ops_.end(), [&](const Op& op) {
-               bool reads = std::count(op.in, op.in + op.n_in, buffer) > 0;
-               return op.kind == OpKind::linear ? reads : !is_plain(op.kind) && (reads || op.out == buffer);
+// Whether Hessian-vector products read a buffer's value or delta. Those of linear layers read the values that they take
+// in and the deltas of what they give out, activations and sums neither, other layers all that they touch.
+bool Layout::curves(int buffer, bool delta) const {
+    bool last = buffer == spec_.out && !delta;  // the loss reads it
+    return last || std::any_of(ops_.begin(), ops_.end(), [&](const Op& op) {
+               bool takes = std::count(op.in, op.in + op.n_in, buffer) > 0, gives = op.out == buffer;
+               if (op.kind == OpKind::linear) return delta ? gives : takes;
+               return !is_plain(op.kind) && (takes || gives);
            });
-}
-
-bool Layout::delta_curves(int buffer) const {
-    return std::any_of(ops_.begin(), ops_.end(), [&](const Op& op) {
-        bool reads = std::count(op.in, op.in + op.n_in, buffer) > 0;
-        return op.kind == OpKind::linear ? op.out == buffer : !is_plain(op.kind) && (reads || op.out == buffer);
-    });
 }
 
 // Whether every gradient is one product of one linear layer, whose result can go anywhere.

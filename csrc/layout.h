@@ -64,8 +64,7 @@ class Layout {
     void find_factors();
     void find_stretches();
     void find_groups();
-    bool value_curves(int buffer) const;
-    bool delta_curves(int buffer) const;
+    bool curves(int buffer, bool delta) const;
     bool steps_fuse() const;
     void fuse_steps();
     void find_slots();

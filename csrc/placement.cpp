@@ -22,8 +22,6 @@ long statistics(const Op& op, long n) {
     return 2 * op.width * (op.kind == OpKind::group_norm ? n : 1);
 }
 
-bool is_piecewise_linear(Act act) { return act == Act::relu || act == Act::leaky_relu; }
-
 }  // namespace
 
 // Weights that all tasks share, in the order that products read, packed once a call.
@@ -129,8 +127,8 @@ void Layout::place_tape(int index, long lockstep) {
     bool softmax = LossKind(spec_.loss) == LossKind::cross_entropy;
     std::vector<bool> value_lasts(buffers, everything), delta_lasts(buffers, everything);
     for (std::size_t v = 1; curvature && v < buffers; ++v) {
-        value_lasts[v] = value_lasts[v] || value_curves(int(v));
-        delta_lasts[v] = delta_lasts[v] || delta_curves(int(v));
+        value_lasts[v] = value_lasts[v] || curves(int(v), false);
+        delta_lasts[v] = delta_lasts[v] || curves(int(v), true);
     }
     for (const Op& op : ops_)
         if (op.low_rank) value_lasts[op.in[0]] = delta_lasts[op.out] = true;

@@ -30,6 +30,8 @@ enum class OpKind : int {
 
 enum class Act : int { relu, leaky_relu, elu, gelu, gelu_tanh, silu, tanh, sigmoid, softplus, sine };
 
+constexpr bool is_piecewise_linear(Act act) { return act == Act::relu || act == Act::leaky_relu; }
+
 enum class LossKind : int { none, mse, cross_entropy, bce_with_logits, l1, huber };
 
 enum class Code : int {

@@ -35,7 +35,7 @@ PY
 # By default the tests that enter the core with every layer, size and number of threads, and only as far as they do.
 if (($# == 0)); then
     for file in backends core_process errors isa properties; do set -- "$@" "$root/tests/test_$file.py"; done
-    set -- "$@" -k "not (vmap or triton or reference- or -reference])" -n auto --maxprocesses 4 --dist worksteal
+    set -- "$@" -k "not (vmap or triton or reference- or -reference])" ${PARALLEL:-}
 fi
 # --capture=sys: a sanitizer's last words go to file descriptor 2 and would be lost in pytest's capture of it.
 exec python -P -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider --capture=sys \

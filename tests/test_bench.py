@@ -142,6 +142,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that only the calls move."""
     now = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
     return now
 
 

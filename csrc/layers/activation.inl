@@ -57,8 +57,8 @@ MAML_FAST_INLINED Point<S> activate(S x, S p0, S p1) {
 }
 
 template <Act A>
-constexpr bool kCurvesByValue = A == Act::relu || A == Act::leaky_relu || A == Act::tanh || A == Act::sigmoid ||
-                                A == Act::softplus || A == Act::sine;
+constexpr bool kCurvesByValue =
+    is_piecewise_linear(A) || A == Act::tanh || A == Act::sigmoid || A == Act::softplus || A == Act::sine;
 
 // f'' from y and f'.
 template <Act A, class S>

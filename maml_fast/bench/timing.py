@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 
 SAMPLE_SECONDS = 0.02
+SETTLE_SECONDS = 0.02  # libgomp's threads spin for about 6 ms before they sleep
 LEAST, MOST = 3, 50
 
 
@@ -77,8 +78,9 @@ def one_call(call: Callable[[], object], synchronize: Callable[[], object]) -> f
 
 
 def _sample(call: Callable[[], object], repeats: int, synchronize: Callable[[], object]) -> float:
+    time.sleep(SETTLE_SECONDS)  # the previous contender's threads leave the cores
     if repeats > 1:
-        call()  # wakes its threads and caches after the previous contender
+        call()  # wakes its own threads and caches
     return _timed(call, repeats, synchronize)
 
 

@@ -30,7 +30,10 @@ ADAPTATION = "adaptation.png"
 
 @dataclass(frozen=True, kw_only=True)
 class SinusoidConfig(Config):
-    """The paper's settings. It does not say which iteration it evaluates: see `SinusoidRecipe.validate`."""
+    """The paper's settings, but for the inner rate, which the text has as 0.01 and the authors' code as 0.001.
+
+    At 0.01 a few tasks in ten thousand diverge on the way to their tenth step, at 0.001 none were seen to.
+    """
 
     out: Out = Path("runs/sinusoid")
     iterations: Iterations = 70_000
@@ -38,8 +41,8 @@ class SinusoidConfig(Config):
     shots: Annotated[int, typer.Option(help="Support points of a task.")] = 10
     queries: Annotated[int, typer.Option(help="Query points of a task.")] = 10
     steps: Steps = 1
-    inner_lr: InnerLr = 0.01
-    validate_every: ValidateEvery = 2000
+    inner_lr: InnerLr = 0.001
+    validate_every: ValidateEvery = 5000
     validation_tasks: ValidationTasks = 4000
 
 
@@ -60,11 +63,7 @@ class SinusoidRecipe(Recipe):
         self.sampler = Sinusoids(config.meta_batch, config.shots, config.queries, seed=seed)
 
     def validate(self) -> float:
-        """MSE from 5 points, the mean over validation tasks and over 1, 5 and 10 inner steps.
-
-        Some tasks diverge on the way to their tenth step, from fewer than one in ten thousand to three in a
-        thousand depending on the iteration: a few hundred tasks would not show it.
-        """
+        """MSE from 5 points, the mean over validation tasks and over 1, 5 and 10 inner steps."""
         tasks, queries = self.config.validation_tasks, self.config.queries
         results = self._evaluate("validation", tasks, VALIDATION_SHOTS, queries, VALIDATION_STEPS)
         return fmean(result.loss.mean for result in results)

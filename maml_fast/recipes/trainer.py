@@ -15,9 +15,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..adam import FlatAdam
 from ..data import Sampler
 from ..flat import FlatParameters
 from ..maml import MAML
+from ..plan import Mode
 from . import files
 from .config import Config
 from .display import Display, results_table
@@ -78,7 +80,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> None:
         self.recipe, self.config, self.console = recipe, recipe.config, console or Console()
         self.parameters = FlatParameters(recipe.maml.module)
-        self.optimizer = torch.optim.Adam([self.parameters.flat], lr=self.config.meta_lr, fused=True)
+        self.optimizer = FlatAdam(self.parameters, lr=self.config.meta_lr)
         self.iteration = 0
         self.window: list[Tensor] = []
         self.best: dict[str, Any] = {"model": {}}
@@ -90,9 +92,9 @@ class Trainer:
         """Train to the last iteration, then evaluate; 0, or 128 + a signal's number if interrupted (and saved)."""
         out, before, cores = self.config.out, torch.get_num_threads(), self.config.cores
         # PyTorch's threads spin for milliseconds after an operation: the core is faster without them
-        torch.set_num_threads(1 if self.backend == "backend: cpu" else cores)
+        torch.set_num_threads(1 if self.backend == "cpu" else cores)
         try:
-            self.console.print(f"{self.recipe.name}: {self.backend}, {cores} threads, folder {out}")
+            self.console.print(f"{self.recipe.name}: backend {self.backend}, {cores} threads, folder {out}")
             number = self._train()
             if number is not None:
                 self.console.print(f"Interrupted at iteration {self.iteration}; saved to {out / CHECKPOINT}.")
@@ -214,9 +216,10 @@ class Trainer:
         """Which backend runs the recipe; fails here rather than in the first iteration."""
         sampler = self.recipe.sampler
         start = sampler.state_dict()
-        explanation = self.recipe.maml.explain(*next(sampler))
+        # not by explain(), which would also ask all the others and take seconds to load what they need
+        call = self.recipe.maml._prepare(Mode.META_GRADIENT, *next(sampler)).call
         sampler.load_state_dict(start)
-        return explanation.splitlines()[0]
+        return call.choice.backend.name
 
 
 def _move_away(out: Path) -> Path:
