@@ -296,3 +296,21 @@ def test_workspace_goes_with_the_last_reference(core: ModuleType) -> None:
         assert held() is None
     finally:
         gc.enable()
+
+
+def test_a_pytorch_without_inductors_allocator(tmp_path: Path) -> None:
+    """The allocator is none of PyTorch's public functions: without it the same numbers come out."""
+    source = """
+        import sys
+        import torch
+        if {blocked}:
+            sys.modules["torch._C._dynamo.guards"] = None
+        from maml_fast.backends import cpu
+        from maml_fast.cases import select
+        problem = select(["batchnorm-deep"])[0].build(torch.float32)
+        problem.maml("cpu").backward(*problem.batch)
+        print(cpu._empty_strided.__module__, [p.grad.tolist() for p in problem.model.parameters()])
+    """
+    usual, without = (run_python(source.format(blocked=b), cwd=tmp_path).split(" ", 1) for b in (False, True))
+    assert without[0] == "maml_fast.backends.cpu" != usual[0]
+    assert usual[1] == without[1]
