@@ -64,7 +64,7 @@ class OmniglotConfig(Config):
     ] = None
     rotations: Annotated[bool, typer.Option(help="Characters rotated by multiples of 90° are classes too.")] = True
     validate_every: ValidateEvery = 1000
-    validation_tasks: ValidationTasks = 300
+    validation_tasks: ValidationTasks = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()
