@@ -298,6 +298,15 @@ def test_workspace_goes_with_the_last_reference(core: ModuleType) -> None:
         gc.enable()
 
 
+def test_another_default_device_changes_nothing(core: ModuleType) -> None:
+    problem = select(["unreached"])[0].build(torch.float32)
+    with torch.device("meta"):
+        problem.maml("cpu").backward(*problem.batch)
+    gradients = [p.grad for p in problem.model.parameters()]
+    assert all(g is not None and g.device.type == "cpu" for g in gradients)
+    assert any(not g.any() for g in gradients), "no parameter that the loss does not reach"
+
+
 def test_a_pytorch_without_inductors_allocator(tmp_path: Path) -> None:
     """The allocator is none of PyTorch's public functions: without it the same numbers come out."""
     source = """

@@ -46,7 +46,7 @@ try:
 except ImportError:
 
     def _empty_strided(size: Shape, stride: Shape, dtype: torch.dtype) -> Tensor:
-        return torch.empty_strided(size, stride, dtype=dtype)
+        return torch.empty_strided(size, stride, dtype=dtype, device="cpu")
 
 
 _KINDS = (
@@ -203,8 +203,8 @@ class _Call:
         """For every parameter what makes its gradient: zeros where the core has nothing to write."""
         made: list[Callable[[], Tensor | None]] = []
         for i, (shape, need) in enumerate(zip(plan.model.shapes, plan.needs.parameters, strict=True)):
-            written = _new(shape, plan.dtype) if i in used else partial(torch.zeros, shape, dtype=plan.dtype)
-            made.append(written if need else _nothing)
+            zeros = partial(torch.zeros, shape, dtype=plan.dtype, device=plan.device)
+            made.append(_nothing if not need else _new(shape, plan.dtype) if i in used else zeros)
         return made
 
     def _allocate_gradients(self, plan: Plan, result: Result, t: Tensors) -> None:
