@@ -8,6 +8,7 @@
 #include "primitives/transpose.inl"
 #include "primitives/tiles.inl"
 #include "primitives/gemm.inl"
+#include "primitives/gram.inl"
 #include "primitives/indirect.inl"
 #include "primitives/math.inl"
 #include "primitives/reduce.inl"

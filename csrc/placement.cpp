@@ -60,7 +60,7 @@ long Layout::scratch_size(long lockstep) const {
         if (!op.low_rank) continue;
         long rows = samples * op.rows, widest = std::max(op.width, op.out_width);
         size = std::max(size, packed_size(widest, rows, machine_.lanes) + rows * rows);
-        size = std::max(size, lockstep * rows * op.out_width);
+        size = std::max(size, kProducts * lockstep * rows * op.out_width);
     }
     return size;
 }

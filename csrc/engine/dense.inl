@@ -52,21 +52,31 @@ void add_term(const Op& op, const Factor& f, long N, long I, long O, const S* x,
                             y + b * rows * O, scratch(), gemm_scratch());
 }
 
-// Σ_tasks P_rᵀ Q_r into the sum: one product over the rows of all tasks of the block.
+// Σ_tasks P_rᵀ Q_r into the sum: products over the rows of all tasks of the block, two at a time.
 void accumulate_low_rank(const Op& op, Factors factors) {
-    S* sum = partial_ + plan_.params[op.w].sum;
+    S *sum = partial_ + plan_.params[op.w].sum, *room = scratch();
+    const Result<S> to{sum, op.width, sum, nullptr};
+    Outer<S> waiting;
     for (int r = 0; r < factors.n; ++r) {
         const Factor& f = factors.p[r];
         if (absent(op, f)) continue;
-        long rows = B_ * samples(view(f.tape)) * op.rows;
-        const S* p = deltas(op, f);
+        Outer<S> next{B_ * samples(view(f.tape)) * op.rows, deltas(op, f), inputs(op, f)};
         if (f.sign < 0) {
-            S* negated = scratch();
-            put(true, negated, rows * op.out_width, [=](long i) { return -p[i]; });
-            p = negated;
+            const S* p = next.dy;
+            long size = next.rows * op.out_width;
+            put(true, room, size, [=](long i) { return -p[i]; });
+            next.dy = room;
+            room += size;
         }
-        WeightGradient<S>{rows, p, inputs(op, f), nullptr, nullptr, {sum, op.width, sum, nullptr}}(op, gemm_scratch());
+        if (waiting.rows == 0) {
+            waiting = next;
+            continue;
+        }
+        WeightGradient<S>{waiting, next, to}(op, gemm_scratch());
+        waiting = {};
+        room = scratch();
     }
+    if (waiting.rows > 0) WeightGradient<S>{waiting, {}, to}(op, gemm_scratch());
 }
 
 // ---- products with weights that stand somewhere ------------------------------------------------
@@ -167,9 +177,8 @@ void linear_gradients(const Op& op, long N, const S* dy, const S* x, const S* dz
     for (long b = 0; b < n; ++b) {
         long in = b * rows * op.width, out = b * rows * op.out_width;
         if (w.to) {
-            Result<S> to{w.to.of(b), op.width, w.from.of(b), nullptr, w.scale};
-            WeightGradient<S>{rows, dy + out, x + in, z ? dz + out : nullptr, z ? z + in : nullptr, to}(op,
-                                                                                                        gemm_scratch());
+            Outer<S> one{rows, dy + out, x + in}, two = z ? Outer<S>{rows, dz + out, z + in} : Outer<S>{};
+            WeightGradient<S>{one, two, {w.to.of(b), op.width, w.from.of(b), nullptr, w.scale}}(op, gemm_scratch());
         }
         if (bias.to) column_sums(rows, op.out_width, dy + out, bias.from.of(b), bias.scale, bias.to.of(b));
     }

@@ -15,22 +15,30 @@ Product<S> backward_term(const Op& op, const S* dy, const Right<S>& w) {
     return {op.out_width, {dy, op.out_width, 1}, w};
 }
 
-// ∇W = source + scale (δyᵀ x + δzᵀ z), or without the source; the second product is absent where z is null.
+// δyᵀ x over rows of both.
+template <class S>
+struct Outer {
+    long rows = 0;
+    const S *dy = nullptr, *x = nullptr;
+};
+
+// ∇W = source + scale (δyᵀ x + δzᵀ z), or without the source; a product without rows is absent.
 template <class S>
 struct WeightGradient {
-    long rows;
-    const S *dy, *x, *dz, *z;
+    Outer<S> one, two;
     Result<S> to;  // (o, i)
 
     void operator()(const Op& op, S* scratch) const {
-        long I = op.width, O = op.out_width, more = z ? rows : 0;
+        long I = op.width, O = op.out_width;
         if (2 * I > lanes<S> || O <= I) {
-            gemm<S>(O, I, {rows, {dy, 1, O}, {x, I, false, false}}, {more, {dz, 1, O}, {z, I, false, false}}, to,
-                    scratch);
-            return;
+            auto product = [=](const Outer<S>& t) {
+                return Product<S>{t.rows, {t.dy, 1, O}, {t.x, I, false, false}};
+            };
+            return gemm<S>(O, I, product(one), product(two), to, scratch);
         }
         // a narrow input would waste vector lanes: there the transpose is computed
-        const Product<S> p{rows, {x, 1, I}, {dy, O, false, true}}, q{more, {z, 1, I}, {dz, O, false, true}};
+        auto turned = [=](const Outer<S>& t) { return Product<S>{t.rows, {t.x, 1, I}, {t.dy, O, false, true}}; };
+        const Product<S> p = turned(one), q = turned(two);
         if (I == 1) return gemm<S>(I, O, p, q, {to.p, O, to.source, nullptr, to.scale}, scratch);
         S* transposed = scratch;
         gemm<S>(I, O, p, q, {transposed, O, nullptr, nullptr}, scratch + I * O);
@@ -50,10 +58,16 @@ void low_rank_product(long rows, long I, long O, long rank, S c, const S* x, con
     // the smaller of x and q is the one worth transposing
     bool flip = rank > rows;
     long M = flip ? rank : rows, N = flip ? rows : rank;
-    S *panels = scratch, *gram = scratch + packed_size(I, N, lanes<S>);
-    pack_transposed(I, N, flip ? x : q, panels);
-    gemm<S>(M, N, {I, {flip ? q : x, I, 1}, {panels, I, true, true}}, {}, {gram, N, nullptr, nullptr}, more_scratch);
-    for (long i = 0; i < M * N; ++i) gram[i] *= c;
-    gemm<S>(rows, O, {rank, {gram, flip ? 1 : N, flip ? N : 1}, {p, O, false, owned}}, {}, {y, O, y, nullptr},
-            more_scratch);
+    const S *many = flip ? q : x, *few = flip ? x : q;
+    S* coefficients = scratch + packed_size(I, N, lanes<S>);
+    if (is_few<S>(N)) {
+        gram<S>(M, N, I, many, few, c, coefficients);
+    } else {
+        pack_transposed(I, N, few, scratch);
+        gemm<S>(M, N, {I, {many, I, 1}, {scratch, I, true, true}}, {}, {coefficients, N, nullptr, nullptr},
+                more_scratch);
+        for (long i = 0; i < M * N; ++i) coefficients[i] *= c;
+    }
+    gemm<S>(rows, O, {rank, {coefficients, flip ? 1 : N, flip ? N : 1}, {p, O, false, owned}}, {},
+            {y, O, y, nullptr}, more_scratch);
 }

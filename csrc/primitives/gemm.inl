@@ -277,14 +277,15 @@ inline void each_block(long n, long most, F f) {
     for (long i = 0, blocks = ceil_div(n, most); i < blocks; ++i) f(i * n / blocks, (i + 1) * n / blocks);
 }
 
-// One term, cut into blocks of rows and depth.
+// One term, cut into blocks of rows and depth; a second one has to fit into a block with it.
 template <class S>
-inline void blocks(long M, long N, const Product<S>& term, Result<S> c, S* scratch) {
-    const auto& [K, a, b, from] = term;
-    each_block(K, kBlockDepth, [&](long k, long end) {
+inline void blocks(long M, long N, const Product<S>& p, const Product<S>& q, Result<S> c, S* scratch) {
+    each_block(p.depth, kBlockDepth, [&](long k, long end) {
         each_block(M, kBlockRows, [&](long m, long bottom) {
-            Product<S> block{end - k, {a.p + m * a.rs + k * a.cs, a.rs, a.cs}, b, k};
-            panels(bottom - m, N, block, Product<S>{}, c.at(m, 0), scratch);
+            auto part = [=](const Product<S>& t, long first, long last) {
+                return Product<S>{last - first, {t.a.p + m * t.a.rs + first * t.a.cs, t.a.rs, t.a.cs}, t.b, first};
+            };
+            panels(bottom - m, N, part(p, k, end), part(q, 0, q.depth), c.at(m, 0), scratch);
         });
         c = c.again();
     });
@@ -296,6 +297,7 @@ __attribute__((noinline)) void gemm(long M, long N, const Product<S>& p, const P
                                     S* scratch) {
     if (N == 1 && c.ld == 1 && along_vectors(p) && along_vectors(q)) return dots(M, p, q, c);
     if (M < kPackFrom && p.depth <= kBlockDepth && q.depth <= kBlockDepth) return panels(M, N, p, q, c, scratch);
-    blocks(M, N, p, c, scratch);
-    if (q.depth > 0) blocks(M, N, q, c.again(), scratch);
+    if (p.depth + q.depth <= kBlockDepth) return blocks(M, N, p, q, c, scratch);
+    blocks(M, N, p, {}, c, scratch);
+    if (q.depth > 0) blocks(M, N, q, {}, c.again(), scratch);
 }
