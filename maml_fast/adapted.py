@@ -30,7 +30,7 @@ class Adapted:
         """Outputs of each task's parameters on that task's inputs.
 
         Args:
-            x: (T, N, *in), the model's dtype and device.
+            x: (T, N, *in), the model's dtype (or indices, where it embeds them) and device.
 
         Returns:
             (T, N, *out), without a graph.
@@ -39,7 +39,7 @@ class Adapted:
             TypeError, ValueError: wrong dtype, device, shape or number of tasks.
         """
         values = list(self.parameters.values())
-        checks.inputs("x", x, values[0].dtype, values[0].device)
+        checks.inputs("x", x, values[0].dtype, values[0].device, self._maml._model.takes_indices)
         if x.shape[0] != values[0].shape[0]:
             raise ValueError(f"x: expected {values[0].shape[0]} tasks, got {x.shape[0]}")
         prepared = self._maml._prepare(Mode.APPLY, None, None, x)

@@ -10,13 +10,15 @@ from torch import Tensor
 from .losses import Loss
 
 _PRECISIONS = ("float32", "tf32", "bf16")
+_INDICES = (torch.int64, torch.int32)
 
 
-def inputs(name: str, x: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Check a batch of inputs (T, N, *in) with at least one task and one sample."""
+def inputs(name: str, x: Any, dtype: torch.dtype, device: torch.device, indices: bool = False) -> Tensor:
+    """Check a batch of inputs (T, N, *in) with at least one task and one sample; `indices` allows whole numbers."""
     _tensor(name, x)
-    if x.dtype != dtype:
-        raise TypeError(f"{name}: expected {dtype} like the model's parameters, got {x.dtype}")
+    if x.dtype != dtype and not (indices and x.dtype in _INDICES):
+        wanted = f"{dtype} like the model's parameters" + (", or int64 or int32 indices" if indices else "")
+        raise TypeError(f"{name}: expected {wanted}, got {x.dtype}")
     _on(name, x, device)
     if x.dim() < 2:
         raise ValueError(f"{name}: expected shape (tasks, samples, *in), got {tuple(x.shape)}")
@@ -25,13 +27,13 @@ def inputs(name: str, x: Any, dtype: torch.dtype, device: torch.device) -> Tenso
     return x
 
 
-def targets(name: str, y: Any, of: str, x: Tensor, loss: Loss) -> Tensor:
-    """Check targets: labels (T, N) int64 or values (T, N, *out) of the inputs' dtype."""
+def targets(name: str, y: Any, of: str, x: Tensor, loss: Loss, dtype: torch.dtype) -> Tensor:
+    """Check targets: labels (T, N) int64 or values (T, N, *out) of the model's dtype."""
     _tensor(name, y)
     if loss.takes_labels and y.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64 class labels for {loss.name}, got {y.dtype}")
-    if not loss.takes_labels and loss.name != "custom" and y.dtype != x.dtype:
-        raise TypeError(f"{name}: expected {x.dtype} targets for {loss.name}, got {y.dtype}")
+    if not loss.takes_labels and loss.name != "custom" and y.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype} targets for {loss.name}, got {y.dtype}")
     _on(name, y, x.device)
     if tuple(y.shape[:2]) != tuple(x.shape[:2]):
         raise ValueError(
@@ -64,6 +66,8 @@ def same_tasks(x_s: Tensor, x_q: Tensor) -> None:
             "x_q: expected the tasks and the sample shape of x_s "
             f"{(x_s.shape[0], '*', *x_s.shape[2:])}, got {tuple(x_q.shape)}"
         )
+    if x_s.dtype != x_q.dtype:
+        raise TypeError(f"x_q: expected {x_s.dtype} like x_s, got {x_q.dtype}")
 
 
 def model_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -65,7 +65,8 @@ class MAML(nn.Module):
             and the other backends always compute in the parameters' dtype.
 
     Shapes: `x_s (T, Ns, *in)`, `y_s (T, Ns)` int64 labels or `(T, Ns, *out)` targets; `x_q`, `y_q`
-    likewise with Nq. Inputs have the parameters' dtype (float32 or float64) and device.
+    likewise with Nq. Inputs have the parameters' dtype (float32 or float64) and device; a model with an
+    `nn.Embedding` may also take int64 or int32 indices.
 
     BatchNorm uses the statistics of the task's own batch and never touches the running buffers;
     in `eval()` mode the running statistics are constants.
@@ -232,15 +233,16 @@ class MAML(nn.Module):
     def _check_batch(self, mode: Mode, x_s: Any, y_s: Any, x_q: Any, y_q: Any) -> None:
         parameters = self._model.parameters()
         dtype, device, loss = common_dtype(parameters), common_device(parameters), self._inner.loss
+        indices = self._model.takes_indices
         if mode is not Mode.APPLY:
-            checks.inputs("x_s", x_s, dtype, device)
-            checks.targets("y_s", y_s, "x_s", x_s, loss)
+            checks.inputs("x_s", x_s, dtype, device, indices)
+            checks.targets("y_s", y_s, "x_s", x_s, loss, dtype)
         if mode is not Mode.ADAPT:
-            checks.inputs("x_q" if x_s is not None else "x", x_q, dtype, device)
+            checks.inputs("x_q" if x_s is not None else "x", x_q, dtype, device, indices)
         if x_s is not None and x_q is not None:
             checks.same_tasks(x_s, x_q)
         if mode in (Mode.LOSS, Mode.META_GRADIENT):
-            checks.targets("y_q", y_q, "x_q", x_q, loss)
+            checks.targets("y_q", y_q, "x_q", x_q, loss, dtype)
 
     def _output_of(self, leaves: Sequence[Tensor], x: Tensor) -> Tensor:
         """The model's output for the first task's samples; shapes are all that the caller wants."""
@@ -282,7 +284,8 @@ class MAML(nn.Module):
             support=0 if x_s is None else x_s.shape[1],
             query=0 if x_q is None else x_q.shape[1],
             in_shape=tuple(x.shape[2:]),
-            dtype=x.dtype,
+            dtype=common_dtype(self._model.parameters()),
+            in_dtype=x.dtype,
             device=x.device,
             tape_bytes=self.tape_bytes,
             threads=self.threads,

@@ -34,6 +34,7 @@ class Model:
         }
         named = dict(module.named_parameters())
         self.names = tuple(named)
+        self.takes_indices = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in self.modules)
         self._slots = tuple(owners[id(p)] for p in named.values())
         self._children = _children(self.modules)
         self.chosen = _choose(named, adapts)

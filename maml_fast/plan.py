@@ -78,6 +78,7 @@ class Plan:
     Attributes:
         tasks: T. support, query: samples a task (0 where the mode has none).
         in_shape: shape of one sample.
+        dtype: of the parameters. in_dtype: of the inputs, which may be indices.
         tape_bytes: how much memory a thread may spend on saved activations.
         threads: of the C++ core; None for PyTorch's number.
         precision: the least that a backend may compute products with: `"float32"`, `"tf32"` or `"bf16"`.
@@ -93,6 +94,7 @@ class Plan:
     query: int
     in_shape: tuple[int, ...]
     dtype: torch.dtype
+    in_dtype: torch.dtype
     device: torch.device
     tape_bytes: int = 1 << 28
     threads: int | None = None

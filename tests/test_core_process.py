@@ -109,6 +109,46 @@ def test_threads_share_a_module_from_the_first_call(core: ModuleType) -> None:
         in_threads(4, lambda _: check(gradients(problem.model, maml, problem.batch) == serial))  # noqa: B023
 
 
+class Waiting(torch.nn.Module):
+    """Its forward tells that it has begun, and goes on when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 1)
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.begun.set()
+        assert self.go_on.wait(timeout=60)
+        return self.linear(x)
+
+
+def test_tracing_leaves_other_threads_alone(core: ModuleType) -> None:
+    """While torch.fx traces, it stands in for every module's `__call__` in the whole process."""
+    call, waiting = torch.nn.Module.__call__, Waiting()
+    batch = [torch.randn(2, 3, size) for size in (4, 1, 4, 1)]
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    other = maml_fast.MAML(model, lr=0.1, loss="mse", backend="reference")
+    other.backward(*batch)
+    explained = []
+
+    def explain(module: torch.nn.Module) -> None:
+        explained.append(maml_fast.MAML(module, lr=0.1, loss="mse").explain(*batch))
+
+    first = threading.Thread(target=explain, args=(waiting,))
+    first.start()
+    assert waiting.begun.wait(timeout=60)
+    assert torch.nn.Module.__call__ is not call
+    second = threading.Thread(target=explain, args=(torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.Tanh()),))
+    second.start()  # waits for its turn
+    other.backward(*batch)
+    waiting.go_on.set()
+    for thread in (first, second):
+        thread.join(timeout=120)
+    assert torch.nn.Module.__call__ is call
+    assert ["backend: cpu" in text for text in explained] == [True, True], explained
+
+
 def check(good: bool) -> None:
     assert good
 

@@ -31,9 +31,7 @@ struct WeightGradient {
     void operator()(const Op& op, S* scratch) const {
         long I = op.width, O = op.out_width;
         if (2 * I > lanes<S> || O <= I) {
-            auto product = [=](const Outer<S>& t) {
-                return Product<S>{t.rows, {t.dy, 1, O}, {t.x, I, false, false}};
-            };
+            auto product = [=](const Outer<S>& t) { return Product<S>{t.rows, {t.dy, 1, O}, {t.x, I, false, false}}; };
             return gemm<S>(O, I, product(one), product(two), to, scratch);
         }
         // a narrow input would waste vector lanes: there the transpose is computed
@@ -68,6 +66,6 @@ void low_rank_product(long rows, long I, long O, long rank, S c, const S* x, con
                 more_scratch);
         for (long i = 0; i < M * N; ++i) coefficients[i] *= c;
     }
-    gemm<S>(rows, O, {rank, {coefficients, flip ? 1 : N, flip ? N : 1}, {p, O, false, owned}}, {},
-            {y, O, y, nullptr}, more_scratch);
+    gemm<S>(rows, O, {rank, {coefficients, flip ? 1 : N, flip ? N : 1}, {p, O, false, owned}}, {}, {y, O, y, nullptr},
+            more_scratch);
 }

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ..plan import Mode, Plan, Result, Tensors
+from .attention import composed
 
 _Outputs = Callable[[Plan, Tensors], Tensor]
 
 
+@composed()
 def differentiate(
     plan: Plan,
     tensors: Tensors,

@@ -12,6 +12,7 @@ from torch.func import grad, vmap
 from torch.overrides import TorchFunctionMode
 
 from ..plan import Plan, Result, Tensors
+from .attention import composed
 from .autograd import differentiate
 from .base import Backend
 
@@ -119,9 +120,9 @@ def _probe(plan: Plan) -> str:
 
     parameters = on_meta(dict(zip(model.names, model.parameters(), strict=True)))
     buffers = on_meta(model.buffers(copies=2))
-    x = torch.empty((2, max(plan.query, plan.support, 2), *plan.in_shape), dtype=plan.dtype, device="meta")
+    x = torch.empty((2, max(plan.query, plan.support, 2), *plan.in_shape), dtype=plan.in_dtype, device="meta")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), composed():
             vmap(model.call, in_dims=(None, 0, 0), randomness="different")(parameters, buffers, x)
     except Exception as error:  # whatever the user's forward raises is the reason
         return f"torch.func.vmap cannot batch the model: {str(error).strip().splitlines()[0]}"

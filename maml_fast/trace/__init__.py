@@ -6,6 +6,7 @@ A layer is one emitter in the file of its family, and its rows in the tables at 
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,8 +48,29 @@ def trace(module: nn.Module, in_shape: Shape) -> tuple[Graph | None, list[str]]:
         return None, [str(error)]
 
 
+# While torch.fx traces, it stands in for `nn.Module.__call__` and `__getattr__` in every thread, and two tracings at
+# once would put back each other's stand-ins.
+_one_at_a_time = threading.RLock()
+
+
 class _LeafTracer(fx.Tracer):
-    """Symbolic tracing that stops at the modules of the table."""
+    """Symbolic tracing that stops at the modules of the table, and lets other threads call theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in _MODULES or super().is_leaf_module(m, module_qualified_name)
@@ -61,7 +83,8 @@ def _fx_graph(module: nn.Module) -> fx.Graph:
         graph.output(graph.call_module("", (x,)))
         return graph
     try:
-        return _LeafTracer().trace(module)
+        with _one_at_a_time:
+            return _LeafTracer().trace(module)
     except Exception as error:  # whatever the user's forward raises under tracing is the reason
         raise Untraceable(f"torch.fx cannot trace forward: {str(error).strip().splitlines()[0]}") from error
 

@@ -1,0 +1,157 @@
+"""Modules that no fused kernel knows, on the backends that take any: attention and embedded indices."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import maml_fast as mf
+from maml_fast.backends.attention import composed
+from maml_fast.verify import relative_error
+
+TASKS, SUPPORT, QUERY, LENGTH, WIDTH, WORDS, CLASSES = 3, 4, 5, 6, 8, 11, 3
+
+
+class Attention(nn.Module):
+    """Self-attention, the mean over the sequence, one linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.out = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def transformer() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, activation="gelu", batch_first=True)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(LENGTH * WIDTH, CLASSES))
+
+
+def text() -> nn.Module:
+    return nn.Sequential(nn.Embedding(WORDS, WIDTH), nn.Flatten(), nn.Tanh(), nn.Linear(LENGTH * WIDTH, CLASSES))
+
+
+def bags() -> nn.Module:
+    return nn.Sequential(nn.EmbeddingBag(WORDS, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES))
+
+
+SEQUENCES = {"attention": Attention, "transformer": transformer}
+INDICES = {"embedding": text}
+
+
+def batch(indices: bool) -> list[Tensor]:
+    def inputs(samples: int) -> Tensor:
+        if indices:
+            return torch.randint(WORDS, (TASKS, samples, LENGTH))
+        return torch.randn(TASKS, samples, LENGTH, WIDTH, dtype=torch.float64)
+
+    def labels(samples: int) -> Tensor:
+        return torch.randint(CLASSES, (TASKS, samples))
+
+    return [inputs(SUPPORT), labels(SUPPORT), inputs(QUERY), labels(QUERY)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "vmap"])
+@pytest.mark.parametrize("name", [*SEQUENCES, *INDICES])
+def test_meta_gradient_is_the_losses_slope(name: str, backend: str) -> None:
+    torch.manual_seed(0)
+    model = (SEQUENCES | INDICES)[name]().double()
+    maml = mf.MAML(model, lr=0.3, steps=2, backend=backend)
+    tensors = batch(name in INDICES)
+    maml.backward(*tensors)
+    parameters = list(model.parameters())
+    directions = [torch.randn_like(p) for p in parameters]
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(parameters, directions, strict=True))
+
+    def loss_at(step: float) -> float:
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p += step * d
+            value = float(maml.meta_loss(*tensors))
+            for p, d in zip(parameters, directions, strict=True):
+                p -= step * d
+        return value
+
+    h = 1e-5
+    assert slope == pytest.approx((loss_at(h) - loss_at(-h)) / (2 * h), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [*SEQUENCES, "embedding"])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_vmap_matches_the_reference(name: str, first_order: bool) -> None:
+    torch.manual_seed(1)
+    model = (SEQUENCES | INDICES)[name]().double()
+    tensors = batch(name in INDICES)
+    gradients = []
+    for backend in ("reference", "vmap"):
+        model.zero_grad()
+        mf.MAML(model, lr=0.3, steps=2, first_order=first_order, backend=backend).backward(*tensors)
+        gradients.append([p.grad for p in model.parameters()])
+    assert relative_error(gradients[1], gradients[0]) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_indices_in_every_call(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    x_s, y_s, x_q, y_q = batch(indices=True)
+    x_s, x_q = x_s.to(dtype), x_q.to(dtype)
+    maml = mf.MAML(text(), lr=0.1, steps=1, backend="vmap")
+    maml.meta_loss(x_s, y_s, x_q, y_q).backward()
+    assert all(p.grad is not None for p in maml.module.parameters())
+    logits = maml(x_s, y_s, x_q)
+    torch.testing.assert_close(maml.adapt(x_s, y_s)(x_q), logits.detach())
+    assert logits.shape == (TASKS, QUERY, CLASSES)
+
+
+def test_bags_of_indices_to_first_order() -> None:
+    """PyTorch has no second derivative of an embedding bag, and no rule to batch it."""
+    torch.manual_seed(4)
+    maml = mf.MAML(bags(), lr=0.1, first_order=True, backend="reference")
+    maml.backward(*batch(indices=True))
+    assert all(p.grad is not None and p.grad.any() for p in maml.module.parameters())
+
+
+def test_indices_need_an_embedding() -> None:
+    x_s, y_s, x_q, y_q = batch(indices=True)
+    linear = mf.MAML(nn.Linear(LENGTH, CLASSES), lr=0.1)
+    with pytest.raises(TypeError, match=r"x_s: expected torch.float32 like the model's parameters, got torch.int64"):
+        linear.meta_loss(x_s, y_s, x_q, y_q)
+    embedding = mf.MAML(text(), lr=0.1)
+    with pytest.raises(TypeError, match=r"x_s: expected torch.float32 .*, or int64 or int32 indices, got torch.bool"):
+        embedding.meta_loss(x_s > 3, y_s, x_q, y_q)
+    with pytest.raises(TypeError, match=r"x_q: expected torch.int64 like x_s, got torch.int32"):
+        embedding.meta_loss(x_s, y_s, x_q.int(), y_q)
+
+
+def kernels() -> list[bool]:
+    cuda = torch.backends.cuda
+    return [cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()]
+
+
+def test_the_users_choice_of_attention_comes_back() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with composed():
+            inside.set()
+            leave.wait(60)
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        before = kernels()
+        with pytest.raises(ZeroDivisionError), composed():
+            raise ZeroDivisionError
+        assert kernels() == before
+        with composed():
+            thread = threading.Thread(target=other)
+            thread.start()
+            assert inside.wait(60)
+        assert kernels() == [False, False, True]  # the other thread is still inside
+        leave.set()
+        thread.join()
+        assert kernels() == before == [True, False, False]
