@@ -50,10 +50,11 @@ class Choice:
         return "\n".join(lines)
 
 
-def check_name(name: str) -> None:
-    """Raise ValueError unless `name` is `"auto"` or a backend."""
+def known(name: str) -> str:
+    """`name`, which is `"auto"` or a backend's, or ValueError."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    return name
 
 
 def choose(plan: Plan, name: str) -> Choice:

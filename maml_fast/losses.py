@@ -9,8 +9,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LossLike = str | nn.Module | Callable[[Tensor, Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -33,6 +31,8 @@ class Loss:
         """Whether the targets are int64 class labels rather than values shaped like the output."""
         return self.name == "cross_entropy"
 
+
+LossLike = str | nn.Module | Callable[[Tensor, Tensor], Tensor] | Loss
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "mse": F.mse_loss,
@@ -59,6 +59,8 @@ def resolve(loss: LossLike) -> Loss:
         ValueError: an unknown name, or a module whose reduction is not `"mean"`.
         TypeError: neither a name nor a callable.
     """
+    if isinstance(loss, Loss):
+        return loss
     if isinstance(loss, str):
         if loss not in _FUNCTIONS:
             raise ValueError(f"loss: expected one of {', '.join(NAMES)}, got {loss!r}")

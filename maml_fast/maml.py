@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import checks, dispatch, losses, ops
 from .adapted import Adapted
@@ -30,6 +31,18 @@ class Prepared(NamedTuple):
 
     def run(self) -> Result:
         return self.call.choice.backend.run(self.call.plan, self.tensors)
+
+
+_SETTINGS: dict[str, Callable[[Any], Any]] = {
+    "first_order": bool,
+    "allow_unused": lambda value: value,
+    "steps": checks.steps,
+    "loss": losses.resolve,
+    "backend": dispatch.known,
+    "tape_bytes": int,
+    "threads": checks.threads,
+    "precision": checks.precision,
+}
 
 
 class MAML(nn.Module):
@@ -68,6 +81,8 @@ class MAML(nn.Module):
     likewise with Nq. Inputs have the parameters' dtype (float32 or float64) and device; a model with an
     `nn.Embedding` may also take int64 or int32 indices.
 
+    `lr`, `steps` and every other argument after `model` but `adapts` may be assigned later: `maml.steps = 10`.
+
     BatchNorm uses the statistics of the task's own batch and never touches the running buffers;
     in `eval()` mode the running statistics are constants.
 
@@ -95,28 +110,55 @@ class MAML(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        dispatch.check_name(backend)
-        self.module = model
-        self.first_order = bool(first_order)
-        self.allow_unused = allow_unused
-        self.allow_nograd = allow_nograd
-        self.backend = backend
-        self.tape_bytes = int(tape_bytes)
-        self.threads = checks.threads(threads)
-        self.precision = checks.precision(precision)
-        self._adapts = adapts
-        self._inner = Inner(losses.resolve(loss), checks.steps(steps), self.first_order)
-        self._model = self._snapshot()
-        self._rates = LearningRates(lr, self._model)
-        for name, parameter in self._rates.parameters().items():
-            self.register_parameter(name, parameter)
         self._calls: dict[Any, Call] = {}
         self._warned = False
+        self.backend = backend
+        self.module = model
+        self.first_order = first_order
+        self.allow_unused = allow_unused
+        self.allow_nograd = allow_nograd
+        self.steps = steps
+        self.loss = losses.resolve(loss)
+        self.tape_bytes = tape_bytes
+        self.threads = threads
+        self.precision = precision
+        self._adapts = adapts
+        self._model = self._snapshot()
+        self._set_rates(lr)
         self._handle = ops.register(self)
 
-    @property
-    def steps(self) -> int:
-        return self._inner.steps
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "lr":
+            self._set_rates(value)
+            return
+        if name in _SETTINGS:
+            value = _SETTINGS[name](value)
+            self._calls.clear()  # they were planned for the old value
+        super().__setattr__(name, value)
+
+    def _set_rates(self, lr: RateLike) -> None:
+        rates = LearningRates(lr, self._model)
+        old: LearningRates | None = self.__dict__.get("_rates")
+        for name in old.parameters() if old else ():
+            self._parameters.pop(name)
+        self.__dict__.pop("lr", None)
+        parameters = rates.parameters()
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+        if "lr" not in parameters:
+            self.__dict__["lr"] = lr
+        self._rates: LearningRates = rates
+        self._calls.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to this process and is made again: copies and pickles hold numbers and settings."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_model", "_calls", "_handle")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._calls = {}
+        self._model = self._snapshot()
+        self._handle = ops.register(self)
 
     # ---- the public calls ----------------------------------------------------------------------
 
@@ -181,6 +223,9 @@ class MAML(nn.Module):
     # ---- from tensors to a plan ----------------------------------------------------------------
 
     def _snapshot(self) -> Model:
+        for name, parameter in self.module.named_parameters():
+            if is_lazy(parameter):
+                raise ValueError(f"model: expected initialised parameters, got a lazy {name!r}; call the model once")
         model = Model(self.module, self._adapts)
         if not model.names:
             raise ValueError(f"model: expected a module with parameters, got {type(self.module).__name__} without any")
@@ -232,7 +277,7 @@ class MAML(nn.Module):
 
     def _check_batch(self, mode: Mode, x_s: Any, y_s: Any, x_q: Any, y_q: Any) -> None:
         parameters = self._model.parameters()
-        dtype, device, loss = common_dtype(parameters), common_device(parameters), self._inner.loss
+        dtype, device, loss = common_dtype(parameters), common_device(parameters), self.loss
         indices = self._model.takes_indices
         if mode is not Mode.APPLY:
             checks.inputs("x_s", x_s, dtype, device, indices)
@@ -268,11 +313,12 @@ class MAML(nn.Module):
         self, mode: Mode, x_s: Tensor | None, y_s: Tensor | None, x_q: Tensor | None, y_q: Tensor | None
     ) -> Call:
         x = x_s if x_s is not None else x_q
+        y = y_s if y_s is not None else y_q
         assert x is not None
         plan = Plan(
             mode=mode,
             model=self._model,
-            inner=self._inner,
+            inner=Inner(self.loss, self.steps, self.first_order),
             rates=self._rates.shapes,
             needs=Needs(
                 self._model.trainable,
@@ -284,6 +330,7 @@ class MAML(nn.Module):
             support=0 if x_s is None else x_s.shape[1],
             query=0 if x_q is None else x_q.shape[1],
             in_shape=tuple(x.shape[2:]),
+            target=None if y is None else (tuple(y.shape[2:]), y.dtype),
             dtype=common_dtype(self._model.parameters()),
             in_dtype=x.dtype,
             device=x.device,
@@ -294,7 +341,7 @@ class MAML(nn.Module):
         self._check_model(plan)
         for name, y in (("y_s", y_s), ("y_q", y_q)):
             if y is not None and plan.out_shape is not None:
-                checks.target_shape(name, y, plan.out_shape, self._inner.loss)
+                checks.target_shape(name, y, plan.out_shape, self.loss)
         choice = dispatch.choose(plan, self.backend)
         if self.backend == "auto" and not self._warned and not choice.backend.fused:
             dispatch.warn_of_fallback(choice)

@@ -78,6 +78,7 @@ class Plan:
     Attributes:
         tasks: T. support, query: samples a task (0 where the mode has none).
         in_shape: shape of one sample.
+        target: shape and dtype of one sample's target, where the mode has any.
         dtype: of the parameters. in_dtype: of the inputs, which may be indices.
         tape_bytes: how much memory a thread may spend on saved activations.
         threads: of the C++ core; None for PyTorch's number.
@@ -93,6 +94,7 @@ class Plan:
     support: int
     query: int
     in_shape: tuple[int, ...]
+    target: tuple[tuple[int, ...], torch.dtype] | None
     dtype: torch.dtype
     in_dtype: torch.dtype
     device: torch.device

@@ -260,7 +260,7 @@ def run(backend: str | None = None, device: str = "cpu") -> int:
         ValueError: no backend of that name.
     """
     if backend is not None:
-        dispatch.check_name(backend)
+        dispatch.known(backend)
     names = [n for n in dispatch.BACKENDS if n != "reference"] if backend is None else [backend]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "auto" warns of its fallback; the table shows it

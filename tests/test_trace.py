@@ -154,7 +154,7 @@ DECLINED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "unknown-method": (Function(lambda m, x: x.cos()), IMAGE, "forward calls cos"),
     "unknown-argument": (Function(lambda m, x: x.mean((2, 3), dtype=torch.float64)), IMAGE, "unsupported arguments"),
     "branch-on-data": (Function(_even), IMAGE, "torch.fx cannot trace forward"),
-    "two-inputs": (nn.Bilinear(2, 2, 2), (2,), "more than one input"),
+    "two-inputs": (nn.Bilinear(2, 2, 2), (2,), "missing 1 required positional argument"),
     "two-outputs": (Function(lambda m, x: (x, x)), IMAGE, "does not return a single tensor"),
     "hooks": (_hooked(), (9,), "layer '0' has hooks"),
     "not-an-activation": (Function(lambda m, x: x + torch.relu(m.weight)), (4,), "not an activation"),

@@ -112,20 +112,25 @@ _NORMS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def _probe(plan: Plan) -> str:
-    """Batch the model once on the meta device; the error text is the reason."""
-    model = plan.model
+    """Batch the model once on the meta device, and a user's loss on zeros; the error text is the reason."""
+    model, loss, samples = plan.model, plan.inner.loss, max(plan.query, plan.support, 2)
 
     def on_meta(values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: torch.empty_like(v, device="meta") for name, v in values.items()}
 
     parameters = on_meta(dict(zip(model.names, model.parameters(), strict=True)))
     buffers = on_meta(model.buffers(copies=2))
-    x = torch.empty((2, max(plan.query, plan.support, 2), *plan.in_shape), dtype=plan.in_dtype, device="meta")
+    x = torch.empty((2, samples, *plan.in_shape), dtype=plan.in_dtype, device="meta")
+    part = "model"
     try:
         with torch.no_grad(), composed():
-            vmap(model.call, in_dims=(None, 0, 0), randomness="different")(parameters, buffers, x)
+            outputs = vmap(model.call, in_dims=(None, 0, 0), randomness="different")(parameters, buffers, x)
+            if loss.name == "custom" and plan.target is not None:
+                part, (shape, dtype) = "loss", plan.target
+                zeros = torch.zeros_like(outputs, device=plan.device)
+                vmap(grad(loss.function))(zeros, torch.zeros((2, samples, *shape), dtype=dtype, device=plan.device))
     except Exception as error:  # whatever the user's forward raises is the reason
-        return f"torch.func.vmap cannot batch the model: {str(error).strip().splitlines()[0]}"
+        return f"torch.func.vmap cannot batch the {part}: {str(error).strip().splitlines()[0]}"
     return ""
 
 

@@ -54,11 +54,17 @@ _one_at_a_time = threading.RLock()
 
 
 class _LeafTracer(fx.Tracer):
-    """Symbolic tracing that stops at the modules of the table, and lets other threads call theirs."""
+    """Symbolic tracing of forward(x) that stops at the modules of the table, and lets other threads call theirs."""
 
     def __init__(self) -> None:
         super().__init__()
         self._thread = threading.get_ident()
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Forward's other arguments keep their defaults, on which Python code may branch."""
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -94,8 +100,6 @@ def _interpret(graph: fx.Graph, module: nn.Module, in_shape: Shape) -> Graph:
     tracing, results = Tracing(module, in_shape), dict[fx.Node, Any]()
     for node in graph.nodes:
         if node.op == "placeholder":
-            if results:
-                raise Untraceable(f"forward takes more than one input ({node.target!r})")
             results[node] = Value(0, in_shape)
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), results.__getitem__)
