@@ -295,6 +295,7 @@ def without_core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
+@pytest.mark.no_sanitizer
 def test_package_without_core(without_core: Path, tmp_path: Path) -> None:
     source = """
         import sys
@@ -347,6 +348,7 @@ def test_another_default_device_changes_nothing(core: ModuleType) -> None:
     assert any(not g.any() for g in gradients), "no parameter that the loss does not reach"
 
 
+@pytest.mark.no_sanitizer
 def test_a_pytorch_without_inductors_allocator(tmp_path: Path) -> None:
     """The allocator is none of PyTorch's public functions: without it the same numbers come out."""
     source = """
