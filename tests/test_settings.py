@@ -173,6 +173,45 @@ def test_a_loss_that_cannot_be_batched_goes_to_the_reference() -> None:
     assert maml.backward(*batch()) > 0
 
 
+class Recurrent(nn.Module):
+    """PyTorch can batch a GRUCell over its inputs, but not the gradient of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(WIDTH, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(x))
+
+
+def test_a_gradient_that_cannot_be_batched_goes_to_the_reference() -> None:
+    torch.manual_seed(4)
+    maml = mf.MAML(Recurrent(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reasons = maml.explain(*batch())
+    assert "backend: reference" in reasons
+    assert "torch.func.vmap cannot batch the model" in reasons
+    assert maml.backward(*batch()) > 0
+
+
+class Positions(nn.Module):
+    """Forward makes a constant on the CPU, where the model is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + torch.arange(WIDTH, dtype=x.dtype, device="cpu"))
+
+
+def test_tensors_made_in_forward_can_be_batched() -> None:
+    maml = mf.MAML(Positions(), lr=0.1, backend="vmap")
+    slow = mf.MAML(maml.module, lr=0.1, backend="reference")
+    torch.testing.assert_close(maml.meta_loss(*batch()), slow.meta_loss(*batch()))
+
+
 def test_lazy_modules_are_named() -> None:
     lazy = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, CLASSES))
     with pytest.raises(ValueError, match=r"model: expected initialised parameters, got a lazy '0\.weight'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,26 +113,39 @@ _NORMS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def _probe(plan: Plan) -> str:
-    """Batch the model once on the meta device, and a user's loss on zeros; the error text is the reason."""
-    model, loss, samples = plan.model, plan.inner.loss, max(plan.query, plan.support, 2)
-
-    def on_meta(values: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: torch.empty_like(v, device="meta") for name, v in values.items()}
-
-    parameters = on_meta(dict(zip(model.names, model.parameters(), strict=True)))
-    buffers = on_meta(model.buffers(copies=2))
-    x = torch.empty((2, samples, *plan.in_shape), dtype=plan.in_dtype, device="meta")
+    """Why torch.func cannot batch the model, its gradient or a user's loss: the error's text; empty where it can."""
     part = "model"
     try:
-        with torch.no_grad(), composed():
-            outputs = vmap(model.call, in_dims=(None, 0, 0), randomness="different")(parameters, buffers, x)
-            if loss.name == "custom" and plan.target is not None:
-                part, (shape, dtype) = "loss", plan.target
-                zeros = torch.zeros_like(outputs, device=plan.device)
-                vmap(grad(loss.function))(zeros, torch.zeros((2, samples, *shape), dtype=dtype, device=plan.device))
-    except Exception as error:  # whatever the user's forward raises is the reason
+        try:
+            outputs = _batch_model(plan, torch.device("meta"))
+        except Exception:  # a forward may make tensors of its own on the real device
+            with torch.random.fork_rng([plan.device] if plan.device.type == "cuda" else []):
+                outputs = _batch_model(plan, plan.device)
+        part = "loss"
+        if plan.inner.loss.name == "custom" and plan.target is not None:
+            shape, dtype = plan.target
+            targets = torch.zeros((*outputs.shape[:2], *shape), dtype=dtype, device=plan.device)
+            vmap(grad(plan.inner.loss.function))(torch.zeros_like(outputs, device=plan.device), targets)
+    except Exception as error:  # whatever the user's code raises is the reason
         return f"torch.func.vmap cannot batch the {part}: {str(error).strip().splitlines()[0]}"
     return ""
+
+
+def _batch_model(plan: Plan, device: torch.device) -> Tensor:
+    """The outputs of two tasks' zeros, after the gradient that the first inner step would take."""
+    model = plan.model
+
+    def total(*arguments: Any) -> Tensor:
+        return model.call(*arguments).sum()
+
+    parameters = {n: p.detach().to(device) for n, p in zip(model.names, model.parameters(), strict=True)}
+    buffers = {n: b.to(device) for n, b in model.buffers(copies=2).items()}
+    x = torch.zeros((2, max(plan.query, plan.support, 2), *plan.in_shape), dtype=plan.in_dtype, device=device)
+    batched = partial(vmap, in_dims=(None, 0, 0), randomness="different")
+    with torch.no_grad(), composed():
+        if plan.inner.steps > 0:
+            batched(grad(total))(parameters, {n: b.clone() for n, b in buffers.items()}, x)
+        return batched(model.call)(parameters, buffers, x)
 
 
 def _adapt_task(
