@@ -28,9 +28,23 @@ enum class OpKind : int {
     upsample
 };
 
-enum class Act : int { relu, leaky_relu, elu, gelu, gelu_tanh, silu, tanh, sigmoid, softplus, sine };
+enum class Act : int {
+    relu,
+    leaky_relu,
+    elu,
+    gelu,
+    gelu_tanh,
+    silu,
+    tanh,
+    sigmoid,
+    softplus,
+    sine,
+    clamp,
+    hardswish,
+    mish
+};
 
-constexpr bool is_piecewise_linear(Act act) { return act == Act::relu || act == Act::leaky_relu; }
+constexpr bool is_piecewise_linear(Act act) { return act == Act::relu || act == Act::leaky_relu || act == Act::clamp; }
 
 enum class LossKind : int { none, mse, cross_entropy, bce_with_logits, l1, huber };
 

@@ -21,6 +21,9 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "sigmoid": (),
     "softplus": ("beta", "threshold"),
     "sine": ("w0",),
+    "clamp": ("low", "high"),
+    "hardswish": (),
+    "mish": (),
 }
 """Layers that take every number by itself, and their attributes in the order in which kernels take them."""
 

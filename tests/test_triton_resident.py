@@ -26,6 +26,7 @@ SECOND_ORDER = ("frozen-rates", "adapts-body", "adapts-none", "steps-0-classes")
 THREE_TASKS = ("rate-scalar",)
 ONE_STEP = (
     "relu", "leaky-relu", "elu", "gelu", "gelu-tanh", "silu", "tanh", "sigmoid", "softplus-beta", "sine",
+    "hardtanh", "hardswish", "mish",
     "residual", "branches", "function-shift", "function-twice", "layernorm-no-bias", "layernorm-sequence",
     "batchnorm-plain", "batchnorm-eval", "batchnorm-sequence", "rate-batchnorm",
     "loss-cross-entropy-smoothed", "loss-bce", "loss-l1", "loss-huber-delta",

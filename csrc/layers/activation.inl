@@ -22,7 +22,7 @@ MAML_FAST_INLINED Point<S> activate(S x, S p0, S p1) {
         return {positive ? x : p0 * x, positive ? S(1) : p0};
     } else if constexpr (A == Act::elu) {
         S e = p0 * expm1_(x < S(0) ? x : S(0));
-        bool negative = x < S(0);
+        bool negative = x <= S(0);
         return {negative ? e : x, negative ? e + p0 : S(1), negative ? e + p0 : S(0)};
     } else if constexpr (A == Act::gelu) {
         S cdf = S(0.5) * (S(1) + erf_(x * S(0.70710678118654752440)));
@@ -49,6 +49,18 @@ MAML_FAST_INLINED Point<S> activate(S x, S p0, S p1) {
         S s = S(1) / (S(1) + exp_(-t));
         S y = ((t > S(0) ? t : S(0)) + log1p_unit(exp_(-m))) / p0;
         return {linear ? x : y, linear ? S(1) : s};
+    } else if constexpr (A == Act::clamp) {
+        return {x < p0 ? p0 : x > p1 ? p1 : x, x <= p0 || x >= p1 ? S(0) : S(1)};
+    } else if constexpr (A == Act::hardswish) {
+        bool low = x <= S(-3);
+        bool high = x >= S(3);
+        S y = high ? x : x * (x + S(3)) / S(6), d1 = high ? S(1) : x / S(3) + S(0.5);
+        return {low ? S(0) : y, low ? S(0) : d1, low || high ? S(0) : S(1) / S(3)};
+    } else if constexpr (A == Act::mish) {
+        // t = tanh(log(1 + eˣ)) and its distance from 1, without either's cancellation
+        S e = exp_(x > S(20) ? S(20) : x), n = e * (e + S(2)), near = S(2) / (n + S(2)), t = n / (n + S(2));
+        S s = S(1) / (S(1) + exp_(-x)), dt = s * near * (S(1) + t);
+        return {x * t, t + x * dt, dt * (S(2) + x * (S(1) - s - S(2) * t * s))};
     } else {
         S sine, cosine;
         sincos_(p0 * x, sine, cosine);
@@ -129,6 +141,12 @@ inline void with_activation(Act act, F f) {
             return f(Constant<Act::softplus>{});
         case Act::sine:
             return f(Constant<Act::sine>{});
+        case Act::clamp:
+            return f(Constant<Act::clamp>{});
+        case Act::hardswish:
+            return f(Constant<Act::hardswish>{});
+        case Act::mish:
+            return f(Constant<Act::mish>{});
     }
 }
 

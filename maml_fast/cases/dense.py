@@ -139,6 +139,13 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": nn.Softplus,
     "softplus-beta": lambda: nn.Softplus(3.0, 2.0),
     "sine": lambda: Sine(3.0),
+    "hardtanh": lambda: nn.Hardtanh(-0.3, 0.4),
+    "relu6": nn.ReLU6,
+    "hardswish": nn.Hardswish,
+    "mish": nn.Mish,
+    "selu": nn.SELU,
+    "celu": lambda: nn.CELU(0.5),
+    "log-sigmoid": nn.LogSigmoid,
 }
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -153,6 +160,8 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": lambda x: F.softplus(x, 3.0, 2.0),
     "sine": lambda x: torch.sin(3.0 * x),
     "sine-plain": torch.sin,
+    "bounded": lambda x: F.hardtanh(F.selu(x), -0.2, 0.5) + F.celu(F.relu6(x), 0.5) - F.hardswish(x) * 2,
+    "mish": lambda x: F.mish(x) - F.logsigmoid(x),
     "layer-norm": lambda x: F.layer_norm(x, (6,)),
     "multiply": lambda x: x * 0.5,
     "divide": lambda x: x / 4,

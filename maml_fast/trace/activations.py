@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,25 @@ def _sine(t: Tracing, x: Any) -> Value:
     return _activation(t, "sine", x, w0=1.0)
 
 
+def _scaled(t: Tracing, x: Value, factor: float) -> Value:
+    return x if factor == 1.0 else t.emit("affine", [x], x.shape, factor=factor, shift=0.0)
+
+
+def _selu(t: Tracing, x: Any, inplace: bool = False) -> Value:
+    return _scaled(t, _activation(t, "elu", x, alpha=1.6732632423543772), 1.0507009873554805)
+
+
+def _celu(t: Tracing, x: Any, alpha: float = 1.0, inplace: bool = False) -> Value:
+    """max(0, x) + min(0, a (exp(x / a) − 1)) = a elu(x / a)."""
+    return _scaled(t, _activation(t, "elu", _scaled(t, value(x, "celu"), 1.0 / alpha), alpha=1.0), float(alpha))
+
+
+def _log_sigmoid(t: Tracing, x: Any) -> Value:
+    """log(1 / (1 + exp(−x))) = −softplus(−x)."""
+    negative = _scaled(t, value(x, "logsigmoid"), -1.0)
+    return _scaled(t, _activation(t, "softplus", negative, beta=1.0, threshold=math.inf), -1.0)
+
+
 def _dropout(t: Tracing, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Value:
     if training and p > 0:
         raise Untraceable("dropout is random in training mode; call eval() or set p=0")
@@ -55,6 +75,14 @@ _silu = _unary("silu")
 _tanh = _unary("tanh")
 _sigmoid = _unary("sigmoid")
 _softplus = _unary("softplus", beta=1.0, threshold=20.0)
+_hardtanh = _unary("clamp", low=-1.0, high=1.0)
+_hardswish = _unary("hardswish")
+_mish = _unary("mish")
+
+
+def _relu6(t: Tracing, x: Any, inplace: bool = False) -> Value:
+    return _hardtanh(t, x, 0.0, 6.0)
+
 
 MODULES: dict[type[nn.Module], Emitter] = {
     nn.ReLU: lambda t, m, x: _relu(t, x),
@@ -65,6 +93,13 @@ MODULES: dict[type[nn.Module], Emitter] = {
     nn.Tanh: lambda t, m, x: _tanh(t, x),
     nn.Sigmoid: lambda t, m, x: _sigmoid(t, x),
     nn.Softplus: lambda t, m, x: _softplus(t, x, m.beta, m.threshold),
+    nn.Hardtanh: lambda t, m, x: _hardtanh(t, x, m.min_val, m.max_val),
+    nn.ReLU6: lambda t, m, x: _relu6(t, x),
+    nn.Hardswish: lambda t, m, x: _hardswish(t, x),
+    nn.Mish: lambda t, m, x: _mish(t, x),
+    nn.SELU: lambda t, m, x: _selu(t, x),
+    nn.CELU: lambda t, m, x: _celu(t, x, m.alpha),
+    nn.LogSigmoid: lambda t, m, x: _log_sigmoid(t, x),
     Sine: lambda t, m, x: _activation(t, "sine", x, w0=m.w0),
     nn.Dropout: lambda t, m, x: _dropout(t, x, m.p, m.training),
 }
@@ -81,6 +116,15 @@ FUNCTIONS: dict[Callable[..., Any], Emitter] = {
     F.sigmoid: _sigmoid,
     torch.sigmoid: _sigmoid,
     F.softplus: _softplus,
+    F.hardtanh: lambda t, x, min_val=-1.0, max_val=1.0, inplace=False: _hardtanh(t, x, min_val, max_val),
+    F.relu6: _relu6,
+    F.hardswish: _hardswish,
+    F.mish: _mish,
+    F.selu: _selu,
+    torch.selu: _selu,
+    F.celu: _celu,
+    torch.celu: _celu,
+    F.logsigmoid: _log_sigmoid,
     torch.sin: _sine,
     F.dropout: _dropout,
 }

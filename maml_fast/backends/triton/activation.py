@@ -13,7 +13,7 @@ from ...graph import ACTIVATIONS
 from .launch import Launch, blocks
 from .optional import given
 
-PIECEWISE_LINEAR = ("relu", "leaky_relu")
+PIECEWISE_LINEAR = ("relu", "leaky_relu", "clamp")
 NAMES = ("identity", *ACTIVATIONS)
 _NAMES, _COUNT = tl.constexpr(NAMES), tl.constexpr(len(NAMES))
 
@@ -80,7 +80,7 @@ def _named(x, p0, p1, ACT: tl.constexpr):
     elif ACT == "leaky_relu":
         return tl.where(x > 0, x, p0 * x), tl.where(x > 0, 1.0, p0), tl.zeros_like(x)
     elif ACT == "elu":
-        negative = x < 0
+        negative = x <= 0
         e = p0 * _expm1(tl.where(negative, x, 0.0))
         return tl.where(negative, e, x), tl.where(negative, e + p0, 1.0), tl.where(negative, e + p0, 0.0)
     elif ACT == "gelu":
@@ -117,6 +117,21 @@ def _named(x, p0, p1, ACT: tl.constexpr):
         s = sigmoid(t)
         y = (tl.maximum(t, 0.0) + log1p_unit(tl.exp(-tl.abs(t)))) / p0
         return tl.where(linear, x, y), tl.where(linear, 1.0, s), tl.where(linear, 0.0, p0 * s * (1.0 - s))
+    elif ACT == "clamp":
+        y = tl.where(x < p0, p0, tl.where(x > p1, p1, x))
+        return y, tl.where((x <= p0) | (x >= p1), 0.0, 1.0), tl.zeros_like(x)
+    elif ACT == "hardswish":
+        low, high = x <= -3.0, x >= 3.0
+        y = tl.where(low, 0.0, tl.where(high, x, x * (x + 3.0) / 6.0))
+        d1 = tl.where(low, 0.0, tl.where(high, 1.0, x / 3.0 + 0.5))
+        return y, d1, tl.where(low | high, 0.0, 1.0 / 3.0)
+    elif ACT == "mish":  # t = tanh(log(1 + eˣ)) and its distance from 1, without either's cancellation
+        e = tl.exp(tl.where(x > 20.0, 20.0, x))
+        n = e * (e + 2.0)
+        t = n / (n + 2.0)
+        s = sigmoid(x)
+        dt = s * (2.0 / (n + 2.0)) * (1.0 + t)
+        return x * t, t + x * dt, dt * (2.0 + x * (1.0 - s - 2.0 * t * s))
     else:
         tl.static_assert(ACT == "sine")
         y = tl.sin(p0 * x)
