@@ -40,32 +40,16 @@ inline void gram_columns(long M, long K, const S* x, const S* q, S scale, S* g, 
     for (; i < M; ++i) gram_tile<S, 1, C>(K, x + i * K, q, scale, g + i * ld, ld);
 }
 
+template <class S, int... C>
+inline auto pick_gram(long columns, Heights<C...>) {
+    static constexpr decltype(&gram_columns<S, 1>) table[] = {gram_columns<S, C + 1>...};
+    return table[columns - 1];
+}
+
 // g (M × N) = scale x qᵀ for x (M × K), q (N × K).
 template <class S>
 __attribute__((noinline)) void gram(long M, long N, long K, const S* x, const S* q, S scale, S* g) {
-    for (long j = 0; j < N;) {
-        auto columns = [&](auto c) {
-            gram_columns<S, c.value>(M, K, x, q + j * K, scale, g + j, N);
-            j += c.value;
-        };
-        switch (N - j) {
-            case 1:
-                columns(Vectors<1>{});
-                break;
-            case 2:
-                columns(Vectors<2>{});
-                break;
-            case 3:
-            case 6:
-                columns(Vectors<3>{});
-                break;
-            case 4:
-            case 7:
-            case 8:
-                columns(Vectors<4>{});
-                break;
-            default:
-                columns(Vectors<kGramColumns>{});
-        }
-    }
+    each_block(N, kGramColumns, [=](long j, long end) {
+        pick_gram<S>(end - j, HeightsTo<kGramColumns>{})(M, K, x, q + j * K, scale, g + j, N);
+    });
 }
