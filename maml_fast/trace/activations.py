@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..nn import Sine
+from .arithmetic import scaled
 from .graphs import Emitter, Tracing, Untraceable, Value, value
 
 
@@ -43,23 +44,20 @@ def _sine(t: Tracing, x: Any) -> Value:
     return _activation(t, "sine", x, w0=1.0)
 
 
-def _scaled(t: Tracing, x: Value, factor: float) -> Value:
-    return x if factor == 1.0 else t.emit("affine", [x], x.shape, factor=factor, shift=0.0)
-
-
 def _selu(t: Tracing, x: Any, inplace: bool = False) -> Value:
-    return _scaled(t, _activation(t, "elu", x, alpha=1.6732632423543772), 1.0507009873554805)
+    return scaled(t, _activation(t, "elu", x, alpha=1.6732632423543772), 1.0507009873554805)
 
 
 def _celu(t: Tracing, x: Any, alpha: float = 1.0, inplace: bool = False) -> Value:
     """max(0, x) + min(0, a (exp(x / a) − 1)) = a elu(x / a)."""
-    return _scaled(t, _activation(t, "elu", _scaled(t, value(x, "celu"), 1.0 / alpha), alpha=1.0), float(alpha))
+    if alpha == 1.0:
+        return _elu(t, x)
+    return scaled(t, _elu(t, scaled(t, x, 1.0 / alpha)), alpha)
 
 
 def _log_sigmoid(t: Tracing, x: Any) -> Value:
     """log(1 / (1 + exp(−x))) = −softplus(−x)."""
-    negative = _scaled(t, value(x, "logsigmoid"), -1.0)
-    return _scaled(t, _activation(t, "softplus", negative, beta=1.0, threshold=math.inf), -1.0)
+    return scaled(t, _softplus(t, scaled(t, x, -1.0), threshold=math.inf), -1.0)
 
 
 def _dropout(t: Tracing, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Value:

@@ -11,7 +11,8 @@ import torch
 from .graphs import Emitter, Tracing, Untraceable, Value, value
 
 
-def _scale(t: Tracing, x: Any, factor: float = 1.0, shift: float = 0.0) -> Value:
+def scaled(t: Tracing, x: Any, factor: float = 1.0, shift: float = 0.0) -> Value:
+    """factor · x + shift."""
     x = value(x, "arithmetic")
     return t.emit("affine", [x], x.shape, factor=float(factor), shift=float(shift))
 
@@ -23,9 +24,9 @@ def _sum(t: Tracing, a: Any, b: Any, alpha: float = 1.0) -> Value:
             raise Untraceable(f"sum of values of shapes {a.shape} and {b.shape}: broadcasting has no fused kernel")
         return t.emit("add", [a, b], a.shape, alpha=float(alpha))
     if isinstance(b, int | float):
-        return _scale(t, a, shift=alpha * b)
+        return scaled(t, a, shift=alpha * b)
     if isinstance(a, int | float):
-        return _scale(t, b, alpha, shift=a)
+        return scaled(t, b, alpha, shift=a)
     raise Untraceable("a parameter or tensor is added to an activation, which has no fused kernel")
 
 
@@ -35,20 +36,20 @@ def _difference(t: Tracing, a: Any, b: Any, alpha: float = 1.0) -> Value:
 
 def _product(t: Tracing, a: Any, b: Any) -> Value:
     if isinstance(b, int | float):
-        return _scale(t, a, b)
+        return scaled(t, a, b)
     if isinstance(a, int | float):
-        return _scale(t, b, a)
+        return scaled(t, b, a)
     raise Untraceable("an activation is multiplied by a tensor, which has no fused kernel")
 
 
 def _quotient(t: Tracing, a: Any, b: Any) -> Value:
     if not isinstance(b, int | float):
         raise Untraceable("division by a tensor has no fused kernel")
-    return _scale(t, a, 1.0 / b)
+    return scaled(t, a, 1.0 / b)
 
 
 def _negative(t: Tracing, x: Any) -> Value:
-    return _scale(t, x, -1.0)
+    return scaled(t, x, -1.0)
 
 
 FUNCTIONS: dict[Callable[..., Any], Emitter] = {
