@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from maml_fast import dispatch
+from maml_fast.backends import dispatch
 from maml_fast.cases import BENCH, Case, Problem
 
 

@@ -21,7 +21,7 @@ def _plain() -> int:
         command.add_argument("--device", default="cpu", help="Where to run.")
     given = parser.parse_args()
     if given.command == "verify":
-        from .verify import run as run_verify
+        from .checking.verify import run as run_verify
 
         return run_verify(given.backend, given.device)
     from .bench import run as run_bench

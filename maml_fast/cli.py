@@ -20,8 +20,8 @@ from rich.logging import RichHandler
 from rich.table import Table
 from torch import nn
 
-from . import MAML, __version__, dispatch
-from .backends import cpu
+from . import MAML, __version__
+from .backends import cpu, dispatch
 from .recipes import Config, OmniglotConfig, OmniglotRecipe, Recipe, SinusoidConfig, SinusoidRecipe, Trainer
 
 app = typer.Typer(
@@ -78,7 +78,7 @@ def verify(
     device: Annotated[str, typer.Option(help="Where the backends run.")] = "cpu",
 ) -> None:
     """Compare the backends with the float64 reference; exit code 1 on any failure."""
-    from .verify import run
+    from .checking.verify import run
 
     with _explained():
         code = run(backend, device)

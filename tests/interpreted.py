@@ -19,8 +19,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime import interpreter
 
-from maml_fast import cases, verify
+from maml_fast import cases
 from maml_fast.backends.triton import launch, workspace
+from maml_fast.checking import verify
 
 
 def _quicken() -> None:

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import maml_fast as mf
 from maml_fast.backends.attention import composed
-from maml_fast.verify import relative_error
+from maml_fast.checking.verify import relative_error
 
 TASKS, SUPPORT, QUERY, LENGTH, WIDTH, WORDS, CLASSES = 3, 4, 5, 6, 8, 11, 3
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maml_fast import dispatch, verify
-from maml_fast.backends import cpu
+from maml_fast.api.maml import MAML
+from maml_fast.backends import cpu, dispatch
 from maml_fast.cases import SMALL, Case, Problem, select
-from maml_fast.maml import MAML
+from maml_fast.checking import verify
 
 FEW = select(
     ["tanh", "batchnorm", "loss-cross-entropy", "frozen", "tied", "unreached", "rate-per_element", "size-tasks",

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import maml_fast
-from maml_fast import verify
 from maml_fast.cases import Case, select
+from maml_fast.checking import verify
 
 CASES = select(["size-tasks", "batchnorm-deep", "loss-cross-entropy", "rate-per_element"])
 PACKAGE = Path(maml_fast.__file__).resolve().parent
@@ -328,7 +328,7 @@ def test_workspace_goes_with_the_last_reference(core: ModuleType) -> None:
     maml = maml_fast.MAML(torch.nn.Linear(3, 2), 0.1, loss="mse", backend="cpu")
     x, y = torch.randn(2, 4, 3), torch.randn(2, 4, 2)
     maml.backward(x, y, x, y)
-    (call,) = maml._calls.values()
+    (call,) = maml._preparer.plans()
     held = weakref.ref(call.plan.state["cpu"])
     gc.collect()
     gc.disable()

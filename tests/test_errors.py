@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import maml_fast as mf
-from maml_fast import dispatch
+from maml_fast.backends import dispatch
 from maml_fast.cases import Problem, select
 
 BACKENDS = list(dispatch.BACKENDS)

@@ -16,8 +16,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from maml_fast import verify
 from maml_fast.cases import Case, select
+from maml_fast.checking import verify
 
 ISAS = ("baseline", "avx2", "avx512")
 NAMES = [
@@ -128,7 +128,7 @@ def test_another_name_runs_other_code(core: ModuleType, monkeypatch: pytest.Monk
         problem = select(["size-65"])[0].build(torch.float32)
         maml = problem.maml("cpu")
         maml.backward(*problem.batch)
-        (call,) = maml._calls.values()
+        (call,) = maml._preparer.plans()
         seen[isa] = call.plan.state["cpu"].core.lanes
     widths = {"baseline": 4, "avx2": 8, "avx512": 16}
     assert seen == {isa: widths[isa] for isa in core.available()}

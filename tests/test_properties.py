@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from maml_fast import verify
 from maml_fast.backends import cpu
 from maml_fast.cases import Case
-from maml_fast.nn import Sine
+from maml_fast.checking import verify
+from maml_fast.nn.sine import Sine
 
 BACKENDS = ["cpu", "vmap"] if cpu.info()["built"] else ["vmap"]
 WIDTHS = st.sampled_from([1, 2, 3, 7, 8, 16, 17, 33, 63, 65])

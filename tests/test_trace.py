@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maml_fast.graph import Graph
-from maml_fast.trace import trace
+from maml_fast.graph.graph import Graph
+from maml_fast.graph.trace import trace
 
 IMAGE = (4, 6, 9)
 SIGNAL = (4, 9)

@@ -14,10 +14,12 @@ import torch
 from interpreted import assert_close, assert_equal, record
 from torch import nn
 
-from maml_fast import MAML, cases, dispatch, verify
+from maml_fast import MAML, cases
 from maml_fast.algorithms import maml as algorithm
+from maml_fast.algorithms.goal import Mode
+from maml_fast.backends import dispatch
 from maml_fast.backends.triton import TritonBackend, aot, executor, launch, tiles, workspace
-from maml_fast.plan import Mode
+from maml_fast.checking import verify
 
 # The first three take half a minute each, and are there for the C++ core's sake; the others run the kernels of their
 # siblings.

@@ -15,11 +15,14 @@ import torch
 from interpreted import assert_close, assert_equal, record
 from torch import Tensor, nn
 
-from maml_fast import MAML, cases, dispatch, networks, verify
+from maml_fast import MAML, cases
 from maml_fast.algorithms import maml as algorithm
+from maml_fast.backends import dispatch
 from maml_fast.backends.triton import TritonBackend, launch, opcodes
 from maml_fast.backends.triton.assembler import Assembler
 from maml_fast.backends.triton.resident import TaskMajor
+from maml_fast.checking import verify
+from maml_fast.nn import networks
 
 # Every instruction, layer kind, loss and option once; each costs up to a few seconds of interpretation.
 SECOND_ORDER = ("frozen-rates", "adapts-body", "adapts-none", "steps-0-classes")

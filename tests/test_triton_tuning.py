@@ -24,10 +24,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime.errors import OutOfResources
 
-from maml_fast import cases, verify
+from maml_fast import cases
 from maml_fast.backends.triton import launch, tiles, tuning
 from maml_fast.backends.triton.gemm import product
 from maml_fast.backends.triton.launch import Launch
+from maml_fast.checking import verify
 
 M, N, K = 70, 65, 40
 

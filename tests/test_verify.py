@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from maml_fast import dispatch, verify
+from maml_fast.algorithms.goal import Mode
+from maml_fast.backends import dispatch
 from maml_fast.backends.reference import ReferenceBackend
 from maml_fast.cases import BENCH, SMALL, select
-from maml_fast.plan import Mode, Plan, Result, Tensors
+from maml_fast.checking import verify
+from maml_fast.lower.plan import Plan, Result, Tensors
 
 
 class Broken(ReferenceBackend):
@@ -123,7 +125,7 @@ def test_unknown_backend() -> None:
 
 def test_command_line() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "maml_fast.verify", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "maml_fast.checking.verify", "--help"], capture_output=True, text=True, check=True
     )
     assert "--backend" in done.stdout
 

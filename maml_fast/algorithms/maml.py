@@ -7,8 +7,8 @@ dL/dθ_0 = λ_0,    dL/dα = − Σ_k g_k ∘ λ_{k+1}
 
 from __future__ import annotations
 
-from ..plan import Mode, Plan
-from ..program import (
+from .goal import Goal, Mode
+from .program import (
     Accumulate,
     Backward,
     Batch,
@@ -29,32 +29,32 @@ from ..program import (
 )
 
 
-def emit(plan: Plan, save: bool = True) -> Program:
-    """The plan's mode as a program.
+def emit(goal: Goal, save: bool = True) -> Program:
+    """The goal as a program.
 
     Args:
-        plan: what to compute.
+        goal: what to compute.
         save: keep every inner step's tape; otherwise recompute it in the reverse sweep.
     """
-    return _Emitter(plan, save).program()
+    return _Emitter(goal, save).program()
 
 
 class _Emitter:
-    def __init__(self, plan: Plan, save: bool) -> None:
-        self.plan = plan
+    def __init__(self, goal: Goal, save: bool) -> None:
+        self.goal = goal
         self.code: list[Instruction] = []
         self.slots = 1
         self.tapes: list[Batch] = []
-        self.steps = plan.inner.steps if any(plan.model.adapts) else 0
-        self.reverse = plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
-        self.second_order = self.reverse and not plan.inner.first_order
-        self.rate_gradients = self.reverse and any(plan.needs.rates)
+        self.steps = goal.inner.steps if any(goal.adapts) else 0
+        self.reverse = goal.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
+        self.second_order = self.reverse and not goal.inner.first_order
+        self.rate_gradients = self.reverse and any(goal.needs.rates)
         self.save = save or not self.second_order
 
     def program(self) -> Program:
-        if self.plan.mode is Mode.APPLY:
+        if self.goal.mode is Mode.APPLY:
             self._apply()
-        elif self.plan.mode is Mode.ADAPT:
+        elif self.goal.mode is Mode.ADAPT:
             self.code.append(StoreParameters(self._inner_loop()[-1]))
         else:
             self._query(self._inner_loop())
@@ -97,17 +97,17 @@ class _Emitter:
         ]
 
     def _query(self, thetas: list[int]) -> None:
-        plan, tape = self.plan, self._tape(Batch.QUERY)
+        goal, tape = self.goal, self._tape(Batch.QUERY)
         self.code.append(Forward(thetas[-1], Batch.QUERY, tape))
-        if plan.mode is Mode.LOGITS:
+        if goal.mode is Mode.LOGITS:
             self.code.append(StoreOutputs(tape))
-        elif plan.mode is Mode.PULLBACK:
+        elif goal.mode is Mode.PULLBACK:
             self.code.append(Cotangent(tape))
         else:
             self.code.append(QueryLoss(tape, seed=self.reverse))
         if self.reverse:
             adjoint = self._slot()
-            self.code.append(Backward(thetas[-1], Batch.QUERY, tape, adjoint, inputs=plan.needs.x_q))
+            self.code.append(Backward(thetas[-1], Batch.QUERY, tape, adjoint, inputs=goal.needs.x_q))
             self._reverse_sweep(thetas, adjoint)
             self.code.append(Accumulate(adjoint))
 
@@ -123,6 +123,6 @@ class _Emitter:
                 self._support_pass(thetas[k], self.support_tapes[k], None)
             self.code += [
                 Scale(vector, adjoint),
-                Hvp(thetas[k], self.support_tapes[k], vector, product, inputs=self.plan.needs.x_s),
+                Hvp(thetas[k], self.support_tapes[k], vector, product, inputs=self.goal.needs.x_s),
                 Subtract(adjoint, product),
             ]

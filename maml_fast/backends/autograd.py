@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..plan import Mode, Plan, Result, Tensors
+from ..algorithms.goal import Mode
+from ..lower.plan import Plan, Result, Tensors
 from .attention import composed
 
 _Outputs = Callable[[Plan, Tensors], Tensor]

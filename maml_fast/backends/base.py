@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..plan import Plan, Result, Tensors
+from ..lower.plan import Plan, Result, Tensors
 
 
 class Backend(Protocol):

@@ -10,11 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fusion import NORMS
-from ..graph import ACTIVATIONS, Attribute, Graph, Op, Shape
-from ..losses import NAMES
-from ..plan import Mode, Plan, Result, Tensors
-from ..program import (
+from ..algorithms.goal import Mode
+from ..algorithms.program import (
     Accumulate,
     Backward,
     Batch,
@@ -32,6 +29,10 @@ from ..program import (
     SupportLoss,
     Update,
 )
+from ..graph.graph import ACTIVATIONS, Attribute, Graph, Op, Shape
+from ..graph.losses import NAMES
+from ..lower.fusion import NORMS
+from ..lower.plan import Plan, Result, Tensors
 from .base import Backend
 
 try:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..plan import Plan, Result, Tensors
+from ..lower.plan import Plan, Result, Tensors
 from .autograd import differentiate
 from .base import Backend
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.overrides import TorchFunctionMode
 
-from ..plan import Plan, Result, Tensors
+from ..lower.plan import Plan, Result, Tensors
 from .attention import composed
 from .autograd import differentiate
 from .base import Backend

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from .. import verify
 from ..cases import Case, select
+from ..checking import verify
 from .memory import memory, show_memory
 from .peers import Contender, Step, contenders, fused
 from .report import Entry, Outcome, show, write

@@ -15,9 +15,9 @@ import torch
 from jax import lax
 from torch import Tensor, nn
 
-from .. import losses
 from ..cases import Problem
-from ..nn import Sine
+from ..graph import losses
+from ..nn.sine import Sine
 
 Array = Any
 Layer = Callable[[list[Array], Array], Array]

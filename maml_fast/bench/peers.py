@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
-from .. import losses
+from ..api.maml import MAML
 from ..cases import Problem
-from ..maml import MAML
+from ..graph import losses
 
 Step = Callable[[], tuple[Any, Sequence[Any]]]
 

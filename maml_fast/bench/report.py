@@ -16,7 +16,7 @@ import torch
 from .. import __version__
 from ..backends import cpu
 from ..cases import Case
-from ..verify import print_table
+from ..checking.verify import print_table
 from .timing import Samples, Spread
 
 

@@ -6,7 +6,7 @@ are the sizes whose speed is reported.
 
 from __future__ import annotations
 
-from ..networks import conv4, mlp, resnet12, siren, strided_conv
+from ..nn.networks import conv4, mlp, resnet12, siren, strided_conv
 from . import dense, images
 from .case import Case, Problem
 from .timed import BENCH

@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .. import losses
-from ..maml import MAML
-from ..model import Adapts
-from ..rates import RateLike
+from ..api.maml import MAML
+from ..api.rates import RateLike
+from ..graph import losses
+from ..graph.model import Adapts
 
 Shape = tuple[int, ...]
 Rate = Literal["constant", "scalar", "per_tensor", "per_element"]

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import losses
-from ..networks import mlp, siren
-from ..nn import Sine
+from ..graph import losses
+from ..nn.networks import mlp, siren
+from ..nn.sine import Sine
 from .case import Case, Shape
 
 # ---- networks -----------------------------------------------------------------------------------

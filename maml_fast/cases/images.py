@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model import Adapts
-from ..networks import conv4, resnet12, strided_conv
+from ..graph.model import Adapts
+from ..nn.networks import conv4, resnet12, strided_conv
 from .case import Case, Rate, Shape
 
 IMAGE = (2, 5, 7)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..networks import conv4, mlp, siren, strided_conv
+from ..nn.networks import conv4, mlp, siren, strided_conv
 from .case import Case, Shape
 
 

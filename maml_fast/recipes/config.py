@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .. import dispatch
+from ..backends import dispatch
 from ..data.sampler import positive
 
 Out = Annotated[Path, typer.Option(help="Folder of the run: checkpoint, metrics, pictures, evaluation.")]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..api.maml import MAML
 from ..data import Sampler
-from ..maml import MAML
 
 EVERY_STEP = range(11)
 

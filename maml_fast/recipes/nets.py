@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import nn
 
 from ..data.omniglot import SIZE
-from ..networks import conv4, strided_conv
+from ..nn.networks import conv4, strided_conv
 
 FILTERS = 64
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ..api.maml import MAML
 from ..data import Episodes, LabelledSet, load_omniglot, split_omniglot
 from ..data.omniglot import SPLITS, find_split_folder
 from ..data.sampler import positive
-from ..maml import MAML
 from .config import Config, InnerLr, Iterations, MetaBatch, Out, Steps, ValidateEvery, ValidationTasks, computed
 from .evaluation import StepResult, evaluate
 from .measure import ACCURACY

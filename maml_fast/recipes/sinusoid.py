@@ -12,8 +12,8 @@ import torch
 import typer
 from torch import nn
 
+from ..api.maml import MAML
 from ..data import Sinusoids
-from ..maml import MAML
 from .config import Config, InnerLr, Iterations, MetaBatch, Out, Steps, ValidateEvery, ValidationTasks
 from .evaluation import EVERY_STEP, StepResult, evaluate
 from .measure import LOSS

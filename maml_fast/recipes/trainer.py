@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..adam import FlatAdam
+from ..algorithms.goal import Mode
+from ..api.maml import MAML
 from ..data import Sampler
-from ..flat import FlatParameters
-from ..maml import MAML
-from ..plan import Mode
+from ..optim.adam import FlatAdam
+from ..optim.flat import FlatParameters
 from . import files
 from .config import Config
 from .display import Display, results_table

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...plan import Plan, Result, Tensors
+from ...lower.plan import Plan, Result, Tensors
 from ..base import Backend
 from .support import too_large, why_not_machine, why_not_network, why_not_resident
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ...plan import Plan
+from ...lower.plan import Plan
 from . import TritonBackend, tiles, tuning
 from .call import PRECISIONS, Call
 from .launch import OPTIONS, Launch
@@ -194,8 +194,8 @@ NETWORKS = ("batchnorm-deep", "layernorm", "groupnorm", "maxpool", "branches")
 
 def plans() -> dict[str, Plan]:
     """Meta-gradient plans of the benchmark's cases and of `NETWORKS`."""
+    from ...algorithms.goal import Mode
     from ...cases import BENCH, select
-    from ...plan import Mode
 
     found = {}
     for case in (*BENCH, *select([*NETWORKS])):

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ...plan import Mode, Plan, Result, Tensors
-from ...program import Batch
+from ...algorithms.goal import Mode
+from ...algorithms.program import Batch
+from ...lower.plan import Plan, Result, Tensors
 from .network import Network
 from .vectors import segments
 

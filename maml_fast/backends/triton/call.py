@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ...algorithms import maml
-from ...plan import Plan, Result, Tensors
-from ...program import Program
+from ...algorithms.program import Program
+from ...lower.plan import Plan, Result, Tensors
 from . import tuning
 from .buffers import Buffers
 from .capture import Capture

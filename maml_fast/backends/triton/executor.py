@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...plan import Plan
-from ...program import (
+from ...algorithms.program import (
     Accumulate,
     Backward,
     Batch,
@@ -28,6 +27,7 @@ from ...program import (
     SupportLoss,
     Update,
 )
+from ...lower.plan import Plan
 from . import vectors
 from .buffers import Buffers
 from .elementwise import combine, copy_rows

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...channels_last import channels_last
-from ...fusion import tiles
-from ...graph import ACTIVATIONS, Graph, Op
-from ...plan import Mode, Plan
+from ...algorithms.goal import Mode
+from ...graph.graph import ACTIVATIONS, Graph, Op
+from ...lower.channels_last import channels_last
+from ...lower.fusion import tiles
+from ...lower.plan import Plan
 
 _PRODUCTS = ("linear", "conv")
 _POOLED = ("batch_norm", "running_norm")

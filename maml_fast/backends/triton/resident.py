@@ -12,8 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...plan import Plan
-from ...program import Accumulate, Instruction, Program, RateGradient
+from ...algorithms.program import Accumulate, Instruction, Program, RateGradient
+from ...lower.plan import Plan
 from . import vectors
 from .assembler import Assembler, table
 from .elementwise import multiply

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ...program import Backward, Hvp, Instruction, Program, Subtract, Update
+from ...algorithms.program import Backward, Hvp, Instruction, Program, Subtract, Update
 from .network import Network
 
 _SLOTS = ("theta", "gradient", "adjoint", "vector", "slot", "out")

@@ -8,8 +8,8 @@ import os
 
 import torch
 
-from ...graph import ACTIVATIONS, Graph
-from ...plan import Plan
+from ...graph.graph import ACTIVATIONS, Graph
+from ...lower.plan import Plan
 
 _OLDEST = (8, 0)
 _MOST_NUMBERS = 1 << 31  # a task's array, whose offsets are 32-bit

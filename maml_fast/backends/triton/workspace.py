@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...graph import ACTIVATIONS
-from ...plan import Plan
-from ...program import Backward, Hvp, Program
+from ...algorithms.program import Backward, Hvp, Program
+from ...graph.graph import ACTIVATIONS
+from ...lower.plan import Plan
 from .activation import PIECEWISE_LINEAR
 from .layers import KINDS
 from .network import Layer, Network

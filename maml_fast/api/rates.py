@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model import Model
-from .plan import Rates
+from ..graph.model import Model
+from ..lower.plan import Rates
 
 RateLike = float | Tensor | Mapping[str, float | Tensor]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .losses import Loss
+from ..graph.losses import Loss
 
 _PRECISIONS = ("float32", "tf32", "bf16")
 _INDICES = (torch.int64, torch.int32)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from ..algorithms.goal import Mode
 from . import checks
-from .plan import Mode
-
-if TYPE_CHECKING:
-    from .maml import MAML
+from .prepare import Preparer
 
 
 class Adapted:
@@ -21,8 +17,8 @@ class Adapted:
         parameters: name -> (T, *shape), without a graph.
     """
 
-    def __init__(self, maml: MAML, parameters: dict[str, Tensor]) -> None:
-        self._maml = maml
+    def __init__(self, preparer: Preparer, parameters: dict[str, Tensor]) -> None:
+        self._preparer = preparer
         self.parameters = parameters
 
     @torch.no_grad()
@@ -39,10 +35,10 @@ class Adapted:
             TypeError, ValueError: wrong dtype, device, shape or number of tasks.
         """
         values = list(self.parameters.values())
-        checks.inputs("x", x, values[0].dtype, values[0].device, self._maml._model.takes_indices)
+        checks.inputs("x", x, values[0].dtype, values[0].device, self._preparer.model.takes_indices)
         if x.shape[0] != values[0].shape[0]:
             raise ValueError(f"x: expected {values[0].shape[0]} tasks, got {x.shape[0]}")
-        prepared = self._maml._prepare(Mode.APPLY, None, None, x)
+        prepared = self._preparer.prepare(Mode.APPLY, None, None, x)
         prepared.tensors.adapted = values
         outputs = prepared.run().outputs
         assert outputs is not None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..nn import Sine
+from ...nn.sine import Sine
 from .arithmetic import scaled
 from .graphs import Emitter, Tracing, Untraceable, Value, value
 

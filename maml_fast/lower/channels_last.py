@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from ..graph.graph import Attribute, Graph, Op, Shape
 from .fusion import NORMS
-from .graph import Attribute, Graph, Op, Shape
 
 _IMAGE_OPS = ("conv", "max_pool", "avg_pool", "spatial_mean", "upsample", *NORMS)
 _ANY_ORDER = ("affine", "add", "cat")

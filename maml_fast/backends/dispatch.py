@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-from .backends.base import Backend
-from .backends.cpu import CpuBackend
-from .backends.reference import ReferenceBackend
-from .backends.triton import TritonBackend
-from .backends.vmap import VmapBackend
-from .plan import Plan
+from ..lower.plan import Plan
+from .base import Backend
+from .cpu import CpuBackend
+from .reference import ReferenceBackend
+from .triton import TritonBackend
+from .vmap import VmapBackend
 
 _ALL: tuple[Backend, ...] = (
     CpuBackend(),

@@ -10,52 +10,51 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .plan import Mode, Result
+from ..algorithms.goal import Mode
+from ..lower.plan import Result
+from .prepare import Prepared, Preparer
 
-if TYPE_CHECKING:
-    from .maml import MAML, Prepared
-
-_MODULES: weakref.WeakValueDictionary[int, MAML] = weakref.WeakValueDictionary()
+_PREPARERS: weakref.WeakValueDictionary[int, Preparer] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
 
 
-def register(maml: MAML) -> int:
-    """A number by which a compiled graph can name the module."""
-    handle = next(_HANDLES)
-    _MODULES[handle] = maml
+def register(preparer: Preparer) -> int:
+    """A number by which a compiled graph can name the preparer."""
+    handle = preparer.handle = next(_HANDLES)
+    _PREPARERS[handle] = preparer
     return handle
 
 
-def meta_loss(maml: MAML, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str) -> Tensor:
+def meta_loss(preparer: Preparer, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str) -> Tensor:
     """The reduced query loss; see `MAML.meta_loss`."""
     if torch.compiler.is_compiling():
-        leaves = _compiled_leaves(maml, x_s, x_q)
-        return _meta_loss_op(leaves, y_s, y_q, [t.requires_grad for t in leaves], maml._handle, reduction)[0]
+        leaves = _compiled_leaves(preparer, x_s, x_q)
+        return _meta_loss_op(leaves, y_s, y_q, [t.requires_grad for t in leaves], preparer.handle, reduction)[0]
     if torch.is_grad_enabled():
-        prepared = maml._prepare(Mode.META_GRADIENT, x_s, y_s, x_q, y_q)
+        prepared = preparer.prepare(Mode.META_GRADIENT, x_s, y_s, x_q, y_q)
         leaves = prepared.tensors.leaves()
         if any(leaf.requires_grad for leaf in leaves):
             if reduction == "none":
-                return _TaskLosses.apply(maml, prepared, *leaves)
-            prepared.tensors.weights = maml._weights(prepared.call.plan, reduction)
+                return _TaskLosses.apply(preparer, prepared, *leaves)
+            prepared.tensors.weights = preparer.weights(prepared.call.plan, reduction)
             return _ReducedLoss.apply(prepared, *leaves)
-    losses = maml._prepare(Mode.LOSS, x_s, y_s, x_q, y_q).run().losses
+    losses = preparer.prepare(Mode.LOSS, x_s, y_s, x_q, y_q).run().losses
     assert losses is not None
     return _reduce(losses, reduction)
 
 
-def query_outputs(maml: MAML, x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Tensor:
+def query_outputs(preparer: Preparer, x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Tensor:
     """The query outputs; see `MAML.forward`."""
     if torch.compiler.is_compiling():
-        leaves = _compiled_leaves(maml, x_s, x_q)
-        return _query_outputs_op(leaves, y_s, [t.requires_grad for t in leaves], maml._handle)
-    prepared = maml._prepare(Mode.PULLBACK, x_s, y_s, x_q)
-    return _QueryOutputs.apply(maml, prepared, *prepared.tensors.leaves())
+        leaves = _compiled_leaves(preparer, x_s, x_q)
+        return _query_outputs_op(leaves, y_s, [t.requires_grad for t in leaves], preparer.handle)
+    prepared = preparer.prepare(Mode.PULLBACK, x_s, y_s, x_q)
+    return _QueryOutputs.apply(preparer, prepared, *prepared.tensors.leaves())
 
 
 def _reduce(losses: Tensor, reduction: str) -> Tensor:
@@ -64,9 +63,9 @@ def _reduce(losses: Tensor, reduction: str) -> Tensor:
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
-def _run_again(maml: MAML, mode: Mode, prepared: Prepared) -> Result:
+def _run_again(preparer: Preparer, mode: Mode, prepared: Prepared) -> Result:
     t = prepared.tensors
-    return maml._prepare(mode, t.x_s, t.y_s, t.x_q, t.y_q).run()
+    return preparer.prepare(mode, t.x_s, t.y_s, t.x_q, t.y_q).run()
 
 
 class _Raise(torch.autograd.Function):
@@ -135,10 +134,10 @@ class _TaskLosses(torch.autograd.Function):
     """Per-task losses; the weights of the gradients are known only in backward."""
 
     @staticmethod
-    def forward(ctx: Any, maml: MAML, prepared: Prepared, *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, preparer: Preparer, prepared: Prepared, *leaves: Tensor) -> Tensor:
         ctx.prepared = prepared
         ctx.save_for_backward(*leaves)
-        losses = _run_again(maml, Mode.LOSS, prepared).losses
+        losses = _run_again(preparer, Mode.LOSS, prepared).losses
         assert losses is not None
         return losses
 
@@ -154,10 +153,10 @@ class _QueryOutputs(torch.autograd.Function):
     """Query outputs; backward adapts again rather than keep every task's tape."""
 
     @staticmethod
-    def forward(ctx: Any, maml: MAML, prepared: Prepared, *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, preparer: Preparer, prepared: Prepared, *leaves: Tensor) -> Tensor:
         ctx.prepared = prepared
         ctx.save_for_backward(*leaves)
-        outputs = _run_again(maml, Mode.LOGITS, prepared).outputs
+        outputs = _run_again(preparer, Mode.LOGITS, prepared).outputs
         assert outputs is not None
         return outputs
 
@@ -177,10 +176,10 @@ def _check_versions(ctx: Any) -> None:
 # ---- the operators that compiled graphs hold ---------------------------------------------------
 
 
-def _compiled_leaves(maml: MAML, x_s: Tensor, x_q: Tensor) -> list[Tensor]:
-    parameters = list(maml.module.parameters())
+def _compiled_leaves(preparer: Preparer, x_s: Tensor, x_q: Tensor) -> list[Tensor]:
+    parameters = list(preparer.module.parameters())
     first = parameters[0]
-    return [*parameters, *maml._rates.tensors(first.dtype, first.device), x_s, x_q]
+    return [*parameters, *preparer.rates.tensors(first.dtype, first.device), x_s, x_q]
 
 
 def _prepare_leaves(
@@ -188,7 +187,7 @@ def _prepare_leaves(
 ) -> Prepared:
     """The call for tensors that have lost their `requires_grad` on the way through a graph."""
     *rest, x_s, x_q = [leaf.detach().requires_grad_(need) for leaf, need in zip(leaves, needs, strict=True)]
-    return _MODULES[handle]._prepare(mode, x_s, y_s, x_q, y_q, leaves=rest)
+    return _PREPARERS[handle].prepare(mode, x_s, y_s, x_q, y_q, leaves=rest)
 
 
 def _needed(result: Result, leaves: list[Tensor]) -> list[Tensor]:
@@ -207,7 +206,7 @@ def _meta_loss_op(
         assert losses is not None
         return [_reduce(losses, reduction)]
     prepared = _prepare_leaves(Mode.META_GRADIENT, leaves, y_s, y_q, needs, handle)
-    prepared.tensors.weights = _MODULES[handle]._weights(prepared.call.plan, reduction)
+    prepared.tensors.weights = _PREPARERS[handle].weights(prepared.call.plan, reduction)
     result = prepared.run()
     assert result.objective is not None
     return [result.objective, *_needed(result, leaves)]
@@ -270,7 +269,7 @@ def _query_outputs_op(leaves: list[Tensor], y_s: Tensor, needs: list[bool], hand
 def _(leaves: list[Tensor], y_s: Tensor, needs: list[bool], handle: int) -> Tensor:
     x_q = leaves[-1]
     with torch.no_grad():
-        sample = _MODULES[handle]._output_of(leaves, x_q)
+        sample = _PREPARERS[handle].output_of(leaves, x_q)
     return x_q.new_empty((*x_q.shape[:2], *sample.shape[1:]))
 
 

@@ -2,60 +2,27 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .losses import Loss
-from .model import Model
-
-if TYPE_CHECKING:
-    from .graph import Graph
-    from .program import Program
-
+from ..algorithms import maml
+from ..algorithms.goal import Inner, Mode, Needs
+from ..algorithms.program import Program
+from ..graph.graph import Graph
+from ..graph.model import Model
+from ..graph.trace import trace
+from .channels_last import channels_last
+from .fusion import fuse
 
 # Ops whose tape holds a value and its delta; those of the others hold up to two more buffers.
 _PLAIN = frozenset(("linear", "conv", "reshape", "transpose", "pad", "affine", "add", "cat", "avg_pool", "upsample"))
 
 
 _FEW_CHANNELS = 4  # up to which a padded copy of an image is cheaper than short products at its border
-
-
-class Mode(enum.Enum):
-    """What a call computes."""
-
-    LOSS = "loss"  # query losses (T,)
-    META_GRADIENT = "meta_gradient"  # Σ_t w_t L_t and its gradient
-    LOGITS = "logits"  # query outputs (T, Nq, *out)
-    PULLBACK = "pullback"  # the gradient of ⟨c, query outputs⟩ for a given cotangent c
-    ADAPT = "adapt"  # adapted parameters, each (T, *shape)
-    APPLY = "apply"  # outputs of given per-task parameters
-
-    __hash__ = object.__hash__  # Enum's own is Python, and hashed in every call
-
-
-@dataclass(frozen=True)
-class Inner:
-    """The inner loop: θ_{k+1} = θ_k − α ∘ ∇L(θ_k) for k = 0 … steps − 1."""
-
-    loss: Loss
-    steps: int
-    first_order: bool
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Which gradients a call must return."""
-
-    parameters: tuple[bool, ...]
-    rates: tuple[bool, ...]
-    x_s: bool
-    x_q: bool
 
 
 @dataclass(frozen=True)
@@ -103,19 +70,19 @@ class Plan:
     precision: str = "float32"
     state: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def adapts(self) -> tuple[bool, ...]:
+        """Which parameters the inner loop updates."""
+        return self.model.adapts
+
     @cached_property
     def trace(self) -> tuple[Graph | None, list[str]]:
         """The model's graph, or the reasons why it has none."""
-        from .trace import trace
-
         return trace(self.model.module, self.in_shape)
 
     @cached_property
     def kernel_graph(self) -> Graph | None:
         """The graph as fused kernels take it: norms with what follows them, images channels last."""
-        from .channels_last import channels_last
-        from .fusion import fuse
-
         graph = self.trace[0]
         return None if graph is None else channels_last(fuse(graph), pad_apart=_FEW_CHANNELS)
 
@@ -133,8 +100,6 @@ class Plan:
     @cached_property
     def program(self) -> Program:
         """The algorithm's instructions for this mode; tapes are saved if they fit `tape_bytes`."""
-        from .algorithms import maml
-
         return maml.emit(self, save=self.saved_tapes_bytes() <= self.tape_bytes)
 
     def saved_tapes_bytes(self) -> int:

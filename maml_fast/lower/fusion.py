@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from .graph import Graph, Op
+from ..graph.graph import Graph, Op
 
 NORMS = ("batch_norm", "running_norm", "group_norm")
 

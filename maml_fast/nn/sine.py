@@ -1,4 +1,4 @@
-"""Modules that the fused backends know and `torch.nn` lacks."""
+"""The activation of SIREN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs the case list against the float64 reference: `python -m maml_fast.verify`.
+"""Runs the case list against the float64 reference: `python -m maml_fast.checking.verify`.
 
 The rule, here and in the tests: over each class of result (one long vector a class), the relative
 error ‖a − r‖ / ‖r‖ against the float64 reference is at most twice the same-dtype reference's own
@@ -20,9 +20,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import dispatch
-from .cases import SMALL, Case, Problem
-from .maml import MAML
+from ..api.maml import MAML
+from ..backends import dispatch
+from ..cases import SMALL, Case, Problem
 
 Results = dict[str, tuple[Tensor, ...]]
 Observer = Callable[[Problem, str, bool], Results]
@@ -303,7 +303,7 @@ def print_table(columns: Sequence[str], cells: Sequence[Sequence[str]], bad: Seq
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m maml_fast.verify", description=__doc__)
+    parser = argparse.ArgumentParser("python -m maml_fast.checking.verify", description=__doc__)
     parser.add_argument("--backend", choices=["auto", *dispatch.BACKENDS])
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args(arguments)

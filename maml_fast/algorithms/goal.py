@@ -1,0 +1,58 @@
+"""What a call must compute, before anything is known of how."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..graph.losses import Loss
+
+
+class Mode(enum.Enum):
+    """What a call computes."""
+
+    LOSS = "loss"  # query losses (T,)
+    META_GRADIENT = "meta_gradient"  # Σ_t w_t L_t and its gradient
+    LOGITS = "logits"  # query outputs (T, Nq, *out)
+    PULLBACK = "pullback"  # the gradient of ⟨c, query outputs⟩ for a given cotangent c
+    ADAPT = "adapt"  # adapted parameters, each (T, *shape)
+    APPLY = "apply"  # outputs of given per-task parameters
+
+    __hash__ = object.__hash__  # Enum's own is Python, and hashed in every call
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The inner loop: θ_{k+1} = θ_k − α ∘ ∇L(θ_k) for k = 0 … steps − 1."""
+
+    loss: Loss
+    steps: int
+    first_order: bool
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients a call must return."""
+
+    parameters: tuple[bool, ...]
+    rates: tuple[bool, ...]
+    x_s: bool
+    x_q: bool
+
+
+class Goal(Protocol):
+    """What an algorithm reads of a plan.
+
+    Attributes:
+        adapts: which parameters the inner loop updates, in `Model.names` order.
+    """
+
+    @property
+    def mode(self) -> Mode: ...
+    @property
+    def inner(self) -> Inner: ...
+    @property
+    def needs(self) -> Needs: ...
+    @property
+    def adapts(self) -> tuple[bool, ...]: ...

@@ -1,0 +1,1 @@
+"""What a person calls: `MAML`, and what its calls return."""

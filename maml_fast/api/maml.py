@@ -1,0 +1,227 @@
+"""`MAML`: the public face of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..algorithms.goal import Mode
+from ..graph import losses
+from ..graph.model import Adapts
+from . import autograd, checks
+from .adapted import Adapted
+from .prepare import CHECKED, Prepared, Preparer, Settings
+from .rates import LearningRates, RateLike
+
+
+class MAML(nn.Module):
+    """Model-Agnostic Meta-Learning over a batch of tasks (Finn et al., arXiv 1703.03400).
+
+    For every task t, θ_{k+1} = θ_k − α ∘ ∇L_s(θ_k) for k = 0 … steps − 1 on its support set; the
+    meta-objective is the mean over tasks of L_q(θ_K) on its query set.
+
+    Args:
+        model: any `nn.Module` from one batch (N, *in) to one batch (N, *out).
+        lr: α. A number, a (learnable) scalar tensor, or a mapping from parameter name to a number
+            or a tensor that is a scalar or has the parameter's shape. An `nn.Parameter` is
+            registered, so that `parameters()` yields it.
+        first_order: drop second derivatives (FOMAML).
+        allow_unused: False raises if a parameter does not take part in the model's output;
+            otherwise such parameters get zero gradients.
+        allow_nograd: accepted for learn2learn's signature. Frozen parameters
+            (`requires_grad=False`) are always constants.
+        steps: K ≥ 0, the number of inner steps.
+        loss: `"mse"`, `"cross_entropy"`, `"bce_with_logits"`, `"l1"`, `"huber"`, the matching
+            `torch.nn` module or function, or any callable `(outputs, targets) -> scalar`. The mean
+            over a task's samples.
+        backend: `"auto"`, `"cpu"`, `"vmap"`, `"reference"` or `"triton"` (unverified on hardware; never `"auto"`).
+            The last chooses by the network's size between `"triton-resident"` and `"triton-wide"`.
+        adapts: which parameters the inner loop updates: names, or a predicate
+            `(name, parameter) -> bool`. None means all. The others still get meta-gradients.
+        tape_bytes: memory a thread may spend on saved activations; beyond it they are recomputed.
+        threads: of the C++ core; None for PyTorch's `torch.get_num_threads()`. Results do not depend on
+            it. PyTorch's own threads spin for milliseconds after an operation, in the core's way: a
+            training loop is faster with `torch.set_num_threads(1)` and all cores named here.
+        precision: `"float32"` is exact; `"tf32"` and `"bf16"` allow the Triton backend to round the
+            operands of matrix products and convolutions. Sums, weights and all else stay float32,
+            and the other backends always compute in the parameters' dtype.
+
+    Shapes: `x_s (T, Ns, *in)`, `y_s (T, Ns)` int64 labels or `(T, Ns, *out)` targets; `x_q`, `y_q`
+    likewise with Nq. Inputs have the parameters' dtype (float32 or float64) and device; a model with an
+    `nn.Embedding` may also take int64 or int32 indices.
+
+    `lr`, `steps` and every other argument after `model` but `adapts` may be assigned later: `maml.steps = 10`.
+
+    BatchNorm uses the statistics of the task's own batch and never touches the running buffers;
+    in `eval()` mode the running statistics are constants.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape, device or range.
+        RuntimeError: the named backend cannot run the model; the message lists why.
+    """
+
+    lr: RateLike  # a number or mapping stands in __dict__, a parameter is registered
+    loss: losses.Loss
+    steps: int
+    first_order: bool
+    allow_unused: bool | None
+    backend: str
+    tape_bytes: int
+    threads: int | None
+    precision: str
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: RateLike,
+        first_order: bool = False,
+        allow_unused: bool | None = None,
+        allow_nograd: bool = False,
+        *,
+        steps: int = 1,
+        loss: losses.LossLike = "cross_entropy",
+        backend: str = "auto",
+        adapts: Adapts = None,
+        tape_bytes: int = 1 << 28,
+        threads: int | None = None,
+        precision: str = "float32",
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        self.module = model
+        self.allow_nograd = allow_nograd
+        given = {
+            "loss": loss,
+            "steps": steps,
+            "first_order": first_order,
+            "allow_unused": allow_unused,
+            "backend": backend,
+            "tape_bytes": tape_bytes,
+            "threads": threads,
+            "precision": precision,
+        }
+        settings = {name: check(given[name]) for name, check in CHECKED.items()}
+        self.__dict__.update(settings)
+        self._adapts = adapts
+        self._start(Settings(**settings), lr)
+
+    def _start(self, settings: Settings, lr: RateLike) -> None:
+        self._preparer = Preparer(self.module, self._adapts, settings, lr)
+        autograd.register(self._preparer)
+        self._show_rates(lr, self._preparer.rates)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "lr":
+            old = self._preparer.rates
+            self._preparer.set_rates(value)
+            self._show_rates(value, self._preparer.rates, old)
+            return
+        if name in CHECKED:
+            value = CHECKED[name](value)
+            self._preparer.set(name, value)
+        super().__setattr__(name, value)
+
+    def _show_rates(self, lr: RateLike, rates: LearningRates, old: LearningRates | None = None) -> None:
+        """Register rates that are parameters, and answer to `lr`."""
+        for name in old.parameters() if old else ():
+            self._parameters.pop(name, None)
+        self.__dict__.pop("lr", None)
+        parameters = rates.parameters()
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+        if "lr" not in parameters:
+            self.__dict__["lr"] = lr
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to this process and is made again: copies and pickles hold numbers and settings."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_preparer",)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start(Settings(**{name: self.__dict__[name] for name in CHECKED}), self.lr)
+
+    # ---- the public calls ----------------------------------------------------------------------
+
+    def meta_loss(self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean") -> Tensor:
+        """Query loss after adaptation, L = mean_t L_q(θ_K); its gradient is exact.
+
+        Args:
+            x_s, y_s, x_q, y_q: the meta-batch (shapes: see the class).
+            reduction: `"mean"` or `"sum"` over tasks (scalar), or `"none"` (T,).
+
+        Returns:
+            The loss, differentiable once w.r.t. parameters, learnable rates, `x_s` and `x_q`.
+        """
+        return autograd.meta_loss(self._preparer, x_s, y_s, x_q, y_q, checks.reduction(reduction))
+
+    def backward(self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean") -> Tensor:
+        """Equal to `meta_loss(…).backward()`, without autograd's overhead.
+
+        Adds to the existing `.grad` of parameters, learnable rates and inputs. Hooks that live on
+        the autograd graph (a DDP wrapper's, `Tensor.register_hook`) do not run: use `meta_loss`.
+
+        Returns:
+            The loss, detached.
+        """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+        prepared = self._prepare(Mode.META_GRADIENT, x_s, y_s, x_q, y_q)
+        tensors = prepared.tensors
+        leaves = tensors.leaves()
+        if any(v.grad_fn is not None for v in (*tensors.rates, x_s, x_q)):  # a module's parameters are leaves
+            loss = autograd.meta_loss(self._preparer, x_s, y_s, x_q, y_q, reduction)
+            loss.backward()
+            return loss.detach()
+        tensors.weights = self._preparer.weights(prepared.call.plan, reduction)
+        if prepared.call.choice.backend.accumulates:
+            tensors.into = _existing_gradients(tensors.parameters)
+        result = prepared.run()
+        for leaf, gradient in zip(leaves, result.gradients(), strict=True):
+            if gradient is not None:
+                if leaf.grad is None:
+                    leaf.grad = gradient
+                else:
+                    leaf.grad += gradient
+        assert result.objective is not None
+        return result.objective
+
+    def forward(self, x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Tensor:
+        """Query outputs after adaptation, (T, Nq, *out), differentiable once like `meta_loss`."""
+        return autograd.query_outputs(self._preparer, x_s, y_s, x_q)
+
+    @torch.no_grad()
+    def adapt(self, x_s: Tensor, y_s: Tensor) -> Adapted:
+        """Per-task parameters θ_K, without a graph."""
+        result = self._prepare(Mode.ADAPT, x_s, y_s).run()
+        names = self._preparer.model.names
+        return Adapted(self._preparer, dict(zip(names, result.adapted, strict=True)))
+
+    def explain(self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor | None = None) -> str:
+        """Which backend runs this meta-batch, why the others do not, and which variant Triton's would be and why."""
+        mode = Mode.META_GRADIENT if y_q is not None else Mode.LOGITS
+        return str(self._prepare(mode, x_s, y_s, x_q, y_q).call.choice)
+
+    def _prepare(
+        self,
+        mode: Mode,
+        x_s: Tensor | None,
+        y_s: Tensor | None,
+        x_q: Tensor | None = None,
+        y_q: Tensor | None = None,
+    ) -> Prepared:
+        return self._preparer.prepare(mode, x_s, y_s, x_q, y_q)
+
+
+def _existing_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters' gradients, if all have one that a kernel can add to in place."""
+    gradients = []
+    for p in parameters:
+        g = p.grad
+        if g is None or g.dtype != p.dtype or g.shape != p.shape or not g.is_contiguous():
+            return []
+        gradients.append(g)
+    return gradients

@@ -1,0 +1,260 @@
+"""From a person's tensors to a plan: every check, the settings, and the plans made so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..algorithms.goal import Inner, Mode, Needs
+from ..backends import dispatch
+from ..graph import losses
+from ..graph.model import Adapts, Model, common_device, common_dtype
+from ..lower.plan import Plan, Result, Tensors
+from . import checks
+from .rates import LearningRates, RateLike
+
+MOST_PLANS = 128
+"""Plans kept for one module; the least recently used go first."""
+
+
+class Call(NamedTuple):
+    """What was decided for one set of shapes: the plan, and the backend that runs it."""
+
+    plan: Plan
+    choice: dispatch.Choice
+
+
+class Prepared(NamedTuple):
+    """A checked call with its numbers, ready to run."""
+
+    call: Call
+    tensors: Tensors
+
+    def run(self) -> Result:
+        return self.call.choice.backend.run(self.call.plan, self.tensors)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be assigned on a `MAML` later; a plan is made for one set of them."""
+
+    loss: losses.Loss
+    steps: int
+    first_order: bool
+    allow_unused: bool | None
+    backend: str
+    tape_bytes: int
+    threads: int | None
+    precision: str
+
+
+CHECKED: dict[str, Callable[[Any], Any]] = {
+    "loss": losses.resolve,
+    "steps": checks.steps,
+    "first_order": bool,
+    "allow_unused": lambda value: value,
+    "backend": dispatch.known,
+    "tape_bytes": int,
+    "threads": checks.threads,
+    "precision": checks.precision,
+}
+"""Every setting's name, and what checks and normalises its value."""
+
+
+class Preparer:
+    """Checks the calls on one module and finds their plans.
+
+    Args:
+        module: the user's network. adapts: see `Model`.
+        settings: the algorithm and how to run it. lr: the learning rates.
+    """
+
+    def __init__(self, module: nn.Module, adapts: Adapts, settings: Settings, lr: RateLike) -> None:
+        self.handle = -1
+        self.module = module
+        self.adapts = adapts
+        self.model = self._snapshot()
+        self.rates = LearningRates(lr, self.model)
+        self._settings = settings
+        self._states: dict[Any, int] = {}
+        self._plans: dict[Any, Call] = {}
+        self._warned = False
+        self._enter_state()
+
+    def set(self, name: str, value: Any) -> None:
+        """Change one setting; plans made for other values stay for when those come back."""
+        self._settings = replace(self._settings, **{name: value})
+        if name == "backend":
+            self._warned = False
+        self._enter_state()
+
+    def set_rates(self, lr: RateLike) -> None:
+        self.rates = LearningRates(lr, self.model)
+        self._enter_state()
+
+    def plans(self) -> Iterator[Call]:
+        """The calls planned so far, the least recently used first."""
+        return iter(list(self._plans.values()))
+
+    def _enter_state(self) -> None:
+        """Number the settings: a small int is hashed at every call instead of all of them."""
+        key = (self._settings, self.rates.shapes)
+        self._state = self._states.setdefault(key, len(self._states))
+
+    def _snapshot(self) -> Model:
+        for name, parameter in self.module.named_parameters():
+            if is_lazy(parameter):
+                raise ValueError(f"model: expected initialised parameters, got a lazy {name!r}; call the model once")
+        model = Model(self.module, self.adapts)
+        if not model.names:
+            raise ValueError(f"model: expected a module with parameters, got {type(self.module).__name__} without any")
+        parameters = model.parameters()
+        checks.model_dtype(common_dtype(parameters))
+        common_device(parameters)
+        return model
+
+    def _follow_model(self) -> None:
+        """Take the module as it is now."""
+        self.model = self._snapshot()
+        self._plans.clear()
+        self._states.clear()
+        self._enter_state()
+
+    def prepare(
+        self,
+        mode: Mode,
+        x_s: Tensor | None,
+        y_s: Tensor | None,
+        x_q: Tensor | None = None,
+        y_q: Tensor | None = None,
+        leaves: Sequence[Tensor] | None = None,
+    ) -> Prepared:
+        """Check everything and find the plan.
+
+        What depends on shapes and types alone is checked once for each combination of them.
+
+        Args:
+            leaves: stand-ins for the model's parameters and the learning rates.
+        """
+        if self.model.restructured():
+            self._follow_model()
+        parameters = self.model.parameters() if leaves is None else list(leaves[: len(self.model.names)])
+        batch = (x_s, y_s, x_q, y_q)
+        first = parameters[0]
+        try:
+            key = (
+                mode,
+                self._state,
+                *[None if v is None else (v.shape, v.dtype, v.device, v.requires_grad) for v in batch],
+                first.dtype,
+                first.device,
+                self.model.modes(),
+                self.rates.learnable(),
+            )
+        except AttributeError:
+            key = None
+        call = None if key is None else self._plans.get(key)
+        if call is None:
+            self._check_batch(mode, *batch)
+            call = self._make_call(mode, *batch)
+            self._keep(key, call)
+        self._check_labels(call.plan, y_s, y_q)
+        rates = self.rates.tensors(first.dtype, first.device) if leaves is None else leaves[len(parameters) :]
+        return Prepared(call, Tensors(parameters, rates, x_s, y_s, x_q, y_q))
+
+    def _keep(self, key: Any, call: Call) -> None:
+        while len(self._plans) >= MOST_PLANS:
+            self._plans.pop(next(iter(self._plans)), None)
+        self._plans[key] = call
+
+    def weights(self, plan: Plan, reduction: str) -> Tensor:
+        """Weight of each task's loss in the reduced one; made once, never written."""
+        key = f"weights {reduction}"
+        weights = plan.state.get(key)
+        if weights is None:
+            value = 1.0 / plan.tasks if reduction == "mean" else 1.0
+            weights = plan.state[key] = torch.full((plan.tasks,), value, dtype=plan.dtype, device=plan.device)
+        assert isinstance(weights, Tensor)
+        return weights
+
+    def output_of(self, leaves: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The model's output for the first task's samples; shapes are all that the caller wants."""
+        return self.model.call(self.model.named(leaves[: len(self.model.names)]), self.model.buffers(), x[0])
+
+    def _check_batch(self, mode: Mode, x_s: Any, y_s: Any, x_q: Any, y_q: Any) -> None:
+        parameters = self.model.parameters()
+        dtype, device, loss = common_dtype(parameters), common_device(parameters), self._settings.loss
+        indices = self.model.takes_indices
+        if mode is not Mode.APPLY:
+            checks.inputs("x_s", x_s, dtype, device, indices)
+            checks.targets("y_s", y_s, "x_s", x_s, loss, dtype)
+        if mode is not Mode.ADAPT:
+            checks.inputs("x_q" if x_s is not None else "x", x_q, dtype, device, indices)
+        if x_s is not None and x_q is not None:
+            checks.same_tasks(x_s, x_q)
+        if mode in (Mode.LOSS, Mode.META_GRADIENT):
+            checks.targets("y_q", y_q, "x_q", x_q, loss, dtype)
+
+    def _check_labels(self, plan: Plan, y_s: Tensor | None, y_q: Tensor | None) -> None:
+        if plan.classes is not None:
+            for name, y in (("y_s", y_s), ("y_q", y_q)):
+                if y is not None:
+                    checks.labels_in_range(name, y, plan.classes)
+
+    def _make_call(
+        self, mode: Mode, x_s: Tensor | None, y_s: Tensor | None, x_q: Tensor | None, y_q: Tensor | None
+    ) -> Call:
+        settings = self._settings
+        plan = self._make_plan(mode, x_s, y_s, x_q, y_q)
+        self._check_model(plan)
+        for name, y in (("y_s", y_s), ("y_q", y_q)):
+            if y is not None and plan.out_shape is not None:
+                checks.target_shape(name, y, plan.out_shape, settings.loss)
+        choice = dispatch.choose(plan, settings.backend)
+        if settings.backend == "auto" and not self._warned and not choice.backend.fused:
+            dispatch.warn_of_fallback(choice)
+            self._warned = True
+        return Call(plan, choice)
+
+    def _make_plan(
+        self, mode: Mode, x_s: Tensor | None, y_s: Tensor | None, x_q: Tensor | None, y_q: Tensor | None
+    ) -> Plan:
+        settings = self._settings
+        x = x_s if x_s is not None else x_q
+        y = y_s if y_s is not None else y_q
+        assert x is not None
+        return Plan(
+            mode=mode,
+            model=self.model,
+            inner=Inner(settings.loss, settings.steps, settings.first_order),
+            rates=self.rates.shapes,
+            needs=Needs(
+                self.model.trainable,
+                self.rates.learnable(),
+                x_s is not None and x_s.requires_grad,
+                x_q is not None and x_q.requires_grad,
+            ),
+            tasks=x.shape[0],
+            support=0 if x_s is None else x_s.shape[1],
+            query=0 if x_q is None else x_q.shape[1],
+            in_shape=tuple(x.shape[2:]),
+            target=None if y is None else (tuple(y.shape[2:]), y.dtype),
+            dtype=common_dtype(self.model.parameters()),
+            in_dtype=x.dtype,
+            device=x.device,
+            tape_bytes=settings.tape_bytes,
+            threads=settings.threads,
+            precision=settings.precision,
+        )
+
+    def _check_model(self, plan: Plan) -> None:
+        graph = plan.trace[0]
+        if self._settings.allow_unused is False and graph is not None:
+            unused = set(range(len(plan.model.names))) - graph.used_parameters()
+            if unused:
+                raise ValueError(f"model: parameter {plan.model.names[min(unused)]!r} does not reach the output")

@@ -1,0 +1,1 @@
+"""Every backend against the float64 reference."""

@@ -1,0 +1,1 @@
+"""What a network computes: from a module to a `Graph` of operations."""
