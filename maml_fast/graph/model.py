@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class Model:
 
     def __init__(self, module: nn.Module, adapts: Adapts = None) -> None:
         self.module = module
+        self.graphs: dict[Any, Any] = {}  # what trace() found, by shapes
         self.modules = tuple(module.modules())
         owners = {
             id(p): (m._parameters, key)

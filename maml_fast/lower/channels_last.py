@@ -10,8 +10,7 @@ from ..graph.graph import Attribute, Graph, Op, Shape
 from .fusion import NORMS
 
 _IMAGE_OPS = ("conv", "max_pool", "avg_pool", "spatial_mean", "upsample", *NORMS)
-_ANY_ORDER = ("affine", "add", "cat")
-_ONE_ORDER = ("linear", "layer_norm", "reshape")
+_ONE_ORDER = ("linear", "layer_norm")
 
 
 def channels_last(graph: Graph, pad_apart: int = 0) -> Graph:
@@ -48,8 +47,11 @@ class _Rewriter:
 
     def _wants_images(self, op: Op) -> bool:
         """Whether the op works on images: it must, or it may and one of its inputs is one."""
-        if len(self.graph.shapes[op.output]) < 2 or op.kind in _ONE_ORDER:
+        shape = self.graph.shapes[op.output]
+        if len(shape) < 2 or op.kind in _ONE_ORDER:
             return False
+        if op.kind == "reshape" and shape[0] != self.graph.shapes[op.inputs[0]][0]:
+            return False  # otherwise the channels keep their place
         return op.kind in _IMAGE_OPS or any(v in self.last for v in op.inputs)
 
     def _image_op(self, op: Op) -> None:

@@ -78,7 +78,8 @@ class Plan:
     @cached_property
     def trace(self) -> tuple[Graph | None, list[str]]:
         """The model's graph, or the reasons why it has none."""
-        return trace(self.model.module, self.in_shape)
+        samples = [n for n in (self.support, self.query) if n]
+        return trace(self.model, samples, self.in_shape, self.in_dtype, self.needs.x_s or self.needs.x_q)
 
     @cached_property
     def kernel_graph(self) -> Graph | None:

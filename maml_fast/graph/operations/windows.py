@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..graph import Shape
-from .graphs import Untraceable, Value, value
+from ..graph import Shape, Untraceable
+from .builder import Value, value
 
 
 def images(x: Any, dims: int, what: str) -> Value:
@@ -43,11 +43,11 @@ def windows(
     slack = [n + 2 * p - d * (k - 1) - 1 for n, k, p, d in zip(space, kernel, padding, dilation, strict=True)]
     if min(slack) < 0:
         raise Untraceable(f"{what} has a window larger than its input of {space} with padding {padding}")
-    counts = tuple(room // s + 1 for room, s in zip(slack, stride, strict=True))
+    counts = tuple(left // s + 1 for left, s in zip(slack, stride, strict=True))
     if ceil:
         # a further window counts only where it begins before the padding at the end
         begins = [c * s for c, s in zip(counts, stride, strict=True)]
-        rest = [room % s for room, s in zip(slack, stride, strict=True)]
+        rest = [left % s for left, s in zip(slack, stride, strict=True)]
         if any(r and b < n + p for r, b, n, p in zip(rest, begins, space, padding, strict=True)):
             raise Untraceable(f"{what} in ceil_mode has windows that stick out of its input")
     return counts

@@ -1,0 +1,209 @@
+"""What PyTorch executes: the ATen calls of one forward pass at exact shapes, recorded below autograd.
+
+The module itself runs, on tensors of the `meta` device that stand for its parameters, buffers and input: they have
+shapes and types but no numbers. So Python's control flow, shape arithmetic, hooks and in-place writes are simply done,
+and what would depend on a number cannot be.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .graph import Untraceable
+from .model import Model
+
+META = torch.device("meta")
+_TORCH = str(Path(torch.__file__).parent)
+
+
+@dataclass(frozen=True, eq=False)
+class AtenCall:
+    """One executed operation.
+
+    Attributes:
+        name: of the ATen operation, without namespace and overload; an in-place one ends in an underscore.
+        args, kwargs: as the dispatcher got them; tensors stand for themselves.
+        outputs: the tensors that it returned, in order.
+        written: the arguments that it wrote.
+        differentiated: whether autograd was on.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[Tensor, ...]
+    written: tuple[Tensor, ...]
+    differentiated: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """One forward pass.
+
+    Attributes:
+        calls: in the order of execution. parameters, buffers, x: the tensors that stood for those of the module.
+        output: what forward returned.
+        constants: real tensors that the calls read beside these, by the `id` of their stand-ins.
+    """
+
+    calls: tuple[AtenCall, ...]
+    parameters: tuple[Tensor, ...]
+    buffers: Mapping[str, Tensor]
+    x: Tensor
+    output: Any
+    constants: Mapping[int, Tensor]
+
+
+def capture(model: Model, samples: int, in_shape: tuple[int, ...], dtype: torch.dtype, x_grad: bool) -> Captured:
+    """Run the module once on stand-ins.
+
+    Args:
+        samples, in_shape, dtype: the input is (samples, *in_shape) of this type.
+        x_grad: whether gradients with respect to the input will be asked for.
+
+    Raises:
+        Untraceable: forward needs numbers, or fails.
+    """
+    parameters = tuple(_stand_in(p).requires_grad_(p.requires_grad) for p in model.parameters())
+    buffers = {name: _stand_in(b) for name, b in model.module.named_buffers()}
+    x = torch.empty((samples, *in_shape), dtype=dtype, device=META, requires_grad=x_grad)
+    recorder = Recorder({id(t) for t in (*parameters, *buffers.values(), x)}, _describe(parameters, buffers, model))
+    try:
+        # in-place operations refuse leaves that require grad, which a person's input is none of
+        with _plain_pytorch(), META, recorder:
+            output = model.call(model.named(parameters), buffers, x.clone() if x_grad else x)
+    except Exception as error:  # whatever forward raises is the reason
+        raise recorder.refusal or Untraceable(f"forward cannot be captured: {_first_line(error)}") from error
+    if recorder.refusal:
+        raise recorder.refusal
+    if x.requires_grad != x_grad:
+        raise Untraceable("forward calls requires_grad_ on its input")
+    return Captured(tuple(recorder.calls), parameters, buffers, x, output, recorder.constants)
+
+
+@contextmanager
+def _plain_pytorch() -> Iterator[None]:
+    """Autograd on, automatic casts off, forward's warnings left to the real run."""
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        with torch.autocast("cpu", enabled=False):
+            yield
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['(no text)'])[0]}"
+
+
+def _describe(parameters: Sequence[Tensor], buffers: Mapping[str, Tensor], model: Model) -> Callable[[Tensor], str]:
+    """What a person calls a tensor whose value forward reads."""
+    names = {id(t): f"parameter {n!r}" for n, t in zip(model.names, parameters, strict=True)}
+    names |= {id(t): f"buffer {n!r}" for n, t in buffers.items()}
+    return lambda tensor: names.get(id(tensor), "a tensor")
+
+
+_READS = frozenset(("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "_unique2", "unique_dim"))
+
+
+class Recorder(TorchDispatchMode):
+    """Records every call; real tensors among the arguments are replaced by stand-ins.
+
+    Attributes:
+        refusal: why the pass cannot be captured, also where forward swallowed the exception.
+    """
+
+    def __init__(self, known: set[int], describe: Callable[[Tensor], str]) -> None:
+        super().__init__()
+        self.calls: list[AtenCall] = []
+        self.constants: dict[int, Tensor] = {}
+        self.refusal: Untraceable | None = None
+        self._stand_ins: dict[int, Tensor] = {}
+        self._known = known
+        self._describe = describe
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        namespace, name = func._schema.name.split("::")
+        if namespace == "prim":
+            return func(*args, **(kwargs or {}))
+        if name in _READS:
+            if _called_by_batch_norm():
+                return 1.0
+            self.refusal = Untraceable(f"forward reads the value of {self._describe(args[0])} ({name})")
+            raise self.refusal
+        args, kwargs = self._abstract(args), self._abstract(kwargs or {})
+        output = func(*args, **kwargs)
+        outputs = tuple(output) if isinstance(output, tuple | list) else (output,)
+        outputs = tuple(t for t in outputs if isinstance(t, Tensor))
+        self.calls.append(AtenCall(name, args, kwargs, outputs, _written(func, args, kwargs), torch.is_grad_enabled()))
+        return output
+
+    def _abstract(self, value: Any) -> Any:
+        """The same arguments with a stand-in for each real tensor."""
+        if isinstance(value, Tensor):
+            return value if value.device == META else self._constant(value)
+        if isinstance(value, tuple | list):
+            return type(value)(map(self._abstract, value)) if not hasattr(value, "_fields") else value
+        if isinstance(value, dict):
+            return {k: self._abstract(v) for k, v in value.items()}
+        return value
+
+    def _constant(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self._stand_ins:
+            stand_in = self._stand_ins[id(tensor)] = _stand_in(tensor)
+            self.constants[id(stand_in)] = tensor
+        return self._stand_ins[id(tensor)]
+
+
+def _called_by_batch_norm() -> bool:
+    """Whether BatchNorm counts its batches (momentum=None): only the running statistics, thrown away, depend on it."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+        if frame.f_code is nn.modules.batchnorm._BatchNorm.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    schema = func._schema
+    if schema.name.startswith("aten::native_batch_norm") and len(args) > 5 and args[5]:
+        return tuple(t for t in args[3:5] if t is not None)  # running statistics, of which the schema says nothing
+    if not schema.is_mutable:
+        return ()
+    given = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | dict(kwargs)
+    marked = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return tuple(t for name in marked for t in tensors_in(given.get(name)))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in an argument of an operation."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+
+
+def custom_function(tensor: Tensor) -> str | None:
+    """The name of the `autograd.Function` that made the tensor."""
+    node = tensor.grad_fn
+    return type(node).__name__.removesuffix("Backward") if isinstance(node, BackwardCFunction) else None

@@ -1,0 +1,192 @@
+"""From the ATen calls of a forward pass to a `Graph`, and every reason why they have none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from .capture import AtenCall, Captured, custom_function, tensors_in
+from .graph import Graph, Shape, Untraceable
+from .operations import OPERATIONS
+from .operations.builder import Constant, FoldedSamples, GraphBuilder, Value, Weight
+
+_DRAWS = ("bernoulli", "native_dropout", "rand", "normal", "uniform", "multinomial", "exponential", "random", "cauchy")
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """What no fused kernel computes: a reason only where something that matters reads it."""
+
+    reason: str
+
+
+@dataclass
+class _Bound:
+    """What a tensor stands for, and how often its memory had been written by then."""
+
+    tensor: Tensor  # held, so that its id stays its own
+    meaning: Any
+    version: int
+
+
+def decode(captured: Captured, samples: int, in_shape: Shape) -> Graph:
+    """The graph of a captured pass.
+
+    Raises:
+        Untraceable: the output needs something that no fused kernel computes.
+    """
+    return _Decoder(captured, samples, in_shape).graph()
+
+
+class _Decoder:
+    def __init__(self, captured: Captured, samples: int, in_shape: Shape) -> None:
+        self.captured = captured
+        self.builder = GraphBuilder(samples, in_shape)
+        self.bound: dict[int, _Bound] = {}
+        self.writes: dict[int, int] = {}
+        self.made_by: dict[int, AtenCall] = {}
+        self._bind(captured.x, Value(0, in_shape))
+        for index, p in enumerate(captured.parameters):
+            self._bind(p, Weight(index, tuple(p.shape)))
+        for name, b in captured.buffers.items():
+            self._bind(b, Constant(name, tuple(b.shape)))
+
+    def graph(self) -> Graph:
+        for call in self.captured.calls:
+            self._call(call)
+        output = self.captured.output
+        if not isinstance(output, Tensor):
+            raise Untraceable(f"forward returns a {type(output).__name__}, not a single tensor")
+        self._refuse_tensor_hooks()
+        meaning = self._read(output)
+        if isinstance(meaning, FoldedSamples):
+            meaning = meaning.value
+        if not isinstance(meaning, Value) or meaning.merged:
+            raise Untraceable("forward does not return an activation with the samples first")
+        return Graph(tuple(self.builder.ops), tuple(self.builder.shapes), meaning.index)
+
+    def _bind(self, tensor: Tensor, meaning: Any) -> None:
+        self.bound[id(tensor)] = _Bound(tensor, meaning, self.writes.get(_memory(tensor), 0))
+
+    def _call(self, call: AtenCall) -> None:
+        if call.name == "native_batch_norm" and call.written:
+            call = replace(call, args=(*call.args[:3], None, None, *call.args[5:]))
+        if call.written and call.written[0] is call.args[0]:
+            self._write(call)
+            return
+        meaning = self._meaning(call, call.name)
+        for tensor in call.written:
+            self._out_of_date(tensor)
+            self._bind(tensor, Unknown(f"forward reads a tensor that {call.name} has written"))
+        if not all(id(o) in self.bound for o in call.outputs):
+            self._bind_outputs(call, meaning)
+
+    def _write(self, call: AtenCall) -> None:
+        """The written tensor stands for the result; what else shares its memory is out of date."""
+        target = call.written[0]
+        meaning = self._meaning(call, call.name.removesuffix("_"))
+        if _is_view_of_part(target):
+            meaning = Unknown(f"forward writes a part of a tensor in place ({call.name})")
+        self._out_of_date(target)
+        self.made_by[id(target)] = call
+        self._bind(target, meaning)
+
+    def _out_of_date(self, tensor: Tensor) -> None:
+        memory = _memory(tensor)
+        self.writes[memory] = self.writes.get(memory, 0) + 1
+
+    def _bind_outputs(self, call: AtenCall, meaning: Any) -> None:
+        meanings = meaning if isinstance(meaning, tuple) else (meaning,) * len(call.outputs)
+        for tensor, one in zip(call.outputs, meanings, strict=False):
+            one = Unknown(f"forward reads a further output of {call.name}") if one is None else one
+            self.made_by[id(tensor)] = call
+            self._bind(tensor, one)
+
+    def _meaning(self, call: AtenCall, name: str) -> Any:
+        """What the operation's outputs stand for."""
+        if name.startswith(_DRAWS):
+            return Unknown(f"forward draws random numbers ({call.name}); call eval() or set p=0 where it is dropout")
+        emit = OPERATIONS.get(name)
+        try:
+            args, kwargs = self._resolve(call.args), self._resolve(call.kwargs)
+            if emit is None:
+                return Unknown(f"forward calls {name}, which has no fused kernel")
+            self._check_dtype(call)
+            return emit(self.builder, *args, **kwargs)
+        except Untraceable as error:
+            return Unknown(str(error))
+        except TypeError as error:
+            return Unknown(f"forward calls {name} with unsupported arguments ({error})")
+
+    def _check_dtype(self, call: AtenCall) -> None:
+        dtype = (*self.captured.parameters, self.captured.x)[0].dtype
+        for tensor in call.outputs[:1]:
+            if tensor.dtype != dtype:
+                raise Untraceable(f"forward computes {call.name} in {tensor.dtype}, not in the parameters' {dtype}")
+
+    def _resolve(self, argument: Any) -> Any:
+        """The argument with meanings for tensors."""
+        if isinstance(argument, Tensor):
+            return self._read(argument)
+        if isinstance(argument, tuple | list):
+            return [self._resolve(a) for a in argument]
+        if isinstance(argument, dict):
+            return {k: self._resolve(v) for k, v in argument.items()}
+        return argument
+
+    def _read(self, tensor: Tensor) -> Any:
+        """What a tensor stands for.
+
+        Raises:
+            Untraceable: it is out of date, its gradient is cut, or no kernel computes it.
+        """
+        bound = self.bound.get(id(tensor))
+        if bound is None:
+            self._unknown(tensor)
+        assert bound is not None
+        if isinstance(bound.meaning, Unknown):
+            raise Untraceable(bound.meaning.reason)
+        if bound.version != self.writes.get(_memory(tensor), 0):
+            raise Untraceable("forward reads a view of a tensor that it has written in place since")
+        self._check_gradient(tensor)
+        return bound.meaning
+
+    def _unknown(self, tensor: Tensor) -> None:
+        real = self.captured.constants.get(id(tensor))
+        if real is None:
+            raise Untraceable("forward makes a tensor of its own")
+        what = "parameter-like tensor that requires grad" if real.requires_grad else "constant"
+        raise Untraceable(f"forward reads a {what} of shape {tuple(real.shape)} that is not registered in the model")
+
+    def _check_gradient(self, tensor: Tensor) -> None:
+        """Refuse tensors whose derivative is not that of the operation that made them."""
+        call = self.made_by.get(id(tensor))
+        if call is None:
+            return
+        if (function := custom_function(tensor)) is not None:
+            raise Untraceable(f"forward calls the autograd.Function {function}, whose backward is its own")
+        if not tensor.is_floating_point() or not _requires_grad((call.args, call.kwargs)):
+            return
+        if not tensor.requires_grad or not call.differentiated:
+            raise Untraceable(f"forward computes {call.name} without its gradient (no_grad, detach, autograd.Function)")
+
+    def _refuse_tensor_hooks(self) -> None:
+        for bound in self.bound.values():
+            if bound.tensor._backward_hooks:
+                raise Untraceable("forward registers a hook on a tensor, which fused kernels would not call")
+
+
+def _requires_grad(arguments: Any) -> bool:
+    return any(t.requires_grad for t in tensors_in(arguments))
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _is_view_of_part(tensor: Tensor) -> bool:
+    """Whether more memory belongs to the tensor's storage than it covers."""
+    base: Tensor | None = tensor._base
+    return base is not None and base.numel() != tensor.numel()

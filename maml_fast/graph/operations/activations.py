@@ -1,0 +1,78 @@
+"""Activation functions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..graph import Untraceable
+from .arithmetic import scaled
+from .builder import Emitter, GraphBuilder, Value, rows
+
+
+def _activation(t: GraphBuilder, kind: str, x: Any, **attributes: float) -> Value:
+    x = rows(x, kind)
+    return t.emit(kind, [x], x.shape, merged=x.merged, **attributes)
+
+
+def _unary(kind: str, **defaults: float) -> Emitter:
+    """An emitter for an activation function whose arguments after x are `defaults`, in order."""
+
+    def emit(t: GraphBuilder, x: Any, *args: float, **kwargs: float) -> Value:
+        given = dict(zip(defaults, args, strict=False)) | kwargs
+        return _activation(t, kind, x, **{name: float(given.get(name, d)) for name, d in defaults.items()})
+
+    return emit
+
+
+def _gelu(t: GraphBuilder, x: Any, approximate: str = "none") -> Value:
+    return _activation(t, "gelu_tanh" if approximate == "tanh" else "gelu", x)
+
+
+def _sine(t: GraphBuilder, x: Any) -> Value:
+    """sin(w0 · x): folds a preceding multiplication by a constant."""
+    x = rows(x, "sin")
+    last = t.maker(x)
+    if last is not None and last.kind == "affine" and last.attributes["shift"] == 0.0:
+        source = Value(last.inputs[0], t.shapes[last.inputs[0]], x.merged)
+        return _activation(t, "sine", source, w0=last.attributes["factor"])
+    return _activation(t, "sine", x, w0=1.0)
+
+
+def _elu(t: GraphBuilder, x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Value:
+    """scale · elu(x)."""
+    if input_scale != 1.0:
+        raise Untraceable("elu with an input scale has no fused kernel")
+    y = _activation(t, "elu", x, alpha=float(alpha))
+    return y if scale == 1.0 else scaled(t, y, float(scale))
+
+
+def _celu(t: GraphBuilder, x: Any, alpha: float = 1.0) -> Value:
+    """max(0, x) + min(0, a (exp(x / a) − 1)) = a elu(x / a)."""
+    if alpha == 1.0:
+        return _elu(t, x)
+    return scaled(t, _elu(t, scaled(t, x, 1.0 / alpha)), float(alpha))
+
+
+def _log_sigmoid(t: GraphBuilder, x: Any) -> tuple[Any, ...]:
+    """log(1 / (1 + exp(−x))) = −softplus(−x)."""
+    softplus = _activation(t, "softplus", scaled(t, x, -1.0), beta=1.0, threshold=math.inf)
+    return scaled(t, softplus, -1.0), None
+
+
+OPERATIONS: dict[str, Emitter] = {
+    "relu": _unary("relu"),
+    "leaky_relu": _unary("leaky_relu", negative_slope=0.01),
+    "elu": _elu,
+    "celu": _celu,
+    "gelu": _gelu,
+    "silu": _unary("silu"),
+    "tanh": _unary("tanh"),
+    "sigmoid": _unary("sigmoid"),
+    "softplus": _unary("softplus", beta=1.0, threshold=20.0),
+    "hardtanh": _unary("clamp", low=-1.0, high=1.0),
+    "hardswish": _unary("hardswish"),
+    "mish": _unary("mish"),
+    "log_sigmoid_forward": _log_sigmoid,
+    "sin": _sine,
+}

@@ -1,0 +1,88 @@
+"""Normalisation: batch, layer, group and instance norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..graph import Untraceable
+from .builder import (
+    Emitter,
+    FoldedSamples,
+    GraphBuilder,
+    Repeated,
+    constant,
+    optional_weight,
+    value,
+)
+
+
+def _batch_norm(
+    t: GraphBuilder,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Any, ...]:
+    per_sample = isinstance(x, FoldedSamples)
+    given = [p for p in (weight, bias, mean, variance) if p is not None]
+    if any(isinstance(p, Repeated) != per_sample for p in given):
+        raise Untraceable("a norm whose weights are repeated, but not one per sample, has no fused kernel")
+    x = value(x, "batch_norm")
+    if not 1 <= len(x.shape) <= 3:
+        raise Untraceable(f"batch_norm is applied to samples of shape {x.shape}")
+    parameters = [optional_weight(_once(p), "batch_norm", x.shape[:1]) for p in (weight, bias)]
+    if not training:
+        statistics = [constant(_once(c), "a norm outside training mode", x.shape[:1]) for c in (mean, variance)]
+        out = t.emit("running_norm", [x], x.shape, parameters, statistics, eps=eps)
+    elif per_sample:
+        out = t.emit("group_norm", [x], x.shape, parameters, groups=x.shape[0], eps=eps)
+    else:
+        out = t.emit("batch_norm", [x], x.shape, parameters, eps=eps)
+    return FoldedSamples(out) if per_sample else out, None, None
+
+
+def _once(p: Any) -> Any:
+    return p.of if isinstance(p, Repeated) else p
+
+
+def _layer_norm(
+    t: GraphBuilder, x: Any, normalized_shape: Sequence[int], weight: Any, bias: Any, eps: float
+) -> tuple[Any, ...]:
+    x, size = value(x, "layer_norm"), tuple(normalized_shape)
+    if len(size) > len(x.shape) or x.shape[len(x.shape) - len(size) :] != size:
+        raise Untraceable(f"layer_norm over {size} is applied to samples of shape {x.shape}")
+    parameters = [optional_weight(p, "layer_norm", size) for p in (weight, bias)]
+    return t.emit("layer_norm", [x], x.shape, parameters, eps=eps, size=math.prod(size)), None, None
+
+
+def _group_norm(
+    t: GraphBuilder,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    samples: int,
+    channels: int,
+    positions: int,
+    groups: int,
+    eps: float,
+) -> tuple[Any, ...]:
+    x = value(x, "group_norm")
+    if not 1 <= len(x.shape) <= 3 or samples != t.samples or channels != x.shape[0] or channels % groups:
+        raise Untraceable(f"group_norm of {groups} groups is applied to samples of shape {x.shape}")
+    if math.prod(x.shape) == groups:
+        raise Untraceable(f"group_norm over a single value: samples of shape {x.shape} in {groups} groups")
+    parameters = [optional_weight(p, "group_norm", x.shape[:1]) for p in (weight, bias)]
+    return t.emit("group_norm", [x], x.shape, parameters, groups=groups, eps=eps), None, None
+
+
+OPERATIONS: dict[str, Emitter] = {
+    "native_batch_norm": _batch_norm,
+    "native_layer_norm": _layer_norm,
+    "native_group_norm": _group_norm,
+}
