@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "guard.h"
 #include "run.h"
 
 namespace py = pybind11;
@@ -148,6 +149,7 @@ std::vector<std::string> available_names() {
 
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Task-batched kernels for meta-learning.";
+    bind_guard(m);
     py::class_<Plan>(m, "Plan")
         .def(py::init<const py::dict&, bool, const std::string&>(), py::arg("spec"), py::arg("float64"), py::arg("isa"))
         .def("run", &Plan::run)

@@ -45,3 +45,13 @@ def choose() -> str:
     Raises:
         RuntimeError: MAML_FAST_ISA names none of them.
     """
+
+class Guard:
+    """Whether containers still hold the very objects that they held.
+
+    Args:
+        shelves: (dict, list, class or closure cell; keys; values; whether only the named entries count).
+    """
+
+    def __init__(self, shelves: list[tuple[Any, tuple[Any, ...], tuple[Any, ...], bool]]) -> None: ...
+    def check(self) -> bool: ...

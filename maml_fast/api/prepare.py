@@ -120,6 +120,9 @@ class Preparer:
 
     def _follow_model(self) -> None:
         """Take the module as it is now."""
+        if not self.model.restructured():
+            self.model.guards.refresh()
+            return
         self.model = self._snapshot()
         self._plans.clear()
         self._states.clear()
@@ -141,8 +144,11 @@ class Preparer:
         Args:
             leaves: stand-ins for the model's parameters and the learning rates.
         """
-        if self.model.restructured():
+        guards = self.model.guards
+        if not guards.hold() or self.model.refrozen():
             self._follow_model()
+        elif guards.moving:
+            guards.settle()
         parameters = self.model.parameters() if leaves is None else list(leaves[: len(self.model.names)])
         batch = (x_s, y_s, x_q, y_q)
         first = parameters[0]
@@ -153,7 +159,7 @@ class Preparer:
                 *[None if v is None else (v.shape, v.dtype, v.device, v.requires_grad) for v in batch],
                 first.dtype,
                 first.device,
-                self.model.modes(),
+                self.model.guards.state,
                 self.rates.learnable(),
             )
         except AttributeError:

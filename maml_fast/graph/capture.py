@@ -136,6 +136,10 @@ class Recorder(TorchDispatchMode):
         self._known = known
         self._describe = describe
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what says yes imports PyTorch's compiler, which takes a second
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

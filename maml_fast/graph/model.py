@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .guards import Guards
+
 Adapts = Callable[[str, nn.Parameter], bool] | Iterable[str] | None
 
 
@@ -38,7 +40,8 @@ class Model:
         self.names = tuple(named)
         self.takes_indices = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in self.modules)
         self._slots = tuple(owners[id(p)] for p in named.values())
-        self._children = _children(self.modules)
+        self.signature = self._signature()
+        self.guards = Guards(module)
         self.chosen = _choose(named, adapts)
         self._kinds = _kinds(named.values())
         self.trainable = tuple(p.requires_grad for p in named.values())
@@ -49,18 +52,24 @@ class Model:
         """The module's current parameters, in `names` order."""
         return [owner[key] for owner, key in self._slots]  # type: ignore[misc]
 
-    def restructured(self) -> bool:
-        """Whether submodules or parameters were added, removed, frozen, or replaced by others of another kind."""
-        if _children(self.modules) != self._children:
-            return True
+    def refrozen(self) -> bool:
+        """Whether a parameter was frozen, or its memory replaced by that of another kind."""
         try:
             return _kinds(self.parameters()) != self._kinds
         except (KeyError, AttributeError):
             return True
 
-    def modes(self) -> tuple[bool, ...]:
-        """Each submodule's `training` flag: it changes what normalisation and dropout compute."""
-        return tuple([m.training for m in self.modules])
+    def restructured(self) -> bool:
+        """Whether submodules or parameters were added, removed, tied, renamed, frozen or replaced by another kind."""
+        return self._signature() != self.signature
+
+    def _signature(self) -> Any:
+        """Which modules there are, which names stand for one parameter, and of what kind it is."""
+        named = list(self.module.named_parameters(remove_duplicate=False))
+        first: dict[int, int] = {}
+        ties = [first.setdefault(id(p), i) for i, (_, p) in enumerate(named)]
+        kinds = _kinds(p for _, p in named)
+        return [id(m) for m in self.module.modules()], [n for n, _ in named], ties, kinds
 
     def buffers(self, copies: int | None = None) -> dict[str, Tensor]:
         """Throw-away copies of the buffers, so that training mode cannot write the real ones."""
@@ -75,11 +84,6 @@ class Model:
 
     def named(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.names, values, strict=True))
-
-
-def _children(modules: Iterable[nn.Module]) -> list[list[nn.Module | None] | None]:
-    """Every module's own submodules; None for none, which most have."""
-    return [[*m._modules.values()] if m._modules else None for m in modules]
 
 
 def _kinds(parameters: Iterable[Tensor]) -> list[tuple[bool, torch.Size, torch.dtype, torch.device]]:

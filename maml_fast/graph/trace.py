@@ -10,6 +10,7 @@ from .capture import capture
 from .decode import decode
 from .graph import Graph, Shape, Untraceable
 from .model import Model
+from .watch import watching
 
 Traced = tuple[Graph | None, list[str]]
 
@@ -32,7 +33,7 @@ def trace(model: Model, samples: Iterable[int], in_shape: Shape, dtype: torch.dt
 
 
 def _memorised(model: Model, samples: int, in_shape: Shape, dtype: torch.dtype, x_grad: bool) -> Traced:
-    key = (samples, in_shape, dtype, x_grad, model.modes())
+    key = (samples, in_shape, dtype, x_grad, model.guards.state)
     if key not in model.graphs:
         model.graphs[key] = _trace(model, samples, in_shape, dtype, x_grad)
     return model.graphs[key]
@@ -40,8 +41,13 @@ def _memorised(model: Model, samples: int, in_shape: Shape, dtype: torch.dtype, 
 
 def _trace(model: Model, samples: int, in_shape: Shape, dtype: torch.dtype, x_grad: bool) -> Traced:
     try:
+        if model.guards.refusal:
+            raise Untraceable(model.guards.refusal)
         _refuse_backward_hooks(model)
-        return decode(capture(model, samples, in_shape, dtype, x_grad), samples, in_shape), []
+        with watching(model.module.named_modules()) as watched:
+            captured = capture(model, samples, in_shape, dtype, x_grad)
+        model.guards.learn(watched)
+        return decode(captured, samples, in_shape), []
     except Untraceable as error:
         return None, [str(error)]
 

@@ -1,0 +1,229 @@
+"""A plan is used only in the Python state that it was captured in.
+
+The state is that of the attributes which forward read: `Guards` compares them by identity at every call, in C++ where
+the core is built, and by value (`state.freeze`) where an object was replaced.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from .state import STRUCTURE, Held, Unguardable, freeze, is_library
+from .watch import Watched
+
+try:
+    from .._core import Guard
+except ImportError:
+    Guard = None  # type: ignore[assignment,misc]
+
+_FOLLOWED = ("_parameters", "_buffers", "_modules")
+
+_RESTLESS = 8
+"""States in a row that were never met before, after which a model is not captured any more."""
+
+
+class Guards:
+    """The state of a module tree, as far as its forward reads it.
+
+    Attributes:
+        state: a number for the present state; equal states have equal numbers.
+        moving: whether the state was a new one at the latest call.
+        refusal: why no plan can be kept for the model; empty where it can.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = list(module.named_modules())
+        self._read: dict[int, set[str]] = {}
+        self._known: dict[Hashable, int] = {}
+        self._numbers = itertools.count()
+        self._new_in_a_row = 0
+        self.moving = False
+        self.refusal = ""
+        self.state = -1
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Number the state as it is now."""
+        picture = self._picture()
+        self.moving = picture not in self._known
+        if self.moving:
+            self._known[picture] = next(self._numbers)
+            self._new_in_a_row += 1
+        if self._new_in_a_row > _RESTLESS and not self.refusal:
+            self.refusal = f"{self._what_changed(picture)} changes at every call"
+            picture = self._picture()
+            self._known[picture] = next(self._numbers)
+        self._last, self.state = picture, self._known[picture]
+        self.hold = self._make_check()
+
+    def settle(self) -> None:
+        """A call found the state as it was: what changed before was no habit."""
+        self.moving, self._new_in_a_row = False, 0
+
+    def learn(self, watched: Watched) -> None:
+        """Guard what a pass has read, from now on."""
+        news = {m: names - self._read.get(m, set()) for m, names in watched.read.items()}
+        if any(news.values()):
+            for module, names in news.items():
+                self._read.setdefault(module, set()).update(names)
+            self._last = self._picture()
+            self._known = {self._last: self.state}  # the numbers of other states said nothing of what is new
+            self.hold = self._make_check()
+
+    def _guarded(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
+        """The attributes of a module that count: all of a PyTorch layer's, of others those that were read."""
+        read = None if is_library(type(module).__module__) else self._read.get(id(module), set())
+        if self.refusal:
+            read = set()
+        everything = read is None or "__dict__" in read
+        for name, value in vars(module).items():
+            if name not in STRUCTURE and (everything or name in _ALWAYS or name in (read or ())):
+                yield name, value
+
+    def _picture(self) -> Hashable:
+        parts: list[Hashable] = []
+        for name, module in self._modules:
+            for attribute, value in self._guarded(module):
+                parts.append((name, attribute, self._frozen(name, attribute, value)))
+            parts.append((name, "class", _class_picture(type(module))))
+        return tuple(parts)
+
+    def _frozen(self, name: str, attribute: str, value: Any) -> Hashable:
+        try:
+            return freeze(value)
+        except Unguardable:
+            self.refusal = (
+                f"{_called(name, attribute)}, which forward reads, holds too much to be compared at every call"
+            )
+            return Held("object", id(value), value)
+
+    def _what_changed(self, picture: Any) -> str:
+        last: Any = self._last
+        before = {(n, a): v for n, a, v in last}
+        for name, attribute, value in picture:
+            if before.get((name, attribute)) != value:
+                return _called(name, attribute)
+        return "the model's Python state"
+
+    def _make_check(self) -> Any:
+        shelves: list[tuple[Any, tuple[Any, ...], tuple[Any, ...], bool]] = []
+        slow: list[tuple[Any, Hashable]] = []
+        for _, module in self._modules:
+            guarded = dict(self._guarded(module))
+            attributes = vars(module)
+            shelves.append((attributes, tuple(attributes), tuple(guarded.get(n, ...) for n in attributes), False))
+            for value in guarded.values():
+                _shelve(value, shelves, slow)
+            shelves += [(d, tuple(d), tuple(d.values()), False) for d in map(attributes.get, _FOLLOWED) if d]
+            _shelve_class(type(module), shelves, slow)
+        check = Guard(shelves).check if Guard is not None else _Slow(shelves).check
+        if not slow:
+            return check
+        return lambda: check() and all(_frozen(value) == picture for value, picture in slow)
+
+
+_ALWAYS = frozenset(
+    ("training", "forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+)
+
+
+def _called(name: str, attribute: str) -> str:
+    return f"attribute {attribute!r} of {f'layer {name!r}' if name else 'the model'}"
+
+
+def _frozen(value: Any) -> Hashable:
+    try:
+        return freeze(value)
+    except Unguardable:
+        return Held("object", id(value), value)
+
+
+def _class_picture(own: type) -> Hashable:
+    return tuple((name, _frozen(value)) for _, name, value in _class_entries(own))
+
+
+def _class_entries(own: type) -> Iterator[tuple[type, str, Any]]:
+    """Plain values and functions of a person's own classes."""
+    for base in own.__mro__:
+        if base is object or is_library(base.__module__):
+            continue
+        for name, value in vars(base).items():
+            if not name.startswith("__") or name == "__call__":
+                yield base, name, value
+
+
+def _shelve(value: Any, shelves: list[Any], slow: list[Any], depth: int = 0) -> None:
+    """Have the mutable parts of a value compared too."""
+    if isinstance(value, int | float | str | Tensor | nn.Module | type | types.BuiltinFunctionType) or value is None:
+        return
+    if depth > 6:
+        return
+    if isinstance(value, dict):
+        shelves.append((value, tuple(value), tuple(value.values()), False))
+        parts = list(value.values())
+    elif isinstance(value, list):
+        shelves.append((value, (), tuple(value), False))
+        parts = list(value)
+    elif isinstance(value, tuple):
+        parts = list(value)
+    elif isinstance(value, types.FunctionType):
+        _shelve_function(value, shelves, slow, depth)
+        return
+    elif type(getattr(value, "__dict__", None)) is dict and not isinstance(value, set | frozenset):
+        shelves.append((vars(value), tuple(vars(value)), tuple(vars(value).values()), False))
+        parts = list(vars(value).values())
+    else:
+        slow.append((value, _frozen(value)))
+        return
+    for part in parts:
+        _shelve(part, shelves, slow, depth + 1)
+
+
+def _shelve_function(function: types.FunctionType, shelves: list[Any], slow: list[Any], depth: int) -> None:
+    if is_library(function.__module__):
+        return
+    for cell in function.__closure__ or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+        shelves.append((cell, (), (content,), False))
+        _shelve(content, shelves, slow, depth + 1)
+    held = function.__globals__
+    names = [n for n in function.__code__.co_names if n in held]
+    shelves.append((held, tuple(names), tuple(held[n] for n in names), True))
+    for name in names:
+        if isinstance(held[name], tuple | list | dict | set | types.FunctionType) and held[name] is not function:
+            _shelve(held[name], shelves, slow, depth + 1)
+
+
+def _shelve_class(own: type, shelves: list[Any], slow: list[Any]) -> None:
+    for base, name, value in _class_entries(own):
+        shelves.append((base, (name,), (value,), True))
+        _shelve(value, shelves, slow)
+
+
+class _Slow:
+    """The core's `Guard` in Python."""
+
+    def __init__(self, shelves: list[Any]) -> None:
+        self.shelves = shelves
+
+    def check(self) -> bool:
+        return all(self._holds(*shelf) for shelf in self.shelves)
+
+    @staticmethod
+    def _holds(container: Any, keys: tuple[Any, ...], values: tuple[Any, ...], some: bool) -> bool:
+        if isinstance(container, list):
+            return len(container) == len(values) and all(a is b for a, b in zip(container, values, strict=True))
+        if isinstance(container, types.CellType):
+            return container.cell_contents is values[0]
+        held = vars(container) if isinstance(container, type) else container
+        if not some and len(held) != len(values):
+            return False
+        return all(v is ... or held.get(k) is v for k, v in zip(keys, values, strict=True))

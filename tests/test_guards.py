@@ -1,0 +1,294 @@
+"""A plan holds only in the Python state that it was made in; capturing leaves that state as it was."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import maml_fast as mf
+from maml_fast.algorithms.goal import Mode
+
+SCALE = 1.0
+TABLE = {"scale": 1.0}
+
+
+def helper(h: Tensor) -> Tensor:
+    return h * SCALE
+
+
+class Net(nn.Module):
+    """A small network whose forward is given, with many kinds of state to read in it."""
+
+    kind = 1.0
+
+    def __init__(self, function: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.a, self.b = nn.Linear(4, 6, dtype=torch.float64), nn.Linear(6, 3, dtype=torch.float64)
+        self.c = nn.Linear(4, 6, dtype=torch.float64)
+        self.act = nn.LeakyReLU(0.1)
+        self.norm = nn.BatchNorm1d(6, dtype=torch.float64)
+        self.scale, self.unread, self.calls = 1.0, 0, 0
+        self.scales, self.config = [1.0, 2.0], {"deep": [{"scale": 1.0}]}
+        self.settings = SimpleNamespace(inner=SimpleNamespace(scale=1.0))
+        self.small = np.float64(1.0)
+        self.table = np.ones(3)
+        self.chosen = {"a"}
+        self.log: list[Any] = []
+        self.random, self.generator = random.Random(0), np.random.default_rng(0)
+        self.features: Tensor | None = None
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.a(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.function(self, x))
+
+
+def batch() -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(3)
+    draw = lambda n: torch.randn(2, n, 4, generator=g, dtype=torch.float64)  # noqa: E731
+    labels = lambda n: torch.randint(0, 3, (2, n), generator=g)  # noqa: E731
+    return draw(5), labels(5), draw(4), labels(4)
+
+
+def call(maml: mf.MAML) -> tuple[float, Tensor]:
+    maml.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = maml.backward(*batch())
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in maml.module.parameters()]
+    return loss.item(), torch.cat([g.reshape(-1) for g in gradients])
+
+
+def backend_of(maml: mf.MAML) -> str:
+    return maml.explain(*batch()).splitlines()[0].split()[-1]
+
+
+def set_to(path: str, value: Any) -> Callable[[Net], None]:
+    def change(model: Net) -> None:
+        *owners, last = path.split(".")
+        owner = model
+        for name in owners:
+            owner = getattr(owner, name)
+        setattr(owner, last, value)
+
+    return change
+
+
+def item(get: Callable[[Net], Any], key: Any, value: Any) -> Callable[[Net], None]:
+    return lambda model: get(model).__setitem__(key, value)
+
+
+def in_module(name: str, value: Any) -> Callable[[Net], None]:
+    return lambda model: globals().__setitem__(name, value)
+
+
+def _hook(model: Net) -> None:
+    model.a.register_forward_hook(lambda module, args, output: output * 3)
+
+
+def _freeze(model: Net) -> None:
+    model.a.weight.requires_grad_(False)
+
+
+def _tie(model: Net) -> None:
+    model.c.weight = model.a.weight
+
+
+def _new_forward(model: Net) -> None:
+    model.forward = lambda x: model.b(torch.sigmoid(model.a(x)))
+
+
+def _closure() -> tuple[Callable[[Net, Tensor], Tensor], Callable[[Net], None]]:
+    factor = 1.0
+
+    def function(m: Net, x: Tensor) -> Tensor:
+        return m.hidden(x) * factor
+
+    def change(model: Net) -> None:
+        nonlocal factor
+        factor = 0.5
+
+    return function, change
+
+
+CHANGED: dict[str, tuple[Callable[[Net, Tensor], Tensor], Callable[[Net], None]]] = {
+    "attribute": (lambda m, x: m.hidden(x) * m.scale, set_to("scale", 0.5)),
+    "attribute-to-int": (lambda m, x: m.hidden(x) * m.scale, set_to("scale", 2)),
+    "class-attribute": (lambda m, x: m.hidden(x) * m.kind, lambda m: setattr(type(m), "kind", 0.5)),
+    "by-getattr": (lambda m, x: m.hidden(x) * getattr(m, "sca" + "le"), set_to("scale", 0.5)),
+    "by-vars": (lambda m, x: m.hidden(x) * vars(m)["scale"], set_to("scale", 0.5)),
+    "list": (lambda m, x: m.hidden(x) * m.scales[0], item(lambda m: m.scales, 0, 0.5)),
+    "list-longer": (lambda m, x: m.hidden(x) / len(m.scales), lambda m: m.scales.append(1.0)),
+    "nested": (lambda m, x: m.a(x) * m.config["deep"][0]["scale"], item(lambda m: m.config["deep"][0], "scale", 3)),
+    "object": (lambda m, x: m.hidden(x) * m.settings.inner.scale, set_to("settings.inner.scale", 0.5)),
+    "numpy-number": (lambda m, x: m.hidden(x) * float(m.small), set_to("small", np.float64(0.5))),
+    "numpy-array": (lambda m, x: m.hidden(x) * float(m.table[1]), item(lambda m: m.table, 1, 0.5)),
+    "set": (lambda m, x: m.hidden(x) * (2.0 if "b" in m.chosen else 1.0), lambda m: m.chosen.add("b")),
+    "global": (lambda m, x: m.hidden(x) * SCALE, in_module("SCALE", 0.5)),
+    "global-of-helper": (lambda m, x: helper(m.hidden(x)), in_module("SCALE", 0.5)),
+    "global-table": (lambda m, x: m.hidden(x) * TABLE["scale"], lambda m: TABLE.update(scale=0.5)),
+    "closure": _closure(),
+    "function-attribute": (lambda m, x: m.hidden(x), set_to("function", lambda m, x: torch.sin(m.a(x)))),
+    "forward-of-instance": (lambda m, x: m.hidden(x), _new_forward),
+    "method-of-class": (lambda m, x: m.hidden(x), lambda m: setattr(type(m), "hidden", lambda s, x: s.a(x).sigmoid())),
+    "slope": (lambda m, x: m.act(m.a(x)), set_to("act.negative_slope", 0.4)),
+    "eps": (lambda m, x: m.norm(m.a(x)), set_to("norm.eps", 0.5)),
+    "eval": (lambda m, x: m.norm(m.a(x)), lambda m: m.eval()),
+    "eval-of-one-layer": (lambda m, x: m.norm(m.a(x)), lambda m: m.norm.eval()),
+    "layer-replaced": (lambda m, x: m.act(m.a(x)), set_to("act", nn.Tanh())),
+    "hook": (lambda m, x: m.hidden(x), _hook),
+    "frozen": (lambda m, x: m.hidden(x), _freeze),
+    "tied": (lambda m, x: m.hidden(x) + m.c(x), _tie),
+    "parameter-replaced": (lambda m, x: m.hidden(x), set_to("a.bias", nn.Parameter(torch.ones(6).double()))),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Any:
+    hidden = Net.hidden
+    yield
+    globals()["SCALE"], Net.kind, Net.hidden = 1.0, 1.0, hidden
+    TABLE["scale"] = 1.0
+
+
+@pytest.mark.parametrize(("function", "change"), CHANGED.values(), ids=CHANGED)
+def test_plans_follow_the_state_that_forward_reads(
+    function: Callable[[Net, Tensor], Tensor], change: Callable[[Net], None], core: Any
+) -> None:
+    model = Net(function)
+    maml = mf.MAML(model, 0.3, steps=2)
+    before, _ = call(maml)
+    assert backend_of(maml) == "cpu"
+    change(model)
+    loss, gradient = call(maml)
+    wanted, reference = call(mf.MAML(model, 0.3, steps=2, backend="reference"))
+    assert loss != before
+    assert abs(loss - wanted) <= 1e-12 * abs(wanted)
+    assert (gradient - reference).norm() <= 1e-11 * reference.norm()
+    assert backend_of(maml) == "cpu"
+
+
+def test_states_met_before_find_their_plans_again(core: Any) -> None:
+    model = Net(lambda m, x: m.norm(m.hidden(x) * m.scale))
+    maml = mf.MAML(model, 0.3)
+    for scale in (1.0, 0.5, 1.0, 0.5, 1.0):
+        model.scale = scale
+        call(maml)
+    assert len(list(maml._preparer.plans())) == 2
+
+
+def test_what_forward_does_not_read_changes_nothing(core: Any) -> None:
+    model = Net(lambda m, x: m.hidden(x))
+    maml = mf.MAML(model, 0.3)
+    for i in range(30):
+        model.unread, model.new = i, i
+        model.log.append(i)
+        call(maml)
+    assert backend_of(maml) == "cpu"
+    assert len(list(maml._preparer.plans())) == 1
+
+
+def test_an_attribute_that_changes_at_every_call_ends_capturing(core: Any) -> None:
+    model = Net(lambda m, x: m.hidden(x) * m.scale)
+    maml = mf.MAML(model, 0.3, backend="auto")
+    for i in range(12):
+        model.scale = 1.0 + i
+        loss, _ = call(maml)
+        assert abs(loss - call(mf.MAML(model, 0.3, backend="reference"))[0]) < 1e-10
+    assert "attribute 'scale' of the model changes at every call" in maml.explain(*batch())
+
+
+def _count(m: Net, x: Tensor) -> Tensor:
+    m.calls += 1
+    return m.hidden(x)
+
+
+def _remember(m: Net, x: Tensor) -> Tensor:
+    m.log.append(x.shape)
+    return m.hidden(x)
+
+
+def _python_draw(m: Net, x: Tensor) -> Tensor:
+    return m.hidden(x) * (0.5 if random.random() < 0.5 else 1.0)
+
+
+def _numpy_draw(m: Net, x: Tensor) -> Tensor:
+    return m.hidden(x) * float(np.random.rand())  # noqa: NPY002
+
+
+STATEFUL: dict[str, tuple[Callable[[Net, Tensor], Tensor], str]] = {
+    "counter": (_count, "updates attribute 'calls'"),
+    "list": (_remember, "changes attribute 'log'"),
+    "python-random": (_python_draw, "random generator"),
+    "numpy-random": (_numpy_draw, "random generator"),
+    "own-random": (lambda m, x: m.hidden(x) * m.random.random(), "changes attribute 'random'"),
+    "own-generator": (lambda m, x: m.hidden(x) * float(m.generator.random()), "changes attribute 'generator'"),
+}
+
+
+@pytest.mark.parametrize(("function", "reason"), STATEFUL.values(), ids=STATEFUL)
+def test_forwards_that_change_their_own_state_are_not_captured(
+    function: Callable[[Net, Tensor], Tensor], reason: str
+) -> None:
+    maml = mf.MAML(Net(function), 0.3, backend="reference")
+    graph, reasons = maml._prepare(Mode.META_GRADIENT, *batch()).call.plan.trace
+    assert graph is None
+    assert reason in reasons[0]
+
+
+def _keep_features(m: Net, x: Tensor) -> Tensor:
+    m.features = m.hidden(x)
+    m.new_name = 3
+    return m.features
+
+
+def test_capturing_leaves_the_module_and_generators_as_they_were() -> None:
+    model = Net(_keep_features)
+    before, draws = dict(vars(model)), (random.getstate(), torch.get_rng_state())
+    parameters = [(p, p.detach().clone()) for p in model.parameters()]
+    maml = mf.MAML(model, 0.3)
+    graph, reasons = maml._prepare(Mode.META_GRADIENT, *batch()).call.plan.trace
+    assert graph is not None, reasons
+    assert vars(model) == before
+    assert type(model) is Net
+    assert random.getstate() == draws[0]
+    assert torch.equal(torch.get_rng_state(), draws[1])
+    assert all(p is q and torch.equal(p, v) for p, (q, v) in zip(model.parameters(), parameters, strict=True))
+    copy.deepcopy(model)
+
+
+def test_the_guard_in_python_agrees_with_the_core(core: Any) -> None:
+    from maml_fast.graph import guards
+
+    held, items = {"a": 1, "b": [2]}, [1, 2]
+    cell = (lambda v: lambda: v)(held).__closure__[0]
+    shelves = [
+        (held, ("a", "b"), (..., held["b"]), False),
+        (held, ("a",), (held["a"],), True),
+        (items, (), tuple(items), False),
+        (cell, (), (held,), False),
+        (Net, ("kind",), (Net.kind,), True),
+    ]
+    changes: list[Callable[[], Any]] = [
+        lambda: held.update(c=3), lambda: held.pop("c"), lambda: items.append(3), lambda: items.pop(),
+        lambda: setattr(Net, "kind", 7.5), lambda: held.update(a=5), lambda: held.update(b=[2]),
+    ]  # fmt: skip
+    fast, slow = core.Guard(shelves), guards._Slow(shelves)
+    seen = [fast.check()]
+    assert slow.check()
+    for change in changes:
+        change()
+        seen.append(fast.check())
+        assert slow.check() == seen[-1]
+    assert seen == [True, False, True, False, True, False, False, False]
