@@ -56,33 +56,33 @@ class Engine {
     void execute(const Instr& in) {
         switch (in.code) {
             case Code::load:
-                return load_parameters(in.a);
+                return load_parameters(in.slot);
             case Code::forward:
                 return forward(in);
             case Code::support_loss:
-                return loss(in.a, 0, nullptr, true);
+                return loss(in.tape, 0, nullptr, true);
             case Code::query_loss:
-                return loss(in.a, 1, static_cast<S*>(call_.losses) + t0_, in.b != 0);
+                return loss(in.tape, 1, static_cast<S*>(call_.losses) + t0_, in.seed);
             case Code::cotangent:
-                return cotangent(in.a);
+                return cotangent(in.tape);
             case Code::backward:
                 return backward(in);
             case Code::update:
-                return update(in.a, in.b, in.c);
+                return update(in.out, in.theta, in.gradient);
             case Code::scale:
-                return scale(in.a, in.b);
+                return scale(in.out, in.vector);
             case Code::hvp:
                 return hvp(in);
             case Code::subtract:
-                return subtract(in.a, in.b);
+                return subtract(in.out, in.vector);
             case Code::rate_gradient:
-                return rate_gradient(in.a, in.b);
+                return rate_gradient(in.gradient, in.adjoint);
             case Code::accumulate:
                 return accumulate(in);
             case Code::store_parameters:
-                return store_parameters(in.a);
+                return store_parameters(in.theta);
             case Code::store_outputs:
-                return store_outputs(in.a);
+                return store_outputs(in.tape);
         }
     }
 
@@ -133,8 +133,8 @@ class Engine {
     // ---- the network -------------------------------------------------------------------------
 
     void forward(const Instr& in) {
-        int slot = in.a;
-        const TapeView& tape = view(in.b);
+        int slot = in.theta;
+        const TapeView& tape = view(in.tape);
         long N = samples(tape);
         for (int i = 0; i < plan_.n_ops; ++i) {
             const Op& op = plan_.ops[i];
@@ -144,7 +144,7 @@ class Engine {
             S *aux1 = at(tape.aux1[i]), *aux2 = at(tape.aux2[i]);
             switch (op.kind) {
                 case OpKind::linear:
-                    linear_values(op, slot, in.theta, N, x, y);
+                    linear_values(op, slot, in.theta_factors, N, x, y);
                     break;
                 case OpKind::activation:
                     activation_forward<S>(op, B_ * size, x, y, aux1, aux2);
@@ -184,8 +184,12 @@ class Engine {
                 case OpKind::group_norm:
                     norm_forward(op, i, slot, tape);
                     break;
-                default:
+                case OpKind::avg_pool:
+                case OpKind::transpose:
+                case OpKind::pad:
+                case OpKind::upsample:
                     moved(op, N, x, y);
+                    break;
             }
         }
     }
@@ -201,9 +205,9 @@ class Engine {
     }
 
     void backward(const Instr& in) {
-        int slot = in.a, out = in.c;
+        int slot = in.theta, out = in.out;
         bool inputs = in.inputs;
-        const TapeView& tape = view(in.b);
+        const TapeView& tape = view(in.tape);
         long N = samples(tape);
         bool adapted_only = tape.batch == 0;
         for (int i = plan_.n_ops - 1; i >= 0; --i) {
@@ -216,7 +220,7 @@ class Engine {
             switch (op.kind) {
                 case OpKind::linear: {
                     if (dx) linear_transposed_product(op, N, {dy, weight(slot, op.w)}, {}, !first, dx);
-                    if (dx && op.low_rank) add_transposed_product(op, in.theta, N, dy, dx);
+                    if (dx && op.low_rank) add_transposed_product(op, in.theta_factors, N, dy, dx);
                     linear_gradients(op, N, dy, value(tape, op.in[0]), nullptr, nullptr,
                                      gradient_or_step(in, op.w, adapted_only, op.w_first),
                                      gradient_or_step(in, op.b, adapted_only, op.b_first));
@@ -268,8 +272,12 @@ class Engine {
                         norm_backward(op, i, slot, tape, out, adapted_only, dy, dx);
                     }
                     break;
-                default:
+                case OpKind::avg_pool:
+                case OpKind::transpose:
+                case OpKind::pad:
+                case OpKind::upsample:
                     if (dx) moved_back(op, first, N, dy, dx);
+                    break;
             }
         }
     }
@@ -277,9 +285,9 @@ class Engine {
     // ---- Hessian-vector product: the tangent of forward and backward ---------------------------
 
     void hvp(const Instr& in) {
-        const TapeView& tape = view(in.b);
+        const TapeView& tape = view(in.tape);
         if (!plan_.moves) {
-            if (!in.scaled) fill(ws_ + plan_.slots[in.d], B_ * plan_.parameters, S(0));
+            if (!in.scaled) fill(ws_ + plan_.slots[in.out], B_ * plan_.parameters, S(0));
             return;
         }
         tangents_ = plan_.tangents[in.hvp];
@@ -289,14 +297,14 @@ class Engine {
         if (!in.inputs) return;
         const S* ex = ws_ + tangents_.delta[0];
         S* dx = static_cast<S*>(call_.dx[0]) + place(tape, plan_.features[0]);
-        S alpha = in.scaled ? *rate(plan_.params[0]) : S(1);
+        S alpha = in.scaled ? only_rate() : S(1);
         for (long i = 0; i < B_ * per_task(tape, 0); ++i) dx[i] -= alpha * ex[i];
     }
 
     S* tangent(const Op& op, int j) const { return op.has_tangent[j] ? ws_ + tangents_.value[op.in[j]] : nullptr; }
 
     void forward_tangent(const Instr& in, const TapeView& tape) {
-        int slot = in.a, vector = in.c;
+        int slot = in.theta, vector = in.vector;
         long N = samples(tape);
         for (int i = 0; i < plan_.n_ops; ++i) {
             const Op& op = plan_.ops[i];
@@ -353,8 +361,12 @@ class Engine {
                 case OpKind::group_norm:
                     norm_tangent(op, i, slot, vector, tape, ty);
                     break;
-                default:
+                case OpKind::avg_pool:
+                case OpKind::transpose:
+                case OpKind::pad:
+                case OpKind::upsample:
                     moved(op, N, tx, ty);
+                    break;
             }
         }
     }
@@ -376,7 +388,7 @@ class Engine {
     }
 
     void backward_tangent(const Instr& in, const TapeView& tape) {
-        int slot = in.a, vector = in.c, out = in.d;
+        int slot = in.theta, vector = in.vector, out = in.out;
         bool inputs = in.inputs;
         long N = samples(tape);
         for (int i = plan_.n_ops - 1; i >= 0; --i) {
@@ -426,8 +438,12 @@ class Engine {
                 case OpKind::group_norm:
                     norm_backward_tangent(op, i, slot, vector, tape, out, dy, ey, ex);
                     break;
-                default:
+                case OpKind::avg_pool:
+                case OpKind::transpose:
+                case OpKind::pad:
+                case OpKind::upsample:
                     if (ex) moved_back(op, first, N, ey, ex);
+                    break;
             }
         }
     }

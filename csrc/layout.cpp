@@ -14,11 +14,6 @@ constexpr long kLargeModel = 1 << 16;         // parameters from which fewer par
 constexpr long kFewBlocks = 4, kBlocks = 16;  // partial sums a call is cut into, whatever the number of threads
 constexpr double kBlockWork = 4e6;            // multiply-adds below which a block costs more than it shares out
 
-Window window_of(const std::vector<long>& v) {
-    if (v.empty()) return {1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1};
-    return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11]};
-}
-
 // Whether an operation has no parameters and treats every number, or every sample's numbers, by itself.
 bool is_plain(OpKind kind) {
     return kind == OpKind::activation || kind == OpKind::affine || kind == OpKind::add || kind == OpKind::cat;
@@ -27,29 +22,12 @@ bool is_plain(OpKind kind) {
 // Whether an operation treats every sample by itself, and its parameters' gradients are products that add up.
 bool goes_by_sample(const Op& op) { return is_plain(op.kind) || (op.kind == OpKind::linear && !op.low_rank); }
 
-// The tape of an instruction that works on samples, or -1.
-int tape_of(const Instr& in) {
-    switch (in.code) {
-        case Code::forward:
-        case Code::backward:
-        case Code::hvp:
-            return in.b;
-        case Code::support_loss:
-        case Code::query_loss:
-        case Code::cotangent:
-        case Code::store_outputs:
-            return in.a;
-        default:
-            return -1;
-    }
-}
-
 }  // namespace
 
 void Layout::add_op(const OpSpec& s) {
     Op op{};
-    op.kind = OpKind(s.kind);
-    op.act = Act(s.act);
+    op.kind = s.kind;
+    op.act = s.act;
     op.in = s.inputs.data();
     op.n_in = int(s.inputs.size());
     op.out = s.out;
@@ -63,7 +41,7 @@ void Layout::add_op(const OpSpec& s) {
     op.groups = s.groups;
     op.f0 = s.f0;
     op.f1 = s.f1;
-    op.window = window_of(s.window);
+    op.window = s.window;
     op.packs = std::none_of(ops_.begin(), ops_.end(), [&](const Op& o) { return o.w == s.w; });
     if (op.kind == OpKind::conv) {
         convolutions_.push_back(std::make_unique<ConvolutionTables>(op.window, s.width, s.out_width, s.groups));
@@ -80,9 +58,19 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
         bool formed =
             std::none_of(ops_.begin(), ops_.end(), [&](const Op& op) { return op.low_rank && op.w == int(i); });
         bool dense = s.active && formed;
-        params_.push_back({s.size, dense ? view_.parameters : -1, s.active ? view_.sums : -1, s.rate, s.elementwise,
-                           s.adapts && dense, s.o, s.c, s.taps, s.taps ? packed(s.size) : -1,
-                           s.taps && s.elementwise ? packed(s.size) : -1});
+        Param p{};
+        p.size = s.size;
+        p.offset = dense ? view_.parameters : -1;
+        p.sum = s.active ? view_.sums : -1;
+        p.rate = s.rate;
+        p.elementwise = s.elementwise;
+        p.adapts = s.adapts && dense;
+        p.o = s.o;
+        p.c = s.c;
+        p.taps = s.taps;
+        p.packed = s.taps ? packed(s.size) : -1;
+        p.rate_packed = s.taps && s.elementwise ? packed(s.size) : -1;
+        params_.push_back(p);
         if (dense) view_.parameters += s.size;
         if (s.active) view_.sums += s.size;
     }
@@ -91,9 +79,9 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     fuse_steps();
     find_groups();
     find_slots();
-    for (long size : spec_.rate_sizes) {
+    for (const ReadSpec& rate : spec_.rates) {
         rate_offsets_.push_back(view_.rates);
-        view_.rates += size;
+        view_.rates += rate.size;
     }
 
     find_flags();
@@ -115,10 +103,8 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     view_.code = spec_.code.data();
     view_.n_code = int(spec_.code.size());
     view_.rate_offset = rate_offsets_.data();
-    view_.rate_size = spec_.rate_sizes.data();
-    view_.n_rates = int(rate_offsets_.size());
     std::copy(spec_.samples, spec_.samples + 2, view_.samples);
-    view_.loss = LossKind(spec_.loss);
+    view_.loss = spec_.loss;
     view_.loss_parameter = spec_.loss_parameter;
 }
 
@@ -175,40 +161,45 @@ void Layout::find_factors() {
     };
     factors_.reserve(2 * spec_.code.size());
     for (Instr& in : spec_.code) {
-        in.theta = in.vector = {nullptr, 0};
         switch (in.code) {
             case Code::forward:
-                in.theta = freeze(slots[in.a]);
+                in.theta_factors = freeze(slots[in.theta]);
                 break;
             case Code::backward:
-                in.theta = freeze(slots[in.a]);
-                if (in.c >= 0) slots[in.c] = {{Term::gradient, in.b, -1, 1, false}};
+                in.theta_factors = freeze(slots[in.theta]);
+                if (in.out >= 0) slots[in.out] = {{Term::gradient, in.tape, -1, 1, false}};
                 break;
             case Code::update: {
-                std::vector<Factor> following = slots[in.b];
-                for (Factor f : slots[in.c]) following.push_back({f.term, f.tape, f.hvp, -f.sign, true});
-                slots[in.a] = std::move(following);
+                std::vector<Factor> following = slots[in.theta];
+                for (Factor f : slots[in.gradient]) following.push_back({f.term, f.tape, f.hvp, -f.sign, true});
+                slots[in.out] = std::move(following);
                 break;
             }
             case Code::scale:
-                slots[in.a] = slots[in.b];
-                for (Factor& f : slots[in.a]) f.rate = true;
+                slots[in.out] = slots[in.vector];
+                for (Factor& f : slots[in.out]) f.rate = true;
                 break;
             case Code::hvp:
                 in.hvp = hvps_++;
-                in.theta = freeze(slots[in.a]);
-                in.vector = freeze(slots[in.c]);
-                slots[in.d] = {{Term::tangent_delta, in.b, in.hvp, 1, false},
-                               {Term::tangent_input, in.b, in.hvp, 1, false}};
+                in.theta_factors = freeze(slots[in.theta]);
+                in.vector_factors = freeze(slots[in.vector]);
+                slots[in.out] = {{Term::tangent_delta, in.tape, in.hvp, 1, false},
+                                 {Term::tangent_input, in.tape, in.hvp, 1, false}};
                 break;
             case Code::subtract:
-                for (Factor f : slots[in.b]) slots[in.a].push_back({f.term, f.tape, f.hvp, -f.sign, f.rate});
+                for (Factor f : slots[in.vector]) slots[in.out].push_back({f.term, f.tape, f.hvp, -f.sign, f.rate});
                 break;
             case Code::accumulate:
-                in.theta = freeze(slots[in.a]);
+                in.theta_factors = freeze(slots[in.vector]);
                 break;
-            default:
-                break;
+            case Code::load:
+            case Code::support_loss:
+            case Code::query_loss:
+            case Code::cotangent:
+            case Code::rate_gradient:
+            case Code::store_parameters:
+            case Code::store_outputs:
+                break;  // nothing is factored where these are read
         }
     }
 }
@@ -230,11 +221,11 @@ void Layout::find_groups() {
     for (std::size_t i = 0; i < spec_.code.size(); i += std::size_t(spec_.code[i].together)) {
         Instr& in = spec_.code[i];
         in.together = in.stretches = 1;
-        int tape = tape_of(in);
+        int tape = in.tape;
         if (tape < 0) continue;
         in.stretches = int(stretches_[spec_.tapes[tape]]);
         auto follows = [&](std::size_t j) {
-            return j < spec_.code.size() && tape_of(spec_.code[j]) == tape && spec_.code[j].code != Code::forward;
+            return j < spec_.code.size() && spec_.code[j].tape == tape && spec_.code[j].code != Code::forward;
         };
         while (follows(i + std::size_t(in.together))) ++in.together;
         if (in.code == Code::forward) continue;
@@ -265,34 +256,49 @@ bool Layout::steps_fuse() const {
     return std::none_of(params_.begin(), params_.end(), [](const Param& p) { return p.adapts && p.elementwise; });
 }
 
+// Whether all that ever reads this slot is the update right behind the backward pass that fills it.
+bool Layout::only_steps(int slot) const {
+    for (std::size_t i = 0; i < spec_.code.size(); ++i) {
+        const Instr& in = spec_.code[i];
+        if (in.slot == slot || in.theta == slot || in.vector == slot || in.adjoint == slot) return false;
+        if (in.gradient != slot) continue;
+        if (in.code != Code::update || i == 0) return false;
+        const Instr& before = spec_.code[i - 1];
+        if (before.code != Code::backward || before.out != slot || before.theta != in.theta) return false;
+    }
+    return true;
+}
+
 // Gradients that only feed a step are added to the parameters where the product ends. With one rate for all, so are
 // Hessian-vector products to the adjoint, H(−αλ) = −α Hλ, and the last of them to the sum over tasks. Not in place
 // where there are several stretches: the next one still reads the parameters and the adjoint.
 void Layout::fuse_steps() {
     if (!steps_fuse()) return;
-    auto is = [&](std::size_t i, Code code) { return i < spec_.code.size() && spec_.code[i].code == code; };
-    bool gradients_read = std::any_of(spec_.code.begin(), spec_.code.end(),
-                                      [](const Instr& in) { return in.code == Code::rate_gradient; });
-    bool one_rate = spec_.rate_sizes == std::vector<long>{1};
+    const std::vector<Instr>& code = spec_.code;
+    auto is = [&](std::size_t i, Code wanted) { return i < code.size() && code[i].code == wanted; };
+    bool one_rate = spec_.rates.size() == 1 && spec_.rates[0].size == 1;
     std::vector<Instr> fused;
-    for (std::size_t i = 0; i < spec_.code.size(); ++i) {
-        Instr in = spec_.code[i];
-        bool steps = in.code == Code::backward && is(i + 1, Code::update) && !gradients_read;
-        if (steps && (stretches_[0] == 1 || spec_.code[i + 1].a != in.a)) {
-            in.step = spec_.code[++i].a;
-            in.c = -1;
-        } else if (in.code == Code::scale && is(i + 1, Code::hvp) && is(i + 2, Code::subtract) && one_rate) {
-            bool last = is(i + 3, Code::accumulate);
+    for (std::size_t i = 0; i < code.size(); ++i) {
+        Instr in = code[i];
+        bool steps = in.code == Code::backward && is(i + 1, Code::update) && code[i + 1].gradient == in.out;
+        bool product = in.code == Code::scale && is(i + 1, Code::hvp) && code[i + 1].vector == in.out &&
+                       is(i + 2, Code::subtract) && code[i + 2].vector == code[i + 1].out &&
+                       code[i + 2].out == in.vector && one_rate;
+        if (steps && only_steps(in.out) && (stretches_[0] == 1 || code[i + 1].out != in.theta)) {
+            in.step = code[++i].out;
+            in.out = -1;
+        } else if (product) {
+            bool last = is(i + 3, Code::accumulate) && code[i + 3].vector == in.vector;
             if (last || stretches_[0] == 1) {
-                int adjoint = in.b;
-                in = spec_.code[i + 1];
-                in.c = in.d = adjoint;
+                int adjoint = in.vector;
+                in = code[i + 1];
+                in.vector = in.out = adjoint;
                 in.scaled = true;
                 i += 2;
             }
             if (last) {
-                fused.push_back(spec_.code[++i]);
-                in.d = kSums;
+                fused.push_back(code[++i]);
+                in.out = kSums;
             }
         }
         fused.push_back(in);
@@ -303,33 +309,9 @@ void Layout::fuse_steps() {
 // Which slots the program still names.
 void Layout::find_slots() {
     used_slots_.assign(spec_.slots, false);
-    auto use = [&](std::initializer_list<int> slots) {
-        for (int s : slots)
-            if (s >= 0) used_slots_[s] = true;
-    };
-    for (const Instr& in : spec_.code) switch (in.code) {
-            case Code::support_loss:
-            case Code::query_loss:
-            case Code::cotangent:
-            case Code::store_outputs:
-                break;  // tapes only
-            case Code::backward:
-                use({in.a, in.c, in.step});
-                break;
-            case Code::update:
-                use({in.a, in.b, in.c});
-                break;
-            case Code::hvp:
-                use({in.a, in.c, in.d});
-                break;
-            case Code::scale:
-            case Code::subtract:
-            case Code::rate_gradient:
-                use({in.a, in.b});
-                break;
-            default:
-                use({in.a});
-        }
+    for (const Instr& in : spec_.code)
+        for (int slot : {in.slot, in.theta, in.out, in.gradient, in.vector, in.adjoint, in.step})
+            if (slot >= 0) used_slots_[slot] = true;
 }
 
 // Static facts of the reverse sweep: what depends on parameters, and who is first to write a sum.
@@ -378,6 +360,7 @@ void Layout::find_pairs() {
         Op &conv = ops_[i - 1], &norm = ops_[i];
         bool normed = norm.kind == OpKind::batch_norm || norm.kind == OpKind::running_norm;
         if (conv.kind != OpKind::conv || !normed || norm.in[0] != conv.out || conv.out == spec_.out) continue;
+        if (norm.width != conv.out_width) continue;
         long readers = std::count_if(ops_.begin(), ops_.end(),
                                      [&](const Op& op) { return std::count(op.in, op.in + op.n_in, conv.out) > 0; });
         norm.behind_conv = readers == 1;

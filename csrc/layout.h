@@ -4,44 +4,9 @@
 #include <memory>
 #include <vector>
 
-#include "plan.h"
+#include "spec.h"
 
 namespace maml_fast {
-
-struct OpSpec {
-    int kind, act;
-    std::vector<int> inputs;
-    int out, w, b, c0, c1;
-    long rows, width, out_width, groups;
-    double f0, f1;
-    std::vector<long> window;  // the fields of a Window, or empty
-};
-
-struct ParamSpec {
-    long size;
-    bool adapts, active;
-    int rate;
-    bool elementwise;
-    long o, c, taps;  // of a convolution's weights, else 0
-};
-
-struct Spec {
-    std::vector<OpSpec> ops;
-    std::vector<long> features;  // per buffer; buffer 0 is the input
-    int out;
-    std::vector<ParamSpec> params;
-    std::vector<Instr> code;
-    std::vector<int> tapes;  // batch of each tape
-    int slots;
-    long samples[2];
-    std::vector<long> rate_sizes;
-    int loss;
-    double loss_parameter;
-    bool input_gradients;
-    bool reverse, second_order;
-    bool low_rank;  // the program allows weights that are never formed
-    long tasks;
-};
 
 // Numbers that depend on the instruction set and scalar type.
 struct Machine {
@@ -66,6 +31,7 @@ class Layout {
     void find_groups();
     bool curves(int buffer, bool delta) const;
     bool steps_fuse() const;
+    bool only_steps(int slot) const;
     void fuse_steps();
     void find_slots();
     void find_flags();

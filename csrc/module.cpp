@@ -1,81 +1,141 @@
-// The Python face of the core: plans in, raw pointers in, nothing of torch.
+// The Python face of the core: plans and tensors in, nothing of torch's C++.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-#include <cstdint>
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "guard.h"
 #include "run.h"
+#include "signature.h"
+#include "tables.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace maml_fast;
 
 namespace {
 
-using Pointer = std::uintptr_t;
+constexpr long kMostThreads = 1024;
 
-const void* address(Pointer p) { return reinterpret_cast<const void*>(p); }
-void* writable(Pointer p) { return reinterpret_cast<void*>(p); }
+// ---- a plan's description ----------------------------------------------------------------------
 
-std::vector<void*> addresses(const std::vector<Pointer>& pointers) {
-    std::vector<void*> out;
-    out.reserve(pointers.size());
-    for (Pointer p : pointers) out.push_back(writable(p));
-    return out;
+template <class T>
+T get(const py::dict& d, const char* name) {
+    return d[name].cast<T>();
+}
+
+std::string text(const py::dict& d, const char* name) { return get<std::string>(d, name); }
+
+Window parse_window(const py::dict& d) {
+    Window w{};
+    w.h = get<long>(d, "h");
+    w.w = get<long>(d, "w");
+    w.oh = get<long>(d, "oh");
+    w.ow = get<long>(d, "ow");
+    w.kh = get<long>(d, "kh");
+    w.kw = get<long>(d, "kw");
+    w.sh = get<long>(d, "sh");
+    w.sw = get<long>(d, "sw");
+    w.ph = get<long>(d, "ph");
+    w.pw = get<long>(d, "pw");
+    w.dh = get<long>(d, "dh");
+    w.dw = get<long>(d, "dw");
+    return w;
+}
+
+OpSpec parse_op(const py::dict& d) {
+    OpSpec op;
+    op.kind = op_kind(text(d, "kind"));
+    if (op.kind == OpKind::activation) op.act = activation(text(d, "act"));
+    op.inputs = get<std::vector<int>>(d, "inputs");
+    op.out = get<int>(d, "out");
+    op.w = get<int>(d, "w");
+    op.b = get<int>(d, "b");
+    op.c0 = get<int>(d, "c0");
+    op.c1 = get<int>(d, "c1");
+    op.rows = get<long>(d, "rows");
+    op.width = get<long>(d, "width");
+    op.out_width = get<long>(d, "out_width");
+    op.groups = get<long>(d, "groups");
+    op.f0 = get<double>(d, "f0");
+    op.f1 = get<double>(d, "f1");
+    if (d.contains("window")) op.window = parse_window(d["window"]);
+    return op;
+}
+
+ParamSpec parse_param(const py::dict& d) {
+    ParamSpec p;
+    p.name = text(d, "name");
+    p.size = get<long>(d, "size");
+    p.adapts = get<bool>(d, "adapts");
+    p.active = get<bool>(d, "active");
+    p.rate = get<int>(d, "rate");
+    p.elementwise = get<bool>(d, "elementwise");
+    p.o = get<long>(d, "o");
+    p.c = get<long>(d, "c");
+    p.taps = get<long>(d, "taps");
+    return p;
+}
+
+Instr parse_instruction(const py::dict& d) {
+    Instr in;
+    in.code = instruction(text(d, "code"));
+    const std::pair<const char*, int*> operands[] = {
+        {"slot", &in.slot},     {"theta", &in.theta},     {"out", &in.out},   {"gradient", &in.gradient},
+        {"vector", &in.vector}, {"adjoint", &in.adjoint}, {"tape", &in.tape}, {"batch", &in.batch}};
+    for (const std::string& field : fields_of(kInstructions[int(in.code)])) {
+        if (field == "seed" || field == "inputs") {
+            (field == "seed" ? in.seed : in.inputs) = get<bool>(d, field.c_str());
+            continue;
+        }
+        auto named = [&](const auto& operand) { return field == operand.first; };
+        *std::find_if(std::begin(operands), std::end(operands), named)->second = get<int>(d, field.c_str());
+    }
+    return in;
+}
+
+std::vector<ReadSpec> parse_read(const py::list& list) {
+    std::vector<ReadSpec> read;
+    for (auto item : list) {
+        auto d = item.cast<py::dict>();
+        read.push_back({text(d, "name"), get<long>(d, "size")});
+    }
+    return read;
+}
+
+template <class F>
+auto parse_list(const py::dict& d, const char* name, F parse_item) {
+    std::vector<decltype(parse_item(d))> parsed;
+    for (auto item : d[name]) parsed.push_back(parse_item(item.cast<py::dict>()));
+    return parsed;
 }
 
 Spec parse(const py::dict& d) {
     Spec s;
-    for (auto item : d["ops"]) {
-        auto o = item.cast<py::dict>();
-        s.ops.push_back({o["kind"].cast<int>(), o["act"].cast<int>(), o["inputs"].cast<std::vector<int>>(),
-                         o["out"].cast<int>(), o["w"].cast<int>(), o["b"].cast<int>(), o["c0"].cast<int>(),
-                         o["c1"].cast<int>(), o["rows"].cast<long>(), o["width"].cast<long>(),
-                         o["out_width"].cast<long>(), o["groups"].cast<long>(), o["f0"].cast<double>(),
-                         o["f1"].cast<double>(), o["window"].cast<std::vector<long>>()});
-    }
-    s.features = d["features"].cast<std::vector<long>>();
-    s.out = d["out"].cast<int>();
-    for (auto item : d["params"]) {
-        auto p = item.cast<py::dict>();
-        s.params.push_back({p["size"].cast<long>(), p["adapts"].cast<bool>(), p["active"].cast<bool>(),
-                            p["rate"].cast<int>(), p["elementwise"].cast<bool>(), p["o"].cast<long>(),
-                            p["c"].cast<long>(), p["taps"].cast<long>()});
-    }
-    for (auto item : d["code"]) {
-        auto c = item.cast<py::dict>();
-        s.code.push_back({Code(c["code"].cast<int>()),
-                          c["a"].cast<int>(),
-                          c["b"].cast<int>(),
-                          c["c"].cast<int>(),
-                          c["d"].cast<int>(),
-                          c["inputs"].cast<bool>(),
-                          c["batch"].cast<int>(),
-                          -1,
-                          -1,
-                          false,
-                          1,
-                          1,
-                          {nullptr, 0},
-                          {nullptr, 0}});
-    }
-    s.tapes = d["tapes"].cast<std::vector<int>>();
-    s.slots = d["slots"].cast<int>();
-    s.samples[0] = d["support"].cast<long>();
-    s.samples[1] = d["query"].cast<long>();
-    s.rate_sizes = d["rate_sizes"].cast<std::vector<long>>();
-    s.loss = d["loss"].cast<int>();
-    s.loss_parameter = d["loss_parameter"].cast<double>();
-    s.input_gradients = d["input_gradients"].cast<bool>();
-    s.reverse = d["reverse"].cast<bool>();
-    s.second_order = d["second_order"].cast<bool>();
-    s.low_rank = d["low_rank"].cast<bool>();
-    s.tasks = d["tasks"].cast<long>();
+    s.ops = parse_list(d, "ops", parse_op);
+    s.features = get<std::vector<long>>(d, "features");
+    s.out = get<int>(d, "out");
+    s.params = parse_list(d, "params", parse_param);
+    s.constants = parse_read(d["constants"]);
+    s.rates = parse_read(d["rates"]);
+    s.code = parse_list(d, "code", parse_instruction);
+    s.tapes = get<std::vector<int>>(d, "tapes");
+    s.slots = get<int>(d, "slots");
+    s.samples[0] = get<long>(d, "support");
+    s.samples[1] = get<long>(d, "query");
+    s.loss = loss_kind(text(d, "loss"));
+    s.loss_parameter = get<double>(d, "loss_parameter");
+    s.input_gradients = get<bool>(d, "input_gradients");
+    s.reverse = get<bool>(d, "reverse");
+    s.second_order = get<bool>(d, "second_order");
+    s.low_rank = get<bool>(d, "low_rank");
+    s.tasks = get<long>(d, "tasks");
+    check(s);
     return s;
 }
 
@@ -85,59 +145,109 @@ Isa isa_named(const std::string& wanted) {
     throw py::value_error("isa: this processor cannot run '" + wanted + "'");
 }
 
+// ---- calls -------------------------------------------------------------------------------------
+
+// A list of tensors as addresses; read(tensor, expected) checks one.
+template <class F>
+std::vector<void*> addresses(const py::handle& tensors, const char* name, const std::vector<Expected>& expected,
+                             F read) {
+    auto list = py::reinterpret_steal<py::object>(PySequence_Fast(tensors.ptr(), "expected a list of tensors"));
+    if (!list) throw py::error_already_set();
+    const auto count = std::size_t(PySequence_Fast_GET_SIZE(list.ptr()));
+    if (count != expected.size())
+        throw py::value_error(std::string(name) + ": expected " + std::to_string(expected.size()) + " tensors, got " +
+                              std::to_string(count));
+    std::vector<void*> out;
+    out.reserve(count);
+    for (std::size_t i = 0; i < count; ++i)
+        out.push_back(read(PySequence_Fast_GET_ITEM(list.ptr(), Py_ssize_t(i)), expected[i]));
+    return out;
+}
+
+void check_threads(long threads) {
+    if (threads < 1 || threads > kMostThreads)
+        throw py::value_error("threads: expected 1.." + std::to_string(kMostThreads) + ", got " +
+                              std::to_string(threads));
+}
+
 class Plan {
   public:
-    Plan(const py::dict& spec, bool float64, const std::string& isa) {
-        Spec parsed = parse(spec);
-        tasks_ = parsed.tasks;
-        if (float64)
-            f64_ = std::make_unique<Runner<double>>(std::move(parsed), isa_named(isa));
-        else
-            f32_ = std::make_unique<Runner<float>>(std::move(parsed), isa_named(isa));
-    }
+    Plan(const py::dict& spec, bool float64, const std::string& isa) : Plan(parse(spec), float64, isa_named(isa)) {}
 
-    // inputs: x_s, y_s, x_q, y_q, weights, cotangent; outputs: losses, objective, query outputs, rate gradient, dx_s,
-    // dx_q.
-    void run(const std::array<Pointer, 6>& inputs, const std::array<Pointer, 6>& outputs,
-             const std::vector<Pointer>& params, const std::vector<Pointer>& constants,
-             const std::vector<Pointer>& rates, const std::vector<Pointer>& adapted,
-             const std::vector<Pointer>& gradients, const std::vector<Pointer>& adapted_out, bool add, int threads) {
-        auto p = addresses(params), c = addresses(constants), r = addresses(rates), a = addresses(adapted),
-             g = addresses(gradients), o = addresses(adapted_out);
+    void run(py::handle x_s, py::handle y_s, py::handle x_q, py::handle y_q, py::handle weights, py::handle cotangent,
+             py::handle losses, py::handle objective, py::handle outputs, py::handle rate_gradient, py::handle dx_s,
+             py::handle dx_q, py::handle params, py::handle constants, py::handle rates, py::handle adapted,
+             py::handle gradients, py::handle adapted_out, bool add, long threads) {
+        check_threads(threads);
+        const Signature& s = signature_;
+        const std::vector<Expected> none;
+        Tensors tensors;
+        auto read = [&](py::handle t, const Expected& e) { return tensors.read(t, e); };
+        auto made = [&](py::handle t, const Expected& e) { return tensors.made(t, e); };
+        auto grown = [&](py::handle t, const Expected& e) { return add ? tensors.written(t, e) : tensors.made(t, e); };
         Call call{};
         call.tasks = tasks_;
+        call.x[0] = tensors.read_batch(x_s, s.x[0]);
+        call.y[0] = tensors.read_batch(y_s, s.y[0]);
+        call.x[1] = tensors.read_batch(x_q, s.x[1]);
+        call.y[1] = tensors.read_batch(y_q, s.y[1]);
+        call.weights = tensors.read_batch(weights, s.weights);
+        call.cotangent = tensors.read_batch(cotangent, s.cotangent);
+        call.losses = tensors.made(losses, s.losses);
+        call.objective = tensors.made(objective, s.objective);
+        call.outputs = tensors.made(outputs, s.outputs);
+        call.rate_gradient = tensors.made(rate_gradient, s.rate_gradient);
+        call.dx[0] = tensors.made(dx_s, s.dx[0]);
+        call.dx[1] = tensors.made(dx_q, s.dx[1]);
+        const auto p = addresses(params, "parameters", s.params, read),
+                   c = addresses(constants, "buffers", s.constants, read), r = addresses(rates, "lr", s.rates, read),
+                   a = addresses(adapted, "adapted", s.loads ? s.adapted : none, read),
+                   g = addresses(gradients, "gradients", s.reverse ? s.gradients : none, grown),
+                   o = addresses(adapted_out, "adapted", s.stores ? s.adapted_out : none, made);
         call.params = p.data();
         call.constants = c.data();
         call.rates = r.data();
         call.adapted = a.data();
-        call.x[0] = address(inputs[0]);
-        call.y[0] = address(inputs[1]);
-        call.x[1] = address(inputs[2]);
-        call.y[1] = address(inputs[3]);
-        call.weights = address(inputs[4]);
-        call.cotangent = address(inputs[5]);
-        call.losses = writable(outputs[0]);
-        call.objective = writable(outputs[1]);
-        call.outputs = writable(outputs[2]);
-        call.rate_gradient = writable(outputs[3]);
-        call.dx[0] = writable(outputs[4]);
-        call.dx[1] = writable(outputs[5]);
-        call.gradients = gradients.empty() ? nullptr : g.data();
+        call.gradients = s.reverse ? g.data() : nullptr;
         call.adapted_out = o.data();
         call.add = add;
-        call.threads = threads;
+        call.threads = int(threads);
+        s.check(call);
+        for (int batch = 0; batch < 2; ++batch)
+            if (s.classes && s.y[batch].required) check_labels(s.y[batch], call.y[batch], s.classes);
         py::gil_scoped_release release;
         f64_ ? f64_->run(call) : f32_->run(call);
     }
 
-    long bytes(int threads) const { return f64_ ? f64_->bytes(threads) : f32_->bytes(threads); }
+    long bytes(long threads) const {
+        check_threads(threads);
+        return f64_ ? f64_->bytes(int(threads)) : f32_->bytes(int(threads));
+    }
     long lanes() const { return f64_ ? f64_->lanes() : f32_->lanes(); }
 
   private:
+    Plan(Spec spec, bool float64, Isa isa)
+        : tasks_(spec.tasks), signature_(spec, float64 ? Scalar::float64 : Scalar::float32) {
+        if (float64)
+            f64_ = std::make_unique<Runner<double>>(std::move(spec), isa);
+        else
+            f32_ = std::make_unique<Runner<float>>(std::move(spec), isa);
+    }
+
     long tasks_;
+    Signature signature_;
     std::unique_ptr<Runner<float>> f32_;
     std::unique_ptr<Runner<double>> f64_;
 };
+
+// ---- tables ------------------------------------------------------------------------------------
+
+template <std::size_t N>
+py::dict table(const Entry (&entries)[N]) {
+    py::dict names;
+    for (const Entry& entry : entries) names[py::str(std::string(entry.name))] = py::tuple(py::cast(fields_of(entry)));
+    return names;
+}
 
 std::vector<std::string> available_names() {
     std::vector<std::string> names;
@@ -155,6 +265,12 @@ PYBIND11_MODULE(_core, m) {
         .def("run", &Plan::run)
         .def("bytes", &Plan::bytes, py::arg("threads"))
         .def_property_readonly("lanes", &Plan::lanes);
+    find_torch();
+    m.attr("OP_KINDS") = table(kOpKinds);
+    m.attr("ACTIVATIONS") = table(kActivations);
+    m.attr("LOSSES") = table(kLosses);
+    m.attr("INSTRUCTIONS") = table(kInstructions);
+    m.attr("MOST_THREADS") = kMostThreads;
     m.def("available", &available_names);
     m.def("choose", [] { return std::string(name(choose())); });
 }

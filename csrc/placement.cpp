@@ -124,7 +124,7 @@ void Layout::place_tape(int index, long lockstep) {
     std::size_t buffers = spec_.features.size();
     bool everything = reread_[index] == Reread::everything,
          curvature = everything || reread_[index] == Reread::curvature;
-    bool softmax = LossKind(spec_.loss) == LossKind::cross_entropy;
+    bool softmax = spec_.loss == LossKind::cross_entropy;
     std::vector<bool> value_lasts(buffers, everything), delta_lasts(buffers, everything);
     for (std::size_t v = 1; curvature && v < buffers; ++v) {
         value_lasts[v] = value_lasts[v] || curves(int(v), false);

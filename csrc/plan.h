@@ -6,70 +6,18 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "names.h"
 #include "spatial.h"
 
 namespace maml_fast {
 
-enum class OpKind : int {
-    linear,
-    activation,
-    batch_norm,
-    running_norm,
-    layer_norm,
-    affine,
-    add,
-    cat,
-    conv,
-    group_norm,
-    max_pool,
-    mean_pool,
-    transpose,
-    pad,
-    upsample
-};
-
-enum class Act : int {
-    relu,
-    leaky_relu,
-    elu,
-    gelu,
-    gelu_tanh,
-    silu,
-    tanh,
-    sigmoid,
-    softplus,
-    sine,
-    clamp,
-    hardswish,
-    mish
-};
-
 constexpr bool is_piecewise_linear(Act act) { return act == Act::relu || act == Act::leaky_relu || act == Act::clamp; }
-
-enum class LossKind : int { none, mse, cross_entropy, bce_with_logits, l1, huber };
-
-enum class Code : int {
-    load,
-    forward,
-    support_loss,
-    query_loss,
-    cotangent,
-    backward,
-    update,
-    scale,
-    hvp,
-    subtract,
-    rate_gradient,
-    accumulate,
-    store_parameters,
-    store_outputs
-};
 
 struct Param {
     long size;
     long offset;       // in a slot; -1 where the parameter has no gradient or its layer is low-rank
     long sum;          // in the sum over tasks; -1 where the parameter has no gradient
-    int rate;          // index of its learning rate
+    int rate;          // index of its learning rate; -1 where it does not adapt
     bool elementwise;  // the rate has one number per element
     bool adapts;
     // A convolution's weights: (o, c, taps) in the caller's memory, (taps, c, o) everywhere else; 0 for other
@@ -132,18 +80,21 @@ struct Factors {
 constexpr int kSums = -2;  // in place of a slot: the sum over tasks
 constexpr int kRooms = 4;  // of an operation: the transposes and the weights of two products
 
+// One instruction of a program (see maml_fast/program.py). Operands that it does not have are -1: slots, and a tape.
 struct Instr {
-    Code code;
-    int a, b, c, d;
-    bool inputs;  // also the gradient w.r.t. the batch's inputs
-    int batch;
-    int hvp;       // which tangents a Hessian-vector product writes
-    int step;      // a backward pass: the slot for θ − α ∘ gradient, which takes the gradient's place; or -1
-    bool scaled;   // a Hessian-vector product: what it adds to its slot is −α times it
-    int together;  // this many instructions from this one on run for one stretch of samples after the other
-    int stretches;
-    Factors theta;   // low-rank part of slot a's weights (of slot b's in a sum)
-    Factors vector;  // of the direction
+    Code code{};
+    int slot = -1, theta = -1, out = -1, gradient = -1, vector = -1, adjoint = -1;
+    int tape = -1;
+    bool seed = false;    // a query loss: also its slope
+    bool inputs = false;  // also the gradient w.r.t. the batch's inputs
+    int batch = 0;
+    int hvp = -1;         // which tangents a Hessian-vector product writes
+    int step = -1;        // a backward pass: the slot for θ − α ∘ gradient, which takes the gradient's place; or -1
+    bool scaled = false;  // a Hessian-vector product: what it adds to its slot is −α times it
+    int together = 1;     // this many instructions from this one on run for one stretch of samples after the other
+    int stretches = 1;
+    Factors theta_factors{nullptr, 0};   // low-rank part of θ (of a sum's vector)
+    Factors vector_factors{nullptr, 0};  // of the direction
 };
 
 // Offsets of one tape's buffers for a stretch of its samples; -1 where absent (or, for the input, the caller's memory).
@@ -180,14 +131,12 @@ struct PlanView {
     const TangentView* tangents;
     const long* slots;        // offset of each slot
     const long* rate_offset;  // per rate: offset in the rate gradient
-    const long* rate_size;
-    int n_rates;
-    long samples[2];    // support, query
-    long parameters;    // numbers in a slot
-    long sums;          // numbers in the sum over tasks of parameter gradients
-    long rates;         // numbers in the rate gradient, which stands behind them
-    long scratch;       // offset of the scratch for packed weights
-    long norm_scratch;  // and for channel norms and sums over rows
+    long samples[2];          // support, query
+    long parameters;          // numbers in a slot
+    long sums;                // numbers in the sum over tasks of parameter gradients
+    long rates;               // numbers in the rate gradient, which stands behind them
+    long scratch;             // offset of the scratch for packed weights
+    long norm_scratch;        // and for channel norms and sums over rows
     long gemm_scratch;
     long workspace;  // numbers a thread needs
     long packed;     // numbers in the shared panels

@@ -222,8 +222,9 @@ void Runner<S>::reduce(const Call& call, const S* total) {
     for (long i = 0; i < plan.rates; ++i) rates[i] = total[plan.sums + i];
     for (int p = 0; p < plan.n_params; ++p) {
         const Param& param = plan.params[p];
+        if (!param.taps || !param.elementwise) continue;
         long offset = plan.rate_offset[param.rate];
-        if (param.taps && param.elementwise) hand_over(param, total + plan.sums + offset, false, rates + offset);
+        hand_over(param, total + plan.sums + offset, false, rates + offset);
     }
 }
 

@@ -1,32 +1,66 @@
-"""The compiled core. Pointers are addresses from `Tensor.data_ptr()`, 0 for none; nothing is checked behind them."""
+"""The compiled core. It takes tensors, and checks type, length and storage of every one before it runs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
+OP_KINDS: Mapping[str, tuple[str, ...]]
+"""The layers, by name."""
+
+ACTIVATIONS: Mapping[str, tuple[str, ...]]
+"""The activations and their attributes, in order."""
+
+LOSSES: Mapping[str, tuple[str, ...]]
+"""The losses, by name."""
+
+INSTRUCTIONS: Mapping[str, tuple[str, ...]]
+"""The instructions of programs and their operands."""
+
+MOST_THREADS: int
+"""The most threads that a call takes."""
+
 class Plan:
-    """A plan's description as numbers (see `backends/cpu.py`), laid out for one scalar type and instruction set."""
+    """A plan's description by name (see `backends/cpu.py`), laid out for one scalar type and instruction set.
+
+    Raises:
+        ValueError: an unknown name, or an index or size that leads outside the plan; the message says which.
+        KeyError, TypeError: the description lacks an entry, or has one of another type.
+    """
 
     def __init__(self, spec: Mapping[str, Any], float64: bool, isa: str) -> None: ...
     def run(
         self,
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        params: Sequence[int],
-        constants: Sequence[int],
-        rates: Sequence[int],
-        adapted: Sequence[int],
-        gradients: Sequence[int],
-        adapted_out: Sequence[int],
+        x_s: Tensor | None,
+        y_s: Tensor | None,
+        x_q: Tensor | None,
+        y_q: Tensor | None,
+        weights: Tensor | None,
+        cotangent: Tensor | None,
+        losses: Tensor | None,
+        objective: Tensor | None,
+        outputs: Tensor | None,
+        rate_gradient: Tensor | None,
+        gradient_x_s: Tensor | None,
+        gradient_x_q: Tensor | None,
+        parameters: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        rates: Sequence[Tensor],
+        adapted: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        adapted_out: Sequence[Tensor],
         add: bool,
         threads: int,
         /,
     ) -> None:
-        """One call.
+        """One call. The first six tensors and the lists before `gradients` are read, the others written.
 
         Args:
-            inputs: x_s, y_s, x_q, y_q, weights, cotangent.
-            outputs: losses, objective, query outputs, rate gradient, dx_s, dx_q.
-            gradients: one a parameter, to which the core adds if `add`; empty where the plan has no reverse sweep.
+            gradients: one per parameter, to which the core adds if `add`; empty where the plan has no reverse sweep.
+
+        Raises:
+            ValueError: a wrong number of elements or tensors, a storage that is too small, labels out of range.
+            TypeError: another dtype, or no tensor.
         """
 
     def bytes(self, threads: int) -> int:
@@ -34,7 +68,7 @@ class Plan:
 
     @property
     def lanes(self) -> int:
-        """Numbers in a vector of the kernels that run it: tells which instruction set's they are."""
+        """Elements in a vector of the kernels that run it: tells which instruction set's they are."""
 
 def available() -> list[str]:
     """Instruction sets that this processor can run, narrowest first."""

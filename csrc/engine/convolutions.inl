@@ -140,7 +140,7 @@ void sum_rows(bool first_writer, long rows, long width, const S* m, S* to) const
 }
 
 void conv_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, S* ty) {
-    PerTask<const S> w = weight(in.a, op.w), v = direction(in.c, op.w), vb = direction(in.c, op.b);
+    PerTask<const S> w = weight(in.theta, op.w), v = direction(in.vector, op.w), vb = direction(in.vector, op.b);
     const S* x = v ? value(tape, op.in[0]) : nullptr;
     if (tx)
         conv_products(op, samples(tape), tx, w, x, v, vb, ty);
@@ -151,9 +151,9 @@ void conv_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* 
 void conv_backward_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, const S* dy, const S* ey,
                            S* ex) {
     long N = samples(tape);
-    PerTask<const S> v = direction(in.c, op.w);
-    if (ex) conv_deltas(op, op.delta_first[0], N, ey, weight(in.a, op.w), v ? dy : nullptr, v, ex);
-    PerTask<S> hw = gradient(in.d, op.w, false), hb = gradient(in.d, op.b, false), none{nullptr, 0};
+    PerTask<const S> v = direction(in.vector, op.w);
+    if (ex) conv_deltas(op, op.delta_first[0], N, ey, weight(in.theta, op.w), v ? dy : nullptr, v, ex);
+    PerTask<S> hw = gradient(in.out, op.w, false), hb = gradient(in.out, op.b, false), none{nullptr, 0};
     conv_gradients(op, false, N, value(tape, op.in[0]), ey, hw, hb);
     if (tx) conv_gradients(op, true, N, tx, dy, hw, none);
 }

@@ -153,19 +153,19 @@ Destination added(PerTask<S> to, bool first, S scale = S(1)) const {
 
 // Of a backward pass: the gradient's slot, or the parameter after the step.
 Destination gradient_or_step(const Instr& in, int param, bool adapted_only, bool first) const {
-    if (in.step < 0) return added(gradient(in.c, param, adapted_only), starts(first));
+    if (in.step < 0) return added(gradient(in.out, param, adapted_only), starts(first));
     PerTask<S> to = gradient(in.step, param, adapted_only);
     S scale = to ? -*rate(plan_.params[param]) : S(1);
-    return stretch_ == 0 ? Destination{to, weight(in.a, param), scale} : added(to, false, scale);
+    return stretch_ == 0 ? Destination{to, weight(in.theta, param), scale} : added(to, false, scale);
 }
 
 // Of a Hessian-vector product.
 Destination curvature(const Instr& in, int param, bool first) const {
-    if (!in.scaled) return added(gradient(in.d, param, false), starts(first));
+    if (!in.scaled) return added(gradient(in.out, param, false), starts(first));
     if (param < 0 || plan_.params[param].sum < 0) return {};
     const Param& p = plan_.params[param];
-    PerTask<S> to = in.d == kSums ? PerTask<S>{partial_ + p.sum, 0} : gradient(in.d, param, false);
-    return added(to, false, -*rate(p));
+    PerTask<S> to = in.out == kSums ? PerTask<S>{partial_ + p.sum, 0} : gradient(in.out, param, false);
+    return added(to, false, -only_rate());
 }
 
 // The gradients dyᵀ x + dzᵀ z and Σ dy; the second product is absent where z is null.
@@ -186,13 +186,13 @@ void linear_gradients(const Op& op, long N, const S* dy, const S* x, const S* dz
 
 void linear_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, S* ty) {
     long N = samples(tape);
-    PerTask<const S> w = weight(in.a, op.w), v = direction(in.c, op.w), vb = direction(in.c, op.b);
+    PerTask<const S> w = weight(in.theta, op.w), v = direction(in.vector, op.w), vb = direction(in.vector, op.b);
     const S* x = value(tape, op.in[0]);
     if (op.low_rank || (!tx && !v)) {
         vb ? spread(N * op.rows, op.out_width, vb, ty) : fill(ty, B_ * per_task(tape, op.out), S(0));
         if (tx) linear_product(op, N, {tx, w}, {}, {}, true, ty);
-        if (tx && op.low_rank) add_product(op, in.theta, N, tx, ty);
-        if (op.low_rank) add_product(op, in.vector, N, x, ty);
+        if (tx && op.low_rank) add_product(op, in.theta_factors, N, tx, ty);
+        if (op.low_rank) add_product(op, in.vector_factors, N, x, ty);
     } else if (tx) {
         linear_product(op, N, {tx, w}, v ? Operand{x, v} : Operand{}, vb, false, ty);
     } else {
@@ -209,12 +209,12 @@ void spread(long rows, long width, PerTask<const S> v, S* y) {
 void linear_backward_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, const S* dy, const S* ey,
                              S* ex) {
     long N = samples(tape);
-    PerTask<const S> v = direction(in.c, op.w);
+    PerTask<const S> v = direction(in.vector, op.w);
     if (ex) {
-        linear_transposed_product(op, N, {ey, weight(in.a, op.w)}, v ? Operand{dy, v} : Operand{}, !op.delta_first[0],
-                                  ex);
-        if (op.low_rank) add_transposed_product(op, in.theta, N, ey, ex);
-        if (op.low_rank) add_transposed_product(op, in.vector, N, dy, ex);
+        linear_transposed_product(op, N, {ey, weight(in.theta, op.w)}, v ? Operand{dy, v} : Operand{},
+                                  !op.delta_first[0], ex);
+        if (op.low_rank) add_transposed_product(op, in.theta_factors, N, ey, ex);
+        if (op.low_rank) add_transposed_product(op, in.vector_factors, N, dy, ex);
     }
     linear_gradients(op, N, ey, value(tape, op.in[0]), dy, tx, curvature(in, op.w, op.w_first),
                      curvature(in, op.b, op.b_first));

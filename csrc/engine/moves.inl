@@ -3,12 +3,9 @@
 void moved(const Op& op, long N, const S* x, S* y) const {
     if (op.kind == OpKind::transpose) return transpose_samples(true, B_ * N, op.rows, op.width, x, y);
     each_samples(B_ * N, [=, &op](long first, long last) {
-        if (op.kind == OpKind::pad)
-            pad_forward(op.window, op.width, first, last, x, y);
-        else if (op.kind == OpKind::upsample)
-            upsample_forward(op.window, op.width, first, last, x, y);
-        else
-            mean_pool_forward(op.window, op.f0 != 0, op.width, first, last, x, y);
+        if (op.kind == OpKind::pad) pad_forward(op.window, op.width, first, last, x, y);
+        if (op.kind == OpKind::upsample) upsample_forward(op.window, op.width, first, last, x, y);
+        if (op.kind == OpKind::avg_pool) avg_pool_forward(op.window, op.f0 != 0, op.width, first, last, x, y);
     });
 }
 
@@ -18,10 +15,8 @@ void moved_back(const Op& op, bool first_writer, long N, const S* dy, S* dx) con
     each_samples(B_ * N, [=, &op](long first, long last) {
         if (op.kind == OpKind::pad) return pad_backward(op.window, op.width, first_writer, first, last, dy, dx);
         if (first_writer) fill(dx + first * size, (last - first) * size, S(0));
-        if (op.kind == OpKind::upsample)
-            upsample_backward(op.window, op.width, first, last, dy, dx);
-        else
-            mean_pool_backward(op.window, op.f0 != 0, op.width, first, last, dy, dx);
+        if (op.kind == OpKind::upsample) upsample_backward(op.window, op.width, first, last, dy, dx);
+        if (op.kind == OpKind::avg_pool) avg_pool_backward(op.window, op.f0 != 0, op.width, first, last, dy, dx);
     });
 }
 

@@ -9,9 +9,13 @@ void each_adapted(F f) {
 
 S* slot(int index, const Param& p, long b) const { return ws_ + plan_.slots[index] + b * plan_.parameters + p.offset; }
 
+// Of a parameter that adapts.
 const S* rate(const Param& p) const {
     return p.rate_packed >= 0 ? arena_ + p.rate_packed : static_cast<const S*>(call_.rates[p.rate]);
 }
+
+// Where a product is scaled as it is made, all parameters have the same.
+S only_rate() const { return *static_cast<const S*>(call_.rates[0]); }
 
 void update(int out, int theta, int grad) {
     each_adapted([&](int index, const Param& p, long b) {
@@ -43,7 +47,7 @@ void subtract(int out, int vector) {
 void accumulate(const Instr& in) {
     auto add = [&](long offset, long sum, long size) {
         for (long b = 0; b < B_; ++b) {
-            const S* from = ws_ + plan_.slots[in.a] + b * plan_.parameters + offset;
+            const S* from = ws_ + plan_.slots[in.vector] + b * plan_.parameters + offset;
             put(false, partial_ + sum, size, [=](long i) { return from[i]; });
         }
     };
@@ -51,7 +55,7 @@ void accumulate(const Instr& in) {
     for (int p = 0; p < plan_.n_params; ++p)
         if (const Param& param = plan_.params[p]; param.offset >= 0) add(param.offset, param.sum, param.size);
     for (int i = 0; i < plan_.n_ops; ++i)
-        if (plan_.ops[i].low_rank) accumulate_low_rank(plan_.ops[i], in.theta);
+        if (plan_.ops[i].low_rank) accumulate_low_rank(plan_.ops[i], in.theta_factors);
 }
 
 void rate_gradient(int grad, int adjoint) {

@@ -19,9 +19,12 @@ MAML_FAST_INLINED S pointwise_value(LossKind kind, S z, S y, S d) {
             return (z < S(0) ? S(0) : z) - z * y + log1p_unit(exp_(-abs_(z)));
         case LossKind::l1:
             return abs_(r);
-        default:
+        case LossKind::huber:
             return abs_(r) > d ? d * (abs_(r) - S(0.5) * d) : S(0.5) * r * r;
+        case LossKind::cross_entropy:
+            break;  // works on rows
     }
+    __builtin_unreachable();
 }
 
 template <class S>
@@ -34,9 +37,12 @@ MAML_FAST_INLINED S pointwise_slope(LossKind kind, S z, S y, S d) {
             return S(1) / (S(1) + exp_(-z)) - y;
         case LossKind::l1:
             return sign_of(r);
-        default:
+        case LossKind::huber:
             return abs_(r) > d ? d * sign_of(r) : r;
+        case LossKind::cross_entropy:
+            break;
     }
+    __builtin_unreachable();
 }
 
 template <class S>
@@ -50,9 +56,12 @@ MAML_FAST_INLINED S pointwise_curvature(LossKind kind, S z, S y, S d) {
         }
         case LossKind::l1:
             return S(0);
-        default:
+        case LossKind::huber:
             return abs_(z - y) > d ? S(0) : S(1);
+        case LossKind::cross_entropy:
+            break;
     }
+    __builtin_unreachable();
 }
 
 // softmax of each row into p; returns Σ_rows of the cross entropy.

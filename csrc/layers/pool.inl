@@ -65,7 +65,7 @@ void max_pool_tangent(const Window& g, long C, long first, long last, const S* w
 
 // `whole`: divide by the window's size, padding included.
 template <class S>
-void mean_pool_forward(const Window& g, bool whole, long C, long first, long last, const S* x, S* y) {
+void avg_pool_forward(const Window& g, bool whole, long C, long first, long last, const S* x, S* y) {
     long out = g.oh * g.ow * C;
     fill(y + first * out, (last - first) * out, S(0));
     each_window(g, first, last, [&](long o, long i, long, long count) {
@@ -77,7 +77,7 @@ void mean_pool_forward(const Window& g, bool whole, long C, long first, long las
 
 // dx += transpose of the above.
 template <class S>
-void mean_pool_backward(const Window& g, bool whole, long C, long first, long last, const S* dy, S* dx) {
+void avg_pool_backward(const Window& g, bool whole, long C, long first, long last, const S* dy, S* dx) {
     each_window(g, first, last, [&](long o, long i, long, long count) {
         const S* __restrict d = dy + o * C;
         S* __restrict to = dx + i * C, f = S(1) / S(whole ? g.kh * g.kw : count);

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.cpu import MOST_THREADS
 from ..graph.losses import Loss
 
 _PRECISIONS = ("float32", "tf32", "bf16")
@@ -94,13 +95,15 @@ def precision(value: Any) -> str:
 
 
 def threads(value: Any) -> int | None:
-    """Check a number of threads: None, or an int ≥ 1."""
+    """Check a number of threads: None, or an int from 1 to `MOST_THREADS`."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"threads: expected an int or None, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"threads: expected 1 or more, got {value}")
+    if value > MOST_THREADS:
+        raise ValueError(f"threads: expected at most {MOST_THREADS}, got {value}")
     return value
 
 

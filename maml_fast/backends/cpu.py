@@ -1,34 +1,19 @@
-"""The C++ core: describes a plan to it once, then hands it raw pointers."""
+"""The C++ core: describes a plan to it once by name, then hands it tensors, which it checks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ..algorithms.goal import Mode
-from ..algorithms.program import (
-    Accumulate,
-    Backward,
-    Batch,
-    Cotangent,
-    Forward,
-    Hvp,
-    Instruction,
-    Load,
-    QueryLoss,
-    RateGradient,
-    Scale,
-    StoreOutputs,
-    StoreParameters,
-    Subtract,
-    SupportLoss,
-    Update,
-)
+from ..algorithms.program import Batch, Instruction, Load, RateGradient, StoreParameters, Update
 from ..graph.graph import ACTIVATIONS, Attribute, Graph, Op, Shape
 from ..graph.losses import NAMES
 from ..lower.fusion import NORMS
@@ -50,24 +35,67 @@ except ImportError:
         return torch.empty_strided(size, stride, dtype=dtype, device="cpu")
 
 
-_KINDS = (
-    "linear",
-    "activation",
-    "batch_norm",
-    "running_norm",
-    "layer_norm",
-    "affine",
-    "add",
-    "cat",
-    "conv",
-    "group_norm",
-    "max_pool",
-    "avg_pool",
-    "transpose",
-    "pad",
-    "upsample",
+_KINDS = frozenset(
+    (
+        "linear",
+        "activation",
+        "batch_norm",
+        "running_norm",
+        "layer_norm",
+        "affine",
+        "add",
+        "cat",
+        "conv",
+        "group_norm",
+        "max_pool",
+        "avg_pool",
+        "transpose",
+        "pad",
+        "upsample",
+    )
 )
 _DTYPES = (torch.float32, torch.float64)
+MOST_THREADS = 1024
+"""The most that the core takes for a call."""
+
+
+def _instruction_name(kind: type) -> str:
+    """`SupportLoss` as `support_loss`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+
+
+_INSTRUCTIONS: dict[type, tuple[str, tuple[str, ...]]] = {
+    kind: (_instruction_name(kind), tuple(f.name for f in fields(kind))) for kind in get_args(Instruction)
+}
+
+
+def check_tables(core: Any) -> None:
+    """Compare the names that the core was compiled with, and those of their fields, with this package's.
+
+    Raises:
+        ImportError: they differ; the message says where.
+    """
+    tables: dict[str, dict[str, tuple[str, ...] | None]] = {
+        "OP_KINDS": dict.fromkeys(_KINDS, ()),
+        "ACTIVATIONS": dict(ACTIVATIONS),
+        "LOSSES": dict.fromkeys(NAMES, ()),
+        # an operand is found by its name: in which order they stand is of no consequence
+        "INSTRUCTIONS": {name: tuple(sorted(operands)) for name, operands in _INSTRUCTIONS.values()},
+    }
+    for name, expected in tables.items():
+        found = {k: tuple(sorted(v)) if name == "INSTRUCTIONS" else v for k, v in getattr(core, name, {}).items()}
+        for key in sorted({*expected, *found}):
+            if expected.get(key) != found.get(key):
+                raise ImportError(
+                    f"maml_fast._core was built from other sources than this package: {name}[{key!r}]: "
+                    f"expected {expected.get(key)}, got {found.get(key)}; build it again"
+                )
+    if core.MOST_THREADS != MOST_THREADS:
+        raise ImportError(f"maml_fast._core: expected MOST_THREADS {MOST_THREADS}, got {core.MOST_THREADS}")
+
+
+if _core is not None:
+    check_tables(_core)
 
 
 def info() -> dict[str, Any]:
@@ -115,6 +143,9 @@ def _unsupported(plan: Plan, graph: Graph) -> list[str]:
     for op in graph.live_ops():
         if op.kind not in _KINDS and op.kind not in ACTIVATIONS and op.kind not in ("reshape", "spatial_mean"):
             reasons.append(f"layer {op.kind} has no kernel")
+        if any(graph.features(v) == 0 for v in (*op.inputs, op.output)):
+            names = ", ".join(plan.model.names[p] for p in op.parameters if p is not None)
+            reasons.append(f"layer {op.kind}{names and f' of {names}'} has width zero: no elements to work on")
         if op.kind == "batch_norm":
             positions = math.prod(graph.shapes[op.output][1:])
             if 1 in [n * positions for n in (plan.support, plan.query)]:
@@ -156,10 +187,7 @@ class _Call:
 
     def __call__(self, plan: Plan, t: Tensors) -> Result:
         result = Result()
-        parameters, rates, adapted = _dense(t.parameters), _dense(t.rates), _dense(t.adapted)
-        constants = self._buffers(plan) if self.constants else []
-        batch = [v if v is None or v.is_contiguous() else v.contiguous() for v in (t.x_s, t.y_s, t.x_q, t.y_q)]
-        like = parameters[0]
+        like = t.parameters[0]
         if plan.mode is Mode.META_GRADIENT:
             result.objective = self.new_objective()
         elif plan.mode is Mode.LOSS:
@@ -173,19 +201,27 @@ class _Call:
             self._allocate_gradients(plan, result, t)
             if self.rates_wanted:
                 rate_gradient = like.new_zeros(sum(self.rate_sizes))
-        inputs = (*batch, t.weights, t.cotangent)
-        outputs = (result.losses, result.objective, result.outputs, rate_gradient, result.x_s, result.x_q)
         self.core.run(
-            _pointers(inputs),
-            _pointers(outputs),
-            _pointers(parameters),
-            _pointers(constants),
-            _pointers(rates),
-            _pointers(adapted),
-            _pointers(t.into or result.parameters),
-            _pointers(result.adapted),
+            t.x_s,
+            t.y_s,
+            t.x_q,
+            t.y_q,
+            t.weights,
+            t.cotangent,
+            result.losses,
+            result.objective,
+            result.outputs,
+            rate_gradient,
+            result.x_s,
+            result.x_q,
+            t.parameters,
+            self._buffers(plan) if self.constants else (),
+            t.rates,
+            t.adapted,
+            t.into or result.parameters,
+            result.adapted,
             bool(t.into),
-            plan.threads or torch.get_num_threads(),
+            plan.threads or min(torch.get_num_threads(), MOST_THREADS),
         )
         if rate_gradient is not None:
             pieces = zip(rate_gradient.split(self.rate_sizes), plan.rates.shapes, plan.needs.rates, strict=True)
@@ -198,7 +234,7 @@ class _Call:
         for name, buffer, shape in zip(self.constants, found, self.constant_shapes, strict=True):
             if buffer.shape != shape:
                 raise ValueError(f"model: expected buffer {name!r} of shape {tuple(shape)}, got {tuple(buffer.shape)}")
-        return _dense([b.to(plan.device, plan.dtype) for b in found])
+        return [b.to(plan.device, plan.dtype) for b in found]
 
     def _gradient_makers(self, plan: Plan, used: set[int]) -> list[Callable[[], Tensor | None]]:
         """For every parameter what makes its gradient: zeros where the core has nothing to write."""
@@ -230,14 +266,6 @@ def _zeros(like: Tensor) -> Tensor:
     return torch.zeros_like(like, memory_format=torch.contiguous_format)
 
 
-def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [v if v.is_contiguous() else v.contiguous() for v in tensors]
-
-
-def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if v is None else v.data_ptr() for v in tensors]
-
-
 def _constants(graph: Graph) -> list[str]:
     return list(dict.fromkeys(name for op in graph.live_ops() for name in op.constants))
 
@@ -266,8 +294,7 @@ class _Spec:
         kind = {"spatial_mean": "avg_pool"}.get(op.kind, "activation" if op.kind in ACTIVATIONS else op.kind)
         in_shape = self.graph.shapes[op.inputs[0]]
         spec = {
-            "kind": _KINDS.index(kind),
-            "act": 0,
+            "kind": kind,
             "inputs": [self.buffer[i] for i in op.inputs],
             "out": self.buffer[op.output],
             "w": -1 if weight is None else weight,
@@ -280,13 +307,12 @@ class _Spec:
             "groups": 1,
             "f0": attributes.get("eps", 0.0),
             "f1": 0.0,
-            "window": [],
         }
         if op.kind == "linear":
             spec |= {"rows": math.prod(shape[:-1]), "width": in_shape[-1], "out_width": shape[-1]}
         elif op.kind in ACTIVATIONS:
             values = [attributes[name] for name in ACTIVATIONS[op.kind]]
-            spec |= {"act": list(ACTIVATIONS).index(op.kind)} | dict(zip(("f0", "f1"), values, strict=False))
+            spec |= {"act": op.kind} | dict(zip(("f0", "f1"), values, strict=False))
         elif op.kind == "layer_norm":
             width = int(attributes["size"])
             spec |= {"rows": math.prod(shape) // width, "width": width}
@@ -324,24 +350,30 @@ class _Spec:
             "out": self.buffer[graph.output],
             "params": [
                 {
+                    "name": plan.model.names[i],
                     "size": math.prod(shape),
                     "adapts": adapts or loads,
                     "active": (trainable or loads) and i in used,
-                    "rate": plan.rates.of_parameter[i],
-                    "elementwise": plan.rates.shapes[plan.rates.of_parameter[i]] != (),
+                    **_rate_of(plan, i),
                     **dict(zip(("o", "c", "taps"), self._conv_dims(i, shape), strict=True)),
                 }
                 for i, (shape, adapts, trainable) in enumerate(
                     zip(plan.model.shapes, plan.model.adapts, plan.model.trainable, strict=True)
                 )
             ],
+            "constants": [
+                {"name": name, "size": plan.model.module.get_buffer(name).numel()} for name in self.constants
+            ],
             "code": [_encode(i) for i in program.instructions],
             "tapes": [int(batch) for batch in program.tapes],
             "slots": program.slots,
             "support": plan.support,
             "query": plan.query,
-            "rate_sizes": [math.prod(s) for s in plan.rates.shapes],
-            "loss": 1 + NAMES.index(loss.name),
+            "rates": [
+                {"name": name, "size": math.prod(shape)}
+                for name, shape in zip(_rate_names(plan), plan.rates.shapes, strict=True)
+            ],
+            "loss": loss.name,
             "loss_parameter": loss.parameter,
             "input_gradients": reverse and (plan.needs.x_s or plan.needs.x_q),
             "reverse": reverse,
@@ -351,17 +383,38 @@ class _Spec:
         }
 
 
-def _window(in_shape: Shape, out_shape: Shape, attributes: Mapping[str, Attribute]) -> list[int]:
+def _rate_of(plan: Plan, parameter: int) -> dict[str, Any]:
+    """Which rate a parameter has: none where it does not adapt, whatever the plan's table holds there."""
+    if not plan.model.adapts[parameter]:
+        return {"rate": -1, "elementwise": False}
+    rate = plan.rates.of_parameter[parameter]
+    return {"rate": rate, "elementwise": plan.rates.shapes[rate] != ()}
+
+
+def _rate_names(plan: Plan) -> list[str]:
+    """The rates as error messages call them."""
+    if len(plan.rates.shapes) == 1:
+        return ["lr"]
+    owners = {
+        rate: f"lr[{name!r}]"
+        for name, rate, adapts in zip(plan.model.names, plan.rates.of_parameter, plan.model.adapts, strict=True)
+        if adapts
+    }
+    return [owners.get(i, f"lr {i}") for i in range(len(plan.rates.shapes))]
+
+
+def _window(in_shape: Shape, out_shape: Shape, attributes: Mapping[str, Attribute]) -> dict[str, int]:
     """Sizes in and out, kernel, stride, padding and dilation over two dimensions; of images (*space, C)."""
     space, out = in_shape[:-1], out_shape[:-1]
     if len(space) > 2:  # the norms do not ask how positions are arranged
         space, out = (math.prod(space),), (math.prod(out),)
-    kernel = attributes.get("kernel", tuple(n // m for n, m in zip(space, out, strict=True)))
+    kernel = attributes.get("kernel", tuple(max(1, n // m) for n, m in zip(space, out, strict=True)))
     ones = (1,) * len(space)
     stride = attributes.get("stride", attributes.get("scale", kernel))
     padding = (0, 0, *attributes.get("padding", ()))
-    rows = (space, out, kernel, stride, padding, attributes.get("dilation", ones))
-    return [n for row in rows for n in (1, 1, *row)[-2:]]
+    rows = {"{}": space, "o{}": out, "k{}": kernel, "s{}": stride, "p{}": padding}
+    rows["d{}"] = attributes.get("dilation", ones)
+    return {name.format(axis): n for name, row in rows.items() for axis, n in zip("hw", (1, 1, *row)[-2:], strict=True)}
 
 
 def _allows_low_rank(plan: Plan) -> bool:
@@ -373,32 +426,8 @@ def _allows_low_rank(plan: Plan) -> bool:
     return program.tapes.count(Batch.SUPPORT) == steps
 
 
-# The core's instruction numbers, and which fields are its operands a, b, c, d.
-_CODES: dict[type[Instruction], tuple[int, tuple[str, ...]]] = {
-    Load: (0, ("slot",)),
-    Forward: (1, ("theta", "tape")),
-    SupportLoss: (2, ("tape",)),
-    QueryLoss: (3, ("tape", "seed")),
-    Cotangent: (4, ("tape",)),
-    Backward: (5, ("theta", "tape", "out")),
-    Update: (6, ("out", "theta", "gradient")),
-    Scale: (7, ("out", "vector")),
-    Hvp: (8, ("theta", "tape", "vector", "out")),
-    Subtract: (9, ("out", "vector")),
-    RateGradient: (10, ("gradient", "adjoint")),
-    Accumulate: (11, ("vector",)),
-    StoreParameters: (12, ("theta",)),
-    StoreOutputs: (13, ("tape",)),
-}
-
-
 def _encode(instruction: Instruction) -> dict[str, Any]:
-    code, fields = _CODES[type(instruction)]
-    operands = [getattr(instruction, name) for name in fields]
-    padded = [-1 if v is None else int(v) for v in operands] + [-1] * (4 - len(operands))
-    return {
-        "code": code,
-        **dict(zip("abcd", padded, strict=True)),
-        "inputs": getattr(instruction, "inputs", False),
-        "batch": int(getattr(instruction, "batch", Batch.SUPPORT)),
-    }
+    """An instruction's name and operands, an absent one as −1."""
+    name, operands = _INSTRUCTIONS[type(instruction)]
+    values = {f: getattr(instruction, f) for f in operands}
+    return {"code": name} | {f: -1 if v is None else v if isinstance(v, bool) else int(v) for f, v in values.items()}

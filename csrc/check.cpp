@@ -1,0 +1,308 @@
+#include "check.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "tables.h"
+
+namespace maml_fast {
+
+namespace {
+
+constexpr double kMost = 1e15;  // elements of all buffers: their offsets stay far from overflow
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("plan: " + what); }
+
+void require(bool good, const std::string& where, const char* what) {
+    if (!good) refuse(where + ": " + what);
+}
+
+void require_equal(const std::string& what, long expected, long got) {
+    if (expected != got)
+        refuse(what + ": expected " + std::to_string(expected) + " elements, got " + std::to_string(got));
+}
+
+void require_index(const std::string& where, const char* what, long index, long first, std::size_t count) {
+    if (index < first || index >= long(count))
+        refuse(where + ": " + what + " " + std::to_string(index) + " is not in [" + std::to_string(first) + ", " +
+               std::to_string(count) + ")");
+}
+
+bool is_channel_norm(OpKind kind) {
+    return kind == OpKind::batch_norm || kind == OpKind::running_norm || kind == OpKind::group_norm;
+}
+
+std::string quoted(const ParamSpec& p) { return "parameter '" + p.name + "'"; }
+
+// ---- layers ------------------------------------------------------------------------------------
+
+class OpCheck {
+  public:
+    OpCheck(const Spec& spec, std::size_t index, const std::vector<bool>& made)
+        : spec_(spec),
+          op_(spec.ops[index]),
+          g_(op_.window),
+          made_(made),
+          where_("layer " + std::to_string(index) + " (" + name_of(op_.kind) + ")") {}
+
+    void run() const {
+        buffers();
+        sizes();
+        window();
+        parameters();
+        shapes();
+    }
+
+  private:
+    void buffers() const {
+        for (int v : op_.inputs) {
+            require_index(where_, "input", v, 0, spec_.features.size());
+            require(made_[v], where_, "an input is read before it is written");
+        }
+        require_index(where_, "output", op_.out, 1, spec_.features.size());
+        require(!made_[op_.out], where_, "its output is written twice");
+        std::size_t inputs = op_.inputs.size();
+        bool counted = op_.kind == OpKind::cat ? inputs > 0 : inputs == (op_.kind == OpKind::add ? 2 : 1);
+        require(counted, where_, "wrong number of inputs");
+    }
+
+    void sizes() const {
+        for (long size : {op_.rows, op_.width, op_.out_width, op_.groups})
+            require(size >= 0 && double(size) < kMost, where_, "a size is out of range");
+        require(op_.rows > 0 && op_.groups > 0, where_, "it has no rows or no groups");
+    }
+
+    void window() const {
+        for (long size : {g_.h, g_.w, g_.oh, g_.ow, g_.kh, g_.kw, g_.sh, g_.sw, g_.dh, g_.dw})
+            require(size > 0 && size < (1L << 30), where_, "a size of its window is out of range");
+        for (long padding : {g_.ph, g_.pw})
+            require(padding >= 0 && padding < (1L << 30), where_, "its padding is out of range");
+    }
+
+    void parameters() const {
+        bool conv = op_.kind == OpKind::conv, norm = op_.kind == OpKind::layer_norm || is_channel_norm(op_.kind);
+        bool weighted = conv || op_.kind == OpKind::linear;
+        for (int p : {op_.w, op_.b}) require_index(where_, "parameter", p, -1, spec_.params.size());
+        require(weighted ? op_.w >= 0 : norm || (op_.w < 0 && op_.b < 0), where_, "wrong number of parameters");
+        if (op_.w >= 0) {
+            require_equal(quoted(spec_.params[op_.w]), weight_size(), spec_.params[op_.w].size);
+            require((spec_.params[op_.w].taps > 0) == conv, where_, "convolutions share no weights with other layers");
+        }
+        if (op_.b >= 0) {
+            require_equal(quoted(spec_.params[op_.b]), weighted ? op_.out_width : op_.width, spec_.params[op_.b].size);
+            require(spec_.params[op_.b].taps == 0, where_, "its bias is a convolution's weight");
+        }
+        bool constants = op_.kind == OpKind::running_norm;
+        for (int c : {op_.c0, op_.c1}) {
+            require_index(where_, "constant", c, constants ? 0 : -1, constants ? spec_.constants.size() : 0);
+            if (constants) require_equal(spec_.constants[c].name, op_.width, spec_.constants[c].size);
+        }
+    }
+
+    long weight_size() const {
+        if (op_.kind == OpKind::linear) return op_.width * op_.out_width;
+        if (op_.kind != OpKind::conv) return op_.width;
+        const ParamSpec& p = spec_.params[op_.w];
+        bool divides = op_.width % op_.groups == 0 && op_.out_width % op_.groups == 0;
+        bool fits = p.o == op_.out_width && p.c * op_.groups == op_.width && p.taps == g_.kh * g_.kw;
+        require(divides && fits, where_, "its weight has other dimensions than the layer");
+        return p.o * p.c * p.taps;
+    }
+
+    long in(std::size_t j = 0) const { return spec_.features[op_.inputs[j]]; }
+    long out() const { return spec_.features[op_.out]; }
+
+    void features(long expected_in, long expected_out) const {
+        require_equal(where_ + ", input of a sample", expected_in, in());
+        require_equal(where_ + ", output of a sample", expected_out, out());
+    }
+
+    void images(bool fits) const {
+        require(fits, where_, "its window does not fit the image");
+        features(g_.h * g_.w * op_.width, g_.oh * g_.ow * op_.out_width);
+    }
+
+    void shapes() const {
+        switch (op_.kind) {
+            case OpKind::linear:
+                return features(op_.rows * op_.width, op_.rows * op_.out_width);
+            case OpKind::layer_norm:
+            case OpKind::transpose:
+                return features(op_.rows * op_.width, op_.rows * op_.width);
+            case OpKind::activation:
+            case OpKind::affine:
+                return features(out(), out());
+            case OpKind::add:
+                require_equal(where_ + ", second input of a sample", out(), in(1));
+                return features(out(), out());
+            case OpKind::cat:
+                return joined();
+            case OpKind::batch_norm:
+            case OpKind::running_norm:
+            case OpKind::group_norm:
+                require(op_.width > 0 && op_.width % op_.groups == 0, where_, "its groups do not divide the channels");
+                require(g_.oh == g_.h / g_.kh && g_.ow == g_.w / g_.kw, where_, "its windows do not tile the image");
+                return features(g_.h * g_.w * op_.width, g_.oh * g_.ow * op_.width);
+            case OpKind::conv:
+                return images(true);
+            case OpKind::max_pool:
+            case OpKind::avg_pool:
+                return images(op_.width == op_.out_width);
+            case OpKind::pad:
+                return images(op_.width == op_.out_width && g_.oh == g_.h + 2 * g_.ph && g_.ow == g_.w + 2 * g_.pw);
+            case OpKind::upsample:
+                return images(op_.width == op_.out_width && g_.oh == g_.h * g_.sh && g_.ow == g_.w * g_.sw);
+        }
+    }
+
+    void joined() const {
+        long sum = 0;
+        for (std::size_t j = 0; j < op_.inputs.size(); ++j) {
+            require(in(j) % op_.rows == 0, where_, "its runs do not divide an input");
+            sum += in(j);
+        }
+        require_equal(where_ + ", output of a sample", sum, out());
+    }
+
+    const Spec& spec_;
+    const OpSpec& op_;
+    const Window& g_;
+    const std::vector<bool>& made_;
+    std::string where_;
+};
+
+// ---- the program -------------------------------------------------------------------------------
+
+class CodeCheck {
+  public:
+    CodeCheck(const Spec& spec, std::size_t index)
+        : spec_(spec),
+          in_(spec.code[index]),
+          where_("instruction " + std::to_string(index) + " (" + name_of(in_.code) + ")") {}
+
+    void run() const {
+        switch (in_.code) {
+            case Code::load:
+                return slot(in_.slot, 1);
+            case Code::forward:
+                slot(in_.theta, 0);
+                return tape(in_.batch);
+            case Code::support_loss:
+                return tape(0);
+            case Code::query_loss:
+                return tape(1);
+            case Code::cotangent:
+            case Code::store_outputs:
+                return tape(1);
+            case Code::backward:
+                slot(in_.theta, 0);
+                if (in_.out != -1) slot(in_.out, 1);
+                tape(in_.batch);
+                require(in_.batch == 0 || spec_.reverse, where_, "the plan keeps no query tape to go back through");
+                return inputs();
+            case Code::update:
+                slot(in_.out, 1);
+                slot(in_.theta, 0);
+                return slot(in_.gradient, 1);
+            case Code::scale:
+            case Code::subtract:
+                slot(in_.out, 1);
+                return slot(in_.vector, 1);
+            case Code::hvp:
+                slot(in_.theta, 0);
+                slot(in_.vector, 1);
+                slot(in_.out, 1);
+                tape(0);
+                require(spec_.reverse && spec_.second_order, where_, "the plan keeps no second derivatives");
+                return inputs();
+            case Code::rate_gradient:
+                slot(in_.gradient, 1);
+                return slot(in_.adjoint, 1);
+            case Code::accumulate:
+                return slot(in_.vector, 1);
+            case Code::store_parameters:
+                return slot(in_.theta, 0);
+        }
+    }
+
+  private:
+    // Slot 0 is the caller's, which may only be read as parameters.
+    void slot(int index, int first) const { require_index(where_, "slot", index, first, std::size_t(spec_.slots)); }
+
+    void tape(int batch) const {
+        require_index(where_, "tape", in_.tape, 0, spec_.tapes.size());
+        require(spec_.tapes[in_.tape] == batch, where_, "its tape is of the other batch");
+        require(spec_.samples[batch] > 0, where_, "its batch has no samples");
+    }
+
+    void inputs() const {
+        require(!in_.inputs || spec_.input_gradients, where_, "the plan has no gradients of inputs");
+    }
+
+    const Spec& spec_;
+    const Instr& in_;
+    std::string where_;
+};
+
+// ---- the rest ----------------------------------------------------------------------------------
+
+void check_sizes(const Spec& s) {
+    require(s.tasks > 0 && s.samples[0] >= 0 && s.samples[1] >= 0, "sizes", "no tasks or a negative number of samples");
+    require(!s.features.empty() && s.slots > 0, "sizes", "no buffers or no slots");
+    double sum = 1;
+    for (long features : s.features) {
+        require(features > 0, "sizes", "a buffer without elements");
+        sum += double(features);
+    }
+    double samples = double(std::max(s.samples[0], s.samples[1])), parameters = 1;
+    for (const ParamSpec& p : s.params) {
+        require(p.size >= 0 && p.o >= 0 && p.c >= 0 && p.taps >= 0, quoted(p), "a negative size");
+        parameters += double(p.size);
+    }
+    double tapes = double(s.tapes.size() + s.code.size() + 1), most = tapes * sum * samples + s.slots * parameters;
+    require(most < kMost && double(s.tasks) * (sum * samples + parameters) < kMost, "sizes", "too large");
+}
+
+void check_rates(const Spec& s) {
+    bool read = std::any_of(s.code.begin(), s.code.end(), [](const Instr& in) {
+        return in.code == Code::update || in.code == Code::scale || in.code == Code::rate_gradient;
+    });
+    for (const ReadSpec& rate : s.rates) require(rate.size > 0, rate.name, "a rate without elements");
+    for (const ParamSpec& p : s.params) {
+        require_index(quoted(p), "rate", p.rate, p.adapts && read ? 0 : -1, s.rates.size());
+        require(!p.elementwise || p.rate >= 0, quoted(p), "a rate for every element, of a parameter that has none");
+        if (p.rate < 0) continue;
+        const ReadSpec& rate = s.rates[p.rate];
+        require_equal(rate.name + " of " + quoted(p), p.elementwise ? p.size : 1, rate.size);
+    }
+}
+
+// Weights of convolutions are packed by the layer that reads them.
+void check_convolved(const Spec& s) {
+    for (std::size_t i = 0; i < s.params.size(); ++i) {
+        bool conv = std::any_of(s.ops.begin(), s.ops.end(),
+                                [&](const OpSpec& op) { return op.kind == OpKind::conv && op.w == int(i); });
+        require(conv || s.params[i].taps == 0, quoted(s.params[i]), "taps of a parameter that no convolution reads");
+    }
+}
+
+}  // namespace
+
+void check(const Spec& s) {
+    check_sizes(s);
+    check_rates(s);
+    std::vector<bool> made(s.features.size());
+    made[0] = true;
+    for (std::size_t i = 0; i < s.ops.size(); ++i) {
+        OpCheck(s, i, made).run();
+        made[s.ops[i].out] = true;
+    }
+    check_convolved(s);
+    require_index("output", "buffer", s.out, 1, s.features.size());
+    require(made[s.out], "output", "no layer writes it");
+    for (int batch : s.tapes) require_index("tapes", "batch", batch, 0, 2);
+    for (const Instr& in : s.code) require_index("program", "batch", in.batch, 0, 2);
+    for (std::size_t i = 0; i < s.code.size(); ++i) CodeCheck(s, i).run();
+}
+
+}  // namespace maml_fast

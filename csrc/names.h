@@ -1,0 +1,72 @@
+// The names that Python and C++ share, each table written once: an entry is its name and the names of its fields.
+// Python looks everything up by name and compares its own tables with these when it imports the core.
+#pragma once
+
+// Layers. `activation` is any of the next table.
+#define MAML_FAST_OP_KINDS(X) \
+    X(linear)                 \
+    X(activation)             \
+    X(batch_norm)             \
+    X(running_norm)           \
+    X(layer_norm)             \
+    X(affine)                 \
+    X(add)                    \
+    X(cat)                    \
+    X(conv)                   \
+    X(group_norm)             \
+    X(max_pool)               \
+    X(avg_pool)               \
+    X(transpose)              \
+    X(pad)                    \
+    X(upsample)
+
+// Activations and their attributes, in the order of an operation's f0, f1.
+#define MAML_FAST_ACTIVATIONS(X)  \
+    X(relu)                       \
+    X(leaky_relu, negative_slope) \
+    X(elu, alpha)                 \
+    X(gelu)                       \
+    X(gelu_tanh)                  \
+    X(silu)                       \
+    X(tanh)                       \
+    X(sigmoid)                    \
+    X(softplus, beta, threshold)  \
+    X(sine, w0)                   \
+    X(clamp, low, high)           \
+    X(hardswish)                  \
+    X(mish)
+
+#define MAML_FAST_LOSSES(X) \
+    X(mse)                  \
+    X(cross_entropy)        \
+    X(bce_with_logits)      \
+    X(l1)                   \
+    X(huber)
+
+// Instructions and their operands: slots, tapes and flags, as in maml_fast/program.py.
+#define MAML_FAST_INSTRUCTIONS(X)                \
+    X(load, slot)                                \
+    X(forward, theta, batch, tape)               \
+    X(support_loss, tape)                        \
+    X(query_loss, tape, seed)                    \
+    X(cotangent, tape)                           \
+    X(backward, theta, batch, tape, out, inputs) \
+    X(update, out, theta, gradient)              \
+    X(scale, out, vector)                        \
+    X(hvp, theta, tape, vector, out, inputs)     \
+    X(subtract, out, vector)                     \
+    X(rate_gradient, gradient, adjoint)          \
+    X(accumulate, vector)                        \
+    X(store_parameters, theta)                   \
+    X(store_outputs, tape)
+
+namespace maml_fast {
+
+#define MAML_FAST_ENUMERATOR(name, ...) name,
+enum class OpKind : int { MAML_FAST_OP_KINDS(MAML_FAST_ENUMERATOR) };
+enum class Act : int { MAML_FAST_ACTIVATIONS(MAML_FAST_ENUMERATOR) };
+enum class LossKind : int { MAML_FAST_LOSSES(MAML_FAST_ENUMERATOR) };
+enum class Code : int { MAML_FAST_INSTRUCTIONS(MAML_FAST_ENUMERATOR) };
+#undef MAML_FAST_ENUMERATOR
+
+}  // namespace maml_fast

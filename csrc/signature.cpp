@@ -1,0 +1,89 @@
+#include "signature.h"
+
+#include <stdexcept>
+
+namespace maml_fast {
+
+Signature::Signature(const Spec& s, Scalar scalar) {
+    bool labels = s.loss == LossKind::cross_entropy;
+    long out = s.features[s.out];
+    classes = labels ? out : 0;
+    const char* const names[3][2] = {{"x_s", "x_q"}, {"y_s", "y_q"}, {"gradient of x_s", "gradient of x_q"}};
+    for (int b = 0; b < 2; ++b) {
+        long samples = s.tasks * s.samples[b];
+        x[b] = {names[0][b], samples * s.features[0], scalar, false};
+        y[b] = {names[1][b], labels ? samples : samples * out, labels ? Scalar::int64 : scalar, false};
+        dx[b] = {names[2][b], samples * s.features[0], scalar, false};
+    }
+    weights = {"weights", s.tasks, scalar, false};
+    cotangent = {"cotangent", s.tasks * s.samples[1] * out, scalar, false};
+    losses = {"losses", s.tasks, scalar, false};
+    objective = {"objective", 1, scalar, false};
+    outputs = {"outputs", s.tasks * s.samples[1] * out, scalar, false};
+    long rate_elements = 0;
+    for (const ReadSpec& r : s.rates) {
+        rates.push_back({r.name, r.size, scalar, true});
+        rate_elements += r.size;
+    }
+    rate_gradient = {"gradient of lr", rate_elements, scalar, false};
+    for (const ReadSpec& c : s.constants) constants.push_back({"buffer '" + c.name + "'", c.size, scalar, true});
+    for (const ParamSpec& p : s.params) {
+        std::string quoted = "'" + p.name + "'";
+        params.push_back({"parameter " + quoted, p.size, scalar, true});
+        adapted.push_back({"adapted " + quoted, s.tasks * p.size, scalar, true});
+        gradients.push_back({"gradient of " + quoted, p.size, scalar, false});
+        adapted_out.push_back({"adapted " + quoted, s.tasks * p.size, scalar, true});
+    }
+    read_code(s);
+}
+
+void Signature::read_code(const Spec& s) {
+    for (const Instr& in : s.code) switch (in.code) {
+            case Code::load:
+                loads = true;
+                break;
+            case Code::forward:
+                x[in.batch].required = true;
+                break;
+            case Code::support_loss:
+                y[0].required = true;
+                break;
+            case Code::query_loss:
+                scores = y[1].required = true;
+                weights.required = weights.required || in.seed;
+                break;
+            case Code::cotangent:
+                cotangent.required = true;
+                break;
+            case Code::backward:
+                dx[in.batch].required = dx[in.batch].required || in.inputs;
+                break;
+            case Code::hvp:
+                dx[0].required = dx[0].required || in.inputs;
+                y[0].required = true;
+                break;
+            case Code::accumulate:
+                reverse = true;
+                break;
+            case Code::store_parameters:
+                stores = true;
+                break;
+            case Code::store_outputs:
+                outputs.required = true;
+                break;
+            case Code::update:
+            case Code::scale:
+            case Code::subtract:
+            case Code::rate_gradient:
+                break;  // of slots
+        }
+}
+
+void Signature::check(const Call& call) const {
+    if (scores && !call.losses && !call.objective)
+        throw std::invalid_argument("losses: expected them or an objective, got neither");
+    if (call.objective && !call.weights) throw std::invalid_argument("weights: expected them for an objective");
+    if (call.objective && !scores) throw std::invalid_argument("objective: the program computes no losses");
+}
+
+}  // namespace maml_fast

@@ -1,0 +1,39 @@
+// Which tensors a plan's calls bring, and how long each of them is.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "spec.h"
+
+namespace maml_fast {
+
+enum class Scalar { float32, float64, int64 };
+
+// A tensor of a call.
+struct Expected {
+    std::string name;
+    long elements = 0;
+    Scalar scalar{};
+    bool required = false;  // else it may be absent
+};
+
+struct Signature {
+    Signature(const Spec& spec, Scalar scalar);
+
+    // What no tensor by itself shows. Throws std::invalid_argument.
+    void check(const Call& call) const;
+
+    // per batch: support, query
+    Expected x[2], y[2], dx[2];
+    Expected weights, cotangent, losses, objective, outputs, rate_gradient;
+    std::vector<Expected> params, constants, rates, adapted, gradients, adapted_out;
+    bool loads = false, stores = false, reverse = false;  // whether the last three lists are there
+    bool scores = false;                                  // whether there are losses or an objective
+    long classes = 0;                                     // labels lie in [0, classes); 0 where targets are values
+
+  private:
+    void read_code(const Spec& spec);
+};
+
+}  // namespace maml_fast

@@ -1,0 +1,56 @@
+// A plan's description, as Python gives it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "plan.h"
+
+namespace maml_fast {
+
+struct OpSpec {
+    OpKind kind{};
+    Act act{};
+    std::vector<int> inputs;
+    int out = -1;
+    int w = -1, b = -1;    // parameters, or -1
+    int c0 = -1, c1 = -1;  // constants, or -1
+    long rows = 1, width = 0, out_width = 0, groups = 1;
+    double f0 = 0, f1 = 0;
+    Window window{1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1};
+};
+
+struct ParamSpec {
+    std::string name;
+    long size = 0;
+    bool adapts = false, active = false;
+    int rate = -1;  // where it adapts
+    bool elementwise = false;
+    long o = 0, c = 0, taps = 0;  // of a convolution's weights, else 0
+};
+
+// A tensor that is only read: a learning rate or a constant.
+struct ReadSpec {
+    std::string name;
+    long size = 0;
+};
+
+struct Spec {
+    std::vector<OpSpec> ops;
+    std::vector<long> features;  // per buffer; buffer 0 is the input
+    int out = -1;
+    std::vector<ParamSpec> params;
+    std::vector<ReadSpec> constants, rates;
+    std::vector<Instr> code;
+    std::vector<int> tapes;  // batch of each tape
+    int slots = 0;
+    long samples[2] = {0, 0};
+    LossKind loss{};
+    double loss_parameter = 0;
+    bool input_gradients = false;
+    bool reverse = false, second_order = false;
+    bool low_rank = false;  // the program allows weights that are never formed
+    long tasks = 0;
+};
+
+}  // namespace maml_fast

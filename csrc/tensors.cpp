@@ -1,0 +1,171 @@
+#include "tensors.h"
+
+#include <algorithm>
+
+#include "dlpack.h"
+
+namespace py = pybind11;
+
+namespace maml_fast {
+
+namespace {
+
+// Filled once by find_torch, and never freed: calls may come while the interpreter ends.
+struct Torch {
+    const dlpack::ExchangeApi* api;
+    PyTypeObject* tensor;
+    PyObject *untyped_storage, *nbytes, *storage_offset, *contiguous, *is_neg, *resolve_neg;
+} torch;
+
+[[noreturn]] void refuse(const Expected& e, const std::string& what) { throw py::value_error(e.name + ": " + what); }
+
+py::object call(py::handle object, PyObject* method) {
+    PyObject* const arguments[] = {object.ptr()};
+    PyObject* result = PyObject_VectorcallMethod(method, arguments, 1, nullptr);
+    if (!result) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+}
+
+long call_long(py::handle object, PyObject* method) {
+    long value = PyLong_AsLong(call(object, method).ptr());
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+}
+
+struct Type {
+    dlpack::Kind kind;
+    int bytes;
+    const char* name;
+};
+
+Type type_of(Scalar scalar) {
+    switch (scalar) {
+        case Scalar::float32:
+            return {dlpack::Kind::real, 4, "torch.float32"};
+        case Scalar::float64:
+            return {dlpack::Kind::real, 8, "torch.float64"};
+        case Scalar::int64:
+            return {dlpack::Kind::signed_integer, 8, "torch.int64"};
+    }
+    throw std::logic_error("a scalar type without a name");
+}
+
+long elements_of(const dlpack::Tensor& t) {
+    long elements = 1;
+    for (int i = 0; i < t.dimensions; ++i) elements *= t.shape[i];
+    return elements;
+}
+
+bool is_contiguous(const dlpack::Tensor& t) {
+    long step = 1;
+    for (int i = t.dimensions - 1; i >= 0; --i) {
+        if (t.shape[i] != 1 && t.strides[i] != step) return false;
+        step *= t.shape[i];
+    }
+    return true;
+}
+
+// The tensor as it is, with type and length checked.
+dlpack::Tensor view(py::handle tensor, const Expected& e) {
+    if (!PyObject_TypeCheck(tensor.ptr(), torch.tensor))
+        throw py::type_error(e.name + ": expected a torch.Tensor, got " + Py_TYPE(tensor.ptr())->tp_name);
+    dlpack::Tensor t;
+    if (torch.api->view(tensor.ptr(), &t) != 0) {
+        py::error_already_set cause;
+        py::raise_from(cause, PyExc_ValueError, (e.name + ": expected a tensor with memory of its own").c_str());
+        throw py::error_already_set();
+    }
+    const Type type = type_of(e.scalar);
+    if (t.device != int(dlpack::Device::cpu)) refuse(e, "expected a tensor on the CPU");
+    if (t.type.kind != std::uint8_t(type.kind) || t.type.bits != 8 * type.bytes || t.type.lanes != 1)
+        throw py::type_error(e.name + ": expected " + type.name + ", got " +
+                             std::string(py::str(tensor.attr("dtype"))));
+    const long elements = elements_of(t);
+    if (elements != e.elements)
+        refuse(e, "expected " + std::to_string(e.elements) + " elements, got " + std::to_string(elements));
+    t.data = static_cast<char*>(t.data) + t.byte_offset;
+    return t;
+}
+
+// Storages can be shrunk and freed under the tensors that lie in them.
+void check_memory(py::handle tensor, const dlpack::Tensor& t, const Expected& e) {
+    if (e.elements == 0) return;
+    const long bytes = type_of(e.scalar).bytes, end = call_long(tensor, torch.storage_offset) + e.elements;
+    const long held = call_long(call(tensor, torch.untyped_storage), torch.nbytes);
+    if (t.data && end * bytes <= held) return;
+    refuse(e, "expected a storage of at least " + std::to_string(end * bytes) + " bytes, got " + std::to_string(held) +
+                  ": it was freed, or made smaller");
+}
+
+bool is_absent(py::handle tensor, const Expected& e) {
+    if (!tensor.is_none()) return false;
+    if (e.required) refuse(e, "expected " + std::to_string(e.elements) + " elements, got None");
+    return true;
+}
+
+}  // namespace
+
+py::handle Tensors::keep(py::object tensor) {
+    copies_.push_back(std::move(tensor));
+    return copies_.back();
+}
+
+void* Tensors::read(py::handle tensor, const Expected& e) {
+    if (is_absent(tensor, e)) return nullptr;
+    dlpack::Tensor t = view(tensor, e);
+    check_memory(tensor, t, e);
+    return is_contiguous(t) ? t.data : view(keep(call(tensor, torch.contiguous)), e).data;
+}
+
+void* Tensors::read_batch(py::handle tensor, const Expected& e) {
+    if (is_absent(tensor, e)) return nullptr;
+    void* data = read(tensor, e);
+    if (call(tensor, torch.is_neg).ptr() == Py_False) return data;
+    return view(keep(call(call(tensor, torch.resolve_neg), torch.contiguous)), e).data;
+}
+
+void* Tensors::written(py::handle tensor, const Expected& e) const {
+    if (is_absent(tensor, e)) return nullptr;
+    const dlpack::Tensor t = view(tensor, e);
+    if (!is_contiguous(t)) refuse(e, "expected a contiguous tensor");
+    check_memory(tensor, t, e);
+    return t.data;
+}
+
+void* Tensors::made(py::handle tensor, const Expected& e) const {
+    if (is_absent(tensor, e)) return nullptr;
+    const dlpack::Tensor t = view(tensor, e);
+    if (!is_contiguous(t) || (!t.data && e.elements > 0)) refuse(e, "expected contiguous memory");
+    return t.data;
+}
+
+void find_torch() {
+    py::object tensor = py::module_::import("torch").attr("Tensor");
+    py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+    auto api = PyCapsule_IsValid(capsule.ptr(), dlpack::kCapsule)
+                   ? static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule))
+                   : nullptr;
+    if (!api || api->version.major != dlpack::kMajorVersion || !api->view)
+        throw py::import_error("this PyTorch does not offer its tensors to C as version 1 of DLPack does");
+    torch = {api,
+             reinterpret_cast<PyTypeObject*>(tensor.release().ptr()),
+             PyUnicode_InternFromString("untyped_storage"),
+             PyUnicode_InternFromString("nbytes"),
+             PyUnicode_InternFromString("storage_offset"),
+             PyUnicode_InternFromString("contiguous"),
+             PyUnicode_InternFromString("is_neg"),
+             PyUnicode_InternFromString("resolve_neg")};
+}
+
+void check_labels(const Expected& e, const void* labels, long classes) {
+    const auto* y = static_cast<const std::int64_t*>(labels);
+    std::uint64_t outside = 0;  // the sign bit: of y, or of classes − 1 − y
+    for (long i = 0; i < e.elements; ++i)
+        outside |= std::uint64_t(y[i]) | (std::uint64_t(classes - 1) - std::uint64_t(y[i]));
+    if (outside >> 63 == 0) return;
+    const auto [low, high] = std::minmax_element(y, y + e.elements);
+    refuse(e, "expected labels in [0, " + std::to_string(classes) + "), got " + std::to_string(*low) + ".." +
+                  std::to_string(*high));
+}
+
+}  // namespace maml_fast

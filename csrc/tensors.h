@@ -1,0 +1,36 @@
+// From Python's tensors to addresses: every one with its type, length and storage, checked before anything runs.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "signature.h"
+
+namespace maml_fast {
+
+// The tensors of one call. Needs the interpreter's lock; the addresses hold as long as this and its arguments do.
+class Tensors {
+  public:
+    // What the call reads; a copy where it is not contiguous. Null where it may be absent and is None.
+    void* read(pybind11::handle tensor, const Expected& expected);
+    // The same of the user's batch, which PyTorch may have yet to negate.
+    void* read_batch(pybind11::handle tensor, const Expected& expected);
+    // What the call writes and others own.
+    void* written(pybind11::handle tensor, const Expected& expected) const;
+    // What the call writes and its caller has just made.
+    void* made(pybind11::handle tensor, const Expected& expected) const;
+
+  private:
+    pybind11::handle keep(pybind11::object tensor);
+
+    std::vector<pybind11::object> copies_;
+};
+
+// Finds PyTorch's functions. Throws ImportError where this PyTorch has none.
+void find_torch();
+
+// Throws ValueError unless `count` labels from `labels` on lie in [0, classes).
+void check_labels(const Expected& expected, const void* labels, long classes);
+
+}  // namespace maml_fast
