@@ -13,6 +13,8 @@ struct Point {
     S y, d1, d2 = S(0);
 };
 
+// As PyTorch has it at kinks, at NaN and at ±∞, where x times a vanished slope is NaN. For finite x nothing overflows
+// to NaN: a factor x² or eˣ is bounded, or meets another that has vanished.
 template <Act A, class S>
 MAML_FAST_INLINED Point<S> activate(S x, S p0, S p1) {
     if constexpr (A == Act::relu) {
@@ -21,17 +23,17 @@ MAML_FAST_INLINED Point<S> activate(S x, S p0, S p1) {
         bool positive = x > S(0);
         return {positive ? x : p0 * x, positive ? S(1) : p0};
     } else if constexpr (A == Act::elu) {
-        S e = p0 * expm1_(x < S(0) ? x : S(0));
-        bool negative = x <= S(0);
-        return {negative ? e : x, negative ? e + p0 : S(1), negative ? e + p0 : S(0)};
+        S t = p1 * (x > S(0) ? S(0) : x), slope = p0 * p1 * exp_(t);
+        return {x < S(0) ? p0 * expm1_(t) : x, x > S(0) ? S(1) : slope, x >= S(0) ? S(0) : p1 * slope};
     } else if constexpr (A == Act::gelu) {
         S cdf = S(0.5) * (S(1) + erf_(x * S(0.70710678118654752440)));
         S pdf = S(0.39894228040143267794) * exp_(S(-0.5) * x * x);
-        return {x * cdf, cdf + x * pdf, pdf * (S(2) - x * x)};
+        return {x * cdf, cdf + x * pdf, S(2) * pdf - x * pdf * x};
     } else if constexpr (A == Act::gelu_tanh) {
         const S c = S(0.79788456080286535588), a = S(0.044715);
-        S u1 = c * (S(1) + S(3) * a * x * x), u2 = S(6) * c * a * x;
-        S t = tanh_(c * (x + a * x * x * x)), s = S(1) - t * t;
+        S z = x > S(32) ? S(32) : x < S(-32) ? S(-32) : x;  // where t has long been ±1
+        S u1 = c * (S(1) + S(3) * a * z * z), u2 = S(6) * c * a * z;
+        S t = tanh_(c * (z + a * z * z * z)), s = S(1) - t * t;
         return {S(0.5) * x * (S(1) + t), S(0.5) * (S(1) + t + x * s * u1),
                 s * u1 + S(0.5) * x * s * (u2 - S(2) * t * u1 * u1)};
     } else if constexpr (A == Act::silu) {
@@ -48,19 +50,18 @@ MAML_FAST_INLINED Point<S> activate(S x, S p0, S p1) {
         bool linear = t > p1;
         S s = S(1) / (S(1) + exp_(-t));
         S y = ((t > S(0) ? t : S(0)) + log1p_unit(exp_(-m))) / p0;
-        return {linear ? x : y, linear ? S(1) : s};
+        return {linear ? x : y, linear ? S(1) : s, t >= p1 ? S(0) : p0 * s * (S(1) - s)};
     } else if constexpr (A == Act::clamp) {
         return {x < p0 ? p0 : x > p1 ? p1 : x, x <= p0 || x >= p1 ? S(0) : S(1)};
     } else if constexpr (A == Act::hardswish) {
-        bool low = x <= S(-3);
-        bool high = x >= S(3);
-        S y = high ? x : x * (x + S(3)) / S(6), d1 = high ? S(1) : x / S(3) + S(0.5);
-        return {low ? S(0) : y, low ? S(0) : d1, low || high ? S(0) : S(1) / S(3)};
+        bool low = x <= S(-3), high = x >= S(3);
+        S y = high ? x : x * (low ? S(0) : x + S(3)) / S(6), d1 = high ? S(1) : x / S(3) + S(0.5);
+        return {y, low ? S(0) : d1, x > S(-3) && x < S(3) ? S(1) / S(3) : S(0)};
     } else if constexpr (A == Act::mish) {
         // t = tanh(log(1 + eˣ)) and its distance from 1, without either's cancellation
-        S e = exp_(x > S(20) ? S(20) : x), n = e * (e + S(2)), near = S(2) / (n + S(2)), t = n / (n + S(2));
-        S s = S(1) / (S(1) + exp_(-x)), dt = s * near * (S(1) + t);
-        return {x * t, t + x * dt, dt * (S(2) + x * (S(1) - s - S(2) * t * s))};
+        S e = exp_(x > S(40) ? S(40) : x), n = e * (e + S(2)), near = x > S(40) ? S(0) : S(2) / (n + S(2));
+        S t = n / (n + S(2)), s = S(1) / (S(1) + exp_(-x)), dt = s * near * (S(1) + t);
+        return {x * t, t + x * dt, S(2) * dt + x * dt * (S(1) - s - S(2) * t * s)};
     } else {
         S sine, cosine;
         sincos_(p0 * x, sine, cosine);
@@ -69,15 +70,13 @@ MAML_FAST_INLINED Point<S> activate(S x, S p0, S p1) {
 }
 
 template <Act A>
-constexpr bool kCurvesByValue =
-    is_piecewise_linear(A) || A == Act::tanh || A == Act::sigmoid || A == Act::softplus || A == Act::sine;
+constexpr bool kCurvesByValue = is_piecewise_linear(A) || A == Act::tanh || A == Act::sigmoid || A == Act::sine;
 
 // f'' from y and f'.
 template <Act A, class S>
 MAML_FAST_INLINED S second_derivative(S y, S d1, S p0) {
     if constexpr (A == Act::tanh) return S(-2) * y * d1;
     if constexpr (A == Act::sigmoid) return d1 * (S(1) - S(2) * y);
-    if constexpr (A == Act::softplus) return p0 * d1 * (S(1) - d1);
     if constexpr (A == Act::sine) return -p0 * p0 * y;
     return S(0);
 }

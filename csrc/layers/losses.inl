@@ -57,7 +57,7 @@ MAML_FAST_INLINED S pointwise_curvature(LossKind kind, S z, S y, S d) {
         case LossKind::l1:
             return S(0);
         case LossKind::huber:
-            return abs_(z - y) > d ? S(0) : S(1);
+            return abs_(z - y) < d ? S(1) : S(0);  // none at the kink, as in PyTorch
         case LossKind::cross_entropy:
             break;
     }
@@ -78,7 +78,8 @@ S cross_entropy_value(long N, long C, S smoothing, const S* z, const std::int64_
         }
         S log_sum = top + log_(sum), inverse = S(1) / sum;
         for (long c = 0; c < C; ++c) p[c] *= inverse;
-        total += log_sum - (S(1) - smoothing) * z[labels[n]] - smoothing / S(C) * all;
+        total += log_sum - (S(1) - smoothing) * z[labels[n]];
+        if (smoothing != S(0)) total -= smoothing / S(C) * all;  // a class ruled out has z = −∞
     }
     return total;
 }

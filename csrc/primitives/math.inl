@@ -16,10 +16,12 @@ MAML_FAST_INLINED std::int32_t as_bits(float f) {
 // Adding 1.5·2²³ rounds to an integer, which then stands in the low mantissa bits.
 constexpr float kRound = 12582912.0f;
 
+constexpr float kLeastExponent = -87.0f, kLargestExponent = 88.37f, kInfinity = __builtin_inff();
+
 // x = n ln 2 + r with |r| ≤ ln 2 / 2; returns e^r − 1 and 2^n.
 MAML_FAST_INLINED float expm1_reduced(float x, float& scale) {
-    x = x > 88.37f ? 88.37f : x;
-    x = x < -87.0f ? -87.0f : x;
+    x = x > kLargestExponent ? kLargestExponent : x;
+    x = x < kLeastExponent ? kLeastExponent : x;
     float shifted = x * 1.44269504f + kRound;
     float n = shifted - kRound;
     float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -34,14 +36,17 @@ MAML_FAST_INLINED float expm1_reduced(float x, float& scale) {
     return p * r * r + r;
 }
 
+// 0 and infinity beyond what has a normal result: callers multiply it with large numbers, or divide by it.
 MAML_FAST_INLINED float exp_(float x) {
     float scale, p = expm1_reduced(x, scale);
-    return p * scale + scale;
+    float inside = p * scale + scale;
+    return x > kLargestExponent ? kInfinity : x < kLeastExponent ? 0.0f : inside;
 }
 
 MAML_FAST_INLINED float expm1_(float x) {
     float scale, p = expm1_reduced(x, scale);
-    return p * scale + (scale - 1.0f);
+    float inside = p * scale + (scale - 1.0f);
+    return x > kLargestExponent ? kInfinity : inside;
 }
 
 // log(1 + u) for u in [0, 1]: 2 artanh(u / (2 + u)).

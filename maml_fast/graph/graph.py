@@ -18,7 +18,7 @@ class Untraceable(Exception):
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "relu": (),
     "leaky_relu": ("negative_slope",),
-    "elu": ("alpha",),
+    "elu": ("alpha", "steepness"),
     "gelu": (),
     "gelu_tanh": (),
     "silu": (),

@@ -49,13 +49,14 @@ def _numbered(z, y, d, NUMBER: tl.constexpr):
 def _named(z, y, d, LOSS: tl.constexpr):
     r = z - y
     if LOSS == "mse":
-        return r * r, 2.0 * r, 2.0 + 0.0 * r
+        return r * r, 2.0 * r, tl.zeros_like(r) + 2.0
     elif LOSS == "l1":  # noqa: RET505  # Triton compiles what follows a return in a static branch
-        return tl.abs(r), _sign(r), 0.0 * r
+        return tl.abs(r), _sign(r), tl.zeros_like(r)
     elif LOSS == "huber":
         far = tl.abs(r) > d
         value = tl.where(far, d * (tl.abs(r) - 0.5 * d), 0.5 * r * r)
-        return value, tl.where(far, d * _sign(r), r), tl.where(far, 0.0, 1.0)
+        curvature = tl.where(tl.abs(r) < d, 1.0, 0.0)  # none at the kink, as in PyTorch
+        return value, tl.where(far, d * _sign(r), r), curvature
     else:
         tl.static_assert(LOSS == "bce_with_logits")
         s = sigmoid(z)
@@ -144,7 +145,8 @@ def cross_entropy_task(
         label = tl.load(labels + rn, mask=in_n, other=0)
         # Comparing rather than indexing: a label out of range reads nothing out of bounds.
         q = smoothing / classes + tl.where(label[:, None] == rc[None, :], 1.0 - smoothing, 0.0)
-        expected = tl.sum(q * tl.where(inside, v, 0.0), axis=1)
+        # A class ruled out has z = −∞.
+        expected = tl.sum(tl.where(inside & (q != 0.0), q * v, 0.0), axis=1)
         total += tl.where(in_n, log_sum - expected, 0.0)
         if dz is not None and given(dz, DYNAMIC):
             tl.store(dz + at, scale * (p - q), mask=inside)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..graph import Untraceable
 from .arithmetic import scaled
 from .builder import Emitter, GraphBuilder, Value, rows
 
@@ -40,18 +39,14 @@ def _sine(t: GraphBuilder, x: Any) -> Value:
 
 
 def _elu(t: GraphBuilder, x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Value:
-    """scale · elu(x)."""
-    if input_scale != 1.0:
-        raise Untraceable("elu with an input scale has no fused kernel")
-    y = _activation(t, "elu", x, alpha=float(alpha))
+    """scale · x above 0, scale · a (exp(s x) − 1) below, with s the input's scale."""
+    y = _activation(t, "elu", x, alpha=float(alpha), steepness=float(input_scale))
     return y if scale == 1.0 else scaled(t, y, float(scale))
 
 
 def _celu(t: GraphBuilder, x: Any, alpha: float = 1.0) -> Value:
-    """max(0, x) + min(0, a (exp(x / a) − 1)) = a elu(x / a)."""
-    if alpha == 1.0:
-        return _elu(t, x)
-    return scaled(t, _elu(t, scaled(t, x, 1.0 / alpha)), float(alpha))
+    """x above 0, a (exp(x / a) − 1) below; a may be negative."""
+    return _activation(t, "elu", x, alpha=float(alpha), steepness=1.0 / alpha)
 
 
 def _log_sigmoid(t: GraphBuilder, x: Any) -> tuple[Any, ...]:
