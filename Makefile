@@ -9,6 +9,7 @@ OLDEST := $(VENV)/triton-3.6.0
 pytest := OMP_NUM_THREADS=1 $(bin)/python -m pytest
 parallel := -n auto --maxprocesses 4 --maxschedchunk 1
 interpreted := tests/test_triton_interpreter.py tests/test_triton_resident.py
+also_interpreted := tests/test_triton_tuning.py tests/test_triton_extremes.py
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .PHONY: train test test-oldest-triton bench core lint types sanitize format clean
@@ -19,7 +20,7 @@ train: core
 
 test: core $(VENV)/.test
 	$(pytest) $(or $(PYTEST),$(parallel))
-	$(if $(PYTEST),,TRITON_INTERPRET=1 $(pytest) $(parallel) $(interpreted) tests/test_triton_tuning.py)
+	$(if $(PYTEST),,TRITON_INTERPRET=1 $(pytest) $(parallel) $(interpreted) $(also_interpreted))
 
 # The oldest Triton that the kernels are for: ahead of time, and a little of its interpreter, which needs an older NumPy.
 test-oldest-triton: core $(VENV)/.test $(OLDEST)

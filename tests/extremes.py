@@ -1,4 +1,4 @@
-"""Activations where their formulas break first: kinks, both zeros, far out, infinities, NaN; and what PyTorch says there."""
+"""Activations where formulas break first: kinks, both zeros, far out, infinities, NaN; and what PyTorch says there."""
 
 from __future__ import annotations
 
@@ -74,4 +74,3 @@ def assert_derivatives(
         close = torch.isclose(mine.double(), right, rtol=tolerance, atol=tolerance, equal_nan=True)
         wrong = [f"{name}({x[i]:g}) = {mine[i]:g}, not {right[i]:g}" for i in (~close).nonzero().flatten().tolist()]
         assert not wrong, "; ".join(wrong)
-

@@ -1,4 +1,4 @@
-"""Value, slope and curvature of every activation at kinks, far out, at infinities and NaN, as meta-gradients see them."""
+"""Every activation at kinks, far out, at infinities and NaN: value, slope and curvature as meta-gradients see them."""
 
 from __future__ import annotations
 
