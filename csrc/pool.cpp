@@ -1,9 +1,11 @@
 #include "pool.h"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include <algorithm>
-#include <chrono>
 #include <csignal>
 #include <new>
 #include <system_error>
@@ -14,11 +16,11 @@
 namespace maml_fast {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 // Longer would keep a core from PyTorch's own pool, shorter would let the helpers fall asleep between two
-// calls of a training loop; waking one costs tens of microseconds.
+// calls of a training loop.
 constexpr auto spin_time = std::chrono::microseconds(300);
+// A call that one thread would take as long for is worth waking the helpers, which costs it tens of microseconds.
+constexpr auto long_call = std::chrono::microseconds(500);
 constexpr int pauses_per_look_at_clock = 32;
 constexpr std::uint64_t wanted_mask = 0xffffffffu;
 
@@ -49,6 +51,31 @@ inline void set_fp_mode(std::uint64_t mode) {
     _mm_setcsr(static_cast<unsigned>(mode));
 #elif defined(__aarch64__)
     __asm__ __volatile__("msr fpcr, %0" ::"r"(mode));
+#endif
+}
+
+// Where the calling thread runs; −1 where the system does not say.
+inline int processor() {
+#if defined(__linux__)
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
+// Moves the calling thread to another processor, where it may stay or not; false if it has no other.
+bool move_from(int processor) {
+#if defined(__linux__)
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return false;
+    cpu_set_t others = allowed;
+    CPU_CLR(static_cast<std::size_t>(processor), &others);
+    if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return false;
+    sched_setaffinity(0, sizeof allowed, &allowed);
+    return true;
+#else
+    (void)processor;
+    return false;
 #endif
 }
 
@@ -88,20 +115,45 @@ Pool& Pool::instance() {
     return stored();
 }
 
+int Pool::processors() {
+#if defined(__linux__)
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
+    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+void Pool::summon(int threads, Clock::duration expected) {
+    if (threads <= 1) return;
+    const bool is_long = expected >= long_call;
+    const auto ended = Clock::time_point(Clock::duration(ended_.load(std::memory_order_relaxed)));
+    call_.fetch_add(1, std::memory_order_relaxed);
+    long_.store(is_long, std::memory_order_relaxed);
+    processor_.store(processor(), std::memory_order_relaxed);
+    const int wanted = threads - 1;
+    const auto awake = [this] {
+        return helpers_.load(std::memory_order_relaxed) - asleep_.load(std::memory_order_relaxed);
+    };
+    if (awake() >= wanted || (!is_long && Clock::now() - ended > spin_time)) return;
+    if (busy_.load(std::memory_order_relaxed) || busy_.exchange(true, std::memory_order_acquire)) return;
+    grow(wanted);
+    if (awake() < wanted) wake(wanted - awake());
+    busy_.store(false, std::memory_order_release);
+}
+
 void Pool::run(int threads, Function fn, void* context) {
-    if (threads <= 1 || busy_.load(std::memory_order_relaxed) || busy_.exchange(true, std::memory_order_acquire)) {
+    const int helpers = std::min(threads - 1, helpers_.load(std::memory_order_relaxed));
+    if (helpers <= 0 || busy_.load(std::memory_order_relaxed) || busy_.exchange(true, std::memory_order_acquire)) {
         fn(context, 0);
+        ended_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
         return;
     }
-    grow(threads - 1);
-    const int helpers = std::min(threads - 1, static_cast<int>(workers_.size()));
     const std::uint64_t number = (offer_.load(std::memory_order_relaxed) & ~wanted_mask) + wanted_mask + 1;
     fn_ = fn;
     context_ = context;
     fp_mode_ = fp_mode();
     finished_.store(0, std::memory_order_relaxed);
-    offer_.store(number | static_cast<std::uint64_t>(helpers), std::memory_order_seq_cst);
-    wake(helpers);
+    offer_.store(number | static_cast<std::uint64_t>(helpers), std::memory_order_release);
 
     fn(context, 0);
 
@@ -115,6 +167,7 @@ void Pool::run(int threads, Function fn, void* context) {
             std::this_thread::yield();
         }
     }
+    ended_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
     busy_.store(false, std::memory_order_release);
 }
 
@@ -128,22 +181,22 @@ void Pool::grow(int helpers) {
     } catch (const std::system_error&) {
     } catch (const std::bad_alloc&) {
     }
+    helpers_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
 }
 
-// offer_ is stored before sleepers_ is read here, and the other way round in sleep(), all of it sequentially
-// consistent: either the sleeper sees the offer or we see the sleeper.
 void Pool::wake(int helpers) {
-    const int awake = static_cast<int>(workers_.size()) - sleepers_.load(std::memory_order_seq_cst);
-    if (awake >= helpers) return;
     {
         const std::lock_guard<std::mutex> lock(mutex_);
+        helpers = std::min(helpers, asleep_.load(std::memory_order_relaxed));
+        woken_ += helpers;
+        asleep_.fetch_sub(helpers, std::memory_order_relaxed);
     }
-    for (int i = awake; i < helpers; ++i) offered_.notify_one();
+    for (int i = 0; i < helpers; ++i) summoned_.notify_one();
 }
 
 bool Pool::join_job() {
     std::uint64_t offer = offer_.load(std::memory_order_relaxed);
-    if ((offer & wanted_mask) == 0) return false;
+    if ((offer & wanted_mask) == 0 || !stand_apart()) return false;
     if (!offer_.compare_exchange_strong(offer, offer - 1, std::memory_order_acquire, std::memory_order_relaxed)) {
         return true;  // somebody was faster: look again
     }
@@ -155,18 +208,32 @@ bool Pool::join_job() {
 
 bool Pool::sleep() {
     std::unique_lock<std::mutex> lock(mutex_);
-    sleepers_.fetch_add(1, std::memory_order_seq_cst);
-    offered_.wait(lock, [this] {
-        return stopping_.load(std::memory_order_relaxed) || (offer_.load(std::memory_order_seq_cst) & wanted_mask) != 0;
-    });
-    sleepers_.fetch_sub(1, std::memory_order_seq_cst);
-    return !stopping_.load(std::memory_order_relaxed);
+    asleep_.fetch_add(1, std::memory_order_relaxed);
+    summoned_.wait(lock, [this] { return stopping_.load(std::memory_order_relaxed) || woken_ > 0; });
+    if (stopping_.load(std::memory_order_relaxed)) return false;
+    --woken_;
+    return true;
+}
+
+// On another processor than the caller.
+bool Pool::stand_apart() const {
+    const int taken = processor_.load(std::memory_order_relaxed);
+    return taken < 0 || processor() != taken || move_from(taken);
+}
+
+// A helper that wakes up in a short call would only come late and with cold caches: it waits for the next.
+Pool::Clock::time_point Pool::begin_waiting(std::uint32_t& barred) const {
+    barred = call_.load(std::memory_order_relaxed);
+    if (!long_.load(std::memory_order_relaxed)) return Clock::now() + long_call;
+    --barred;
+    return Clock::now();
 }
 
 void Pool::work() {
-    auto idle_since = Clock::now();
+    std::uint32_t barred;
+    auto idle_since = begin_waiting(barred);
     for (int pauses = 1;; ++pauses) {
-        if (join_job()) {
+        if (call_.load(std::memory_order_relaxed) != barred && join_job()) {
             idle_since = Clock::now();
             pauses = 0;
             continue;
@@ -174,9 +241,9 @@ void Pool::work() {
         pause();
         if (pauses % pauses_per_look_at_clock != 0) continue;
         if (stopping_.load(std::memory_order_relaxed)) return;
-        if (Clock::now() - idle_since < spin_time) continue;
+        if (Clock::now() - idle_since < spin_time && stand_apart()) continue;
         if (!sleep()) return;
-        idle_since = Clock::now();
+        idle_since = begin_waiting(barred);
     }
 }
 
@@ -190,7 +257,7 @@ void Pool::shut_down() {
         const std::lock_guard<std::mutex> lock(mutex_);
         stopping_.store(true, std::memory_order_relaxed);
     }
-    offered_.notify_all();
+    summoned_.notify_all();
     for (std::thread& worker : workers_) worker.join();
 }
 

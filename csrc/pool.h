@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -10,6 +11,8 @@
 
 namespace maml_fast {
 
+// A call says summon(threads, how long it would take one thread), then any number of times run(threads, fn, context).
+//
 // run() calls fn(context, worker) on up to `threads` threads at once, the caller being worker 0, and returns
 // when all of them have returned.
 //
@@ -20,13 +23,22 @@ namespace maml_fast {
 // for the others nor split the work by their number. It must not throw.
 //
 // Helpers spin for a short while after a job, so that back-to-back calls reach them in well under a microsecond,
-// and sleep afterwards. They take over the caller's floating-point mode (flush-to-zero, rounding): results do
-// not depend on who computed what. A forked child starts with an empty pool of its own.
+// and sleep afterwards. Waking one takes as long as a small call: summon() does so for a long call, which it then
+// joins, or where calls follow each other closely, for the next of them; never for a small call after a pause.
+// A helper leaves the processor that the caller is on: there it could only take the caller's place.
+//
+// They take over the caller's floating-point mode (flush-to-zero, rounding): results do not depend on who computed
+// what. A forked child starts with an empty pool of its own.
 class Pool {
   public:
     using Function = void (*)(void* context, int worker);
+    using Clock = std::chrono::steady_clock;
 
     static Pool& instance();
+    // Processors that this process may use: more threads would only take each other's place.
+    static int processors();
+
+    void summon(int threads, Clock::duration expected);
     void run(int threads, Function fn, void* context);
 
     Pool(const Pool&) = delete;
@@ -40,6 +52,8 @@ class Pool {
     void wake(int helpers);
     bool join_job();
     bool sleep();
+    bool stand_apart() const;
+    Clock::time_point begin_waiting(std::uint32_t& barred) const;
     void work();
     void shut_down();
 
@@ -51,11 +65,18 @@ class Pool {
     std::uint64_t fp_mode_ = 0;
     alignas(64) std::atomic<int> finished_{0};
     alignas(64) std::atomic<bool> busy_{false};
+    std::atomic<Clock::duration::rep> ended_{0};  // the last job
     std::vector<std::thread> workers_;
-    alignas(64) std::atomic<int> sleepers_{0};
+    // What a call tells the helpers.
+    alignas(64) std::atomic<std::uint32_t> call_{0};  // its number
+    std::atomic<bool> long_{false};                   // whether those that wake up now are to join it
+    std::atomic<int> processor_{-1};                  // where its caller runs
+    alignas(64) std::atomic<int> helpers_{0};         // the size of workers_
+    std::atomic<int> asleep_{0};                      // helpers that nobody is waking
     std::atomic<bool> stopping_{false};
+    int woken_ = 0;  // helpers to wake up, under mutex_
     std::mutex mutex_;
-    std::condition_variable offered_;
+    std::condition_variable summoned_;
 };
 
 }  // namespace maml_fast

@@ -1,6 +1,8 @@
 #include "run.h"
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <limits>
 #include <new>
@@ -61,8 +63,10 @@ struct Job {
     long blocks, sums;
     std::atomic<long> next{0};
     std::atomic<long> turn{0};
+    std::atomic<long> nanoseconds{0};  // that the threads took together
 
     void work(int worker) {
+        const auto start = Pool::Clock::now();
         S *workspace = memory.workspaces[worker].get(), *partial = memory.partials[worker].get();
         for (long block; (block = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
             long first = block * call.tasks / blocks, last = (block + 1) * call.tasks / blocks;
@@ -70,6 +74,7 @@ struct Job {
             kernels.block(plan, call, memory.arena.get(), workspace, partial, first, last - first);
             add_in_order(block, partial);
         }
+        nanoseconds += std::chrono::nanoseconds(Pool::Clock::now() - start).count();
     }
 
     // Blocks are claimed in order by running threads, so whoever is waited for is on the way.
@@ -172,9 +177,24 @@ void Runner<S>::pack(const Call& call, S* arena) {
 }
 
 template <class S>
+void Runner<S>::summon(int threads) {
+    const long known = one_thread_.load(std::memory_order_relaxed);
+    Pool::instance().summon(threads, known ? std::chrono::nanoseconds(known) : Pool::Clock::duration::max());
+}
+
+// Other programs make a call longer, nothing makes it shorter: the least is believed at once, more little by little.
+template <class S>
+void Runner<S>::learn(long nanoseconds) {
+    const long known = one_thread_.load(std::memory_order_relaxed);
+    if (known && nanoseconds > known) nanoseconds = std::min(nanoseconds, known + known / 8 + 1);
+    one_thread_.store(nanoseconds, std::memory_order_relaxed);
+}
+
+template <class S>
 void Runner<S>::run(Call& call) {
     const PlanView& plan = layout_.view();
     long blocks = plan.blocks;
+    if (call.threads > 1) call.threads = std::min(call.threads, Pool::processors());
     bool shared = call.tasks < call.threads;  // too few tasks: the threads share each of them
     call.team = shared ? call.threads : 1;
     call.parallel = [](int threads, void (*fn)(void*, int), void* context) {
@@ -182,11 +202,13 @@ void Runner<S>::run(Call& call) {
     };
     if (shared) call.threads = 1;
     if (call.threads > blocks) call.threads = int(blocks);
+    summon(shared ? call.team : call.threads);
     auto memory = borrow(call.threads);
     if (call.objective) call.losses = memory->losses.get();
     pack(call, memory->arena.get());
     Job<S> job{kernels_, plan, call, *memory, blocks, call.gradients ? plan.sums + plan.rates : 0};
     Pool::instance().run(call.threads, [](void* c, int worker) { static_cast<Job<S>*>(c)->work(worker); }, &job);
+    learn(job.nanoseconds);
     if (call.gradients) reduce(call, memory->total.get());
     if (call.objective) add_up(call);
     give_back(std::move(memory));

@@ -1,6 +1,7 @@
 // Runs a plan over all tasks on several threads.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -30,11 +31,14 @@ class Runner {
     void pack(const Call& call, S* arena);
     void reduce(const Call& call, const S* total);
     void add_up(const Call& call);
+    void summon(int threads);
+    void learn(long nanoseconds);
 
     const KernelsOf<S>& kernels_;
     Layout layout_;
     std::mutex mutex_;
     std::vector<std::unique_ptr<Memory<S>>> idle_;
+    std::atomic<long> one_thread_{0};  // nanoseconds a call would take it, about; 0 before the first
 };
 
 }  // namespace maml_fast

@@ -19,7 +19,8 @@
 namespace {
 
 using maml_fast::Pool;
-using Clock = std::chrono::steady_clock;
+using Clock = Pool::Clock;
+using namespace std::chrono_literals;
 
 void check(bool good, const char* what) {
     if (good) return;
@@ -39,7 +40,9 @@ struct Job {
     bool nested = false;
 };
 
-void run(int threads, int blocks, bool nested = false);
+constexpr auto long_call = Clock::duration(1s), short_call = Clock::duration(10us);
+
+void run(int threads, int blocks, bool nested = false, Clock::duration expected = long_call);
 
 void take_blocks(void* context, int worker) {
     Job& job = *static_cast<Job*>(context);
@@ -51,9 +54,10 @@ void take_blocks(void* context, int worker) {
     }
 }
 
-void run(int threads, int blocks, bool nested) {
+void run(int threads, int blocks, bool nested, Clock::duration expected) {
     Job job(blocks, threads);
     job.nested = nested;
+    Pool::instance().summon(threads, expected);
     Pool::instance().run(threads, take_blocks, &job);
     check(std::all_of(job.done.begin(), job.done.end(), [](int n) { return n == 1; }), "every block exactly once");
     check(std::all_of(job.seen.begin(), job.seen.end(), [](int n) { return n <= 1; }), "every worker at most once");
@@ -109,12 +113,50 @@ void floating_point_mode() {
     for (const unsigned flush : {0x8000u, 0u}) {
         Modes modes;
         _mm_setcsr((before & ~0x8000u) | flush);
+        Pool::instance().summon(2, long_call);
         Pool::instance().run(2, report_mode, &modes);
         check(modes.flushing == (flush != 0 ? 2 : 0), "helpers take over the caller's floating-point mode");
     }
     _mm_setcsr(before);
 }
 #endif
+
+struct Company {
+    Clock::time_point until;
+    bool helped = false;
+};
+
+void stay(void* context, int worker) {
+    Company& company = *static_cast<Company*>(context);
+    if (worker != 0) company.helped = true;  // plain: run() returns after it, or it never comes
+    while (Clock::now() < company.until) std::this_thread::yield();
+}
+
+bool helped(Clock::duration expected, Clock::duration length) {
+    Company company;
+    company.until = Clock::now() + length;
+    Pool::instance().summon(2, expected);
+    Pool::instance().run(2, stay, &company);
+    return company.helped;
+}
+
+// A short call after a pause is the caller's alone, and so is the next, which wakes a helper for those that follow
+// closely; a long one is shared at once.
+void short_calls() {
+    if (Pool::processors() < 2) return;
+    int firsts = 0, followers = 0;  // on a busy machine a helper may take long to fall asleep
+    for (int i = 0; i < 50; ++i) {
+        std::this_thread::sleep_for(20ms);
+        firsts += helped(short_call, 100us);
+        firsts += helped(short_call, 100us);
+        for (int j = 0; j < 5; ++j) followers += helped(short_call, 100us);
+    }
+    check(firsts < 10, "short calls after a pause have no helper");
+    check(followers > 0, "short calls that follow each other closely are shared");
+    std::this_thread::sleep_for(20ms);
+    int tries = 1;
+    while (!helped(long_call, 20ms)) check(++tries < 50, "a long call after a pause is shared");
+}
 
 struct Meeting {
     int threads;
@@ -143,6 +185,7 @@ void latency(const char* label, int threads, Pool::Function fn, int gap_us, int 
         }
         Meeting meeting{threads};
         const auto start = Clock::now();
+        Pool::instance().summon(threads, long_call);
         Pool::instance().run(threads, fn, &meeting);
         us.push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
     }
@@ -162,6 +205,7 @@ int main(int argc, char** argv) {
         run(1 + i % 6, 64);
     }
     for (int i = 0; i < 200; ++i) run(3, 20, /*nested=*/true);
+    short_calls();
 #if defined(__x86_64__)
     floating_point_mode();
 #endif
