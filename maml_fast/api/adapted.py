@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
 from ..algorithms.goal import Mode
+from ..graph.model import Model
 from . import checks
 from .prepare import Preparer
 
 
 class Adapted:
-    """T copies of the model, one adapted to each task.
+    """T copies of the model, one adapted to each task."""
 
-    Attributes:
-        parameters: name -> (T, *shape), without a graph.
-    """
-
-    def __init__(self, preparer: Preparer, parameters: dict[str, Tensor]) -> None:
+    def __init__(self, preparer: Preparer, parameters: Mapping[str, Tensor]) -> None:
         self._preparer = preparer
-        self.parameters = parameters
+        self._parameters = dict(parameters)
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Name -> (T, *shape), without a graph; read-only, but the tensors may be written in place."""
+        return MappingProxyType(self._parameters)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -33,13 +38,30 @@ class Adapted:
 
         Raises:
             TypeError, ValueError: wrong dtype, device, shape or number of tasks.
+            RuntimeError: the model has other parameters than when it was adapted.
         """
-        values = list(self.parameters.values())
-        checks.inputs("x", x, values[0].dtype, values[0].device, self._preparer.model.takes_indices)
-        if x.shape[0] != values[0].shape[0]:
-            raise ValueError(f"x: expected {values[0].shape[0]} tasks, got {x.shape[0]}")
+        first = next(iter(self._parameters.values()))
+        checks.inputs("x", x, first.dtype, first.device, self._preparer.model.takes_indices)
+        if x.shape[0] != first.shape[0]:
+            raise ValueError(f"x: expected {first.shape[0]} tasks, got {x.shape[0]}")
         prepared = self._preparer.prepare(Mode.APPLY, None, None, x)
-        prepared.tensors.adapted = values
+        prepared.tensors.adapted = self._values_for(prepared.call.plan.model, x.shape[0])
         outputs = prepared.run().outputs
         assert outputs is not None
         return outputs
+
+    def _values_for(self, model: Model, tasks: int) -> list[Tensor]:
+        """The parameters in the model's order."""
+        values = []
+        for name, shape in zip(model.names, model.shapes, strict=True):
+            value = self._parameters.get(name)
+            if value is None or value.shape != (tasks, *shape):
+                got = "none" if value is None else f"shape {tuple(value.shape)}"
+                raise RuntimeError(
+                    f"adapted: the model has changed since adapt(): expected shape {(tasks, *shape)} for parameter "
+                    f"{name!r}, got {got}"
+                )
+            values.append(value)
+        if gone := self._parameters.keys() - set(model.names):
+            raise RuntimeError(f"adapted: the model has changed since adapt(): it has no parameter {min(gone)!r} now")
+        return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ class MAML(nn.Module):
     Args:
         model: any `nn.Module` from one batch (N, *in) to one batch (N, *out).
         lr: α. A number, a (learnable) scalar tensor, or a mapping from parameter name to a number
-            or a tensor that is a scalar or has the parameter's shape. An `nn.Parameter` is
-            registered, so that `parameters()` yields it.
+            or a tensor that is a scalar or has the parameter's shape, which is copied. An `nn.Parameter`
+            is registered, so that `parameters()` yields it.
         first_order: drop second derivatives (FOMAML).
         allow_unused: False raises if a parameter does not take part in the model's output;
             otherwise such parameters get zero gradients.
@@ -106,27 +107,30 @@ class MAML(nn.Module):
         }
         settings = {name: check(given[name]) for name, check in CHECKED.items()}
         self.__dict__.update(settings)
-        self._adapts = adapts
+        self._adapts = adapts if adapts is None or callable(adapts) or isinstance(adapts, str) else tuple(adapts)
         self._start(Settings(**settings), lr)
 
-    def _start(self, settings: Settings, lr: RateLike) -> None:
-        self._preparer = Preparer(self.module, self._adapts, settings, lr)
+    def _start(self, settings: Settings, lr: RateLike, again: bool = False) -> None:
+        self._preparer = Preparer(self.module, self._adapts, settings, lr, again)
         autograd.register(self._preparer)
-        self._show_rates(lr, self._preparer.rates)
+        self._show_rates(self._preparer.rates)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "lr":
-            old = self._preparer.rates
-            self._preparer.set_rates(value)
-            self._show_rates(value, self._preparer.rates, old)
-            return
+        preparer = self.__dict__.get("_preparer")
+        if preparer is not None and name.startswith("lr"):
+            lr = value if name == "lr" else preparer.rates.replaced(name, value)
+            if lr is not None:
+                old = preparer.rates
+                preparer.set_rates(lr, settled=name != "lr")
+                self._show_rates(preparer.rates, old)
+                return
         if name in CHECKED:
             value = CHECKED[name](value)
             self._preparer.set(name, value)
         super().__setattr__(name, value)
 
-    def _show_rates(self, lr: RateLike, rates: LearningRates, old: LearningRates | None = None) -> None:
-        """Register rates that are parameters, and answer to `lr`."""
+    def _show_rates(self, rates: LearningRates, old: LearningRates | None = None) -> None:
+        """Register rates that are parameters, and answer to `lr`; a mapping is shown read-only."""
         for name in old.parameters() if old else ():
             self._parameters.pop(name, None)
         self.__dict__.pop("lr", None)
@@ -134,15 +138,18 @@ class MAML(nn.Module):
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
         if "lr" not in parameters:
-            self.__dict__["lr"] = lr
+            self.__dict__["lr"] = MappingProxyType(rates.given) if isinstance(rates.given, dict) else rates.given
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to this process and is made again: copies and pickles hold numbers and settings."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_preparer",)}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_preparer",)}
+        if isinstance(self._preparer.rates.given, dict):
+            state["lr"] = self._preparer.rates.given  # the view of it has no copies
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._start(Settings(**{name: self.__dict__[name] for name in CHECKED}), self.lr)
+        self._start(Settings(**{name: self.__dict__[name] for name in CHECKED}), self.lr, again=True)
 
     # ---- the public calls ----------------------------------------------------------------------
 

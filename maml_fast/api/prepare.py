@@ -71,15 +71,17 @@ class Preparer:
 
     Args:
         module: the user's network. adapts: see `Model`.
-        settings: the algorithm and how to run it. lr: the learning rates.
+        settings: the algorithm and how to run it. lr: the learning rates. settled: see `LearningRates`.
     """
 
-    def __init__(self, module: nn.Module, adapts: Adapts, settings: Settings, lr: RateLike) -> None:
+    def __init__(
+        self, module: nn.Module, adapts: Adapts, settings: Settings, lr: RateLike, settled: bool = False
+    ) -> None:
         self.handle = -1
         self.module = module
         self.adapts = adapts
         self.model = self._snapshot()
-        self.rates = LearningRates(lr, self.model)
+        self.rates = LearningRates(lr, self.model, settled)
         self._settings = settings
         self._states: dict[Any, int] = {}
         self._plans: dict[Any, Call] = {}
@@ -93,9 +95,10 @@ class Preparer:
             self._warned = False
         self._enter_state()
 
-    def set_rates(self, lr: RateLike) -> None:
-        self.rates = LearningRates(lr, self.model)
-        self._enter_state()
+    def set_rates(self, lr: RateLike, settled: bool = False) -> None:
+        """Take new rates, for the module as it is now."""
+        model = self._snapshot() if self.model.restructured() else self.model
+        self._follow(model, LearningRates(lr, model, settled))
 
     def plans(self) -> Iterator[Call]:
         """The calls planned so far, the least recently used first."""
@@ -119,13 +122,18 @@ class Preparer:
         return model
 
     def _follow_model(self) -> None:
-        """Take the module as it is now."""
+        """Take the module as it is now, or raise and stay as before."""
         if not self.model.restructured():
             self.model.guards.refresh()
             return
-        self.model = self._snapshot()
-        self._plans.clear()
-        self._states.clear()
+        model = self._snapshot()
+        self._follow(model, self.rates.following(model))
+
+    def _follow(self, model: Model, rates: LearningRates) -> None:
+        if model is not self.model:
+            self._plans.clear()
+            self._states.clear()
+        self.model, self.rates = model, rates
         self._enter_state()
 
     def prepare(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,18 +21,30 @@ class LearningRates:
     A number is a constant. A tensor is a scalar `()` or has its parameter's shape (one rate per
     element); it is learnable if it requires grad.
 
+    Args:
+        settled: whether a mapping was accepted before, so that a rate whose parameter was frozen since stays for when
+            it thaws; otherwise it names parameters that adapt and no others.
+
+    Attributes:
+        given: a copy of `lr`. values: the rates in use, in the order of the parameters that adapt.
+
     Raises:
         TypeError: neither a number, a tensor nor a mapping of them.
         ValueError: a number that is not finite, a wrong shape, a missing or unknown name.
     """
 
-    def __init__(self, lr: RateLike, model: Model) -> None:
+    def __init__(self, lr: RateLike, model: Model, settled: bool = False) -> None:
+        self.given = dict(lr) if isinstance(lr, Mapping) else lr
         adapted = [i for i, adapts in enumerate(model.adapts) if adapts]
         of_parameter = [0] * len(model.names)
-        if isinstance(lr, Mapping):
+        self._slots: dict[str, str] = {}
+        if isinstance(self.given, dict):
             names = [model.names[i] for i in adapted]
-            _check_names(lr, names)
-            self.values = [_check(f"lr[{n!r}]", lr[n], model.shapes[i]) for n, i in zip(names, adapted, strict=True)]
+            _check_names(self.given, names, model.names if settled else names)
+            self._slots = {f"lr{k}": name for k, name in enumerate(n for n in model.names if n in self.given)}
+            self.values = [
+                _check(f"lr[{n!r}]", self.given[n], model.shapes[i]) for n, i in zip(names, adapted, strict=True)
+            ]
             for index, i in enumerate(adapted):
                 of_parameter[i] = index
             self.values = self.values or [0.0]
@@ -45,6 +57,20 @@ class LearningRates:
         self.all_constant = not any(isinstance(v, Tensor) for v in self.values)
         self._none = (False,) * len(self.values)
 
+    def following(self, model: Model) -> LearningRates:
+        """The same rates for a model that has changed, each at its parameter's name.
+
+        Raises:
+            ValueError: a parameter without a rate or of another shape, or a rate without a parameter.
+        """
+        return LearningRates(self.given, model, settled=True)
+
+    def replaced(self, name: str, value: Any) -> dict[str, Any] | None:
+        """The mapping with another value in place of the registered parameter `name`; None where no rate has it."""
+        return (
+            {**self.given, self._slots[name]: value} if isinstance(self.given, dict) and name in self._slots else None
+        )
+
     def learnable(self) -> tuple[bool, ...]:
         if self.all_constant:
             return self._none
@@ -55,20 +81,23 @@ class LearningRates:
         if self.all_constant:
             key = (dtype, device)
             if key not in self._constants:
-                self._constants[key] = [torch.tensor(v, dtype=dtype, device=device) for v in self.values]
+                with torch.inference_mode(False):  # a tensor made in inference mode could not be used outside
+                    self._constants[key] = [torch.tensor(v, dtype=dtype, device=device) for v in self.values]
             return self._constants[key]
         return [_like_model(v, s, dtype, device) for v, s in zip(self.values, self.shapes.shapes, strict=True)]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Those to register in the `MAML` module, under names without dots."""
-        named = {f"lr{i}" if len(self.values) > 1 else "lr": v for i, v in enumerate(self.values)}
+        named = (
+            {k: self.given[n] for k, n in self._slots.items()} if isinstance(self.given, dict) else {"lr": self.given}
+        )
         return {name: v for name, v in named.items() if isinstance(v, nn.Parameter)}
 
 
-def _check_names(lr: Mapping[str, Any], names: list[str]) -> None:
-    if missing := [n for n in names if n not in lr]:
+def _check_names(lr: Mapping[str, Any], adapted: Sequence[str], allowed: Sequence[str]) -> None:
+    if missing := [n for n in adapted if n not in lr]:
         raise ValueError(f"lr: expected a rate for every adapted parameter, got none for {missing[0]!r}")
-    if unknown := [n for n in lr if n not in names]:
+    if unknown := [n for n in lr if n not in allowed]:
         raise ValueError(f"lr: got a rate for {unknown[0]!r}, which is not an adapted parameter")
 
 
