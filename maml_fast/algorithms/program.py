@@ -2,12 +2,20 @@
 
 Slots hold one task's parameter-sized vectors (θ_k, g, λ, …); slot 0 is θ_0, which all tasks share.
 Tapes hold one forward pass: every activation, and after `Backward` every delta.
+
+`str(program)` is one line per instruction, as in `tape0 = forward(θ0, support)`. A name ends in the slot's number and
+begins with what the slot holds: θ parameters, g a support gradient, λ the adjoint of the parameters, v a direction,
+h a Hessian-vector product.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from typing import NoReturn
 
 
 class Batch(enum.IntEnum):
@@ -15,6 +23,9 @@ class Batch(enum.IntEnum):
 
     SUPPORT = 0
     QUERY = 1
+
+    def __str__(self) -> str:
+        return self.name.lower()
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,11 @@ Instruction = (
 )
 
 
+def unknown(instruction: NoReturn) -> NoReturn:
+    """The end of a `match` over all instructions: mypy sees that none arrives here."""
+    raise TypeError(f"program: expected an instruction, got {type(instruction).__name__}")
+
+
 @dataclass(frozen=True)
 class Program:
     """Instructions, the number of slots they use, and which batch each tape records."""
@@ -162,3 +178,81 @@ class Program:
     instructions: tuple[Instruction, ...]
     slots: int
     tapes: tuple[Batch, ...]
+
+    def lines(self) -> Iterator[str]:
+        """Every instruction as text; also those of a program that breaks the rules of `verifier.py`."""
+        names = {0: "θ0"}
+        for instruction in self.instructions:
+            if (written := _written(instruction)) is not None:
+                slot, letter = written
+                # read before written: θ1 = θ1 − α∘g2
+                line = _text(instruction, {**names, slot: f"{letter}{slot}"}, names)
+                names[slot] = f"{letter}{slot}"
+            else:
+                line = _text(instruction, names, names)
+            yield line
+
+    def __str__(self) -> str:
+        groups = [list(group) for _, group in groupby(enumerate(self.tapes), key=itemgetter(1))]
+        ranges = [f"{g[0][0]}–{g[-1][0]} {g[0][1]}" if len(g) > 1 else f"{g[0][0]} {g[0][1]}" for g in groups]
+        head = f"program: {self.slots} slots, tapes {', '.join(ranges) or 'none'}"
+        return "\n".join([head, *(f"{i:4}  {line}" for i, line in enumerate(self.lines()))])
+
+
+def _written(i: Instruction) -> tuple[int, str] | None:
+    """The slot that an instruction overwrites, and the letter of what it holds then."""
+    match i:
+        case Load(slot):
+            return slot, "θ"
+        case Backward(_, batch, _, out) if out is not None:
+            return out, "λ" if batch is Batch.QUERY else "g"
+        case Update(out):
+            return out, "θ"
+        case Scale(out):
+            return out, "v"
+        case Hvp(_, _, _, out):
+            return out, "h"
+        case _:
+            return None
+
+
+def _text(i: Instruction, after: dict[int, str], before: dict[int, str]) -> str:
+    def read(slot: int) -> str:
+        return before.get(slot, f"slot{slot}")
+
+    def write(slot: int) -> str:
+        return after.get(slot, f"slot{slot}")
+
+    match i:
+        case Load(slot):
+            return f"{write(slot)} = load()"
+        case Forward(theta, batch, tape):
+            return f"tape{tape} = forward({read(theta)}, {batch})"
+        case SupportLoss(tape):
+            return f"support_loss(tape{tape})"
+        case QueryLoss(tape, seed):
+            return f"losses = query_loss(tape{tape}{', seed' if seed else ''})"
+        case Cotangent(tape):
+            return f"cotangent(tape{tape})"
+        case Backward(theta, batch, tape, out, inputs):
+            result = "" if out is None else f"{write(out)} = "
+            return f"{result}backward({read(theta)}, tape{tape}, {batch}{', inputs' if inputs else ''})"
+        case Update(out, theta, gradient):
+            return f"{write(out)} = {read(theta)} − α∘{read(gradient)}"
+        case Scale(out, vector):
+            return f"{write(out)} = α∘{read(vector)}"
+        case Hvp(theta, tape, vector, out, inputs):
+            flag = ", inputs" if inputs else ""
+            return f"{write(out)} = hvp({read(theta)}, tape{tape}, {read(vector)}{flag})"
+        case Subtract(out, vector):
+            return f"{read(out)} = {read(out)} − {read(vector)}"
+        case RateGradient(gradient, adjoint):
+            return f"rate_gradient −= {read(gradient)}∘{read(adjoint)}"
+        case Accumulate(vector):
+            return f"gradient += {read(vector)}"
+        case StoreParameters(theta):
+            return f"adapted = {read(theta)}"
+        case StoreOutputs(tape):
+            return f"outputs = tape{tape}"
+        case _:
+            unknown(i)

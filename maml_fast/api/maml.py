@@ -207,10 +207,18 @@ class MAML(nn.Module):
         names = self._preparer.model.names
         return Adapted(self._preparer, dict(zip(names, result.adapted, strict=True)))
 
-    def explain(self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor | None = None) -> str:
-        """Which backend runs this meta-batch, why the others do not, and which variant Triton's would be and why."""
+    def explain(self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor | None = None, level: str = "backend") -> str:
+        """Which backend runs this meta-batch, why the others do not, and which variant Triton's would be and why.
+
+        Args:
+            level: `"backend"`, or `"program"` for the model's graph, the program, the kernel calls and their memory
+                as well.
+        """
+        if level not in ("backend", "program"):
+            raise ValueError(f"level: expected 'backend' or 'program', got {level!r}")
         mode = Mode.META_GRADIENT if y_q is not None else Mode.LOGITS
-        return str(self._prepare(mode, x_s, y_s, x_q, y_q).call.choice)
+        choice = self._prepare(mode, x_s, y_s, x_q, y_q).call.choice
+        return choice.program() if level == "program" else str(choice)
 
     def _prepare(
         self,

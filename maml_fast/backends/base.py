@@ -27,5 +27,9 @@ class Backend(Protocol):
         """What it chooses for a plan that it can run, and why; empty where it has no choice."""
         return []
 
+    def describe(self, plan: Plan) -> str:
+        """What it made of a plan that it can run: its kernel calls and their memory; empty where it has none."""
+        return ""
+
     def run(self, plan: Plan, tensors: Tensors) -> Result:
         """Run the plan. The tensors have been checked."""

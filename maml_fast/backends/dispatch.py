@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 
 from ..lower.plan import Plan
+from ..lower.text import text
 from .base import Backend
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
@@ -48,6 +49,10 @@ class Choice:
             if not why_not:
                 lines += [f"  {other.name}: {note}" for note in other.notes(self.plan)]
         return "\n".join(lines)
+
+    def program(self) -> str:
+        """The same, with the graph, the program, and what the backend made of them."""
+        return "\n".join(filter(None, (str(self), text(self.plan), self.backend.describe(self.plan))))
 
 
 def known(name: str) -> str:

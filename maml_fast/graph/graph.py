@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -83,3 +83,21 @@ class Graph:
                 needed.update(op.inputs)
                 live.append(op)
         return tuple(reversed(live))
+
+    def text(self, names: Sequence[str] = ()) -> str:
+        """One line per operation that the output depends on: `x1 (40,) = linear(x0; body.weight, body.bias)`.
+
+        Args:
+            names: of the parameters; without them they are p0, p1, ….
+        """
+        lines = [f"x0 {self.shapes[0]}"]
+        for op in self.live_ops():
+            parameters = ["none" if p is None else names[p] if names else f"p{p}" for p in op.parameters]
+            values = ", ".join(f"x{v}" for v in op.inputs)
+            held = ", ".join([*parameters, *op.constants, *(f"{k}={v}" for k, v in op.attributes.items())])
+            operands = "; ".join(filter(None, (values, held)))
+            lines.append(f"x{op.output} {self.shapes[op.output]} = {op.kind}({operands})")
+        return "\n".join([*lines, f"return x{self.output}"])
+
+    def __str__(self) -> str:
+        return self.text()

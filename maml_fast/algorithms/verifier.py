@@ -1,0 +1,312 @@
+"""The rules that a `Program` must keep, checked one instruction after the other.
+
+Backends take them for granted: what breaks one would run, and give wrong numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from .goal import Goal, Mode
+from .program import (
+    Accumulate,
+    Backward,
+    Batch,
+    Cotangent,
+    Forward,
+    Hvp,
+    Instruction,
+    Load,
+    Program,
+    QueryLoss,
+    RateGradient,
+    Scale,
+    StoreOutputs,
+    StoreParameters,
+    Subtract,
+    SupportLoss,
+    Update,
+    unknown,
+)
+
+RULES = {
+    "range": "slots and tapes are numbered within the program's own",
+    "shared": "slot 0 holds θ_0, which all tasks share: nothing writes it",
+    "undefined": "slots are read after they are written, tapes after a forward pass filled them",
+    "kind": "parameters stand where parameters are expected, gradients and other directions where those are",
+    "role": "a tape records the batch that the instruction works on",
+    "stale": "a backward pass or Hessian-vector product has the θ of the tape's forward pass",
+    "seed": "a backward pass follows a loss or a cotangent, which filled the output's delta",
+    "deltas": "a Hessian-vector product follows a support loss and the backward pass that filled the deltas",
+    "overlap": "an instruction does not overwrite what it still reads",
+    "once": "a result is written once",
+    "accumulated": "a slot that was added to the gradient is final: nothing reads or writes it any more",
+    "dead": "what is computed is read",
+    "goal": "the program computes what the call wants, and nothing else",
+}
+"""Every rule, by its name."""
+
+_THETA, _VECTOR = "parameters", "a gradient or direction"
+
+
+class ProgramError(RuntimeError):
+    """A program breaks a rule.
+
+    Attributes:
+        rule: which of `RULES`.
+    """
+
+    def __init__(self, rule: str, where: str, what: str) -> None:
+        super().__init__(f"program: {where}: {what} ({RULES[rule]})")
+        self.rule = rule
+
+
+def verify(program: Program, goal: Goal | None = None) -> None:
+    """Check a program against every rule.
+
+    Args:
+        goal: what the program was emitted for; None leaves out the rule `"goal"`.
+
+    Raises:
+        ProgramError: the first rule that is broken, and the instruction that breaks it.
+    """
+    _Verifier(program).run()
+    if goal is not None:
+        _check_goal(program, goal)
+
+
+@dataclass
+class _Write:
+    """Something that an instruction computed.
+
+    Attributes:
+        at: the instruction. kind: of what a slot holds. what: for the message. read: whether anything used it.
+    """
+
+    at: int
+    kind: str
+    what: str
+    read: bool = False
+
+
+@dataclass
+class _Tape:
+    """What a tape holds at this point of the program; absent parts are None.
+
+    Attributes:
+        theta: the slot of the forward pass, and what it held then.
+    """
+
+    batch: Batch
+    values: _Write | None = None
+    theta: tuple[int, _Write | None] = (-1, None)
+    seed: _Write | None = None
+    deltas: _Write | None = None
+
+
+@dataclass
+class _Verifier:
+    program: Program
+    at: int = 0
+    slots: dict[int, _Write] = field(default_factory=dict)
+    tapes: list[_Tape] = field(default_factory=list)
+    writes: list[_Write] = field(default_factory=list)
+    accumulated: set[int] = field(default_factory=set)
+    results: set[str] = field(default_factory=set)
+
+    def run(self) -> None:
+        self.slots[0] = _Write(-1, _THETA, "θ_0", read=True)
+        self.tapes = [_Tape(batch) for batch in self.program.tapes]
+        for at, instruction in enumerate(self.program.instructions):
+            self.at = at
+            self.step(instruction)
+        for write in self.writes:
+            if not write.read:
+                self.at = write.at
+                self.fail("dead", f"nothing reads {write.what}")
+
+    def fail(self, rule: str, what: str) -> NoReturn:
+        line = next(text for i, text in enumerate(self.program.lines()) if i == self.at)
+        raise ProgramError(rule, f"instruction {self.at}, `{line}`", what)
+
+    # ---- slots and tapes -------------------------------------------------------------------------
+
+    def read(self, slot: int, kind: str) -> None:
+        self.in_range(slot)
+        write = self.slots.get(slot)
+        if write is None:
+            self.fail("undefined", f"slot {slot} is read before it is written")
+        if write.kind != kind:
+            self.fail("kind", f"expected {kind}, got {write.kind} in slot {slot}")
+        write.read = True
+
+    def write(self, slot: int, kind: str, keep: Iterable[int] = ()) -> None:
+        """Overwrite a slot. keep: slots that the instruction reads to its end."""
+        self.in_range(slot)
+        if slot == 0:
+            self.fail("shared", "slot 0 is written")
+        if slot in keep:
+            self.fail("overlap", f"slot {slot} is read and written")
+        self.slots[slot] = self.made(f"slot {slot}", kind)
+
+    def in_range(self, slot: int) -> None:
+        if not 0 <= slot < self.program.slots:
+            self.fail("range", f"expected a slot below {self.program.slots}, got {slot}")
+        if slot in self.accumulated:
+            self.fail("accumulated", f"slot {slot} was added to the gradient")
+
+    def made(self, what: str, kind: str = "") -> _Write:
+        self.writes.append(_Write(self.at, kind, what))
+        return self.writes[-1]
+
+    def tape(self, index: int, batch: Batch) -> _Tape:
+        if not 0 <= index < len(self.tapes):
+            self.fail("range", f"expected a tape below {len(self.tapes)}, got {index}")
+        tape = self.tapes[index]
+        if tape.batch is not batch:
+            self.fail("role", f"expected a {batch} tape, and tape {index} is a {tape.batch} tape")
+        return tape
+
+    def filled(self, index: int, batch: Batch) -> _Tape:
+        tape = self.tape(index, batch)
+        if tape.values is None:
+            self.fail("undefined", f"tape {index} is read before a forward pass fills it")
+        tape.values.read = True
+        return tape
+
+    def same_theta(self, tape: _Tape, theta: int) -> None:
+        slot, held = tape.theta
+        if slot != theta:
+            self.fail("stale", f"expected the forward pass's slot {slot} as θ, got slot {theta}")
+        if self.slots[theta] is not held:
+            self.fail("stale", f"slot {theta} was overwritten after the forward pass")
+
+    def once(self, result: str) -> None:
+        if result in self.results:
+            self.fail("once", f"{result} are written a second time")
+        self.results.add(result)
+
+    # ---- instructions ----------------------------------------------------------------------------
+
+    def step(self, i: Instruction) -> None:
+        match i:
+            case Load(slot):
+                self.write(slot, _THETA)
+            case Forward(theta, batch, index):
+                self.forward(theta, self.tape(index, batch), index)
+            case SupportLoss(index):
+                self.seeded(self.filled(index, Batch.SUPPORT), index)
+            case QueryLoss(index, seed):
+                tape = self.filled(index, Batch.QUERY)
+                self.once("losses")
+                if seed:
+                    self.seeded(tape, index)
+            case Cotangent(index):
+                tape = self.filled(index, Batch.QUERY)
+                self.once("cotangents")
+                self.seeded(tape, index)
+            case Backward():
+                self.backward(i)
+            case Hvp():
+                self.hvp(i)
+            case Update(out, theta, gradient):
+                self.read(theta, _THETA)
+                self.read(gradient, _VECTOR)
+                self.write(out, _THETA)
+            case Scale(out, vector):
+                self.read(vector, _VECTOR)
+                self.write(out, _VECTOR)
+            case Subtract(out, vector):
+                self.read(out, _VECTOR)
+                self.read(vector, _VECTOR)
+                self.write(out, _VECTOR)
+            case RateGradient(gradient, adjoint):
+                self.read(gradient, _VECTOR)
+                self.read(adjoint, _VECTOR)
+            case Accumulate(vector):
+                self.read(vector, _VECTOR)
+                self.accumulated.add(vector)
+            case StoreParameters(theta):
+                self.read(theta, _THETA)
+                self.once("adapted parameters")
+            case StoreOutputs(index):
+                self.filled(index, Batch.QUERY)
+                self.once("outputs")
+            case _:
+                unknown(i)
+
+    def forward(self, theta: int, tape: _Tape, index: int) -> None:
+        self.read(theta, _THETA)
+        tape.values = self.made(f"tape {index}")
+        tape.theta = theta, self.slots[theta]
+        tape.seed = tape.deltas = None
+
+    def seeded(self, tape: _Tape, index: int) -> None:
+        tape.seed = self.made(f"the output's delta of tape {index}")
+        tape.deltas = None
+
+    def backward(self, i: Backward) -> None:
+        tape = self.filled(i.tape, i.batch)
+        self.read(i.theta, _THETA)
+        self.same_theta(tape, i.theta)
+        if tape.seed is None:
+            self.fail("seed", f"tape {i.tape} has no delta of its output")
+        tape.seed.read = True
+        tape.deltas = self.made(f"the deltas of tape {i.tape}")
+        if i.inputs:
+            self.filled(i.tape, Batch.QUERY)
+            self.once("gradients of the query inputs")
+        if i.out is not None:
+            self.write(i.out, _VECTOR, keep=(i.theta,))
+        tape.deltas.read = i.inputs or i.out is not None  # there may be no other reader
+
+    def hvp(self, i: Hvp) -> None:
+        tape = self.filled(i.tape, Batch.SUPPORT)
+        self.read(i.theta, _THETA)
+        self.read(i.vector, _VECTOR)
+        self.same_theta(tape, i.theta)
+        if tape.deltas is None:
+            self.fail("deltas", f"tape {i.tape} holds no deltas of a backward pass")
+        tape.deltas.read = True
+        self.write(i.out, _VECTOR, keep=(i.theta, i.vector))
+
+
+_RESULTS: dict[Mode, tuple[type[Instruction], ...]] = {
+    Mode.LOSS: (QueryLoss,),
+    Mode.META_GRADIENT: (QueryLoss, Accumulate),
+    Mode.LOGITS: (StoreOutputs,),
+    Mode.PULLBACK: (Cotangent, Accumulate),
+    Mode.ADAPT: (StoreParameters,),
+    Mode.APPLY: (Load, StoreOutputs),
+}
+_MAY = {Mode.META_GRADIENT: (StoreOutputs,)}
+"""What every mode's program computes, and what it may compute beside."""
+
+
+def _check_goal(program: Program, goal: Goal) -> None:
+    reverse = goal.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
+    steps = goal.inner.steps if any(goal.adapts) and goal.mode is not Mode.APPLY else 0
+    second_order = reverse and not goal.inner.first_order
+
+    def expect(what: str, wanted: int, found: int) -> None:
+        if wanted != found:
+            raise ProgramError("goal", f"mode {goal.mode.value}", f"expected {int(wanted)} {what}, got {found}")
+
+    for kind in (QueryLoss, Cotangent, Accumulate, StoreOutputs, StoreParameters, Load):
+        if kind not in _MAY.get(goal.mode, ()):
+            expect(f"{kind.__name__}", kind in _RESULTS[goal.mode], _count(program, kind))
+    expect("QueryLoss with a seed", goal.mode is Mode.META_GRADIENT, _count(program, QueryLoss, seed=True))
+    expect("Update", steps, _count(program, Update))
+    expect("RateGradient", steps if reverse and any(goal.needs.rates) else 0, _count(program, RateGradient))
+    expect("Hvp", steps if second_order else 0, _count(program, Hvp))
+    expect("Hvp with inputs", steps if second_order and goal.needs.x_s else 0, _count(program, Hvp, inputs=True))
+    expect("Backward with inputs", reverse and goal.needs.x_q, _count(program, Backward, inputs=True))
+
+
+def _count(program: Program, kind: type[Instruction], **fields: bool) -> int:
+    return sum(
+        isinstance(i, kind) and all(getattr(i, name) == value for name, value in fields.items())
+        for i in program.instructions
+    )
