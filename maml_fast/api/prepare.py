@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..algorithms.goal import Inner, Mode, Needs
-from ..backends import dispatch
+from ..backends import dispatch, verbose
 from ..graph import losses
 from ..graph.model import Adapts, Model, common_device, common_dtype
 from ..lower.plan import Plan, Result, Tensors
@@ -36,6 +37,8 @@ class Prepared(NamedTuple):
     tensors: Tensors
 
     def run(self) -> Result:
+        if verbose.RUNS:
+            return verbose.timed(self.call.choice, self.tensors)
         return self.call.choice.backend.run(self.call.plan, self.tensors)
 
 
@@ -175,7 +178,10 @@ class Preparer:
         call = None if key is None else self._plans.get(key)
         if call is None:
             self._check_batch(mode, *batch)
+            start = perf_counter()
             call = self._make_call(mode, *batch)
+            if verbose.PLANS:
+                verbose.planned(call.choice, start)
             self._keep(key, call)
         self._check_labels(call.plan, y_s, y_q)
         rates = self.rates.tensors(first.dtype, first.device) if leaves is None else leaves[len(parameters) :]

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..lower.plan import Plan, Result, Tensors
+
+
+class Spent(NamedTuple):
+    """A part of a call's time: an instruction as text, and the kind of work that it is."""
+
+    kind: str
+    text: str
+    seconds: float
 
 
 class Backend(Protocol):
@@ -33,3 +41,7 @@ class Backend(Protocol):
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
         """Run the plan. The tensors have been checked."""
+
+    def profile(self, plan: Plan, tensors: Tensors) -> tuple[Result, list[Spent]]:
+        """Run the plan and say what took its time; nothing where the backend cannot tell."""
+        return self.run(plan, tensors), []
