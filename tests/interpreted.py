@@ -20,7 +20,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from triton.runtime import interpreter
 
 from maml_fast import cases
-from maml_fast.backends.triton import launch, workspace
+from maml_fast.backends.triton.kernels import launch
+from maml_fast.backends.triton.memory import Memory
 from maml_fast.checking import verify
 
 
@@ -51,11 +52,11 @@ def _quicken() -> None:
 _quicken()
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, kind: type[workspace.Workspace]) -> None:
+def poison(monkeypatch: pytest.MonkeyPatch, kind: type[Memory]) -> None:
     """Memory that is NaN until something is written."""
     allocate = kind.allocate
 
-    def poisoned(self: workspace.Workspace, tasks: int, device: torch.device) -> None:
+    def poisoned(self: Memory, tasks: int, device: torch.device) -> None:
         allocate(self, tasks, device)
         self.memory.fill_(torch.nan)
 

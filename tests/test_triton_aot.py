@@ -34,14 +34,14 @@ def _compiler(cache: str) -> None:
 
 
 def _chosen(capability: int) -> list[int]:
-    from maml_fast.backends.triton import aot
+    from maml_fast.checking import triton_aot as aot
 
     work = aot.work(tuned=set(LIMIT) == CAPABILITIES)
     return [n for n, (of, _) in enumerate(work) if of == capability]
 
 
 def _compiled(n: int) -> tuple[str, int, Any]:
-    from maml_fast.backends.triton import aot
+    from maml_fast.checking import triton_aot as aot
 
     return aot.compile_nth(n)
 

@@ -18,7 +18,11 @@ from maml_fast import MAML, cases
 from maml_fast.algorithms import maml as algorithm
 from maml_fast.algorithms.goal import Mode
 from maml_fast.backends import dispatch
-from maml_fast.backends.triton import TritonBackend, aot, executor, launch, tiles, workspace
+from maml_fast.backends.triton import TritonBackend
+from maml_fast.backends.triton.kernels import launch, tiles
+from maml_fast.backends.triton.memory import Memory
+from maml_fast.backends.triton.runtime import executor
+from maml_fast.checking import triton_aot as aot
 from maml_fast.checking import verify
 
 # The first three take half a minute each, and are there for the C++ core's sake; the others run the kernels of their
@@ -43,7 +47,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
     backend = TritonBackend("wide")
     monkeypatch.setitem(dispatch.BACKENDS, "triton-wide", backend)
     monkeypatch.setattr(tiles, "product", _large_tile)
-    interpreted.poison(monkeypatch, workspace.Workspace)
+    interpreted.poison(monkeypatch, Memory)
     return backend
 
 

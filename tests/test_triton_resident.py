@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from maml_fast import MAML, cases
 from maml_fast.algorithms import maml as algorithm
 from maml_fast.backends import dispatch
-from maml_fast.backends.triton import TritonBackend, launch, opcodes
-from maml_fast.backends.triton.assembler import Assembler
-from maml_fast.backends.triton.resident import TaskMajor
+from maml_fast.backends.triton import TritonBackend
+from maml_fast.backends.triton.kernels import launch, opcodes
+from maml_fast.backends.triton.runtime.assembler import Assembler
+from maml_fast.backends.triton.runtime.resident import TaskMajor
 from maml_fast.checking import verify
 from maml_fast.nn import networks
 

@@ -25,9 +25,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from triton.runtime.errors import OutOfResources
 
 from maml_fast import cases
-from maml_fast.backends.triton import launch, tiles, tuning
-from maml_fast.backends.triton.gemm import product
-from maml_fast.backends.triton.launch import Launch
+from maml_fast.backends.triton.kernels import launch, tiles
+from maml_fast.backends.triton.kernels.gemm import product
+from maml_fast.backends.triton.kernels.launch import Launch
+from maml_fast.backends.triton.runtime import tuning
 from maml_fast.checking import verify
 
 M, N, K = 70, 65, 40

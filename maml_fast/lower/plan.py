@@ -103,6 +103,11 @@ class Plan:
         """The algorithm's instructions for this mode; tapes are saved if they fit `tape_bytes`."""
         return maml.emit(self, save=self.saved_tapes_bytes() <= self.tape_bytes)
 
+    @cached_property
+    def lean_program(self) -> Program:
+        """The same with tapes recomputed, which needs the least memory."""
+        return maml.emit(self, save=False)
+
     def saved_tapes_bytes(self) -> int:
         """About what one task's tapes of all inner steps take: of every op a value, a delta, and up to two more."""
         graph = self.kernel_graph

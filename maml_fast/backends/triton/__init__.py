@@ -18,7 +18,7 @@ from ..base import Backend
 from .support import too_large, why_not_machine, why_not_network, why_not_resident
 
 if TYPE_CHECKING:
-    from .call import Call
+    from .runtime.call import Call
 
 _SHARE = 0.8  # of the device's free memory that one plan may take
 _INTERPRETER_BYTES = 1 << 30
@@ -51,7 +51,7 @@ class TritonBackend(Backend):
             reasons += why_not_resident(plan, graph)
         if reasons:
             return reasons
-        from .call import why_not_memory
+        from .runtime.call import why_not_memory
 
         return why_not_memory(plan, self.variant(plan), self._bytes(plan.device))
 
@@ -73,8 +73,8 @@ class TritonBackend(Backend):
             return self._call(plan)(tensors)
 
     def _call(self, plan: Plan) -> Call:
-        from .call import Call
-        from .launch import run
+        from .kernels.launch import run
+        from .runtime.call import Call
 
         call = plan.state.get(self.name)
         if not isinstance(call, Call):

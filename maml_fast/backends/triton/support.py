@@ -48,9 +48,9 @@ def why_not_machine(plan: Plan) -> list[str]:
 
 def why_not_network(plan: Plan, graph: Graph) -> list[str]:
     """Reasons that lie in the traced network; needs triton."""
-    from .layer_norm import WIDEST
-    from .layers import KINDS
-    from .losses import MOST_CLASSES
+    from .kernels.layer_norm import WIDEST
+    from .kernels.losses import MOST_CLASSES
+    from .layers.table import KINDS
 
     reasons = [] if graph.used_parameters() else ["the output depends on no parameter"]
     for op in graph.live_ops():
@@ -79,8 +79,8 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
 
 def why_not_resident(plan: Plan, graph: Graph) -> list[str]:
     """Reasons why one program cannot run a task alone; needs triton."""
-    from .channel_norm import SPAN
-    from .opcodes import MOST_CLASSES, MOST_FEATURES
+    from .kernels.channel_norm import SPAN
+    from .kernels.opcodes import MOST_CLASSES, MOST_FEATURES
 
     reasons = []
     for op in graph.live_ops():

@@ -1,4 +1,6 @@
-"""The resident variant: one launch whose programs each run one task's whole Program; see `machine.py`.
+"""The resident variant: one launch whose programs each run one task's whole Program.
+
+The kernel is in `kernels/resident_interpreter.py`.
 
 The instructions are what the executor launches for a single task, written down once. Sums over tasks are launches that
 follow.
@@ -12,30 +14,31 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...algorithms.program import Accumulate, Instruction, Program, RateGradient
-from ...lower.plan import Plan
-from . import vectors
+from ....algorithms.program import Accumulate, Instruction, Program, RateGradient
+from ....lower.plan import Plan
+from ..kernels import vectors
+from ..kernels.elementwise import multiply
+from ..kernels.resident_interpreter import SHAPE, resident_kernel
+from ..layers.network import Network
+from ..memory import Key, Memory, aligned
 from .assembler import Assembler, table
-from .elementwise import multiply
 from .executor import Executor
-from .machine import SHAPE, resident_kernel
-from .network import Network
-from .workspace import ALIGNED, Workspace
+from .workspace import array_sizes
 
 
-class TaskMajor(Workspace):
-    """Everything of one task side by side, so that its program's memory is one piece.
+def task_sizes(plan: Plan, network: Network, program: Program) -> dict[Key, int]:
+    """The arrays of a task that runs alone: also ("rate_products",), its own Σ_k g_k ∘ λ_{k+1}."""
+    sizes = array_sizes(plan, network, program)
+    if any(isinstance(i, RateGradient) for i in program.instructions):
+        sizes["rate_products",] = network.flat.adapting
+    return sizes
 
-    A further key: ("rate_products",), the task's own Σ_k g_k ∘ λ_{k+1}.
-    """
 
-    def __init__(self, plan: Plan, network: Network, program: Program) -> None:
-        super().__init__(plan, network, program)
-        if any(isinstance(i, RateGradient) for i in program.instructions):
-            self.sizes["rate_products",] = network.flat.adapting
+class TaskMajor(Memory):
+    """Everything of one task side by side, so that its program's memory is one piece."""
 
     def numbers(self, tasks: int) -> int:
-        return tasks * sum(-(-size // ALIGNED) * ALIGNED for size in self.sizes.values())
+        return tasks * sum(aligned(size) for size in self.sizes.values())
 
     def allocate(self, tasks: int, device: torch.device) -> None:
         self._place(1)
@@ -71,7 +74,7 @@ class _OneTask(Executor):
             super().execute(instruction)
 
     def _products(self, i: RateGradient, add: bool) -> None:
-        total = self.workspace.view(1, "rate_products")
+        total = self.memory.view(1, "rate_products")
         if total is not None and self.flat.adapting:
             multiply(self.launch, total, self._adapting(i.gradient), self._adapting(i.adjoint), add=add)
 
@@ -79,7 +82,7 @@ class _OneTask(Executor):
 class ResidentExecutor(Executor):
     """A chunk of tasks as one launch, and the sums over them."""
 
-    workspace: TaskMajor
+    memory: TaskMajor
 
     def chunk(self) -> None:
         program = self._table()
@@ -88,7 +91,7 @@ class ResidentExecutor(Executor):
         for instruction in self.program.instructions:
             if isinstance(instruction, Accumulate):
                 self.execute(instruction)
-        products = self.workspace.view(self.tasks, "rate_products")
+        products = self.memory.view(self.tasks, "rate_products")
         if products is not None and self.buffers.rate_products is not None and self.flat.adapting:
             vectors.sum_tasks(self.launch, self.buffers.rate_products, products, f=-1.0)
 
@@ -104,5 +107,5 @@ class ResidentExecutor(Executor):
         return self._tables[self.first]
 
     def _one(self, t: int) -> _OneTask:
-        workspace = self.workspace.task(t)
-        return _OneTask(self.plan, self.network, self.program, self.buffers, workspace, self.launch, self.precision)
+        memory = self.memory.task(t)
+        return _OneTask(self.plan, self.network, self.program, self.buffers, memory, self.launch, self.precision)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .activation import NAMES
-from .losses import POINTWISE
-from .opcodes import FORMS, OPCODE_BITS, WIDTH
+from ..kernels.activation import NAMES
+from ..kernels.losses import POINTWISE
+from ..kernels.opcodes import FORMS, OPCODE_BITS, WIDTH
 
 _CODES = {"ACT": NAMES, "LOSS": POINTWISE}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .gemm import Epilogue
+from ..kernels.gemm import Epilogue
 from .passes import Pass
 
 
@@ -41,4 +41,4 @@ def backward_tangent(p: Pass) -> tuple[Tensor | None, bool, Epilogue]:
     before = p.before()
     if before is None:
         return p.ex(0), not p.layer.first[0], Epilogue()
-    return before.ex(0), False, Epilogue(gain=before.aux(0), more=before.bend())
+    return before.ex(0), False, Epilogue(gain=before.aux(0), more=before.curvature_terms())

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ...algorithms.goal import Mode
-from ...algorithms.program import Batch
-from ...lower.plan import Plan, Result, Tensors
-from .network import Network
-from .vectors import segments
+from ....algorithms.goal import Mode
+from ....algorithms.program import Batch
+from ....lower.plan import Plan, Result, Tensors
+from ..kernels.vectors import segments
+from ..layers.network import Network
 
 
 class Buffers:

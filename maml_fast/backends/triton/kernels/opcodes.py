@@ -1,4 +1,4 @@
-"""The machine's instructions: their numbers, and what stands in their rows; see `machine.py`."""
+"""The machine's instructions: their numbers, and what stands in their rows; see `kernels/resident_interpreter.py`."""
 
 from __future__ import annotations
 

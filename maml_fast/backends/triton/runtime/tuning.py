@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import triton
 
-from .launch import Launch, power_of_two
-from .tiles import Product, Tile, candidates
+from ..kernels.launch import Launch, power_of_two
+from ..kernels.tiles import Product, Tile, candidates
 
 Timer = Callable[[Callable[[], None]], float]
 

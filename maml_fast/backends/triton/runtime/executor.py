@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...algorithms.program import (
+from ....algorithms.program import (
     Accumulate,
     Backward,
     Batch,
@@ -27,22 +27,22 @@ from ...algorithms.program import (
     SupportLoss,
     Update,
 )
-from ...lower.plan import Plan
-from . import vectors
+from ....lower.plan import Plan
+from ..kernels import vectors
+from ..kernels.elementwise import combine, copy_rows
+from ..kernels.launch import Launch
+from ..kernels.losses import TaskLoss
+from ..kernels.vectors import Step
+from ..layers.network import Network
+from ..layers.passes import Pass
+from ..layers.table import KINDS
+from ..memory import Memory
 from .buffers import Buffers
-from .elementwise import combine, copy_rows
-from .launch import Launch
-from .layers import KINDS
-from .losses import TaskLoss
-from .network import Network
-from .passes import Pass
-from .steps import Direct, direct
-from .vectors import Step
-from .workspace import Workspace
+from .fused_updates import Direct, direct
 
 
 class Executor:
-    """The program over static buffers and a workspace; a run only launches kernels.
+    """The program over static buffers and memory; a run only launches kernels.
 
     Args:
         precision: of matrix products; see `gemm.product`.
@@ -54,13 +54,13 @@ class Executor:
         network: Network,
         program: Program,
         buffers: Buffers,
-        workspace: Workspace,
+        memory: Memory,
         launch: Launch,
         precision: str,
     ) -> None:
         self.plan, self.network, self.program = plan, network, program
         self.flat = network.flat
-        self.buffers, self.workspace = buffers, workspace
+        self.buffers, self.memory = buffers, memory
         self.launch, self.precision = launch, precision
         self.samples = {Batch.SUPPORT: plan.support, Batch.QUERY: plan.query}
         self.first = self.tasks = 0
@@ -104,7 +104,7 @@ class Executor:
         """(tasks, active); slot 0 is shared."""
         if slot == 0:
             return self.buffers.theta.expand(self.tasks, -1)
-        found = self.workspace.view(self.tasks, "slot", slot)
+        found = self.memory.view(self.tasks, "slot", slot)
         assert found is not None
         return found
 
@@ -160,7 +160,7 @@ class Executor:
             launch=self.launch,
             precision=self.precision,
             network=self.network,
-            workspace=self.workspace,
+            memory=self.memory,
             tasks=self.tasks,
             samples=self.samples[batch],
             tape=tape,
@@ -179,7 +179,7 @@ class Executor:
         return TaskLoss(self.launch, loss.name, loss.parameter, self.tasks, self.samples[batch], features)
 
     def _output(self, kind: str, tape: int) -> Tensor:
-        found = self.workspace.view(self.tasks, kind, tape, self.network.out)
+        found = self.memory.view(self.tasks, kind, tape, self.network.out)
         assert found is not None
         return found
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...graph.graph import ACTIVATIONS
+from ....graph.graph import ACTIVATIONS
 from .launch import Launch, blocks
 from .optional import given
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from ...algorithms import maml
-from ...algorithms.program import Program
-from ...lower.plan import Plan, Result, Tensors
+from ....algorithms.program import Program
+from ....lower.plan import Plan, Result, Tensors
+from ..kernels.launch import Launch
+from ..layers.network import Network
+from ..memory import Key, Memory
 from . import tuning
 from .buffers import Buffers
 from .capture import Capture
 from .executor import Executor
-from .launch import Launch
-from .network import Network
-from .resident import ResidentExecutor, TaskMajor
-from .workspace import Workspace
+from .resident import ResidentExecutor, TaskMajor, task_sizes
+from .workspace import array_sizes
 
 PRECISIONS = {"float32": "ieee", "tf32": "tf32", "bf16": "bf16"}
 """How products read float32 operands, by the user's word for it; `"tf32x3"` would be as exact as `"ieee"`."""
@@ -28,19 +29,20 @@ class Variant:
     """How the tasks of a plan share the device.
 
     Attributes:
-        workspace, executor: where things are, and what runs the program.
+        sizes: of every array that a program needs. memory: where they are. executor: what runs the program.
         fused: whether activations and pools are part of the norms before them.
     """
 
-    workspace: type[Workspace]
+    sizes: Callable[[Plan, Network, Program], dict[Key, int]]
+    memory: type[Memory]
     executor: type[Executor]
     fused: bool
 
 
 VARIANTS = {
-    "wide": Variant(Workspace, Executor, fused=True),
+    "wide": Variant(array_sizes, Memory, Executor, fused=True),
     # In the resident kernel, which must know them all, every norm's opcode would have its own copy of the activations.
-    "resident": Variant(TaskMajor, ResidentExecutor, fused=False),
+    "resident": Variant(task_sizes, TaskMajor, ResidentExecutor, fused=False),
 }
 
 
@@ -49,7 +51,7 @@ class Call:
 
     Args:
         variant: a name in `VARIANTS`.
-        budget: bytes that buffers and workspace may take.
+        budget: bytes that buffers and memory may take.
         launch: how kernels start.
         device: where the memory is; `meta` to only record launches.
 
@@ -65,12 +67,12 @@ class Call:
         network = Network(plan, graph, chosen.fused)
         self.buffers = Buffers(plan, network, device)
         room = budget - self.buffers.bytes()
-        program, self.workspace, self.chunk = _fit(plan, network, chosen.workspace, room)
-        self.workspace.allocate(self.chunk, device)
+        program, self.memory, self.chunk = _fit(plan, network, chosen, room)
+        self.memory.allocate(self.chunk, device)
         precision = PRECISIONS[plan.precision]
 
         def executor(launch: Launch) -> Executor:
-            return chosen.executor(plan, network, program, self.buffers, self.workspace, launch, precision)
+            return chosen.executor(plan, network, program, self.buffers, self.memory, launch, precision)
 
         if tuning.wanted(device):
             launch = tuning.tune(launch, lambda other: executor(other).run(self.chunk), tuning.store(device))
@@ -100,17 +102,17 @@ def why_not_memory(plan: Plan, variant: str, budget: int) -> list[str]:
     network = Network(plan, graph, chosen.fused)
     room = budget - Buffers(plan, network, torch.device("meta")).bytes()
     try:
-        _fit(plan, network, chosen.workspace, room)
+        _fit(plan, network, chosen, room)
     except MemoryError as error:
         return [str(error)]
     return []
 
 
-def _fit(plan: Plan, network: Network, kind: type[Workspace], room: int) -> tuple[Program, Workspace, int]:
+def _fit(plan: Plan, network: Network, chosen: Variant, room: int) -> tuple[Program, Memory, int]:
     """The program, its memory and how many tasks at once; tapes are kept if one task's fit."""
-    for program in (plan.program, maml.emit(plan, save=False)):
-        workspace = kind(plan, network, program)
-        need = 4 * workspace.numbers(1)
+    for program in (plan.program, plan.lean_program):
+        memory = chosen.memory(chosen.sizes(plan, network, program))
+        need = 4 * memory.numbers(1)
         if need <= room:
-            return program, workspace, min(plan.tasks, room // max(need, 1))
+            return program, memory, min(plan.tasks, room // max(need, 1))
     raise MemoryError(f"one task needs {need} bytes of workspace where {max(room, 0)} are left")

@@ -7,15 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from . import channel_norm
-from .channel_norm import Aux, ChannelNorm
-from .conv import plane
-from .group_norm import GroupNorm
+from ..kernels import channel_norm
+from ..kernels.channel_norm import Aux, ChannelNorm
+from ..kernels.conv import plane
+from ..kernels.group_norm import GroupNorm
+from ..kernels.layer_norm import LayerNorm
+from ..kernels.row_norm import Weights
 from .kinds import Kind, Sizes
-from .layer_norm import LayerNorm
 from .network import Layer
 from .passes import Pass
-from .row_norm import Weights
 
 
 class BatchNorm(Kind):

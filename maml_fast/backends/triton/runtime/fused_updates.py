@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ...algorithms.program import Backward, Hvp, Instruction, Program, Subtract, Update
-from .network import Network
+from ....algorithms.program import Backward, Hvp, Instruction, Program, Subtract, Update
+from ..layers.network import Network
 
 _SLOTS = ("theta", "gradient", "adjoint", "vector", "slot", "out")
 _NORMS = ("batch_norm", "running_norm")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...graph.graph import ACTIVATIONS
+from ....graph.graph import ACTIVATIONS
 from .dense import Activation, Add, Affine, Cat, Linear, Transpose
 from .kinds import Kind
 from .norms import BatchNorm, ImageNorm, RowNorm

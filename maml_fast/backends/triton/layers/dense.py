@@ -6,29 +6,29 @@ import math
 
 from torch import Tensor
 
-from . import riders
-from .activation import PIECEWISE_LINEAR, activation
-from .elementwise import combine, copy_rows, multiply, transpose
-from .gemm import product
+from ..kernels.activation import PIECEWISE_LINEAR, activation
+from ..kernels.elementwise import combine, copy_rows, multiply, transpose
+from ..kernels.gemm import product
+from ..kernels.vectors import sum_rows
+from . import epilogues
 from .kinds import Kind, LinearMap, Sizes
 from .network import Layer
 from .passes import Pass
-from .vectors import sum_rows
 
 
 class Linear(Kind):
     """y[t, r, o] = Σ_i x[t, r, i] w[t, o, i] + b[t, o], r over samples and leading dimensions.
 
-    The products do an activation's work too where one stands next to them: see `riders.py`.
+    The products do an activation's work too where one stands next to them: see `epilogues.py`.
     """
 
     def forward(self, p: Pass) -> None:
-        y, epilogue = riders.forward(p)
+        y, epilogue = epilogues.forward(p)
         x, w = self._rows(p, p.x(0)), self._matrix(p, p.w()).mT
         product(p.launch, x, w, self._rows(p, y), bias=p.b(), epilogue=epilogue, precision=p.precision)
 
     def backward(self, p: Pass) -> None:
-        dx, add, epilogue = riders.backward(p)
+        dx, add, epilogue = epilogues.backward(p)
         dy = self._rows(p, p.dy())
         if dx is not None:
             w, to = self._matrix(p, p.w()), self._rows(p, dx)
@@ -36,7 +36,7 @@ class Linear(Kind):
         self._gradients(p, dy, self._rows(p, p.x(0)), None)
 
     def tangent(self, p: Pass) -> None:
-        to, epilogue = riders.tangent(p)
+        to, epilogue = epilogues.tangent(p)
         tx, vw, vb, ty = p.tx(0), p.vw(), p.vb(), self._rows(p, to)
         pair = None
         if tx is not None:
@@ -50,7 +50,7 @@ class Linear(Kind):
         product(p.launch, a, b, ty, pair=pair, bias=vb, epilogue=epilogue, precision=p.precision)
 
     def backward_tangent(self, p: Pass) -> None:
-        ex, add, epilogue = riders.backward_tangent(p)
+        ex, add, epilogue = epilogues.backward_tangent(p)
         dy, ey, vw = self._rows(p, p.dy()), self._rows(p, p.ey()), p.vw()
         if ex is not None:
             pair = None if vw is None else (dy, self._matrix(p, vw))
@@ -93,16 +93,16 @@ class Activation(Kind):
     """y = f(x): see `activation.py`. What a layer next to it does is left out here."""
 
     def forward(self, p: Pass) -> None:
-        if not p.rides_forward():
+        if not p.fused_into_previous():
             activation(p.launch, p.layer.activation, p.x(0), p.y(), p.aux(0), p.aux(1))
 
     def backward(self, p: Pass) -> None:
         dx, slope = p.dx(0), p.aux(0)
-        if dx is not None and slope is not None and not p.rides_backward():
+        if dx is not None and slope is not None and not p.fused_into_next():
             multiply(p.launch, dx, slope, p.dy(), add=not p.layer.first[0])
 
     def tangent(self, p: Pass) -> None:
-        if p.rides_forward():
+        if p.fused_into_previous():
             return
         tx, slope = p.tx(0), p.aux(0)
         assert tx is not None and slope is not None
@@ -110,8 +110,8 @@ class Activation(Kind):
 
     def backward_tangent(self, p: Pass) -> None:
         ex, slope = p.ex(0), p.aux(0)
-        if ex is not None and slope is not None and not p.rides_backward():
-            multiply(p.launch, ex, slope, p.ey(), p.bend(), add=not p.layer.first[0])
+        if ex is not None and slope is not None and not p.fused_into_next():
+            multiply(p.launch, ex, slope, p.ey(), p.curvature_terms(), add=not p.layer.first[0])
 
     def aux(self, layer: Layer, samples: int, differentiated: bool, curved: bool) -> Sizes:
         """f' and f''."""

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...algorithms.goal import Mode
-from ...graph.graph import ACTIVATIONS, Graph, Op
-from ...lower.channels_last import channels_last
-from ...lower.fusion import tiles
-from ...lower.plan import Plan
+from ....algorithms.goal import Mode
+from ....graph.graph import ACTIVATIONS, Graph, Op
+from ....lower.channels_last import channels_last
+from ....lower.fusion import tiles
+from ....lower.plan import Plan
 
 _PRODUCTS = ("linear", "conv")
 _POOLED = ("batch_norm", "running_norm")
@@ -127,7 +127,7 @@ class Network:
         self.out = self.buffers[graph.output]
         self.layers = self._layers(ops, plan.needs.x_s or plan.needs.x_q)
         self.out_moves = any(layer.output_moves for layer in self.layers if layer.output == self.out)
-        self.after, self.before = self._riders()
+        self.after, self.before = self._fused_activations()
         self.constants = list(dict.fromkeys(name for op in ops for name in op.constants))
 
     def _with_tails(self, graph: Graph, fused: bool) -> list[Op]:
@@ -147,7 +147,7 @@ class Network:
             found.append(replace(op, output=tail[-1].output))
         return found
 
-    def _riders(self) -> tuple[dict[int, Layer], dict[int, Layer]]:
+    def _fused_activations(self) -> tuple[dict[int, Layer], dict[int, Layer]]:
         readers = Counter([i for layer in self.layers for i in layer.inputs] + [self.out])
         writers = {layer.output: layer for layer in self.layers}
         after, before = {}, {}

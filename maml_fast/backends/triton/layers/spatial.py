@@ -7,32 +7,33 @@ import math
 import torch
 from torch import Tensor
 
-from . import conv, riders
-from .conv import Conv, Window, plane
-from .elementwise import spread_rows
+from ..kernels import conv
+from ..kernels.conv import Conv, Window, plane
+from ..kernels.elementwise import spread_rows
+from ..kernels.pool import Pool
+from ..kernels.vectors import sum_rows
+from . import epilogues
 from .kinds import Kind, LinearMap, Sizes
 from .network import Layer
 from .passes import Pass
-from .pool import Pool
-from .vectors import sum_rows
 
 
 class Convolution(Kind):
-    """See `conv.py`; for the activations next to it `riders.py`."""
+    """See `conv.py`; for the activations next to it `epilogues.py`."""
 
     def forward(self, p: Pass) -> None:
-        y, epilogue = riders.forward(p)
+        y, epilogue = epilogues.forward(p)
         self._kernels(p).forward(p.x(0), p.sure_w(), y, p.b(), None, epilogue)
 
     def backward(self, p: Pass) -> None:
-        dx, add, epilogue = riders.backward(p)
+        dx, add, epilogue = epilogues.backward(p)
         if dx is not None:
             self._kernels(p).input_gradient(p.dy(), p.sure_w(), dx, None, add, epilogue)
         self._gradients(p, p.dy(), None)
 
     def tangent(self, p: Pass) -> None:
         tx, vw, vb = p.tx(0), p.vw(), p.vb()
-        ty, epilogue = riders.tangent(p)
+        ty, epilogue = epilogues.tangent(p)
         if tx is not None:
             pair = None if vw is None else (p.x(0), vw)
             self._kernels(p).forward(tx, p.sure_w(), ty, vb, pair, epilogue)
@@ -43,7 +44,7 @@ class Convolution(Kind):
 
     def backward_tangent(self, p: Pass) -> None:
         vw, tx = p.vw(), p.tx(0)
-        ex, add, epilogue = riders.backward_tangent(p)
+        ex, add, epilogue = epilogues.backward_tangent(p)
         if ex is not None:
             pair = None if vw is None else (p.dy(), vw)
             self._kernels(p).input_gradient(p.ey(), p.sure_w(), ex, pair, add, epilogue)

@@ -1,6 +1,6 @@
 """Compiles the kernels of whole plans without a GPU, and says what they take of one.
 
-`python -m maml_fast.backends.triton.aot` prints the table of the shipped networks.
+`python -m maml_fast.checking.triton_aot` prints the table of the shipped networks.
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ...lower.plan import Plan
-from . import TritonBackend, tiles, tuning
-from .call import PRECISIONS, Call
-from .launch import OPTIONS, Launch
-from .tiles import Product
+from ..algorithms.goal import Mode
+from ..backends.triton import TritonBackend
+from ..backends.triton.kernels import tiles
+from ..backends.triton.kernels.launch import OPTIONS, Launch
+from ..backends.triton.kernels.resident_interpreter import resident_kernel
+from ..backends.triton.kernels.tiles import Product
+from ..backends.triton.runtime import tuning
+from ..backends.triton.runtime.call import PRECISIONS, Call
+from ..cases import BENCH, select
+from ..lower.plan import Plan
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory that one program may have, by compute capability × 10."""
@@ -194,9 +199,6 @@ NETWORKS = ("batchnorm-deep", "layernorm", "groupnorm", "maxpool", "branches")
 
 def plans() -> dict[str, Plan]:
     """Meta-gradient plans of the benchmark's cases and of `NETWORKS`."""
-    from ...algorithms.goal import Mode
-    from ...cases import BENCH, select
-
     found = {}
     for case in (*BENCH, *select([*NETWORKS])):
         problem = case.build(torch.float32)
@@ -244,7 +246,7 @@ def _hardness(one: Product) -> tuple[int, int]:
 def resident_instances(precision: str) -> list[Instance]:
     """The resident kernel, which is the same for every plan."""
     found = instances(replace(plans()["sinusoid-k1"], precision=precision), "resident")
-    return [i for i in found if i.module == "machine"]
+    return [i for i in found if i.kernel is resident_kernel]
 
 
 def compile_nth(n: int, every: bool = False) -> tuple[str, int, Usage]:

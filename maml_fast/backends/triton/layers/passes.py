@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .launch import Launch
+from ..kernels.launch import Launch
+from ..kernels.vectors import Step
+from ..memory import Memory
 from .network import Layer, Network
-from .vectors import Step
-
-if TYPE_CHECKING:
-    from .workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Pass:
     launch: Launch
     precision: str
     network: Network
-    workspace: Workspace
+    memory: Memory
     tasks: int
     samples: int
     tape: int
@@ -47,8 +44,8 @@ class Pass:
         return replace(self, layer=layer)
 
     def view(self, *key: str | int) -> Tensor | None:
-        """An array of the workspace."""
-        return self.workspace.view(self.tasks, *key)
+        """An array of the memory."""
+        return self.memory.view(self.tasks, *key)
 
     def _sure(self, *key: str | int) -> Tensor:
         found = self.view(*key)
@@ -65,15 +62,15 @@ class Pass:
         found = self.network.before.get(self.layer.index)
         return None if found is None else self.of(found)
 
-    def rides_forward(self) -> bool:
+    def fused_into_previous(self) -> bool:
         """Whether the layer below does this activation's forward and tangent."""
         return any(act.index == self.layer.index for act in self.network.after.values())
 
-    def rides_backward(self) -> bool:
+    def fused_into_next(self) -> bool:
         """Whether the layer above does this activation's backward and its tangent."""
         return any(act.index == self.layer.index for act in self.network.before.values())
 
-    def bend(self) -> tuple[Tensor, Tensor, Tensor] | None:
+    def curvature_terms(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """An activation's f'', ẋ and δy, whose product belongs to δ̇x; None where it is 0."""
         curvature = self.aux(1)
         if curvature is None or not self.layer.moves[0]:

@@ -1,0 +1,1 @@
+"""Layers as functions of a `Pass`: which kernels run forward, backward and their tangents."""

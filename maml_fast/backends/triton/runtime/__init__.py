@@ -1,0 +1,1 @@
+"""From a plan to launches: memory, the instructions' execution, capture, tuning."""
