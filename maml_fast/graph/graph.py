@@ -87,17 +87,20 @@ class Graph:
     def text(self, names: Sequence[str] = ()) -> str:
         """One line per operation that the output depends on: `x1 (40,) = linear(x0; body.weight, body.bias)`.
 
+        Values are numbered in this order.
+
         Args:
             names: of the parameters; without them they are p0, p1, ….
         """
+        live = self.live_ops()
+        value = {v: f"x{i}" for i, v in enumerate([0, *(op.output for op in live)])}
         lines = [f"x0 {self.shapes[0]}"]
-        for op in self.live_ops():
+        for op in live:
             parameters = ["none" if p is None else names[p] if names else f"p{p}" for p in op.parameters]
-            values = ", ".join(f"x{v}" for v in op.inputs)
             held = ", ".join([*parameters, *op.constants, *(f"{k}={v}" for k, v in op.attributes.items())])
-            operands = "; ".join(filter(None, (values, held)))
-            lines.append(f"x{op.output} {self.shapes[op.output]} = {op.kind}({operands})")
-        return "\n".join([*lines, f"return x{self.output}"])
+            operands = "; ".join(filter(None, (", ".join(value[v] for v in op.inputs), held)))
+            lines.append(f"{value[op.output]} {self.shapes[op.output]} = {op.kind}({operands})")
+        return "\n".join([*lines, f"return {value[self.output]}"])
 
     def __str__(self) -> str:
         return self.text()
