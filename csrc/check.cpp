@@ -249,6 +249,7 @@ class CodeCheck {
 void check_sizes(const Spec& s) {
     require(s.tasks > 0 && s.samples[0] >= 0 && s.samples[1] >= 0, "sizes", "no tasks or a negative number of samples");
     require(!s.features.empty() && s.slots > 0, "sizes", "no buffers or no slots");
+    require(std::size_t(s.slots) <= s.code.size() + 1, "sizes", "more slots than instructions fill");
     double sum = 1;
     for (long features : s.features) {
         require(features > 0, "sizes", "a buffer without elements");
