@@ -24,7 +24,7 @@
 #define MAML_FAST_ACTIVATIONS(X)  \
     X(relu)                       \
     X(leaky_relu, negative_slope) \
-    X(elu, alpha)                 \
+    X(elu, alpha, steepness)      \
     X(gelu)                       \
     X(gelu_tanh)                  \
     X(silu)                       \
