@@ -48,11 +48,18 @@ class Engine {
             B_ = end - begin;
             for (const Instr* in = plan_.code; in < plan_.code + plan_.n_code; in += in->together)
                 for (stretch_ = 0; stretch_ < in->stretches; ++stretch_)
-                    for (int i = 0; i < in->together; ++i) execute(in[i]);
+                    for (int i = 0; i < in->together; ++i) timed(in[i]);
         }
     }
 
   private:
+    void timed(const Instr& in) {
+        if (!call_.clock) return execute(in);
+        std::int64_t start = call_.clock();
+        execute(in);
+        call_.spent[&in - plan_.code] += call_.clock() - start;
+    }
+
     void execute(const Instr& in) {
         switch (in.code) {
             case Code::load:

@@ -154,6 +154,12 @@ void Layout::find_low_rank() {
 
 // Follows the program once to learn which terms every low-rank slot consists of at each instruction.
 void Layout::find_factors() {
+    if (std::none_of(ops_.begin(), ops_.end(), [](const Op& op) { return op.low_rank; })) {
+        // no lists: over K steps they would hold K² terms
+        for (Instr& in : spec_.code)
+            if (in.code == Code::hvp) in.hvp = hvps_++;
+        return;
+    }
     std::vector<std::vector<Factor>> slots(spec_.slots);
     auto freeze = [&](const std::vector<Factor>& list) {
         factors_.push_back(list);
@@ -256,17 +262,16 @@ bool Layout::steps_fuse() const {
     return std::none_of(params_.begin(), params_.end(), [](const Param& p) { return p.adapts && p.elementwise; });
 }
 
-// Whether all that ever reads this slot is the update right behind the backward pass that fills it.
-bool Layout::only_steps(int slot) const {
+// Per slot: whether all that ever reads it is the instruction right behind the one that writes it.
+std::vector<bool> Layout::passed_on() const {
+    std::vector<bool> passed(std::size_t(spec_.slots), true);
     for (std::size_t i = 0; i < spec_.code.size(); ++i) {
         const Instr& in = spec_.code[i];
-        if (in.slot == slot || in.theta == slot || in.vector == slot || in.adjoint == slot) return false;
-        if (in.gradient != slot) continue;
-        if (in.code != Code::update || i == 0) return false;
-        const Instr& before = spec_.code[i - 1];
-        if (before.code != Code::backward || before.out != slot || before.theta != in.theta) return false;
+        int fresh = i > 0 ? spec_.code[i - 1].out : -1, changed = in.code == Code::subtract ? in.out : -1;
+        for (int slot : {in.theta, in.gradient, in.vector, in.adjoint, changed})
+            if (slot >= 0 && slot != fresh) passed[std::size_t(slot)] = false;
     }
-    return true;
+    return passed;
 }
 
 // Gradients that only feed a step are added to the parameters where the product ends. With one rate for all, so are
@@ -277,14 +282,17 @@ void Layout::fuse_steps() {
     const std::vector<Instr>& code = spec_.code;
     auto is = [&](std::size_t i, Code wanted) { return i < code.size() && code[i].code == wanted; };
     bool one_rate = spec_.rates.size() == 1 && spec_.rates[0].size == 1;
+    const std::vector<bool> passed = passed_on();
+    auto fades = [&](int slot) { return slot >= 0 && passed[std::size_t(slot)]; };
     std::vector<Instr> fused;
     for (std::size_t i = 0; i < code.size(); ++i) {
         Instr in = code[i];
-        bool steps = in.code == Code::backward && is(i + 1, Code::update) && code[i + 1].gradient == in.out;
+        bool steps = in.code == Code::backward && is(i + 1, Code::update) && code[i + 1].gradient == in.out &&
+                     code[i + 1].theta == in.theta && fades(in.out);
         bool product = in.code == Code::scale && is(i + 1, Code::hvp) && code[i + 1].vector == in.out &&
                        is(i + 2, Code::subtract) && code[i + 2].vector == code[i + 1].out &&
-                       code[i + 2].out == in.vector && one_rate;
-        if (steps && only_steps(in.out) && (stretches_[0] == 1 || code[i + 1].out != in.theta)) {
+                       code[i + 2].out == in.vector && fades(in.out) && fades(code[i + 1].out) && one_rate;
+        if (steps && (stretches_[0] == 1 || code[i + 1].out != in.theta)) {
             in.step = code[++i].out;
             in.out = -1;
         } else if (product) {

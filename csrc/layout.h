@@ -31,7 +31,7 @@ class Layout {
     void find_groups();
     bool curves(int buffer, bool delta) const;
     bool steps_fuse() const;
-    bool only_steps(int slot) const;
+    std::vector<bool> passed_on() const;
     void fuse_steps();
     void find_slots();
     void find_flags();

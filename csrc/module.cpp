@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "check.h"
+#include "describe.h"
 #include "guard.h"
 #include "run.h"
 #include "signature.h"
@@ -170,6 +171,14 @@ void check_threads(long threads) {
                               std::to_string(threads));
 }
 
+void put_times(const Times& times, py::dict spent) {
+    spent["memory"] = times.memory;
+    spent["packing"] = times.packing;
+    spent["instructions"] = times.instructions;
+    spent["waiting"] = times.waiting;
+    spent["sums"] = times.sums;
+}
+
 class Plan {
   public:
     Plan(const py::dict& spec, bool float64, const std::string& isa) : Plan(parse(spec), float64, isa_named(isa)) {}
@@ -177,7 +186,7 @@ class Plan {
     void run(py::handle x_s, py::handle y_s, py::handle x_q, py::handle y_q, py::handle weights, py::handle cotangent,
              py::handle losses, py::handle objective, py::handle outputs, py::handle rate_gradient, py::handle dx_s,
              py::handle dx_q, py::handle params, py::handle constants, py::handle rates, py::handle adapted,
-             py::handle gradients, py::handle adapted_out, bool add, long threads) {
+             py::handle gradients, py::handle adapted_out, bool add, long threads, py::object spent) {
         check_threads(threads);
         const Signature& s = signature_;
         const std::vector<Expected> none;
@@ -215,9 +224,15 @@ class Plan {
         s.check(call);
         for (int batch = 0; batch < 2; ++batch)
             if (s.classes && s.y[batch].required) check_labels(s.y[batch], call.y[batch], s.classes);
-        py::gil_scoped_release release;
-        f64_ ? f64_->run(call) : f32_->run(call);
+        Times times, *timed = spent.is_none() ? nullptr : &times;
+        {
+            py::gil_scoped_release release;
+            f64_ ? f64_->run(call, timed) : f32_->run(call, timed);
+        }
+        if (timed) put_times(times, spent.cast<py::dict>());
     }
+
+    py::dict describe() const { return maml_fast::describe(f64_ ? f64_->view() : f32_->view()); }
 
     long bytes(long threads) const {
         check_threads(threads);
@@ -263,6 +278,7 @@ PYBIND11_MODULE(_core, m) {
     py::class_<Plan>(m, "Plan")
         .def(py::init<const py::dict&, bool, const std::string&>(), py::arg("spec"), py::arg("float64"), py::arg("isa"))
         .def("run", &Plan::run)
+        .def("describe", &Plan::describe)
         .def("bytes", &Plan::bytes, py::arg("threads"))
         .def_property_readonly("lanes", &Plan::lanes);
     find_torch();

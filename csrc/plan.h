@@ -169,6 +169,8 @@ struct Call {
     int threads;
     int team;  // threads that share one task: more than 1 where there are fewer tasks than threads
     void (*parallel)(int threads, void (*fn)(void* context, int worker), void* context);
+    std::int64_t (*clock)();  // nanoseconds; null where instructions are not timed
+    std::int64_t* spent;      // per instruction of the plan: this thread's nanoseconds
 };
 
 // The kernels of one instruction set for one scalar type.

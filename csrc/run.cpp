@@ -68,10 +68,12 @@ struct Job {
     void work(int worker) {
         const auto start = Pool::Clock::now();
         S *workspace = memory.workspaces[worker].get(), *partial = memory.partials[worker].get();
+        Call own = call;
+        if (own.clock) own.spent += std::ptrdiff_t(worker) * plan.n_code;
         for (long block; (block = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
             long first = block * call.tasks / blocks, last = (block + 1) * call.tasks / blocks;
             for (long i = 0; i < sums; ++i) partial[i] = S(0);
-            kernels.block(plan, call, memory.arena.get(), workspace, partial, first, last - first);
+            kernels.block(plan, own, memory.arena.get(), workspace, partial, first, last - first);
             add_in_order(block, partial);
         }
         nanoseconds += std::chrono::nanoseconds(Pool::Clock::now() - start).count();
@@ -104,6 +106,36 @@ struct PackJob {
             kernels.pack(plan, call, op, arena);
     }
 };
+
+std::int64_t now() {
+    using namespace std::chrono;
+    return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
+}
+
+// Time since the last lap, for calls that are measured.
+class Stopwatch {
+  public:
+    explicit Stopwatch(bool used) : last_(used ? now() : 0) {}
+    std::int64_t lap() {
+        std::int64_t before = last_;
+        return (last_ = now()) - before;
+    }
+
+  private:
+    std::int64_t last_;
+};
+
+// What every instruction took, and the rest of `wall`, as means over the threads.
+void share_out(const std::vector<std::int64_t>& spent, int threads, std::int64_t wall, Times& times) {
+    const std::size_t count = spent.size() / std::size_t(threads);
+    times.instructions.assign(count, 0);
+    times.waiting = wall;
+    for (std::size_t i = 0; i < count; ++i) {
+        for (std::size_t t = i; t < spent.size(); t += count) times.instructions[i] += spent[t];
+        times.instructions[i] /= threads;
+        times.waiting -= times.instructions[i];
+    }
+}
 
 bool poisoned() {
     const char* value = std::getenv("MAML_FAST_POISON");
@@ -191,8 +223,9 @@ void Runner<S>::learn(long nanoseconds) {
 }
 
 template <class S>
-void Runner<S>::run(Call& call) {
+void Runner<S>::run(Call& call, Times* times) {
     const PlanView& plan = layout_.view();
+    Stopwatch watch(times != nullptr);
     long blocks = plan.blocks;
     if (call.threads > 1) call.threads = std::min(call.threads, Pool::processors());
     bool shared = call.tasks < call.threads;  // too few tasks: the threads share each of them
@@ -204,13 +237,23 @@ void Runner<S>::run(Call& call) {
     if (call.threads > blocks) call.threads = int(blocks);
     summon(shared ? call.team : call.threads);
     auto memory = borrow(call.threads);
+    if (times) times->memory = watch.lap();
     if (call.objective) call.losses = memory->losses.get();
     pack(call, memory->arena.get());
+    std::vector<std::int64_t> spent;
+    if (times) {
+        times->packing = watch.lap();
+        spent.resize(std::size_t(call.threads) * std::size_t(plan.n_code));
+        call.clock = now;
+        call.spent = spent.data();
+    }
     Job<S> job{kernels_, plan, call, *memory, blocks, call.gradients ? plan.sums + plan.rates : 0};
     Pool::instance().run(call.threads, [](void* c, int worker) { static_cast<Job<S>*>(c)->work(worker); }, &job);
     learn(job.nanoseconds);
+    if (times) share_out(spent, call.threads, watch.lap(), *times);
     if (call.gradients) reduce(call, memory->total.get());
     if (call.objective) add_up(call);
+    if (times) times->sums = watch.lap();
     give_back(std::move(memory));
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -10,6 +11,14 @@
 #include "layout.h"
 
 namespace maml_fast {
+
+// What took the time of one call, in nanoseconds. Together they are all of it.
+struct Times {
+    std::int64_t memory = 0, packing = 0;
+    std::vector<std::int64_t> instructions;  // per instruction of the plan, a thread's share
+    std::int64_t waiting = 0;                // of a thread: for others, and for its turn to add
+    std::int64_t sums = 0;
+};
 
 // Memory of one call, reused by the next: shared panels, a workspace and a partial sum a thread.
 template <class S>
@@ -21,7 +30,8 @@ class Runner {
   public:
     Runner(Spec spec, Isa isa);
     ~Runner();
-    void run(Call& call);
+    void run(Call& call, Times* times = nullptr);
+    const PlanView& view() const { return layout_.view(); }
     long bytes(int threads) const;
     long lanes() const { return kernels_.lanes; }
 

@@ -51,17 +51,23 @@ class Plan:
         adapted_out: Sequence[Tensor],
         add: bool,
         threads: int,
+        spent: dict[str, Any] | None,
         /,
     ) -> None:
         """One call. The first six tensors and the lists before `gradients` are read, the others written.
 
         Args:
             gradients: one per parameter, to which the core adds if `add`; empty where the plan has no reverse sweep.
+            spent: takes nanoseconds: "memory", "packing", "instructions" (a list, means over the threads), "waiting"
+                (of a thread) and "sums", which are all of the call's; None leaves out the measuring.
 
         Raises:
             ValueError: a wrong number of elements or tensors, a storage that is too small, labels out of range.
             TypeError: another dtype, or no tensor.
         """
+
+    def describe(self) -> dict[str, Any]:
+        """Operations, instructions after fusion, and where everything is in memory; see `backends/cpu_text.py`."""
 
     def bytes(self, threads: int) -> int:
         """Memory that a call on so many threads holds beyond its inputs and outputs."""

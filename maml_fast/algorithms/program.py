@@ -11,7 +11,7 @@ h a Hessian-vector product.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -181,22 +181,38 @@ class Program:
 
     def lines(self) -> Iterator[str]:
         """Every instruction as text; also those of a program that breaks the rules of `verifier.py`."""
-        names = {0: "θ0"}
-        for instruction in self.instructions:
-            if (written := _written(instruction)) is not None:
-                slot, letter = written
-                # read before written: θ1 = θ1 − α∘g2
-                line = _text(instruction, {**names, slot: f"{letter}{slot}"}, names)
-                names[slot] = f"{letter}{slot}"
-            else:
-                line = _text(instruction, names, names)
-            yield line
+        printer = Printer()
+        return map(printer.line, self.instructions)
 
     def __str__(self) -> str:
         groups = [list(group) for _, group in groupby(enumerate(self.tapes), key=itemgetter(1))]
         ranges = [f"{g[0][0]}–{g[-1][0]} {g[0][1]}" if len(g) > 1 else f"{g[0][0]} {g[0][1]}" for g in groups]
         head = f"program: {self.slots} slots, tapes {', '.join(ranges) or 'none'}"
         return "\n".join([head, *(f"{i:4}  {line}" for i, line in enumerate(self.lines()))])
+
+
+class Printer:
+    """Instructions as text, one after the other: what a slot is called depends on what was written to it."""
+
+    def __init__(self) -> None:
+        self._names = {0: "θ0"}
+
+    def read(self, slot: int) -> str:
+        """What a slot is called."""
+        return self._names.get(slot, f"slot{slot}")
+
+    def write(self, slot: int, letter: str) -> str:
+        """What a slot is called from here on."""
+        self._names[slot] = f"{letter}{slot}"
+        return self._names[slot]
+
+    def text(self, instruction: Instruction) -> str:
+        """What an instruction does, without the slot that it overwrites."""
+        return _text(instruction, self.read)
+
+    def line(self, instruction: Instruction) -> str:
+        text, written = self.text(instruction), _written(instruction)
+        return text if written is None else f"{self.write(*written)} = {text}"
 
 
 def _written(i: Instruction) -> tuple[int, str] | None:
@@ -216,16 +232,10 @@ def _written(i: Instruction) -> tuple[int, str] | None:
             return None
 
 
-def _text(i: Instruction, after: dict[int, str], before: dict[int, str]) -> str:
-    def read(slot: int) -> str:
-        return before.get(slot, f"slot{slot}")
-
-    def write(slot: int) -> str:
-        return after.get(slot, f"slot{slot}")
-
+def _text(i: Instruction, read: Callable[[int], str]) -> str:
     match i:
-        case Load(slot):
-            return f"{write(slot)} = load()"
+        case Load():
+            return "load()"
         case Forward(theta, batch, tape):
             return f"tape{tape} = forward({read(theta)}, {batch})"
         case SupportLoss(tape):
@@ -234,18 +244,16 @@ def _text(i: Instruction, after: dict[int, str], before: dict[int, str]) -> str:
             return f"losses = query_loss(tape{tape}{', seed' if seed else ''})"
         case Cotangent(tape):
             return f"cotangent(tape{tape})"
-        case Backward(theta, batch, tape, out, inputs):
-            result = "" if out is None else f"{write(out)} = "
-            return f"{result}backward({read(theta)}, tape{tape}, {batch}{', inputs' if inputs else ''})"
-        case Update(out, theta, gradient):
-            return f"{write(out)} = {read(theta)} − α∘{read(gradient)}"
-        case Scale(out, vector):
-            return f"{write(out)} = α∘{read(vector)}"
-        case Hvp(theta, tape, vector, out, inputs):
-            flag = ", inputs" if inputs else ""
-            return f"{write(out)} = hvp({read(theta)}, tape{tape}, {read(vector)}{flag})"
+        case Backward(theta, batch, tape, _, inputs):
+            return f"backward({read(theta)}, tape{tape}, {batch}{', inputs' if inputs else ''})"
+        case Update(_, theta, gradient):
+            return f"{read(theta)} − α∘{read(gradient)}"
+        case Scale(_, vector):
+            return f"α∘{read(vector)}"
+        case Hvp(theta, tape, vector, _, inputs):
+            return f"hvp({read(theta)}, tape{tape}, {read(vector)}{', inputs' if inputs else ''})"
         case Subtract(out, vector):
-            return f"{read(out)} = {read(out)} − {read(vector)}"
+            return f"{read(out)} −= {read(vector)}"
         case RateGradient(gradient, adjoint):
             return f"rate_gradient −= {read(gradient)}∘{read(adjoint)}"
         case Accumulate(vector):

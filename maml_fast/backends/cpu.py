@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, get_args
 
 import torch
@@ -18,7 +18,8 @@ from ..graph.graph import ACTIVATIONS, Attribute, Graph, Op, Shape
 from ..graph.losses import NAMES
 from ..lower.fusion import NORMS
 from ..lower.plan import Plan, Result, Tensors
-from .base import Backend
+from . import cpu_text
+from .base import Backend, Spent
 
 try:
     from .. import _core
@@ -67,6 +68,8 @@ def _instruction_name(kind: type) -> str:
 _INSTRUCTIONS: dict[type, tuple[str, tuple[str, ...]]] = {
     kind: (_instruction_name(kind), tuple(f.name for f in fields(kind))) for kind in get_args(Instruction)
 }
+
+_CLASSES: dict[str, type[Instruction]] = {name: kind for kind, (name, _) in _INSTRUCTIONS.items()}
 
 
 def check_tables(core: Any) -> None:
@@ -130,10 +133,26 @@ class CpuBackend(Backend):
         return reasons
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
-        call = plan.state.get("cpu")
-        if call is None:
-            call = plan.state["cpu"] = _Call(plan)
-        return call(plan, tensors)  # type: ignore[operator]
+        return _call_of(plan)(plan, tensors)
+
+    def describe(self, plan: Plan) -> str:
+        described = _call_of(plan).core.describe()
+        return cpu_text.text(described, plan.model.names, _CLASSES, plan.dtype.itemsize)
+
+    def profile(self, plan: Plan, tensors: Tensors) -> tuple[Result, list[Spent]]:
+        call, spent = _call_of(plan), dict[str, Any]()
+        result = call(plan, tensors, spent)
+        instructions = zip(call.labels, spent.pop("instructions"), strict=True)
+        rest = [Spent(name, name, 1e-9 * ns) for name, ns in spent.items()]
+        return result, [*(Spent(*label, 1e-9 * ns) for label, ns in instructions), *rest]
+
+
+def _call_of(plan: Plan) -> _Call:
+    call = plan.state.get("cpu")
+    if call is None:
+        call = plan.state["cpu"] = _Call(plan)
+    assert isinstance(call, _Call)
+    return call
 
 
 def _unsupported(plan: Plan, graph: Graph) -> list[str]:
@@ -185,7 +204,12 @@ class _Call:
         self.rates_wanted = self.reverse and any(plan.needs.rates)
         self.rate_sizes = [math.prod(s) for s in plan.rates.shapes]
 
-    def __call__(self, plan: Plan, t: Tensors) -> Result:
+    @cached_property
+    def labels(self) -> list[tuple[str, str]]:
+        """The kind and the text of every instruction."""
+        return list(cpu_text.instructions(self.core.describe(), _CLASSES))
+
+    def __call__(self, plan: Plan, t: Tensors, spent: dict[str, Any] | None = None) -> Result:
         result = Result()
         like = t.parameters[0]
         if plan.mode is Mode.META_GRADIENT:
@@ -222,6 +246,7 @@ class _Call:
             result.adapted,
             bool(t.into),
             plan.threads or min(torch.get_num_threads(), MOST_THREADS),
+            spent,
         )
         if rate_gradient is not None:
             pieces = zip(rate_gradient.split(self.rate_sizes), plan.rates.shapes, plan.needs.rates, strict=True)
