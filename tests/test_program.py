@@ -38,8 +38,10 @@ from maml_fast.algorithms.program import (
 )
 from maml_fast.algorithms.verifier import RULES, ProgramError, verify
 from maml_fast.api.maml import MAML
+from maml_fast.backends.cpu import CpuBackend
 from maml_fast.cases import BENCH, SMALL, Case
 from maml_fast.graph import losses
+from maml_fast.lower.plan import Plan
 from maml_fast.lower.text import text
 
 SUPPORT, QUERY = Batch.SUPPORT, Batch.QUERY
@@ -235,23 +237,41 @@ def test_outputs_may_come_with_the_meta_gradient() -> None:
     verify(added(StoreOutputs(slot(QueryLoss, "tape"))), Wanted())
 
 
+def plan_of(case: Case) -> Plan:
+    problem = case.build(torch.float32)
+    return problem.maml("auto")._prepare(Mode.META_GRADIENT, *problem.batch).call.plan
+
+
 # ---- text ----------------------------------------------------------------------------------------
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.mark.parametrize("case", BENCH, ids=lambda case: case.name)
-def test_golden_text_of_the_benchmark(case: Case) -> None:
-    problem = case.build(torch.float32)
-    plan = problem.maml("auto")._prepare(Mode.META_GRADIENT, *problem.batch).call.plan
-    file, found = GOLDEN / f"{case.name}.txt", text(plan) + "\n"
+def compare_golden(name: str, found: str) -> None:
+    file = GOLDEN / f"{name}.txt"
     if os.environ.get("MAML_FAST_UPDATE_GOLDEN") == "1":
         file.write_text(found, encoding="utf-8")
     assert found == file.read_text(encoding="utf-8"), "see the head of this file for how to write it again"
 
 
-def test_every_case_has_its_golden_text() -> None:
-    assert {file.stem for file in GOLDEN.iterdir()} == {case.name for case in BENCH}
+@pytest.mark.parametrize("case", BENCH, ids=lambda case: case.name)
+def test_golden_text_of_the_benchmark(case: Case) -> None:
+    compare_golden(case.name, text(plan_of(case)) + "\n")
+
+
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize("case", BENCH, ids=lambda case: case.name)
+def test_golden_code_of_the_core(case: Case) -> None:
+    """What is fused. Sizes in memory depend on the instruction set."""
+    code, memory = CpuBackend().describe(plan_of(case)).split("memory: ")
+    compare_golden(f"{case.name}.core", code)
+    assert "KiB per thread" in memory
+    assert "tape0 support" in memory
+
+
+def test_every_case_has_its_golden_texts() -> None:
+    names = {case.name for case in BENCH}
+    assert {file.stem for file in GOLDEN.iterdir()} == names | {f"{name}.core" for name in names}
 
 
 def test_a_broken_program_prints() -> None:
