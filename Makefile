@@ -1,5 +1,6 @@
-# make train   watch a meta-training run; needs python3 >= 3.10 with venv and a C++ compiler, makes everything else
-# make test    the tests, in the same virtual environment
+# make train      watch a meta-training run; needs python3 >= 3.10 with venv and a C++ compiler, makes everything else
+# make test       the core suite, in the same virtual environment
+# make test-all   also the GPU kernels: compiled ahead of time, and in Triton's interpreter
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/sinusoid
@@ -8,19 +9,23 @@ bin := $(VENV)/bin
 OLDEST := $(VENV)/triton-3.6.0
 pytest := OMP_NUM_THREADS=1 $(bin)/python -m pytest
 parallel := -n auto --maxprocesses 4 --maxschedchunk 1
+compiled := tests/test_triton_aot.py
 interpreted := tests/test_triton_interpreter.py tests/test_triton_resident.py
 also_interpreted := tests/test_triton_tuning.py tests/test_triton_extremes.py
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: train test test-oldest-triton bench core lint types sanitize format clean
+.PHONY: train test test-all test-oldest-triton bench core lint types sanitize format clean
 .DELETE_ON_ERROR:
 
 train: core
 	$(bin)/maml-fast train sinusoid --out $(RUN)
 
 test: core $(VENV)/.test
-	$(pytest) $(or $(PYTEST),$(parallel))
-	$(if $(PYTEST),,TRITON_INTERPRET=1 $(pytest) $(parallel) $(interpreted) $(also_interpreted))
+	$(pytest) $(or $(PYTEST),$(parallel) $(addprefix --ignore=,$(compiled) $(interpreted) $(also_interpreted)))
+
+test-all: test
+	$(pytest) $(parallel) $(compiled) $(interpreted) $(also_interpreted)
+	TRITON_INTERPRET=1 $(pytest) $(parallel) $(interpreted) $(also_interpreted)
 
 # The oldest Triton that the kernels are for: ahead of time, and a little of its interpreter, which needs an older NumPy.
 test-oldest-triton: core $(VENV)/.test $(OLDEST)

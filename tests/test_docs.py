@@ -1,4 +1,4 @@
-"""The examples in the README and in docs/recipes.md run as they stand."""
+"""The examples in the README, in CONTRIBUTING.md and in docs/recipes.md run as they stand."""
 
 from __future__ import annotations
 
@@ -59,6 +59,15 @@ def test_readme() -> None:
     for block in found:
         exec(block, names)
     assert names["adapted"](names["x_q"]).shape == (2, 5, 3)
+
+
+def test_contributing(core: Any) -> None:
+    """The worked examples for contributors."""
+    names = dict[str, Any]()
+    found = blocks(ROOT / "CONTRIBUTING.md")
+    assert len(found) >= 4
+    for number, block in enumerate(found):
+        exec(compile(block, f"CONTRIBUTING.md, block {number}", "exec"), names)
 
 
 def _rank(rank: int, port: int, results: str) -> None:
