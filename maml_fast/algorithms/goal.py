@@ -19,6 +19,11 @@ class Mode(enum.Enum):
     ADAPT = "adapt"  # adapted parameters, each (T, *shape)
     APPLY = "apply"  # outputs of given per-task parameters
 
+    @property
+    def differentiates(self) -> bool:
+        """Whether a gradient is wanted."""
+        return self in (Mode.META_GRADIENT, Mode.PULLBACK)
+
     __hash__ = object.__hash__  # Enum's own is Python, and hashed in every call
 
 
@@ -33,12 +38,13 @@ class Inner:
 
 @dataclass(frozen=True)
 class Needs:
-    """Which gradients a call must return."""
+    """Which gradients a call must return; `learned`: of the loss's own parameters."""
 
     parameters: tuple[bool, ...]
     rates: tuple[bool, ...]
     x_s: bool
     x_q: bool
+    learned: tuple[bool, ...] = ()
 
 
 class Goal(Protocol):

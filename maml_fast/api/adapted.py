@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,14 +28,14 @@ class Adapted:
         return MappingProxyType(self._parameters)
 
     @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Any:
         """Outputs of each task's parameters on that task's inputs.
 
         Args:
             x: (T, N, *in), the model's dtype (or indices, where it embeds them) and device.
 
         Returns:
-            (T, N, *out), without a graph.
+            (T, N, *out), without a graph; a structure of such tensors where the model returns one.
 
         Raises:
             TypeError, ValueError: wrong dtype, device, shape or number of tasks.
@@ -46,9 +47,7 @@ class Adapted:
             raise ValueError(f"x: expected {first.shape[0]} tasks, got {x.shape[0]}")
         prepared = self._preparer.prepare(Mode.APPLY, None, None, x)
         prepared.tensors.adapted = self._values_for(prepared.call.plan.model, x.shape[0])
-        outputs = prepared.run().outputs
-        assert outputs is not None
-        return outputs
+        return prepared.run().outputs
 
     def _values_for(self, model: Model, tasks: int) -> list[Tensor]:
         """The parameters in the model's order."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..algorithms.goal import Mode
+from ..graph import structure
 from ..lower.plan import Result
 from .prepare import Prepared, Preparer
 
@@ -48,13 +49,15 @@ def meta_loss(preparer: Preparer, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Te
     return _reduce(losses, reduction)
 
 
-def query_outputs(preparer: Preparer, x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Tensor:
+def query_outputs(preparer: Preparer, x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Any:
     """The query outputs; see `MAML.forward`."""
     if torch.compiler.is_compiling():
         leaves = _compiled_leaves(preparer, x_s, x_q)
         return _query_outputs_op(leaves, y_s, [t.requires_grad for t in leaves], preparer.handle)
     prepared = preparer.prepare(Mode.PULLBACK, x_s, y_s, x_q)
-    return _QueryOutputs.apply(preparer, prepared, *prepared.tensors.leaves())
+    returned: list[Any] = []
+    outputs = _QueryOutputs.apply(preparer, prepared, returned, *prepared.tensors.leaves())
+    return structure.replaced(returned[0], outputs if isinstance(outputs, tuple) else (outputs,))
 
 
 def _reduce(losses: Tensor, reduction: str) -> Tensor:
@@ -80,15 +83,15 @@ class _Raise(torch.autograd.Function):
         raise RuntimeError("maml_fast: derivatives of a meta-gradient are not computed")
 
 
-def _first_derivative_only(backward: Callable[[Any, Tensor], tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+def _first_derivative_only(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """With `create_graph=True`, hang a node on every gradient that raises when differentiated."""
 
     @functools.wraps(backward)
-    def wrapper(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    def wrapper(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         if not torch.is_grad_enabled():
-            return backward(ctx, upstream)
+            return backward(ctx, *upstream)
         with torch.no_grad():
-            gradients = backward(ctx, upstream)
+            gradients = backward(ctx, *upstream)
         anchor = torch.zeros((), requires_grad=True)
         return tuple([None if g is None else _Raise.apply(anchor, g) for g in gradients])
 
@@ -153,19 +156,31 @@ class _QueryOutputs(torch.autograd.Function):
     """Query outputs; backward adapts again rather than keep every task's tape."""
 
     @staticmethod
-    def forward(ctx: Any, preparer: Preparer, prepared: Prepared, *leaves: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, preparer: Preparer, prepared: Prepared, returned: list[Any], *leaves: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
         ctx.prepared = prepared
         ctx.save_for_backward(*leaves)
         outputs = _run_again(preparer, Mode.LOGITS, prepared).outputs
-        assert outputs is not None
-        return outputs
+        returned.append(outputs)
+        if isinstance(outputs, Tensor):
+            return outputs
+        values = structure.tensors(outputs)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[v for v in values if not v.is_floating_point()])
+        return tuple(values)
 
     @staticmethod
     @_first_derivative_only
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         _check_versions(ctx)
-        ctx.prepared.tensors.cotangent = upstream.contiguous()
-        return (None, None, *ctx.prepared.run().gradients())
+        cotangents = [None if u is None else u.contiguous() for u in upstream]
+        tensors = ctx.prepared.tensors
+        if len(cotangents) == 1 and cotangents[0] is not None:
+            tensors.cotangent, tensors.cotangents = cotangents[0], ()
+        else:
+            tensors.cotangent, tensors.cotangents = None, cotangents
+        return (None, None, None, *ctx.prepared.run().gradients())
 
 
 def _check_versions(ctx: Any) -> None:
@@ -179,7 +194,8 @@ def _check_versions(ctx: Any) -> None:
 def _compiled_leaves(preparer: Preparer, x_s: Tensor, x_q: Tensor) -> list[Tensor]:
     parameters = list(preparer.module.parameters())
     first = parameters[0]
-    return [*parameters, *preparer.rates.tensors(first.dtype, first.device), x_s, x_q]
+    learned = [table[key] for table, key in preparer.objective.learned.slots]
+    return [*parameters, *preparer.rates.tensors(first.dtype, first.device), *learned, x_s, x_q]
 
 
 def _prepare_leaves(
@@ -261,7 +277,12 @@ _meta_loss_op.register_autograd(_meta_loss_backward, setup_context=_meta_loss_co
 @torch.library.custom_op("maml_fast::query_outputs", mutates_args=())
 def _query_outputs_op(leaves: list[Tensor], y_s: Tensor, needs: list[bool], handle: int) -> Tensor:
     outputs = _prepare_leaves(Mode.LOGITS, leaves, y_s, None, needs, handle).run().outputs
-    assert outputs is not None
+    return _single(outputs)
+
+
+def _single(outputs: Any) -> Tensor:
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"model: expected a tensor as output under torch.compile, got {type(outputs).__name__}")
     return outputs
 
 
@@ -269,7 +290,7 @@ def _query_outputs_op(leaves: list[Tensor], y_s: Tensor, needs: list[bool], hand
 def _(leaves: list[Tensor], y_s: Tensor, needs: list[bool], handle: int) -> Tensor:
     x_q = leaves[-1]
     with torch.no_grad():
-        sample = _PREPARERS[handle].output_of(leaves, x_q)
+        sample = _single(_PREPARERS[handle].output_of(leaves, x_q))
     return x_q.new_empty((*x_q.shape[:2], *sample.shape[1:]))
 
 

@@ -37,7 +37,9 @@ class MAML(nn.Module):
         steps: K ≥ 0, the number of inner steps.
         loss: `"mse"`, `"cross_entropy"`, `"bce_with_logits"`, `"l1"`, `"huber"`, the matching
             `torch.nn` module or function, or any callable `(outputs, targets) -> scalar`. The mean
-            over a task's samples.
+            over a task's samples. It is evaluated with the task's own parameters in the model, so that a penalty over
+            `model.parameters()` counts. Parameters of a loss that is a module get meta-gradients and do not adapt.
+            A named loss takes the model's output, or the first of several.
         backend: `"auto"`, `"cpu"`, `"vmap"`, `"reference"` or `"triton"` (unverified on hardware; never `"auto"`).
             The last chooses by the network's size between `"triton-resident"` and `"triton-wide"`.
         adapts: which parameters the inner loop updates: names, or a predicate
@@ -114,6 +116,7 @@ class MAML(nn.Module):
         self._preparer = Preparer(self.module, self._adapts, settings, lr, again)
         autograd.register(self._preparer)
         self._show_rates(self._preparer.rates)
+        self._show_learned()
 
     def __setattr__(self, name: str, value: Any) -> None:
         preparer = self.__dict__.get("_preparer")
@@ -128,6 +131,14 @@ class MAML(nn.Module):
             value = CHECKED[name](value)
             self._preparer.set(name, value)
         super().__setattr__(name, value)
+        if name == "loss":
+            self._show_learned()
+
+    def _show_learned(self) -> None:
+        """Register a loss that is a module with parameters of its own, so that `parameters()` yields them."""
+        self._modules.pop("learned_loss", None)
+        if self._preparer.objective.learned.names:
+            self.add_module("learned_loss", self.loss.module)
 
     def _show_rates(self, rates: LearningRates, old: LearningRates | None = None) -> None:
         """Register rates that are parameters, and answer to `lr`; a mapping is shown read-only."""
@@ -196,8 +207,11 @@ class MAML(nn.Module):
         assert result.objective is not None
         return result.objective
 
-    def forward(self, x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Tensor:
-        """Query outputs after adaptation, (T, Nq, *out), differentiable once like `meta_loss`."""
+    def forward(self, x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Any:
+        """Query outputs after adaptation, (T, Nq, *out), differentiable once like `meta_loss`.
+
+        A model that returns several tensors (in a tuple, list, mapping or dataclass) gives such a structure of theirs.
+        """
         return autograd.query_outputs(self._preparer, x_s, y_s, x_q)
 
     @torch.no_grad()

@@ -14,9 +14,13 @@ from torch.nn.parameter import is_lazy
 from ..algorithms.goal import Inner, Mode, Needs
 from ..backends import dispatch, verbose
 from ..graph import losses
-from ..graph.model import Adapts, Model, common_device, common_dtype
+from ..graph.model import Adapts, Model
+from ..graph.objective import Objective, Point
+from ..graph.probe import Probe, probe
+from ..graph.snapshot import common_device, common_dtype
+from ..graph.stand_ins import lock, refuse_nested
 from ..lower.plan import Plan, Result, Tensors
-from . import checks
+from . import checks, reach
 from .rates import LearningRates, RateLike
 
 MOST_PLANS = 128
@@ -85,6 +89,7 @@ class Preparer:
         self.adapts = adapts
         self.model = self._snapshot()
         self.rates = LearningRates(lr, self.model, settled)
+        self.objective = Objective(self.model, settings.loss)
         self._settings = settings
         self._states: dict[Any, int] = {}
         self._plans: dict[Any, Call] = {}
@@ -96,6 +101,8 @@ class Preparer:
         self._settings = replace(self._settings, **{name: value})
         if name == "backend":
             self._warned = False
+        if name == "loss":
+            self.objective = Objective(self.model, value)
         self._enter_state()
 
     def set_rates(self, lr: RateLike, settled: bool = False) -> None:
@@ -126,18 +133,26 @@ class Preparer:
 
     def _follow_model(self) -> None:
         """Take the module as it is now, or raise and stay as before."""
-        if not self.model.restructured():
+        if self.model.restructured():
+            model = self._snapshot()
+            self._follow(model, self.rates.following(model))
+        elif self.objective.learned.restructured():
+            self._forget()
+            self._enter_state()
+        else:
             self.model.guards.refresh()
-            return
-        model = self._snapshot()
-        self._follow(model, self.rates.following(model))
 
     def _follow(self, model: Model, rates: LearningRates) -> None:
-        if model is not self.model:
-            self._plans.clear()
-            self._states.clear()
+        changed = model is not self.model
         self.model, self.rates = model, rates
+        if changed:
+            self._forget()
         self._enter_state()
+
+    def _forget(self) -> None:
+        self.objective = Objective(self.model, self._settings.loss)
+        self._plans.clear()
+        self._states.clear()
 
     def prepare(
         self,
@@ -153,14 +168,10 @@ class Preparer:
         What depends on shapes and types alone is checked once for each combination of them.
 
         Args:
-            leaves: stand-ins for the model's parameters and the learning rates.
+            leaves: stand-ins for the model's parameters, the learning rates and the loss's parameters.
         """
-        guards = self.model.guards
-        if not guards.hold() or self.model.refrozen():
-            self._follow_model()
-        elif guards.moving:
-            guards.settle()
-        parameters = self.model.parameters() if leaves is None else list(leaves[: len(self.model.names)])
+        own = self._current_parameters()
+        parameters = own if leaves is None else list(leaves[: len(own)])
         batch = (x_s, y_s, x_q, y_q)
         first = parameters[0]
         try:
@@ -184,8 +195,24 @@ class Preparer:
                 verbose.planned(call.choice, start)
             self._keep(key, call)
         self._check_labels(call.plan, y_s, y_q)
-        rates = self.rates.tensors(first.dtype, first.device) if leaves is None else leaves[len(parameters) :]
-        return Prepared(call, Tensors(parameters, rates, x_s, y_s, x_q, y_q))
+        if leaves is None:
+            rates: Sequence[Tensor] = self.rates.tensors(first.dtype, first.device)
+            learned: Sequence[Tensor] = self.objective.learned.parameters()
+        else:
+            rest = leaves[len(parameters) :]
+            rates, learned = rest[: len(self.rates.values)], rest[len(self.rates.values) :]
+        return Prepared(call, Tensors(parameters, rates, x_s, y_s, x_q, y_q, learned=learned))
+
+    def _current_parameters(self) -> Sequence[Tensor]:
+        """The model's parameters, after a look at whether model and loss are what the plans were made for."""
+        with lock:
+            refuse_nested(self.objective.modules)
+            guards = self.model.guards
+            if not guards.hold() or self.model.refrozen() or self.objective.learned.restructured():
+                self._follow_model()
+            elif guards.moving:
+                guards.settle()
+            return self.model.parameters()
 
     def _keep(self, key: Any, call: Call) -> None:
         while len(self._plans) >= MOST_PLANS:
@@ -198,13 +225,15 @@ class Preparer:
         weights = plan.state.get(key)
         if weights is None:
             value = 1.0 / plan.tasks if reduction == "mean" else 1.0
-            weights = plan.state[key] = torch.full((plan.tasks,), value, dtype=plan.dtype, device=plan.device)
+            with torch.inference_mode(False):  # they outlive the caller's modes
+                weights = plan.state[key] = torch.full((plan.tasks,), value, dtype=plan.dtype, device=plan.device)
         assert isinstance(weights, Tensor)
         return weights
 
-    def output_of(self, leaves: Sequence[Tensor], x: Tensor) -> Tensor:
+    def output_of(self, leaves: Sequence[Tensor], x: Tensor) -> Any:
         """The model's output for the first task's samples; shapes are all that the caller wants."""
-        return self.model.call(self.model.named(leaves[: len(self.model.names)]), self.model.buffers(), x[0])
+        at = Point(leaves[: len(self.model.names)], self.objective.learned.parameters(), self.objective.buffers())
+        return self.objective.outputs(at, x[0])
 
     def _check_batch(self, mode: Mode, x_s: Any, y_s: Any, x_q: Any, y_q: Any) -> None:
         parameters = self.model.parameters()
@@ -231,7 +260,6 @@ class Preparer:
     ) -> Call:
         settings = self._settings
         plan = self._make_plan(mode, x_s, y_s, x_q, y_q)
-        self._check_model(plan)
         for name, y in (("y_s", y_s), ("y_q", y_q)):
             if y is not None and plan.out_shape is not None:
                 checks.target_shape(name, y, plan.out_shape, settings.loss)
@@ -239,6 +267,10 @@ class Preparer:
         if settings.backend == "auto" and not self._warned and not choice.backend.fused:
             dispatch.warn_of_fallback(choice)
             self._warned = True
+        x, y = (x_s, y_s) if x_s is not None else (x_q, y_q)
+        assert x is not None
+        self._check_labels(plan, y_s, y_q)
+        self._check_model(plan, probe(self.objective, x[0], None if y is None else y[0]))
         return Call(plan, choice)
 
     def _make_plan(
@@ -251,6 +283,7 @@ class Preparer:
         return Plan(
             mode=mode,
             model=self.model,
+            objective=self.objective,
             inner=Inner(settings.loss, settings.steps, settings.first_order),
             rates=self.rates.shapes,
             needs=Needs(
@@ -258,6 +291,7 @@ class Preparer:
                 self.rates.learnable(),
                 x_s is not None and x_s.requires_grad,
                 x_q is not None and x_q.requires_grad,
+                self.objective.learned.trainable,
             ),
             tasks=x.shape[0],
             support=0 if x_s is None else x_s.shape[1],
@@ -272,9 +306,7 @@ class Preparer:
             precision=settings.precision,
         )
 
-    def _check_model(self, plan: Plan) -> None:
-        graph = plan.trace[0]
-        if self._settings.allow_unused is False and graph is not None:
-            unused = set(range(len(plan.model.names))) - graph.used_parameters()
-            if unused:
-                raise ValueError(f"model: parameter {plan.model.names[min(unused)]!r} does not reach the output")
+    def _check_model(self, plan: Plan, found: Probe) -> None:
+        """Refuse what would be computed but not learned, and keep what `explain` says."""
+        reach.check(plan, found, self._settings.allow_unused)
+        plan.state["notes"] = reach.notes(found)

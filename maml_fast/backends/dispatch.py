@@ -48,6 +48,7 @@ class Choice:
                 lines += [f"  not {other.name}: {reason}" for reason in reasons]
             if not why_not:
                 lines += [f"  {other.name}: {note}" for note in other.notes(self.plan)]
+        lines += [f"note: {note}" for note in self.plan.notes]
         return "\n".join(lines)
 
     def program(self) -> str:

@@ -5,14 +5,24 @@ It shares no mathematics with the fused backends, so that agreement means someth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..graph import structure
+from ..graph.objective import Point
 from ..lower.plan import Plan, Result, Tensors
 from .autograd import differentiate
 from .base import Backend
+from .composed import Composed
+
+_HOOKS = (
+    "model: expected a forward without saved_tensors_hooks, which torch.utils.checkpoint is made of: it would compute "
+    "its part again when other parameters stand in the model. Call that part directly"
+)
 
 
 class ReferenceBackend(Backend):
@@ -26,64 +36,81 @@ class ReferenceBackend(Backend):
         return []
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
-        return differentiate(plan, tensors, _query_outputs, _losses, _adapt, _apply)
+        with _no_hooks(), Composed(batched=False, twice=plan.second_order):
+            return differentiate(plan, tensors, _query_outputs, _losses, _adapt, _apply)
 
 
-def _adapt_task(
-    plan: Plan, parameters: Sequence[Tensor], rates: Sequence[Tensor], x: Tensor, y: Tensor
-) -> list[Tensor]:
-    """θ_K of one task."""
-    model, theta = plan.model, list(parameters)
-    adapted = [i for i, adapts in enumerate(model.adapts) if adapts]
+def _no_hooks() -> AbstractContextManager[None]:
+    """Forward may not keep tensors by hooks; where the caller's own are at work already, it may."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):
+            pass
+    except RuntimeError:
+        return nullcontext()
+    return torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS)
+
+
+def _adapt_task(plan: Plan, t: Tensors, task: int) -> list[Tensor]:
+    """θ_K of one task; with a graph back to θ_0 where the mode is a gradient's."""
+    assert t.x_s is not None and t.y_s is not None
+    theta = list(t.parameters) if plan.mode.differentiates else _leaves(plan, t.parameters)
+    adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
     for _ in range(plan.inner.steps if adapted else 0):
-        with torch.enable_grad():
-            theta = [
-                p if p.requires_grad or not adapts else p.detach().requires_grad_()
-                for p, adapts in zip(theta, model.adapts, strict=True)
-            ]
-            loss = plan.inner.loss.function(model.call(model.named(theta), model.buffers(), x), y)
-            gradients: Sequence[Tensor | None] = [None] * len(adapted)
-            if loss.requires_grad:
-                gradients = torch.autograd.grad(
-                    loss,
-                    [theta[i] for i in adapted],
-                    create_graph=not plan.inner.first_order,
-                    allow_unused=True,
-                )
+        loss = plan.objective.value(_point(plan, theta, t.learned), t.x_s[task], t.y_s[task])
+        gradients: Sequence[Tensor | None] = [None] * len(adapted)
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(
+                loss,
+                [theta[i] for i in adapted],
+                create_graph=plan.second_order,
+                allow_unused=True,
+            )
         for i, g in zip(adapted, gradients, strict=True):
             if g is not None:
-                theta[i] = theta[i] - rates[plan.rates.of_parameter[i]] * g
+                theta[i] = theta[i] - t.rates[plan.rates.of_parameter[i]] * g
+        theta = theta if plan.mode.differentiates else _leaves(plan, theta)
     return theta
 
 
-def _query_output(plan: Plan, t: Tensors, task: int) -> Tensor:
-    assert t.x_s is not None and t.y_s is not None and t.x_q is not None
-    theta = _adapt_task(plan, t.parameters, t.rates, t.x_s[task], t.y_s[task])
-    return plan.model.call(plan.model.named(theta), plan.model.buffers(), t.x_q[task])
+def _point(plan: Plan, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Point:
+    return Point(theta, phi, [b.clone() for b in plan.objective.buffers()])
 
 
-def _query_outputs(plan: Plan, t: Tensors) -> Tensor:
-    return torch.stack([_query_output(plan, t, task) for task in range(plan.tasks)])
+def _leaves(plan: Plan, theta: Sequence[Tensor]) -> list[Tensor]:
+    """The same numbers without their history."""
+    return [p.detach().requires_grad_(t) for p, t in zip(theta, plan.model.trainable, strict=True)]
+
+
+def _tasks(plan: Plan, outputs: Iterator[Any]) -> Any:
+    """The tasks' outputs in one structure; without their graphs where nobody differentiates them."""
+    if not plan.mode.differentiates:
+        outputs = (structure.replaced(o, [v.detach() for v in structure.tensors(o)]) for o in outputs)
+    return structure.stacked(list(outputs))
+
+
+def _query_outputs(plan: Plan, t: Tensors) -> Any:
+    assert t.x_q is not None
+    x = t.x_q
+    points = (_point(plan, _adapt_task(plan, t, task), t.learned) for task in range(plan.tasks))
+    return _tasks(plan, (plan.objective.outputs(at, x[task]) for task, at in enumerate(points)))
 
 
 def _losses(plan: Plan, t: Tensors) -> Tensor:
-    assert t.y_q is not None
-    return torch.stack(
-        [plan.inner.loss.function(_query_output(plan, t, task), t.y_q[task]) for task in range(plan.tasks)]
-    )
+    assert t.x_q is not None and t.y_q is not None
+    x, y = t.x_q, t.y_q
+    points = (_point(plan, _adapt_task(plan, t, task), t.learned) for task in range(plan.tasks))
+    losses = _tasks(plan, (plan.objective.value(at, x[task], y[task]) for task, at in enumerate(points)))
+    assert isinstance(losses, Tensor)
+    return losses
 
 
 def _adapt(plan: Plan, t: Tensors) -> list[Tensor]:
-    assert t.x_s is not None and t.y_s is not None
-    tasks = [_adapt_task(plan, t.parameters, t.rates, t.x_s[task], t.y_s[task]) for task in range(plan.tasks)]
+    tasks = [_adapt_task(plan, t, task) for task in range(plan.tasks)]
     return [torch.stack(values) for values in zip(*tasks, strict=True)]
 
 
-def _apply(plan: Plan, t: Tensors) -> Tensor:
+def _apply(plan: Plan, t: Tensors) -> Any:
     assert t.x_q is not None
-    return torch.stack(
-        [
-            plan.model.call(plan.model.named([p[task] for p in t.adapted]), plan.model.buffers(), t.x_q[task])
-            for task in range(plan.tasks)
-        ]
-    )
+    x = t.x_q
+    points = (_point(plan, _leaves(plan, [p[task] for p in t.adapted]), t.learned) for task in range(plan.tasks))
+    return _tasks(plan, (plan.objective.outputs(at, x[task]) for task, at in enumerate(points)))

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
-from torch.overrides import TorchFunctionMode
 
+from ..algorithms.goal import Mode
+from ..graph import structure
+from ..graph.conditions import plain
+from ..graph.errors import first_line
+from ..graph.generators import unused
+from ..graph.leftovers import untouched
+from ..graph.losses import Loss
+from ..graph.objective import Objective, Point
 from ..lower.plan import Plan, Result, Tensors
-from .attention import composed
 from .autograd import differentiate
 from .base import Backend
+from .composed import Composed
 
 
 class VmapBackend(Backend):
@@ -28,187 +34,141 @@ class VmapBackend(Backend):
     def why_not(self, plan: Plan) -> list[str]:
         reason = plan.state.get("vmap")
         if reason is None:
-            reason = plan.state["vmap"] = _probe(plan)
+            reason = plan.state["vmap"] = _why_not(plan)
         return [str(reason)] if reason else []
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
-        with _NormsThenAffine():
+        with Composed(batched=True, twice=plan.second_order):
             return differentiate(plan, tensors, _query_outputs, _losses, _adapt, _apply)
 
 
-class _NormsThenAffine(TorchFunctionMode):
-    """Evaluates norm(x; w, b) as norm(x) ∘ w + b.
+def _adapt_task(plan: Plan, t: Tensors, buffers: Sequence[Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
+    """θ_K of the task that vmap is at."""
+    theta = list(t.parameters)
+    adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
 
-    Under vmap, PyTorch computes dL/dw of batch, instance and layer norms from saved statistics that it then
-    takes for constants: second derivatives through w are silently wrong by tens of percent (seen
-    in 2.13; the root cause is that of pytorch/pytorch#186256). Without w the rules are right, and
-    so are those of group norms with it.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return _NORMS.get(func, func)(*args, **(kwargs or {}))
-
-
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
-    x = x if weight is None else x * weight.reshape(shape)
-    return x if bias is None else x + bias.reshape(shape)
-
-
-def _over_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    return _affine(x, weight, bias, (-1, *[1] * (x.dim() - 2)))
-
-
-def _functional(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """For F.batch_norm and F.instance_norm."""
-
-    def then_affine(
-        input: Tensor,
-        running_mean: Tensor | None = None,
-        running_var: Tensor | None = None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        normed = norm(input, running_mean, running_var, None, None, *args, **kwargs)
-        return _over_channels(normed, weight, bias)
-
-    return then_affine
-
-
-def _builtin(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """For torch.batch_norm and torch.instance_norm, whose arguments stand in another order."""
-
-    def then_affine(input: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        return _over_channels(norm(input, None, None, *args, **kwargs), weight, bias)
-
-    return then_affine
-
-
-def _layer_norm(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def then_affine(
-        input: Tensor,
-        normalized_shape: Sequence[int],
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        normed = norm(input, normalized_shape, None, None, *args, **kwargs)
-        return _affine(normed, weight, bias, tuple(normalized_shape))
-
-    return then_affine
-
-
-_NORMS: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.batch_norm: _functional(F.batch_norm),
-    F.instance_norm: _functional(F.instance_norm),
-    F.layer_norm: _layer_norm(F.layer_norm),
-    torch.batch_norm: _builtin(torch.batch_norm),
-    torch.instance_norm: _builtin(torch.instance_norm),
-    torch.layer_norm: _layer_norm(torch.layer_norm),
-}
-
-
-def _probe(plan: Plan) -> str:
-    """Why torch.func cannot batch the model, its gradient or a user's loss: the error's text; empty where it can."""
-    part = "model"
-    try:
-        try:
-            outputs = _batch_model(plan, torch.device("meta"))
-        except Exception:  # a forward may make tensors of its own on the real device
-            with torch.random.fork_rng([plan.device] if plan.device.type == "cuda" else []):
-                outputs = _batch_model(plan, plan.device)
-        part = "loss"
-        if plan.inner.loss.name == "custom" and plan.target is not None:
-            shape, dtype = plan.target
-            targets = torch.zeros((*outputs.shape[:2], *shape), dtype=dtype, device=plan.device)
-            vmap(grad(plan.inner.loss.function))(torch.zeros_like(outputs, device=plan.device), targets)
-    except Exception as error:  # whatever the user's code raises is the reason
-        return f"torch.func.vmap cannot batch the {part}: {str(error).strip().splitlines()[0]}"
-    return ""
-
-
-def _batch_model(plan: Plan, device: torch.device) -> Tensor:
-    """The outputs of two tasks' zeros, after the gradient that the first inner step would take."""
-    model = plan.model
-
-    def total(*arguments: Any) -> Tensor:
-        return model.call(*arguments).sum()
-
-    parameters = {n: p.detach().to(device) for n, p in zip(model.names, model.parameters(), strict=True)}
-    buffers = {n: b.to(device) for n, b in model.buffers(copies=2).items()}
-    x = torch.zeros((2, max(plan.query, plan.support, 2), *plan.in_shape), dtype=plan.in_dtype, device=device)
-    batched = partial(vmap, in_dims=(None, 0, 0), randomness="different")
-    with torch.no_grad(), composed():
-        if plan.inner.steps > 0:
-            batched(grad(total))(parameters, {n: b.clone() for n, b in buffers.items()}, x)
-        return batched(model.call)(parameters, buffers, x)
-
-
-def _adapt_task(
-    plan: Plan, theta: list[Tensor], rates: Sequence[Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor
-) -> list[Tensor]:
-    model = plan.model
-    adapted = [i for i, adapts in enumerate(model.adapts) if adapts]
-
-    def support_loss(fast: list[Tensor], all_parameters: list[Tensor]) -> Tensor:
-        values = list(all_parameters)
+    def support_loss(fast: list[Tensor], theta: list[Tensor]) -> Tensor:
+        values = list(theta)
         for i, p in zip(adapted, fast, strict=True):
             values[i] = p
-        # torch.func forbids writing captured tensors, which BatchNorm would do to its buffers
-        fresh = {name: b.clone() for name, b in buffers.items()}
-        return plan.inner.loss.function(model.call(model.named(values), fresh, x), y)
+        return plan.objective.value(_point(values, t, buffers), x, y, keep_new=False)
 
     for _ in range(plan.inner.steps if adapted else 0):
         gradients = grad(support_loss)([theta[i] for i in adapted], theta)
         theta = list(theta)
         for i, g in zip(adapted, gradients, strict=True):
             step = g.detach() if plan.inner.first_order else g
-            theta[i] = theta[i] - rates[plan.rates.of_parameter[i]] * step
+            theta[i] = theta[i] - t.rates[plan.rates.of_parameter[i]] * step
     return theta
 
 
-def _batched(plan: Plan, t: Tensors, query: bool) -> Tensor | list[Tensor]:
-    """Query outputs (T, Nq, *out), or the adapted parameters."""
-    assert t.x_s is not None and t.y_s is not None
-
-    def task(buffers: dict[str, Tensor], x_s: Tensor, y_s: Tensor, x_q: Tensor | None) -> Tensor | list[Tensor]:
-        theta = _adapt_task(plan, list(t.parameters), t.rates, buffers, x_s, y_s)
-        return plan.model.call(plan.model.named(theta), buffers, x_q) if x_q is not None else theta
-
-    buffers = plan.model.buffers(copies=plan.tasks)
-    in_dims = (0, 0, 0, 0 if query else None)
-    return vmap(task, in_dims=in_dims, randomness="different")(buffers, t.x_s, t.y_s, t.x_q if query else None)
+def _point(theta: Sequence[Tensor], t: Tensors, buffers: Sequence[Tensor]) -> Point:
+    # torch.func forbids writing captured tensors, which BatchNorm would do to its buffers
+    return Point(theta, t.learned, [b.clone() for b in buffers])
 
 
-def _query_outputs(plan: Plan, t: Tensors) -> Tensor:
-    outputs = _batched(plan, t, query=True)
-    assert isinstance(outputs, Tensor)
-    return outputs
+def _each_task(plan: Plan, task: Callable[..., Any], *arguments: Any) -> Any:
+    """`task(buffers, *its own slice of every argument)`, for all tasks."""
+    buffers = [b.expand(plan.tasks, *b.shape) for b in plan.objective.buffers()]
+    return vmap(task, randomness="different")(buffers, *arguments)
+
+
+def _outputs(plan: Plan, task: Callable[..., Any], *arguments: Any) -> Any:
+    """The structure that `task` returns, of all tasks' tensors."""
+    form: list[Any] = []
+
+    def flat(*arguments: Any) -> list[Tensor]:
+        form[:] = [task(*arguments)]
+        return structure.tensors(form[0])
+
+    values = _each_task(plan, flat, *arguments)
+    return structure.replaced(form[0], values)
+
+
+def _query_outputs(plan: Plan, t: Tensors) -> Any:
+    def task(buffers: list[Tensor], x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Any:
+        theta = _adapt_task(plan, t, buffers, x_s, y_s)
+        return plan.objective.outputs(_point(theta, t, buffers), x_q, keep_new=False)
+
+    return _outputs(plan, task, t.x_s, t.y_s, t.x_q)
 
 
 def _losses(plan: Plan, t: Tensors) -> Tensor:
-    assert t.y_q is not None
-    return vmap(plan.inner.loss.function)(_query_outputs(plan, t), t.y_q)
+    def task(buffers: list[Tensor], x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor) -> Tensor:
+        theta = _adapt_task(plan, t, buffers, x_s, y_s)
+        return plan.objective.value(_point(theta, t, buffers), x_q, y_q, keep_new=False)
+
+    return _each_task(plan, task, t.x_s, t.y_s, t.x_q, t.y_q)
 
 
 def _adapt(plan: Plan, t: Tensors) -> list[Tensor]:
-    adapted = _batched(plan, t, query=False)
-    assert isinstance(adapted, list)
-    return [
-        a.expand(plan.tasks, *shape) if a.shape == shape else a
-        for a, shape in zip(adapted, plan.model.shapes, strict=True)
-    ]
+    def task(buffers: list[Tensor], x_s: Tensor, y_s: Tensor) -> list[Tensor]:
+        return _adapt_task(plan, t, buffers, x_s, y_s)
+
+    return _each_task(plan, task, t.x_s, t.y_s)
 
 
-def _apply(plan: Plan, t: Tensors) -> Tensor:
-    model = plan.model
-    assert t.x_q is not None
+def _apply(plan: Plan, t: Tensors) -> Any:
+    def task(buffers: list[Tensor], theta: list[Tensor], x: Tensor) -> Any:
+        return plan.objective.outputs(_point(theta, t, buffers), x, keep_new=False)
 
-    def task(parameters: list[Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
-        return model.call(model.named(parameters), buffers, x)
+    return _outputs(plan, task, list(t.adapted), t.x_q)
 
-    return vmap(task, randomness="different")(list(t.adapted), model.buffers(copies=plan.tasks), t.x_q)
+
+# ---- whether it can ---------------------------------------------------------------------------
+
+
+def _why_not(plan: Plan) -> str:
+    """Why torch.func cannot batch the model, its loss or their derivatives; empty where it can."""
+    error = _failure(plan)
+    if not error:
+        return ""
+    part = "model" if _failure(replace(plan, objective=Objective(plan.model, Loss("custom", _sum)))) else "loss"
+    return f"torch.func.vmap cannot batch the {part}: {error}"
+
+
+def _sum(outputs: Any, targets: Tensor) -> Tensor:
+    return torch.stack([v.sum() for v in structure.tensors(outputs) if v.is_floating_point()]).sum()
+
+
+def _failure(plan: Plan) -> str:
+    """What goes wrong in a rehearsal; empty for nothing."""
+    text = _failure_on(plan, torch.device("meta"))
+    return text and _failure_on(plan, plan.device)  # where a forward's own tensors are
+
+
+def _failure_on(plan: Plan, device: torch.device) -> str:
+    try:
+        with plain(plan.device), untouched(plan.objective.modules), unused(plan.device):
+            _rehearse(plan, device)
+    except Exception as error:  # whatever the user's code raises is the reason
+        return first_line(error)
+    return ""
+
+
+def _rehearse(plan: Plan, device: torch.device) -> None:
+    """Run the plan for two tasks of zeros; the second step already has the parameters that differ between tasks."""
+    inner = replace(plan.inner, steps=min(plan.inner.steps, 2))
+    small = replace(plan, tasks=2, inner=inner, device=device, state={})
+
+    def zeros(samples: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.zeros((2, samples, *shape), dtype=dtype, device=device)
+
+    parameters = [p.detach().to(device) for p in plan.model.parameters()]
+    targets = plan.target or ((), torch.int64)
+    x_q = zeros(plan.query, plan.in_shape, plan.in_dtype)
+    tensors = Tensors(
+        parameters=parameters,
+        rates=[torch.zeros(shape, dtype=plan.dtype, device=device) for shape in plan.rates.shapes],
+        x_s=zeros(plan.support, plan.in_shape, plan.in_dtype),
+        y_s=zeros(plan.support, *targets),
+        x_q=x_q,
+        y_q=zeros(plan.query, *targets),
+        weights=torch.ones(2, dtype=plan.dtype, device=device),
+        learned=[p.detach().to(device) for p in plan.objective.learned.parameters()],
+        adapted=[p.expand(2, *p.shape) for p in parameters],
+    )
+    if plan.mode is Mode.PULLBACK:
+        outputs = VmapBackend().run(replace(small, mode=Mode.LOGITS), tensors).outputs
+        tensors.cotangents = [torch.ones_like(v) for v in structure.tensors(outputs)]
+    VmapBackend().run(small, tensors)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .structure import first
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,19 @@ class Loss:
         function: `(outputs, targets) -> scalar`, the PyTorch definition.
         parameter: label smoothing of `cross_entropy`, delta of `huber`, otherwise 0.
         why_not: why the fused backends cannot run it; empty where they can.
+        module: the module whose parameters and buffers the function uses, if it is one or a method of one.
+        takes_first: whether the function is PyTorch's own, which takes a tensor: the first that the model returns.
     """
 
     name: str
-    function: Callable[[Tensor, Tensor], Tensor]
+    function: Callable[[Any, Tensor], Tensor]
     parameter: float = 0.0
     why_not: str = ""
+    module: nn.Module | None = None
+    takes_first: bool = True
+
+    def __call__(self, outputs: Any, targets: Tensor) -> Tensor:
+        return self.function(first(outputs) if self.takes_first else outputs, targets)
 
     @property
     def takes_labels(self) -> bool:
@@ -32,7 +42,7 @@ class Loss:
         return self.name == "cross_entropy"
 
 
-LossLike = str | nn.Module | Callable[[Tensor, Tensor], Tensor] | Loss
+LossLike = str | nn.Module | Callable[[Any, Tensor], Tensor] | Loss
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "mse": F.mse_loss,
@@ -72,7 +82,8 @@ def resolve(loss: LossLike) -> Loss:
             return resolve(name)
     if not callable(loss):
         raise TypeError(f"loss: expected a name, a torch.nn loss or a callable, got {type(loss).__name__}")
-    return Loss("custom", loss, why_not=f"loss {_describe(loss)} is not one of {', '.join(NAMES)}")
+    why_not = f"loss {_describe(loss)} is not one of {', '.join(NAMES)}"
+    return Loss("custom", loss, why_not=why_not, module=_module(loss), takes_first=_is_pytorchs(loss))
 
 
 def _from_module(module: nn.Module, name: str) -> Loss:
@@ -87,7 +98,19 @@ def _from_module(module: nn.Module, name: str) -> Loss:
     if getattr(module, "ignore_index", -100) != -100:
         why_not.append(f"loss {type(module).__name__} has ignore_index")
     parameter = float(getattr(module, "label_smoothing", getattr(module, "delta", 0.0)))
-    return Loss("custom" if why_not else name, module, parameter, "; ".join(why_not))
+    return Loss("custom" if why_not else name, module, parameter, "; ".join(why_not), module)
+
+
+def _module(loss: Any) -> nn.Module | None:
+    """The module that a loss is, or is a method of."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    owner = getattr(loss, "__self__", loss)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def _is_pytorchs(loss: Any) -> bool:
+    return (getattr(loss, "__module__", None) or "").startswith("torch.nn.")
 
 
 def _describe(loss: Any) -> str:

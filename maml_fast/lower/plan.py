@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..algorithms.goal import Inner, Mode, Needs
 from ..algorithms.program import Program
 from ..graph.graph import Graph
 from ..graph.model import Model
+from ..graph.objective import Objective
 from ..graph.trace import trace
 from .channels_last import channels_last
 from .fusion import fuse
@@ -54,6 +56,7 @@ class Plan:
 
     mode: Mode
     model: Model
+    objective: Objective
     inner: Inner
     rates: Rates
     needs: Needs
@@ -69,6 +72,19 @@ class Plan:
     threads: int | None = None
     precision: str = "float32"
     state: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def second_order(self) -> bool:
+        """Whether the gradient of an inner gradient is taken."""
+        adapting = self.mode is not Mode.APPLY and self.inner.steps > 0 and any(self.adapts)
+        return self.mode.differentiates and not self.inner.first_order and adapting
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about the call, whatever backend runs it."""
+        notes = self.state.get("notes", [])
+        assert isinstance(notes, list)
+        return notes
 
     @property
     def adapts(self) -> tuple[bool, ...]:
@@ -126,6 +142,8 @@ class Tensors:
         rates: the learning-rate tensors, in `Rates` order.
         weights: (T,) weight of each task's loss in the meta-objective.
         cotangent: dL/d(query outputs), (T, Nq, *out).
+        cotangents: in its place where the model returns several: one for each, None for zeros.
+        learned: the loss's own parameters, in `Objective.learned` order.
         adapted: per-task parameters for `Mode.APPLY`, each (T, *shape).
         into: contiguous gradients of all parameters, to which a backend whose `accumulates` is set
             adds instead of returning new ones.
@@ -139,13 +157,15 @@ class Tensors:
     y_q: Tensor | None = None
     weights: Tensor | None = None
     cotangent: Tensor | None = None
+    cotangents: Sequence[Tensor | None] = ()
+    learned: Sequence[Tensor] = ()
     adapted: Sequence[Tensor] = ()
     into: Sequence[Tensor] = ()
 
     def leaves(self) -> list[Tensor]:
         """What a meta-gradient is taken with respect to, in the order of `Result.gradients`."""
         assert self.x_s is not None and self.x_q is not None
-        return [*self.parameters, *self.rates, self.x_s, self.x_q]
+        return [*self.parameters, *self.rates, *self.learned, self.x_s, self.x_q]
 
 
 @dataclass
@@ -154,17 +174,19 @@ class Result:
 
     Attributes:
         losses: (T,) query losses. objective: Σ_t w_t L_t.
+        outputs: (T, Nq, *out), or a structure of such tensors where the model returns one.
     """
 
     losses: Tensor | None = None
     objective: Tensor | None = None
-    outputs: Tensor | None = None
+    outputs: Any = None
     adapted: list[Tensor] = field(default_factory=list)
     parameters: list[Tensor | None] = field(default_factory=list)
     rates: list[Tensor | None] = field(default_factory=list)
+    learned: list[Tensor | None] = field(default_factory=list)
     x_s: Tensor | None = None
     x_q: Tensor | None = None
 
     def gradients(self) -> list[Tensor | None]:
         """In the order of `Tensors.leaves`."""
-        return [*self.parameters, *self.rates, self.x_s, self.x_q]
+        return [*self.parameters, *self.rates, *self.learned, self.x_s, self.x_q]

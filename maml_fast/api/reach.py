@@ -1,0 +1,43 @@
+"""Checks of what one task's loss depends on."""
+
+from __future__ import annotations
+
+from ..algorithms.goal import Mode
+from ..graph.probe import Probe
+from ..lower.plan import Plan
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def check(plan: Plan, found: Probe, allow_unused: bool | None) -> None:
+    """Raise ValueError if parameters that should be learned are not reached.
+
+    Args:
+        allow_unused: True accepts whatever is not reached; False, nothing; None accepts it if others are reached.
+    """
+    names, by_loss = plan.model.names, found.reached_by_loss or (False,) * len(plan.model.names)
+    reached = [a or b for a, b in zip(found.reached, by_loss, strict=True)]
+    trainable = [i for i, t in enumerate(plan.model.trainable) if t]
+    if allow_unused is True or not trainable:
+        return
+    missing = [i for i in trainable if not reached[i]]
+    if missing and allow_unused is False:
+        raise ValueError(f"model: parameter {names[missing[0]]!r} does not reach the output")
+    if len(missing) == len(trainable):
+        raise ValueError(
+            f"model: no parameter reaches the output, {names[missing[0]]!r} neither; allow_unused=True accepts that"
+        )
+    adapts = [i for i, a in enumerate(plan.model.adapts) if a]
+    if plan.mode is not Mode.APPLY and plan.inner.steps and adapts and not any(by_loss[i] for i in adapts):
+        raise ValueError(
+            f"model: no parameter that adapts reaches the support loss, {names[adapts[0]]!r} neither; "
+            "allow_unused=True accepts that"
+        )
+
+
+def notes(found: Probe) -> list[str]:
+    """What a person should know about a call, a line each."""
+    if not found.written:
+        return []
+    more = f" and {len(found.written) - 1} more" if len(found.written) > 1 else ""
+    return [f"forward writes buffers ({found.written[0]}{more}): every pass starts from their values, which stay"]

@@ -1,0 +1,26 @@
+"""What the caller's modes must not change about a task's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def plain(device: torch.device) -> Iterator[None]:
+    """Inside, gradients are recorded, and numbers have the parameters' dtype: autocast ends here."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in {device.type, "cpu"}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def constant(x: Tensor) -> Tensor:
+    """The same numbers without a graph; a copy of what was made in inference mode, which cannot have one."""
+    return x.detach().clone() if x.is_inference() else x.detach()

@@ -1,0 +1,68 @@
+"""A model and its loss as functions of the parameters of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .losses import Loss
+from .model import Model
+from .snapshot import Snapshot
+from .stand_ins import exchanged, lock
+
+
+class Point(NamedTuple):
+    """Where an objective is evaluated: the model's parameters θ, the loss's own φ, and buffers, which are written."""
+
+    theta: Sequence[Tensor]
+    phi: Sequence[Tensor]
+    buffers: Sequence[Tensor]
+
+
+class Objective:
+    """Outputs f(x; θ) and loss L(f(x; θ), y; φ) of one task, on the real modules.
+
+    The loss is evaluated while the task's θ stand in the model, so that whatever it reads of the model counts. Frozen
+    parameters, inputs and targets are throw-away copies, as buffers are: what forward writes into them is lost.
+
+    Attributes:
+        learned: the loss's own parameters φ, those that are not the model's; they get meta-gradients and do not adapt.
+    """
+
+    def __init__(self, model: Model, loss: Loss) -> None:
+        self.model = model
+        self.loss = loss
+        self.learned = Snapshot(loss.module, besides=model)
+        self.modules = model.modules + self.learned.modules
+
+    def buffers(self) -> list[Tensor]:
+        """The buffers of model and loss, as they are."""
+        return [*self.model.buffers().values(), *self.learned.buffers().values()]
+
+    def buffer_names(self) -> list[str]:
+        """Their names, in the same order."""
+        return [*self.model.buffers(), *(f"loss.{name}" for name in self.learned.buffers())]
+
+    def outputs(self, at: Point, x: Tensor, keep_new: bool = True) -> Any:
+        """What the model returns for a task's inputs; see `exchanged` for `keep_new`."""
+        with self.standing_in(at, keep_new):
+            return self.model.module(x.clone())
+
+    def value(self, at: Point, x: Tensor, y: Tensor, keep_new: bool = True) -> Tensor:
+        """The task's loss."""
+        with self.standing_in(at, keep_new):
+            return self.loss(self.model.module(x.clone()), y.clone())
+
+    @contextmanager
+    def standing_in(self, at: Point, keep_new: bool = True) -> Iterator[None]:
+        """Inside, model and loss hold the point's tensors."""
+        with lock:
+            own = [*self.model.parameters(), *self.learned.parameters(), *self.buffers()]
+            trainable = self.model.trainable + self.learned.trainable
+            values = [v if t else v.detach().clone() for v, t in zip([*at.theta, *at.phi], trainable, strict=True)]
+            values += at.buffers
+            with exchanged(self.modules, {id(o): v for o, v in zip(own, values, strict=True)}, keep_new):
+                yield
