@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..threads import OneThread
 from .sampler import MetaBatch, Sampler, positive
 
 
@@ -134,7 +136,8 @@ class Episodes(Sampler):
         return MetaBatch(x_s, self._y_s, x_q, self._y_q)
 
     def _gather(self, rows: Tensor) -> Tensor:
-        samples = self._samples.index_select(0, rows).to(self.dtype)
+        with OneThread(rows.numel() * math.prod(self._samples.shape[1:])):
+            samples = self._samples.index_select(0, rows).to(self.dtype)
         return samples.view(self.tasks, -1, *self._samples.shape[1:])
 
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..threads import OneThread
+
 
 class MetaBatch(NamedTuple):
     """Support and query sets of T tasks, in the order in which `MAML` takes them.
@@ -47,7 +49,7 @@ class Sampler(ABC):
     def __next__(self) -> MetaBatch:
         if self._next == len(self._block):
             self._state = self._generator.get_state()
-            self._block = self._draw(self._generator)
+            self._fill()
             self._next = 0
         self._next += 1
         return self._finish(self._block[self._next - 1])
@@ -67,7 +69,13 @@ class Sampler(ABC):
         self._state = state["generator"]
         self._generator.set_state(self._state)
         self._next = state["next"]
-        self._block = self._draw(self._generator) if self._next else []
+        self._block = []
+        if self._next:
+            self._fill()
+
+    def _fill(self) -> None:
+        with OneThread(0):  # there are only indices or scalars to draw
+            self._block = self._draw(self._generator)
 
     @abstractmethod
     def _draw(self, generator: torch.Generator) -> list[Any]:

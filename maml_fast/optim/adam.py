@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as hooks
 
+from ..threads import OneThread
 from .flat import FlatParameters
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -101,7 +102,7 @@ class FlatAdam(Optimizer):
             self._flat.flat.grad = None
         else:
             self._flat.collect()
-            self._flat.gradient.zero_()
+            self._flat.clear()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step along the gradients.
@@ -157,21 +158,22 @@ class FlatAdam(Optimizer):
             self._together = self._in_step()
 
     def _update(self, group: Mapping[str, Any], values: Any, gradients: Any, first: Any, second: Any, n: Any) -> None:
-        torch._fused_adam_(
-            values,
-            gradients,
-            first,
-            second,
-            [],
-            n,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=group["maximize"],
-        )
+        with OneThread(self._vector.numel()):
+            torch._fused_adam_(
+                values,
+                gradients,
+                first,
+                second,
+                [],
+                n,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=group["maximize"],
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, moments and settings, laid out as those of `torch.optim.Adam(module.parameters())`; not copied."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..threads import OneThread
+
 
 class FlatParameters:
     """Makes every parameter of a module a view of one vector, and every gradient a view of another.
@@ -70,7 +72,12 @@ class FlatParameters:
         for p, view in zip(self.parameters, self._gradients, strict=True):
             if p.grad is not view:
                 p.grad = view
-        self.gradient.zero_()
+        self.clear()
+
+    def clear(self) -> None:
+        """Zeros in the vector of gradients."""
+        with OneThread(self.gradient.numel()):
+            self.gradient.zero_()
 
     def collect(self) -> list[int]:
         """Copy gradients that stand elsewhere into the vector; the indices of the parameters without one.
