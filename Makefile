@@ -49,7 +49,8 @@ types: $(VENV)/.dev
 	$(bin)/mypy
 
 sanitize: $(VENV)/.test
-	PATH="$(abspath $(bin)):$$PATH" PARALLEL="$(parallel)" bash tests/sanitize.sh $(PYTEST)
+	PATH="$(abspath $(bin)):$$PATH" PARALLEL="$(parallel)" bash tests/sanitize.sh address $(PYTEST)
+	PATH="$(abspath $(bin)):$$PATH" bash tests/sanitize.sh thread $(PYTEST)
 
 format: $(VENV)/.dev
 	$(bin)/ruff check --fix .

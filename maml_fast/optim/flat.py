@@ -98,7 +98,8 @@ class FlatParameters:
             elif gradient is not view:
                 if gradient.is_sparse:
                     raise RuntimeError(f"FlatParameters: the gradient of parameter {self.names[i]!r} is sparse")
-                view.copy_(gradient.detach())
+                with OneThread(view.numel()):
+                    view.copy_(gradient.detach())
                 p.grad = view
         return missing
 
