@@ -1,9 +1,29 @@
 """maml_fast: task-batched kernels for MAML and its relatives."""
 
-from . import nn
-from .api.adapted import Adapted
-from .api.maml import MAML
-from .optim import FlatAdam, FlatParameters
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .lazy import names_of
+
+if TYPE_CHECKING:
+    from . import nn
+    from .api.adapted import Adapted
+    from .api.maml import MAML
+    from .optim import FlatAdam, FlatParameters
 
 __version__ = "0.1.0"
 __all__ = ["MAML", "Adapted", "FlatAdam", "FlatParameters", "__version__", "nn"]
+
+_look_up = names_of(
+    __name__, {"MAML": "api.maml", "Adapted": "api.adapted", "FlatAdam": "optim", "FlatParameters": "optim"}
+)
+
+
+def __getattr__(name: str) -> Any:
+    return import_module(f"{__name__}.nn") if name == "nn" else _look_up(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,9 +7,13 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from . import __version__
+from .messages import sentence
+
 
 def _plain() -> int:
     parser = argparse.ArgumentParser("maml_fast", description="The other commands need typer, rich and matplotlib.")
+    parser.add_argument("--version", action="version", version=f"maml-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="Compare the backends with the float64 reference.")
     verify.add_argument("--backend", help="One backend; default all.")
@@ -18,8 +22,20 @@ def _plain() -> int:
     bench.add_argument("--case", action="append", help="A case by name; may be repeated.")
     bench.add_argument("--seconds", type=float, default=20.0, help="Time spent on samples in each case.")
     for command in (verify, bench):
-        command.add_argument("--device", default="cpu", help="Where to run.")
+        command.add_argument("--device", default="cpu", help="Where to run: cpu, cuda, cuda:N.")
     given = parser.parse_args()
+    try:
+        return _run(given)
+    except (ValueError, OSError, RuntimeError) as error:
+        options = {name: f"--{name}" for name in vars(given)} | {"cases": "--case"}
+        print(f"Error: {sentence(error, options)}", file=sys.stderr)
+        return 2
+
+
+def _run(given: argparse.Namespace) -> int:
+    from .checking.device import usable
+
+    usable(given.device)  # before all else is imported
     if given.command == "verify":
         from .checking.verify import run as run_verify
 
@@ -29,10 +45,17 @@ def _plain() -> int:
     return run_bench(given.device, given.out, given.case, given.seconds)
 
 
-if __name__ == "__main__":
-    if all(importlib.util.find_spec(name) for name in ("typer", "rich", "matplotlib")):
-        from .cli import main
+def _main() -> int:
+    if not all(importlib.util.find_spec(name) for name in ("typer", "rich", "matplotlib")):
+        return _plain()
+    from .cli import main
 
-        main()
-    else:
-        sys.exit(_plain())
+    main()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(_main())
+    except KeyboardInterrupt:  # before or beside a command that has its own way of ending
+        sys.exit(130)

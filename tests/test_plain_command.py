@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,5 +39,26 @@ def test_a_case_that_does_not_exist_is_named(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    assert result.returncode == 1
-    assert "no case named 'nothing'" in result.stderr
+    assert result.returncode == 2
+    assert result.stderr.startswith("Error: --case: no case named 'nothing'")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.no_sanitizer
+@pytest.mark.parametrize(
+    "command",
+    [["-c", WITHOUT, "verify"], ["-c", WITHOUT, "bench"], ["-m", "maml_fast.checking.verify"]],
+    ids=["verify", "bench", "module"],
+)
+def test_device_that_is_not_there_is_told_of_in_a_line(command: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, *command, "--device", "cuda"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("Error: --device: PyTorch finds no CUDA device here")
+    assert len((result.stdout + result.stderr).splitlines()) == 1

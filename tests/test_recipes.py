@@ -28,8 +28,10 @@ from maml_fast.recipes import (
     SinusoidConfig,
     SinusoidRecipe,
     Trainer,
+    checkpoint,
     display,
     files,
+    metrics,
     omniglot,
     plots,
     train,
@@ -91,7 +93,7 @@ def test_resuming_gives_the_same_bits(make: Any, tmp_path: Path) -> None:
     assert train(second, resume=True, console=quiet()) == 0
     assert all(map(torch.equal, parameters(straight), parameters(second)))
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
-    a, b = (files.load(tmp_path / run / "checkpoint.pt") for run in "ab")
+    a, b = (checkpoint.load(tmp_path / run / "checkpoint.pt") for run in "ab")
     assert a["iteration"] == b["iteration"] == 20
     for kept_a, kept_b in ((a["model"], b["model"]), (a["best"].pop("model"), b["best"].pop("model"))):
         assert all(map(torch.equal, kept_a.values(), kept_b.values()))
@@ -122,7 +124,7 @@ def test_interrupt_saves_between_iterations(number: signal.Signals, tmp_path: Pa
     trainer = Trainer(interrupted, console=quiet())
     interrupted.sampler = Interrupting(13, number, 4, 10, 10)
     assert trainer.run() == 128 + number
-    assert files.load(tmp_path / "b" / "checkpoint.pt")["iteration"] == 13
+    assert checkpoint.load(tmp_path / "b" / "checkpoint.pt")["iteration"] == 13
     resumed = sinusoid(tmp_path / "b", 20)
     assert train(resumed, resume=True, console=quiet()) == 0
     assert all(map(torch.equal, parameters(straight), parameters(resumed)))
@@ -189,7 +191,7 @@ def test_meta_training_learns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("net", ["conv", "mlp"])
 def test_omniglot_learns_validates_and_keeps_the_best(net: str, tmp_path: Path) -> None:
     assert train(small_omniglot(tmp_path, 40, meta_batch=16, net=net), console=quiet()) == 0
-    state = files.load(tmp_path / "checkpoint.pt")
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
     validated = [line["validation_accuracy"] for line in losses(tmp_path) if "validation_accuracy" in line]
     assert len(validated) == 5
     best = state["best"]
@@ -202,7 +204,7 @@ def test_omniglot_learns_validates_and_keeps_the_best(net: str, tmp_path: Path) 
 def test_sinusoid_validates_and_keeps_the_best(tmp_path: Path) -> None:
     console = quiet()
     assert train(sinusoid(tmp_path, 40, validate_every=8, validation_tasks=50), console=console) == 0
-    best = files.load(tmp_path / "checkpoint.pt")["best"]
+    best = checkpoint.load(tmp_path / "checkpoint.pt")["best"]
     validated = {line["iteration"]: line["validation_loss"] for line in losses(tmp_path) if "validation_loss" in line}
     assert list(validated) == [8, 16, 24, 32, 40]
     assert best["loss"] == min(validated.values()) == validated[best["iteration"]]
@@ -248,7 +250,7 @@ def test_validation_that_is_not_finite_is_never_chosen(tmp_path: Path) -> None:
     values = [math.nan, 3.0, 1.0, -math.inf, 2.0, math.inf]
     straight = scripted(tmp_path / "a", 24, *values)
     assert train(straight, console=quiet()) == 0
-    state = files.load(tmp_path / "a" / "checkpoint.pt")
+    state = checkpoint.load(tmp_path / "a" / "checkpoint.pt")
     assert (state["best"]["iteration"], state["best"]["loss"]) == (12, 1.0)
     assert all(map(torch.equal, parameters(straight), state["best"]["model"].values())), "the best are evaluated"
     assert not all(map(torch.equal, parameters(straight), state["model"].values()))
@@ -266,15 +268,15 @@ def test_validation_that_is_not_finite_is_never_chosen(tmp_path: Path) -> None:
 def test_last_parameters_are_evaluated_where_no_validation_is_finite(tmp_path: Path) -> None:
     recipe = scripted(tmp_path, 8, math.nan, math.inf)
     assert train(recipe, console=quiet()) == 0
-    state = files.load(tmp_path / "checkpoint.pt")
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
     assert all(map(torch.equal, parameters(recipe), state["model"].values()))
 
 
 def test_best_of_an_earlier_version_is_taken_up(tmp_path: Path) -> None:
     assert train(scripted(tmp_path, 4, 1.0), console=quiet()) == 0
-    state = files.load(tmp_path / "checkpoint.pt")
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
     del state["best"]["iteration"]
-    files.save(tmp_path / "checkpoint.pt", state)
+    checkpoint.save(tmp_path / "checkpoint.pt", state)
     console = quiet()
     assert train(scripted(tmp_path, 8, 2.0), resume=True, console=console) == 0
     assert "1.0000, of iteration ?." in console.file.getvalue()
@@ -297,8 +299,8 @@ def test_measures_know_their_direction(measure: Measure, value: float, best: flo
 
 @pytest.mark.parametrize("value", [None, 0.0, 1e33])
 def test_curves_are_drawn_whatever_the_validations_are(value: float | None, tmp_path: Path) -> None:
-    metrics = [{"iteration": 1, "loss": None}, {"iteration": 2, "validation_loss": value}]
-    plots.training_curves(tmp_path / "curves.png", metrics, LOSS)
+    lines = [{"iteration": 1, "loss": None}, {"iteration": 2, "validation_loss": value}]
+    plots.training_curves(tmp_path / "curves.png", lines, LOSS)
 
 
 def test_earlier_run_is_moved_aside(tmp_path: Path) -> None:
@@ -306,7 +308,7 @@ def test_earlier_run_is_moved_aside(tmp_path: Path) -> None:
     old = (tmp_path / "checkpoint.pt").read_bytes()
     assert train(sinusoid(tmp_path, 6), console=quiet()) == 0
     assert (tmp_path / "earlier-1" / "checkpoint.pt").read_bytes() == old
-    assert files.load(tmp_path / "checkpoint.pt")["iteration"] == 6
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["iteration"] == 6
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
@@ -423,20 +425,6 @@ def test_estimate_of_one_task_has_no_interval() -> None:
     assert math.isnan(estimate.ci95)
 
 
-def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(file: Any) -> None:
-        file.write(b"half")
-        raise RuntimeError("disk on fire")
-
-    with pytest.raises(RuntimeError, match="disk on fire"):
-        files.write_atomically(path, fail)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert path.read_text() == "old"
-
-
 def test_json_is_strict(tmp_path: Path) -> None:
     files.write_json(tmp_path / "file", {"rows": [{"mean": math.inf, "ci95": math.nan, "median": 0.5}], "step": 1})
     expected = {"rows": [{"mean": None, "ci95": None, "median": 0.5}], "step": 1}
@@ -446,6 +434,6 @@ def test_json_is_strict(tmp_path: Path) -> None:
 def test_metrics_survive_a_crash(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"iteration": 1, "loss": 3.0}\n{"iteration": 2, "loss": 2.0}\n{"iteration": 3, "lo')
-    metrics = files.Metrics(path, until=1)
-    metrics.add(iteration=2, loss=2.5)
-    assert files.read_metrics(path) == [{"iteration": 1, "loss": 3.0}, {"iteration": 2, "loss": 2.5}]
+    resumed = metrics.Metrics(path, until=1)
+    resumed.add(iteration=2, loss=2.5)
+    assert metrics.read_metrics(path) == [{"iteration": 1, "loss": 3.0}, {"iteration": 2, "loss": 2.5}]

@@ -15,6 +15,7 @@ import torch
 
 from ..cases import Case, select
 from ..checking import verify
+from ..checking.device import usable
 from .memory import memory, show_memory
 from .peers import Contender, Step, contenders, fused
 from .report import Entry, Outcome, show, write
@@ -40,8 +41,9 @@ def run(device: str = "cpu", out: Path | None = None, cases: list[str] | None = 
         0; 1 if one of this package's own results was wrong.
 
     Raises:
-        ValueError: no case of that name.
+        ValueError: no case or device of that name.
     """
+    usable(device)
     if device.startswith("cuda"):
         # exact float32 for everybody, as on the CPU
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

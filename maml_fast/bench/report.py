@@ -17,6 +17,7 @@ from .. import __version__
 from ..backends import cpu
 from ..cases import Case
 from ..checking.verify import print_table
+from ..data.storage import write_atomically
 from .timing import Samples, Spread
 
 
@@ -101,7 +102,8 @@ def write(path: Path, outcomes: list[Outcome], device: str) -> None:
         path = path / f"bench-{device.replace(':', '')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine(device), "cases": [_record(o) for o in outcomes]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _record(o: Outcome) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from torch import Tensor
 from ..api.maml import MAML
 from ..backends import dispatch
 from ..cases import SMALL, Case, Problem
+from ..messages import sentence
+from .device import usable
 
 Results = dict[str, tuple[Tensor, ...]]
 Observer = Callable[[Problem, str, bool], Results]
@@ -257,8 +259,9 @@ def run(backend: str | None = None, device: str = "cpu") -> int:
         device: where the backends run; the reference runs on the CPU in float64.
 
     Raises:
-        ValueError: no backend of that name.
+        ValueError: no backend or device of that name.
     """
+    usable(device)
     if backend is not None:
         dispatch.known(backend)
     names = [n for n in dispatch.BACKENDS if n != "reference"] if backend is None else [backend]
@@ -307,6 +310,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=["auto", *dispatch.BACKENDS])
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args(arguments)
+    try:
+        usable(given.device)
+    except ValueError as error:
+        parser.exit(2, f"Error: {sentence(error, {'device': '--device'})}\n")
     return run(given.backend, given.device)
 
 

@@ -1,17 +1,17 @@
-"""Settings of a run. Each is written once: its type, its help on the command line, and its default."""
+"""Settings of a run. Each is written once: its type, its help on the command line, and its default.
+
+Importing this does not import PyTorch: the command line shows its help without.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-import torch
 import typer
-
-from ..backends import dispatch
-from ..data.sampler import positive
 
 Out = Annotated[Path, typer.Option(help="Folder of the run: checkpoint, metrics, pictures, evaluation.")]
 Iterations = Annotated[int, typer.Option(help="Outer steps in total, not further ones.")]
@@ -20,13 +20,16 @@ Steps = Annotated[int, typer.Option(help="Inner steps in training.")]
 InnerLr = Annotated[float, typer.Option(help="Inner learning rate, in terms of the mean loss over a task's samples.")]
 MetaLr = Annotated[float, typer.Option(help="Adam's learning rate.")]
 Seed = Annotated[int, typer.Option(help="Of the initialisation and of all sampling.")]
-Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(dispatch.BACKENDS)}.")]
+Backend = Annotated[str, typer.Option(help="auto, or one that `maml-fast info` lists.")]
 Threads = Annotated[int, typer.Option(help="Threads to compute on; 0 leaves PyTorch's number.")]
 LogEvery = Annotated[int, typer.Option(help="Iterations between lines of metrics.")]
 SaveEvery = Annotated[int, typer.Option(help="Iterations between checkpoints.")]
 ValidateEvery = Annotated[int, typer.Option(help="Iterations between validations.")]
 ValidationTasks = Annotated[int, typer.Option(help="Tasks of a validation.")]
 EvalTasks = Annotated[int, typer.Option(help="Test tasks of the final evaluation.")]
+
+LARGEST_SEED = 2**60
+"""The streams' seeds are three times as large."""
 
 
 def computed(value: Callable[[Any], Any], shown: str) -> Any:
@@ -60,7 +63,7 @@ class Config:
     save_every: SaveEvery = 5000
     eval_tasks: EvalTasks = 600
 
-    COUNTS = (
+    COUNTS: ClassVar[tuple[str, ...]] = (
         "iterations",
         "meta_batch",
         "shots",
@@ -71,6 +74,7 @@ class Config:
         "validation_tasks",
         "eval_tasks",
     )
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("steps", "threads", "seed")
     FREE = ("out", "iterations", "backend", "threads", "save_every", "eval_tasks", "data", "split_folder")
 
     def __post_init__(self) -> None:
@@ -78,19 +82,29 @@ class Config:
             if each.metadata and getattr(self, each.name) is None:
                 object.__setattr__(self, each.name, each.metadata["value"](self))
         for name in self.COUNTS:
-            positive(name, getattr(self, name))
-        for name in ("steps", "threads", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+            _at_least(1, name, getattr(self, name))
+        for name in self.NOT_NEGATIVE:
+            _at_least(0, name, getattr(self, name))
+        if self.seed > LARGEST_SEED:
+            raise ValueError(f"seed: expected at most {LARGEST_SEED}, got {self.seed}")
         for name in ("inner_lr", "meta_lr"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
 
     @property
     def cores(self) -> int:
         """The threads to compute on: `threads`, or PyTorch's number."""
-        return self.threads or torch.get_num_threads()
+        if self.threads:
+            return self.threads
+        import torch
+
+        return torch.get_num_threads()
 
     def fixed(self) -> dict[str, Any]:
         """The fields on which the run's numbers depend."""
         return {name: value for name, value in asdict(self).items() if name not in self.FREE}
+
+
+def _at_least(least: int, name: str, value: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected {least} or more, got {value}")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from .files import write_atomically
+from ..data.storage import write_atomically
 from .measure import ACCURACY, Measure
 
 

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,16 @@ from ..api.maml import MAML
 from ..data import Sampler
 from ..optim.adam import FlatAdam
 from ..optim.flat import FlatParameters
-from . import files
+from . import checkpoint, files
 from .config import Config
 from .display import Display, results_table
 from .evaluation import StepResult
+from .folder import Folder
 from .interrupt import Interrupt
 from .measure import Measure
+from .metrics import Metrics
 from .plots import training_curves
-
-CHECKPOINT, METRICS, CURVES, EVALUATION = "checkpoint.pt", "metrics.jsonl", "curves.png", "evaluation.json"
-RUN_FILES = (".pt", ".jsonl", ".png", ".json")
+from .state import OtherSettings, check_settings, misfit
 
 
 class Recipe(ABC):
@@ -38,10 +37,12 @@ class Recipe(ABC):
     Attributes:
         config, maml, sampler: what is trained, and on what.
         measure: what `validate` returns.
+        pictures: files that `illustrate` writes into the run's folder.
     """
 
     name: str
     measure: Measure
+    pictures: tuple[str, ...] = ()
     config: Config
     maml: MAML
     sampler: Sampler
@@ -66,6 +67,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
 class Trainer:
     """The state of a run: model, optimizer, stream of tasks, and how far it is.
 
+    The run's folder is locked from the construction to the end of `run`, or of the process.
+
     Args:
         resume: continue from the checkpoint in `config.out`, if there is one, to the numbers an uninterrupted
             run gives, bit for bit. Otherwise an earlier run's files are moved to a folder `earlier-N`.
@@ -73,6 +76,8 @@ class Trainer:
 
     Raises:
         ValueError: the run to be resumed was started with other settings.
+        Damaged: its checkpoint cannot be continued from; the message names the file. A ValueError.
+        Busy: another run goes on in the folder. A RuntimeError.
         RuntimeError: the backend that was asked for cannot run the model.
         OSError: the folder cannot be written.
     """
@@ -85,27 +90,58 @@ class Trainer:
         self.window: list[Tensor] = []
         self.best: dict[str, Any] = {"model": {}}
         self.backend = self._backend()
-        self._open(resume)
-        self.metrics = files.Metrics(self.config.out / METRICS, until=self.iteration)
+        self.folder = Folder(self.config.out, recipe.pictures)
+        self._has_run = False
+        self.folder.enter()
+        try:
+            self.metrics = self._open(resume)
+        except BaseException:
+            self.folder.leave()
+            raise
 
     def run(self) -> int:
-        """Train to the last iteration, then evaluate; 0, or 128 + a signal's number if interrupted (and saved)."""
-        out, before, cores = self.config.out, torch.get_num_threads(), self.config.cores
+        """Train to the last iteration, then evaluate; 0, or 128 + a signal's number if interrupted (and saved).
+
+        Raises:
+            RuntimeError: it was called before; the folder may be another run's since.
+            OSError: a file cannot be written; the last checkpoint stays.
+        """
+        if self._has_run:
+            raise RuntimeError("run: expected to be called once; make a new Trainer with resume=True to go on")
+        self._has_run = True
+        before = torch.get_num_threads()
         # PyTorch's threads spin for milliseconds after an operation: the core is faster without them
-        torch.set_num_threads(1 if self.backend == "cpu" else cores)
+        torch.set_num_threads(1 if self.backend == "cpu" else self.config.cores)
         try:
-            self.console.print(f"{self.recipe.name}: backend {self.backend}, {cores} threads, folder {out}")
-            number = self._train()
-            if number is not None:
-                self.console.print(f"Interrupted at iteration {self.iteration}; saved to {out / CHECKPOINT}.")
-                return 128 + number
-            self._finish()
-            return 0
+            return self._run()
         finally:
             torch.set_num_threads(before)
+            self.folder.leave()
 
     def save(self) -> None:
-        files.save(self.config.out / CHECKPOINT, self._state())
+        """Write the checkpoint.
+
+        Raises:
+            OSError: the file cannot be written; the last checkpoint stays.
+            RuntimeError: the run has ended; the folder may be another run's since.
+        """
+        if not self.folder.entered:
+            raise RuntimeError("save: expected to be called before the run's end, which saves by itself")
+        checkpoint.save(self.folder.checkpoint, self._state())
+
+    def _run(self) -> int:
+        cores, out = self.config.cores, self.folder.path
+        self._say(f"{self.recipe.name}: backend {self.backend}, {cores} threads, folder {out}")
+        number = self._train()
+        if number is not None:
+            self._say(f"Interrupted at iteration {self.iteration}; saved to {self.folder.checkpoint}.")
+            return 128 + number
+        self._finish()
+        return 0
+
+    def _say(self, text: str) -> None:
+        """Print text as it is: a folder's name may look like rich's markup."""
+        self.console.print(text, markup=False, soft_wrap=True)
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -118,7 +154,7 @@ class Trainer:
                 self._advance(due, interrupt, display)
                 if self.iteration == due:
                     self._events(display)
-            if self.iteration % config.save_every or not (config.out / CHECKPOINT).exists():
+            if self.iteration % config.save_every or not self.folder.has_checkpoint():
                 self.save()
             return interrupt.signal if self.iteration < total else None
 
@@ -158,23 +194,23 @@ class Trainer:
 
     def _finish(self) -> None:
         """Draw the curves and evaluate the best (or else the last) parameters."""
-        out = self.config.out
         if self.best["model"]:
             self._take_best()
         if self.metrics.lines:
-            training_curves(out / CURVES, self.metrics.lines, self.recipe.measure)
+            training_curves(self.folder.curves, self.metrics.lines, self.recipe.measure)
         self.recipe.illustrate()
         results = self.recipe.evaluate()
-        files.write_json(out / EVALUATION, {title: [asdict(r) for r in rows] for title, rows in results.items()})
+        values = {title: [asdict(row) for row in rows] for title, rows in results.items()}
+        files.write_json(self.folder.evaluation, values)
         for title, rows in results.items():
             self.console.print(results_table(title, rows))
-        self.console.print(f"Checkpoint, metrics, pictures and evaluation are in {out}.")
+        self._say(f"Checkpoint, metrics, pictures and evaluation are in {self.folder.path}.")
 
     def _take_best(self) -> None:
         best, name = self.best, self.recipe.measure.name
         self.recipe.maml.module.load_state_dict(best["model"])
         iteration = best.get("iteration", "?")  # the checkpoints of earlier versions have none
-        self.console.print(f"The best validation {name} is {best[name]:.4f}, of iteration {iteration}.")
+        self._say(f"The best validation {name} is {best[name]:.4f}, of iteration {iteration}.")
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
@@ -187,30 +223,49 @@ class Trainer:
             "sampler": self.recipe.sampler.state_dict(),
             "window": torch.stack(self.window) if self.window else torch.empty(0),
             "best": self.best,
+            "metrics": self.metrics.seal(),
         }
 
-    def _open(self, resume: bool) -> None:
-        """Make the folder; take up the run that is in it, or move it out of the way."""
-        out = self.config.out
-        out.mkdir(parents=True, exist_ok=True)
-        if not (out / CHECKPOINT).exists():
-            return
-        if resume:
-            self._restore(files.load(out / CHECKPOINT))
-            self.console.print(f"Continuing {out} at iteration {self.iteration}.")
+    def _open(self, resume: bool) -> Metrics:
+        """Take up the run that is in the folder, or move it out of the way."""
+        out, seal = self.folder.path, None
+        if resume and self.folder.has_checkpoint():
+            seal = self._restore(self.folder.checkpoint)
+            self._say(f"Continuing {out} at iteration {self.iteration}.")
         else:
-            self.console.print(f"The earlier run in {out} is now in {_move_away(out)}.")
+            if resume:
+                self._say(f"There is no {self.folder.checkpoint} to resume from: a new run begins.")
+            if (earlier := self.folder.move_earlier_run()) is not None:
+                self._say(f"The earlier run in {out} is now in {earlier}.")
+        metrics = Metrics(self.folder.metrics, self.iteration, seal)
+        if metrics.note:
+            self._say(metrics.note)
+        return metrics
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        for name, value in self.config.fixed().items():
-            if state["config"].get(name) != value:
-                raise ValueError(f"{name}: the run was started with {state['config'].get(name)}, got {value}")
-        self.iteration = state["iteration"]
-        self.recipe.maml.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.recipe.sampler.load_state_dict(state["sampler"])
+    def _restore(self, path: Path) -> Mapping[str, Any] | None:
+        """Take up the state in a checkpoint; returns the seal of its metrics, None in those of earlier versions."""
+        module, config = self.recipe.maml.module, self.config
+        state = checkpoint.load(path, self._largest())
+        try:
+            if reason := misfit(state, module.state_dict(), self.recipe.measure.name, config.log_every):
+                raise ValueError(reason)
+            check_settings(state["config"], config.fixed())
+            module.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.recipe.sampler.load_state_dict(state["sampler"])
+        except OtherSettings:
+            raise
+        except Exception as error:  # whatever a foreign state makes optimizer and sampler raise
+            raise files.Damaged(f"{path}: not a checkpoint of this run: {files.reason(error)}") from error
+        self.iteration, self.best = state["iteration"], state["best"]
         self.window = list(state["window"])
-        self.best = state["best"]
+        return state.get("metrics")
+
+    def _largest(self) -> int:
+        """Bytes that no checkpoint of this run exceeds: two models, two moments, the window, and names."""
+        model = self.recipe.maml.module.state_dict().values()
+        tensors = sum(value.nbytes for value in model if isinstance(value, Tensor))
+        return 8 * (tensors + self.config.log_every) + (1 << 26)
 
     def _backend(self) -> str:
         """Which backend runs the recipe; fails here rather than in the first iteration."""
@@ -220,16 +275,6 @@ class Trainer:
         call = self.recipe.maml._prepare(Mode.META_GRADIENT, *next(sampler)).call
         sampler.load_state_dict(start)
         return call.choice.backend.name
-
-
-def _move_away(out: Path) -> Path:
-    """Move a run's files into a new folder inside its own."""
-    earlier = next(path for n in count(1) if not (path := out / f"earlier-{n}").exists())
-    earlier.mkdir()
-    for path in out.iterdir():
-        if path.suffix in RUN_FILES and path.is_file():
-            path.rename(earlier / path.name)
-    return earlier
 
 
 def _mean(losses: list[Tensor]) -> float:
