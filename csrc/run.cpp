@@ -249,6 +249,7 @@ void Runner<S>::run(Call& call, Times* times) {
     }
     Job<S> job{kernels_, plan, call, *memory, blocks, call.gradients ? plan.sums + plan.rates : 0};
     Pool::instance().run(call.threads, [](void* c, int worker) { static_cast<Job<S>*>(c)->work(worker); }, &job);
+    if (times) share_out(spent, call.threads, watch.lap(), *times);
     learn(job.nanoseconds);
     if (times) share_out(spent, call.threads, watch.lap(), *times);
     if (call.gradients) reduce(call, memory->total.get());
