@@ -4,8 +4,10 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 #include <new>
+#include <numeric>
 #include <thread>
 
 #include "pool.h"
@@ -125,16 +127,17 @@ class Stopwatch {
     std::int64_t last_;
 };
 
-// What every instruction took, and the rest of `wall`, as means over the threads.
-void share_out(const std::vector<std::int64_t>& spent, int threads, std::int64_t wall, Times& times) {
-    const std::size_t count = spent.size() / std::size_t(threads);
-    times.instructions.assign(count, 0);
-    times.waiting = wall;
-    for (std::size_t i = 0; i < count; ++i) {
-        for (std::size_t t = i; t < spent.size(); t += count) times.instructions[i] += spent[t];
-        times.instructions[i] /= threads;
-        times.waiting -= times.instructions[i];
+// What every instruction took and the rest of `wall`, as means over the threads that took part.
+void share_out(const std::vector<std::int64_t>& spent, std::size_t instructions, std::int64_t wall, Times& times) {
+    std::int64_t workers = 0;
+    times.instructions.assign(instructions, 0);
+    for (auto begin = spent.begin(); begin != spent.end(); begin += std::ptrdiff_t(instructions)) {
+        std::transform(times.instructions.begin(), times.instructions.end(), begin, times.instructions.begin(),
+                       std::plus<>());
+        workers += std::any_of(begin, begin + std::ptrdiff_t(instructions), [](std::int64_t ns) { return ns > 0; });
     }
+    for (std::int64_t& ns : times.instructions) ns /= std::max<std::int64_t>(workers, 1);
+    times.waiting = std::accumulate(times.instructions.begin(), times.instructions.end(), wall, std::minus<>());
 }
 
 bool poisoned() {
@@ -249,7 +252,7 @@ void Runner<S>::run(Call& call, Times* times) {
     }
     Job<S> job{kernels_, plan, call, *memory, blocks, call.gradients ? plan.sums + plan.rates : 0};
     Pool::instance().run(call.threads, [](void* c, int worker) { static_cast<Job<S>*>(c)->work(worker); }, &job);
-    if (times) share_out(spent, call.threads, watch.lap(), *times);
+    if (times) share_out(spent, std::size_t(plan.n_code), watch.lap(), *times);
     learn(job.nanoseconds);
     if (times) share_out(spent, call.threads, watch.lap(), *times);
     if (call.gradients) reduce(call, memory->total.get());

@@ -6,12 +6,12 @@ import interpreted
 import pytest
 import torch
 from extremes import ACTIVATIONS, assert_derivatives, derivatives, points
+from maml_fast.backends.triton.activation import activation
 from test_activations import measured, network
 from test_losses_at_extremes import assert_like_the_reference, at_kinks, ruled_out
 
 from maml_fast.backends import dispatch
 from maml_fast.backends.triton import TritonBackend, launch, workspace
-from maml_fast.backends.triton.activation import activation
 from maml_fast.graph.graph import ACTIVATIONS as KINDS
 from maml_fast.graph.trace import trace
 

@@ -22,7 +22,7 @@ from maml_fast.backends.triton import TritonBackend
 from maml_fast.backends.triton.kernels import launch, tiles
 from maml_fast.backends.triton.memory import Memory
 from maml_fast.backends.triton.runtime import executor
-from maml_fast.checking import triton_aot as aot
+from maml_fast.backends.triton.runtime.launches import launches
 from maml_fast.checking import verify
 
 # The first three take half a minute each, and are there for the C++ core's sake; the others run the kernels of their
@@ -198,7 +198,7 @@ def _launched(name: str) -> tuple[cases.Case, list[str]]:
     (case,) = cases.select([name])
     problem = case.build(torch.float32)
     plan = problem.maml("reference")._prepare(Mode.META_GRADIENT, *problem.batch).call.plan
-    return case, [kernel.fn.__name__ for kernel, *_ in aot.launches(plan)]
+    return case, [kernel.fn.__name__ for kernel, *_ in launches(plan)]
 
 
 def _count_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -210,3 +210,12 @@ def _count_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(executor.Executor, "run", counted)
     return seen
+
+
+@pytest.mark.parametrize("variant", ["wide", "resident"])
+def test_explain_lists_launches_and_memory(variant: str) -> None:
+    problem = cases.select(["tanh"])[0].build(torch.float32)
+    said = problem.maml(f"triton-{variant}").explain(*problem.batch, level="program")
+    assert f"{variant} kernels:\n  {'gemm' if variant == 'wide' else 'resident'}, " in said
+    assert "per task:" in said
+    assert "value 0 1 " in said or "value 0 2 " in said

@@ -23,11 +23,12 @@ from triton.compiler import ASTSource
 from ..algorithms.goal import Mode
 from ..backends.triton import TritonBackend
 from ..backends.triton.kernels import tiles
-from ..backends.triton.kernels.launch import OPTIONS, Launch
+from ..backends.triton.kernels.launch import OPTIONS
 from ..backends.triton.kernels.resident_interpreter import resident_kernel
 from ..backends.triton.kernels.tiles import Product
 from ..backends.triton.runtime import tuning
-from ..backends.triton.runtime.call import PRECISIONS, Call
+from ..backends.triton.runtime.call import PRECISIONS
+from ..backends.triton.runtime.launches import launches, start
 from ..cases import BENCH, select
 from ..lower.plan import Plan
 
@@ -92,21 +93,6 @@ class Usage:
     spills: int
 
 
-def launches(plan: Plan, variant: str = "wide") -> list[tuple[Any, int, tuple[Any, ...], dict[str, Any]]]:
-    """Every launch of one call, in order: kernel, programs, arguments, constants. Nothing is computed."""
-    recorded: list[tuple[Any, int, tuple[Any, ...], dict[str, Any]]] = []
-
-    def record(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        recorded.append((kernel, programs, arguments, constants))
-
-    _start(plan, variant, record)
-    return recorded
-
-
-def _start(plan: Plan, variant: str, launch: Launch) -> None:
-    Call(plan, variant, 1 << 60, launch, torch.device("meta")).run()
-
-
 def instances(plan: Plan, variant: str = "wide") -> list[Instance]:
     """The different kernels that a plan's launches need."""
     found = launches(plan, variant)
@@ -115,7 +101,7 @@ def instances(plan: Plan, variant: str = "wide") -> list[Instance]:
 
 def products(plan: Plan) -> list[Product]:
     """One of every kind of product that the plan needs."""
-    return list(tuning.products(partial(_start, plan, "wide")).values())
+    return list(tuning.products(partial(start, plan, "wide")).values())
 
 
 def candidates(one: Product) -> list[Instance]:

@@ -67,6 +67,11 @@ class TritonBackend(Backend):
         reasons = _why_wide(plan)
         return [f"variant {'wide' if reasons else 'resident'}", *(f"not resident: {reason}" for reason in reasons)]
 
+    def describe(self, plan: Plan) -> str:
+        from .runtime.launches import text
+
+        return text(plan, self.variant(plan))
+
     def run(self, plan: Plan, tensors: Tensors) -> Result:
         device = plan.device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
