@@ -11,13 +11,23 @@ if TYPE_CHECKING:
     from . import nn
     from .api.adapted import Adapted
     from .api.maml import MAML
+    from .checking.own import verify
+    from .checking.report import Report
     from .optim import FlatAdam, FlatParameters
 
 __version__ = "0.1.0"
-__all__ = ["MAML", "Adapted", "FlatAdam", "FlatParameters", "__version__", "nn"]
+__all__ = ["MAML", "Adapted", "FlatAdam", "FlatParameters", "Report", "__version__", "nn", "verify"]
 
 _look_up = names_of(
-    __name__, {"MAML": "api.maml", "Adapted": "api.adapted", "FlatAdam": "optim", "FlatParameters": "optim"}
+    __name__,
+    {
+        "MAML": "api.maml",
+        "Adapted": "api.adapted",
+        "FlatAdam": "optim",
+        "FlatParameters": "optim",
+        "Report": "checking.report",
+        "verify": "checking.own",
+    },
 )
 
 

@@ -51,6 +51,9 @@ class MAML(nn.Module):
         precision: `"float32"` is exact; `"tf32"` and `"bf16"` allow the Triton backend to round the
             operands of matrix products and convolutions. Sums, weights and all else stay float32,
             and the other backends always compute in the parameters' dtype.
+        check: `"first"` holds the first call of every captured graph on a fused backend against the textbook: of one
+            task, loss and meta-gradient within twice PyTorch's own error plus a floor. On a miss it warns with both
+            numbers and uses the next backend that agrees. `"always"` does so in every call, `"never"` not at all.
 
     Shapes: `x_s (T, Ns, *in)`, `y_s (T, Ns)` int64 labels or `(T, Ns, *out)` targets; `x_q`, `y_q`
     likewise with Nq. Inputs have the parameters' dtype (float32 or float64) and device; a model with an
@@ -75,6 +78,7 @@ class MAML(nn.Module):
     tape_bytes: int
     threads: int | None
     precision: str
+    check: str
 
     def __init__(
         self,
@@ -91,6 +95,7 @@ class MAML(nn.Module):
         tape_bytes: int = 1 << 28,
         threads: int | None = None,
         precision: str = "float32",
+        check: str = "first",
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -106,6 +111,7 @@ class MAML(nn.Module):
             "tape_bytes": tape_bytes,
             "threads": threads,
             "precision": precision,
+            "check": check,
         }
         settings = {name: check(given[name]) for name, check in CHECKED.items()}
         self.__dict__.update(settings)

@@ -22,6 +22,7 @@ from ..graph.stand_ins import lock, refuse_nested
 from ..lower.plan import Plan, Result, Tensors
 from . import checks, reach
 from .rates import LearningRates, RateLike
+from .selfcheck import SelfCheck, when
 
 MOST_PLANS = 128
 """Plans kept for one module; the least recently used go first."""
@@ -58,6 +59,7 @@ class Settings:
     tape_bytes: int
     threads: int | None
     precision: str
+    check: str
 
 
 CHECKED: dict[str, Callable[[Any], Any]] = {
@@ -69,6 +71,7 @@ CHECKED: dict[str, Callable[[Any], Any]] = {
     "tape_bytes": int,
     "threads": checks.threads,
     "precision": checks.precision,
+    "check": when,
 }
 """Every setting's name, and what checks and normalises its value."""
 
@@ -94,6 +97,7 @@ class Preparer:
         self._states: dict[Any, int] = {}
         self._plans: dict[Any, Call] = {}
         self._warned = False
+        self._selfcheck = SelfCheck()
         self._enter_state()
 
     def set(self, name: str, value: Any) -> None:
@@ -153,6 +157,7 @@ class Preparer:
         self.objective = Objective(self.model, self._settings.loss)
         self._plans.clear()
         self._states.clear()
+        self._selfcheck = SelfCheck()
 
     def prepare(
         self,
@@ -187,13 +192,11 @@ class Preparer:
         except AttributeError:
             key = None
         call = None if key is None else self._plans.get(key)
+        new = call is None
+        start = perf_counter() if new else 0.0
         if call is None:
             self._check_batch(mode, *batch)
-            start = perf_counter()
             call = self._make_call(mode, *batch)
-            if verbose.PLANS:
-                verbose.planned(call.choice, start)
-            self._keep(key, call)
         self._check_labels(call.plan, y_s, y_q)
         if leaves is None:
             rates: Sequence[Tensor] = self.rates.tensors(first.dtype, first.device)
@@ -201,7 +204,13 @@ class Preparer:
         else:
             rest = leaves[len(parameters) :]
             rates, learned = rest[: len(self.rates.values)], rest[len(self.rates.values) :]
-        return Prepared(call, Tensors(parameters, rates, x_s, y_s, x_q, y_q, learned=learned))
+        tensors = Tensors(parameters, rates, x_s, y_s, x_q, y_q, learned=learned)
+        if new or self._settings.check == "always":
+            call = Call(call.plan, self._selfcheck.settle(call.choice, tensors, self._settings.check))
+            self._keep(key, call)
+        if new and verbose.PLANS:
+            verbose.planned(call.choice, start)
+        return Prepared(call, tensors)
 
     def _current_parameters(self) -> Sequence[Tensor]:
         """The model's parameters, after a look at whether model and loss are what the plans were made for."""
@@ -215,6 +224,7 @@ class Preparer:
             return self.model.parameters()
 
     def _keep(self, key: Any, call: Call) -> None:
+        self._plans.pop(key, None)
         while len(self._plans) >= MOST_PLANS:
             self._plans.pop(next(iter(self._plans)), None)
         self._plans[key] = call

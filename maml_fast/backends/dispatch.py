@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..lower.plan import Plan
 from ..lower.text import text
@@ -33,16 +34,26 @@ class Choice:
 
     Attributes:
         considered: the backends that could have been chosen, in order of preference.
+        ruled_out: names of those that gave a wrong result, and what was wrong.
     """
 
     backend: Backend
     plan: Plan
     considered: tuple[Backend, ...]
+    ruled_out: Mapping[str, str] = field(default_factory=dict)
+
+    def without(self, wrong: str) -> Choice:
+        """The next backend that can run the plan, since this one's result is wrong; also where it was named."""
+        ruled_out = {**self.ruled_out, self.backend.name: wrong}
+        considered = tuple(dict.fromkeys((*self.considered, *_ALL)))
+        backend = next(b for b in considered if b.name not in ruled_out and not b.why_not(self.plan))
+        return Choice(backend, self.plan, considered, ruled_out)
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend.name}"]
         for other in self.considered:
-            why_not = other.why_not(self.plan)
+            wrong = self.ruled_out.get(other.name)
+            why_not = [wrong] if wrong else other.why_not(self.plan)
             if other is not self.backend:
                 reasons = why_not or ["comes later in the order of preference"]
                 lines += [f"  not {other.name}: {reason}" for reason in reasons]

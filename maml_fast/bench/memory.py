@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..cases import select
-from ..checking.verify import print_table
+from ..checking.table import print_table
 
 CONTENDERS = ("torch loop", "vmap", "backward")
 

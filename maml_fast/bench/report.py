@@ -16,7 +16,7 @@ import torch
 from .. import __version__
 from ..backends import cpu
 from ..cases import Case
-from ..checking.verify import print_table
+from ..checking.table import print_table
 from ..data.storage import write_atomically
 from .timing import Samples, Spread
 

@@ -1,60 +1,38 @@
 """Runs the case list against the float64 reference: `python -m maml_fast.checking.verify`.
 
-The rule, here and in the tests: over each class of result (one long vector a class), the relative
-error ‖a − r‖ / ‖r‖ against the float64 reference is at most twice the same-dtype reference's own
-error plus a floor for the order of derivative. Float64 has no oracle above it, so there the
+The rule, here and in the tests, is that of `backends/agreement.py`. Float64 has no oracle above it, so there the
 float32 reference's error, scaled by the ratio of the epsilons, stands for its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
 
-from ..api.maml import MAML
 from ..backends import dispatch
+from ..backends.agreement import FLOORS, Error, errors_of, order_of, relative_error
+from ..backends.agreement import judge as by_the_rule
 from ..cases import SMALL, Case, Problem
 from ..messages import sentence
 from .device import usable
+from .observe import Results, observe_calls, threads_for
+from .table import print_table
 
-Results = dict[str, tuple[Tensor, ...]]
+__all__ = ["FLOORS", "Declined", "Error", "Results", "compare", "floor", "judge", "observe", "relative_error", "run"]
+
 Observer = Callable[[Problem, str, bool], Results]
-
-FLOORS = {0: 4.0, 1: 8.0, 2: 16.0}
-"""Floor of the limit in epsilons of the dtype, by order of derivative."""
 
 _DTYPES = (torch.float32, torch.float64)
 
 
 class Declined(Exception):
     """The backend cannot run the case; the message holds every reason."""
-
-
-@dataclass(frozen=True)
-class Error:
-    """One class of result against the reference.
-
-    Attributes:
-        value: relative error; infinite where a shape is wrong or a number is not finite.
-        limit: what the rule allows.
-    """
-
-    kind: str
-    value: float
-    limit: float
-
-    @property
-    def ok(self) -> bool:
-        return self.value <= self.limit
 
 
 def compare(case: Case, backend: str, dtype: torch.dtype, first_order: bool, device: str = "cpu") -> list[Error]:
@@ -84,36 +62,14 @@ def judge(
     reference = _reference(case, torch.float64, first_order, "cpu", observer or observe)
     peer = _reference(case, torch.float32, first_order, device, observer or observe)
     scale = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-    return [
-        Error(
-            kind,
-            relative_error(values, reference[kind]),
-            2 * scale * relative_error(peer[kind], reference[kind]) + floor(case, kind, dtype, first_order),
-        )
-        for kind, values in results.items()
-    ]
+    orders = {kind: order_of(kind, case.steps, first_order) for kind in results}
+    own = errors_of({kind: peer[kind] for kind in results}, reference, scale)
+    return by_the_rule(errors_of(results, reference), [own], orders, dtype)
 
 
 def floor(case: Case, kind: str, dtype: torch.dtype, first_order: bool) -> float:
     """The part of the limit that does not depend on the numbers."""
-    order = 0 if case.steps == 0 else 1
-    if kind in ("parameters", "backward", "rates", "x_s", "x_q", "pullback"):
-        order = 1 if first_order or case.steps == 0 else 2
-    return FLOORS[order] * torch.finfo(dtype).eps
-
-
-def relative_error(values: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """‖a − r‖ / ‖r‖ over all tensors taken as one vector; ‖a‖ where r is zero."""
-    if [v.shape for v in values] != [r.shape for r in reference]:
-        return math.inf
-    difference = _norm(v.detach().cpu().double() - r for v, r in zip(values, reference, strict=True))
-    size = _norm(reference)
-    error = difference / size if size else difference
-    return error if math.isfinite(error) else math.inf
-
-
-def _norm(values: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(v.detach().square().sum()) for v in values))
+    return FLOORS[order_of(kind, case.steps, first_order)] * torch.finfo(dtype).eps
 
 
 def observe(problem: Problem, backend: str, first_order: bool) -> Results:
@@ -127,73 +83,17 @@ def observe(problem: Problem, backend: str, first_order: bool) -> Results:
         maml.explain(*problem.batch)
     except RuntimeError as error:
         raise Declined(str(error)) from None
-    with _threads_for(backend):
-        return _observe(problem, maml)
-
-
-@contextmanager
-def _threads_for(backend: str) -> Iterator[None]:
-    """One thread for PyTorch's own kernels: at these sizes its thread team only waits."""
-    before = torch.get_num_threads()
-    fused = backend == "auto" or dispatch.BACKENDS[backend].fused
-    torch.set_num_threads(before if fused else 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _observe(problem: Problem, maml: MAML) -> Results:
-    x_s, x_q = problem.x_s.detach().requires_grad_(), problem.x_q.detach().requires_grad_()
-    own = problem.leaves
-    leaves, count = [*own, x_s, x_q], len(own) - len(problem.rates)
-    loss = maml.meta_loss(x_s, problem.y_s, x_q, problem.y_q)
-    gradients = torch.autograd.grad(loss, leaves)
-    logits = maml(x_s, problem.y_s, x_q)
-    pullback = torch.autograd.grad((logits * _cotangent(logits)).sum(), leaves)
-    adapted = maml.adapt(problem.x_s, problem.y_s)
-    with torch.no_grad():
-        task_losses = maml.meta_loss(*problem.batch, reduction="none")
-    return {
-        "loss": (loss.detach(),),
-        "task losses": (task_losses,),
-        "logits": (logits.detach(),),
-        "adapted": tuple(adapted.parameters.values()),
-        "adapted logits": (adapted(problem.x_q),),
-        "parameters": gradients[:count],
-        "rates": gradients[count:-2],
-        "x_s": gradients[-2:-1],
-        "x_q": gradients[-1:],
-        "pullback": pullback,
-        "backward": _written(maml, problem),
-    }
-
-
-def _written(maml: MAML, problem: Problem) -> tuple[Tensor, ...]:
-    """What `backward` writes into `.grad`, on a clean slate and without input gradients."""
-    before = [leaf.grad for leaf in problem.leaves]
-    for leaf in problem.leaves:
-        leaf.grad = None
-    maml.backward(*problem.batch)
-    found = tuple(leaf.new_full(leaf.shape, math.nan) if leaf.grad is None else leaf.grad for leaf in problem.leaves)
-    for leaf, gradient in zip(problem.leaves, before, strict=True):
-        leaf.grad = gradient
-    return found
+    trainable = [p for p in problem.model.parameters() if p.requires_grad]
+    return observe_calls(maml, problem.batch, trainable, problem.rates)
 
 
 def observe_gradient(problem: Problem, backend: str, first_order: bool) -> Results:
     """Only what the benchmark's contenders compute: the loss and the parameters' meta-gradient."""
     maml = problem.maml(backend, first_order)
     parameters = list(problem.model.parameters())
-    with _threads_for(backend):
+    with threads_for(backend):
         loss = maml.meta_loss(*problem.batch)
         return {"loss": (loss.detach(),), "parameters": torch.autograd.grad(loss, parameters)}
-
-
-def _cotangent(like: Tensor) -> Tensor:
-    """A fixed dL/dlogits, the same numbers in every dtype."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(like.shape, generator=generator).to(like)
 
 
 @cache
@@ -247,7 +147,7 @@ def _row(backend: str, case: Case, dtype: torch.dtype, first_order: bool, device
         return Row(*labels, None, "; ".join(str(declined).split("\n  - ")[1:]))
     except Exception as error:  # a crash of one case is a row of the table, not its end
         return Row(*labels, None, f"raised {type(error).__name__}: {error}")
-    worst = max(errors, key=lambda e: e.value / e.limit)
+    worst = max(errors, key=lambda e: e.ratio)
     return Row(*labels, worst, worst.kind)
 
 
@@ -283,26 +183,6 @@ def _show(table: Iterable[Row]) -> int:
     )
     print(", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())))
     return counts.get("FAIL", 0) + counts.get("error", 0)
-
-
-def print_table(columns: Sequence[str], cells: Sequence[Sequence[str]], bad: Sequence[bool] = ()) -> None:
-    """A table with rich where it is installed, aligned text otherwise."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
-        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-        for line in (columns, *cells):
-            print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
-        return
-    table = Table(*columns)
-    for i, line in enumerate(cells):
-        table.add_row(*[Text(text) for text in line], style="bold red" if bad and bad[i] else None)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    console.print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,134 @@
+"""When results agree with the textbook's: the one rule of `verify`, of the self-check and of the tests.
+
+Over each class of result, taken as one long vector, the relative error ‖a − r‖ / ‖r‖ against the float64 reference r is
+at most twice PyTorch's own error plus a floor for the order of derivative. PyTorch's own error is what the textbook
+makes in the results' dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Results = Mapping[str, Sequence[Tensor]]
+"""Classes of result, each as tensors that count as one vector."""
+
+FLOORS = {0: 4.0, 1: 8.0, 2: 16.0}
+"""Floor of the limit in epsilons of the dtype, by order of derivative."""
+
+_GRADIENTS = ("parameters", "backward", "rates", "x_s", "x_q", "pullback")
+
+ROUNDINGS = 12
+"""How often PyTorch's own error is taken once more, at inputs moved by a rounding, before a result counts as wrong."""
+
+
+@dataclass(frozen=True)
+class Error:
+    """One class of result against the reference.
+
+    Attributes:
+        value: relative error; infinite where a shape is wrong or an element is not finite.
+        limit: what the rule allows.
+    """
+
+    kind: str
+    value: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        return self.value <= self.limit
+
+    @property
+    def ratio(self) -> float:
+        """Error over limit: which of several is the worst."""
+        return self.value / self.limit if self.limit else math.inf
+
+
+def order_of(kind: str, steps: int, first_order: bool) -> int:
+    """The order of derivative that a class of result takes."""
+    if kind in _GRADIENTS:
+        return 1 if first_order or steps == 0 else 2
+    return 0 if steps == 0 else 1
+
+
+def limit(own: float, order: int, dtype: torch.dtype) -> float:
+    """What the rule allows where PyTorch's own error is `own`; infinite where that is not finite."""
+    return 2 * own + FLOORS[order] * torch.finfo(dtype).eps
+
+
+def judge(
+    values: Mapping[str, float], own: Iterable[Mapping[str, float]], orders: Mapping[str, int], dtype: torch.dtype
+) -> list[Error]:
+    """Relative errors by the rule.
+
+    Args:
+        values: the error of every class of result.
+        own: PyTorch's own errors. The first one counts; the next are taken, and the largest counts, only while a class
+            breaks the rule.
+        orders: order of derivative of each class.
+    """
+    largest = dict.fromkeys(values, 0.0)
+    errors: list[Error] = []
+    for once in own:
+        largest = {kind: max(largest[kind], once[kind]) for kind in values}
+        errors = [Error(kind, value, limit(largest[kind], orders[kind], dtype)) for kind, value in values.items()]
+        if all(error.ok for error in errors):
+            break
+    return errors
+
+
+def errors_of(results: Results, reference: Results, scale: float = 1.0) -> dict[str, float]:
+    """The relative error of every class, times `scale`."""
+    return {kind: scale * relative_error(found, reference[kind]) for kind, found in results.items()}
+
+
+def relative_error(values: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """‖a − r‖ / ‖r‖ over all tensors taken as one vector; ‖a‖ where r is zero."""
+    return error_within(values, reference, reference)
+
+
+def error_within(values: Sequence[Tensor], reference: Sequence[Tensor], whole: Sequence[Tensor]) -> float:
+    """‖a − r‖ / ‖w‖, where r is a part of the vector w; ‖a‖ where w is zero."""
+    if [v.shape for v in values] != [r.shape for r in reference]:
+        return math.inf
+    difference = _norm(_exact(v) - _exact(r) for v, r in zip(values, reference, strict=True))
+    size = _norm(whole)
+    error = difference / size if size else difference
+    return error if math.isfinite(error) else math.inf
+
+
+def _norm(values: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(_exact(v).square().sum()) for v in values))
+
+
+def _exact(value: Tensor) -> Tensor:
+    return value.detach().cpu().double()
+
+
+def roundings(dtype: torch.dtype, seed: int = 0) -> Iterator[Rounding]:
+    """`ROUNDINGS` ways to move a problem's inputs."""
+    return (Rounding(dtype, seed + i) for i in range(ROUNDINGS))
+
+
+class Rounding:
+    """Moves every element of a problem's inputs by at most one rounding, up or down by chance.
+
+    The textbook's answer at the moved inputs is as good as that at the inputs themselves. Where the two differ, by a
+    kink that rounding crosses or by a chaotic inner loop, no kernel is to blame for such a difference.
+    """
+
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+        self._dtype = dtype
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """The moved copy of a tensor of the dtype; others come back as they are."""
+        if value.dtype != self._dtype:
+            return value
+        signs = torch.randint(-1, 2, value.shape, generator=self._generator).to(value)
+        return value.detach() * (1 + torch.finfo(value.dtype).eps * signs)

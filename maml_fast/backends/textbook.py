@@ -1,0 +1,94 @@
+"""One task of a call by the reference backend, without a trace on what is the person's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..graph.copies import cast
+from ..graph.model import Model
+from ..lower.plan import Plan, Result, Tensors
+from .agreement import Results
+from .randomness import undisturbed
+from .reference import ReferenceBackend
+
+
+class Textbook:
+    """The loss and the meta-gradient of a call's first task; the outputs for `Mode.APPLY`.
+
+    Every run calls a new copy of the module: buffers, counters that its forward keeps, and other threads' calls stay
+    as they are, and so do the generators of random numbers.
+
+    Args:
+        plan: the call's, in `Mode.META_GRADIENT` or `Mode.APPLY`.
+        tensors: its numbers. They are only read.
+    """
+
+    def __init__(self, plan: Plan, tensors: Tensors) -> None:
+        self._plan, self._tensors = plan, tensors
+
+    def results(self, dtype: torch.dtype, move: Callable[[Tensor], Tensor] | None = None) -> Results:
+        """The task's results, computed in `dtype`.
+
+        Args:
+            move: what is done to every tensor of the task before it is cast.
+
+        Raises:
+            RuntimeError: the module cannot be copied. Whatever else its forward raises.
+        """
+        source = self._plan.dtype
+
+        def cut(value: Tensor) -> Tensor:
+            value = value.detach().clone()  # a clone: an inference tensor cannot be part of a graph
+            value = move(value) if move else value
+            return value.to(dtype) if value.dtype == source else value
+
+        device = self._plan.device
+        with undisturbed(device), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+            return classes(ReferenceBackend().run(_on_copy(self._plan, dtype), _first(self._tensors, cut)))
+
+
+def classes(result: Result) -> Results:
+    """The first task's classes of result; the objective stands for its loss."""
+    if result.outputs is not None:
+        return {"outputs": (result.outputs[:1],)}
+    assert result.objective is not None
+    found: dict[str, Sequence[Tensor]] = {
+        "loss": (result.objective,),
+        "parameters": [g for g in result.parameters if g is not None],
+        "rates": [g for g in result.rates if g is not None],
+    }
+    for name, gradient in (("x_s", result.x_s), ("x_q", result.x_q)):
+        if gradient is not None:
+            found[name] = (gradient[:1],)
+    return found
+
+
+def _on_copy(plan: Plan, dtype: torch.dtype) -> Plan:
+    """The plan of one task of a copied module."""
+    adapts = [name for name, chosen in zip(plan.model.names, plan.model.adapts, strict=True) if chosen]
+    module, loss = cast((plan.model.module, plan.inner.loss), plan.dtype, dtype)
+    inner = replace(plan.inner, loss=loss)
+    return replace(plan, model=Model(module, adapts), inner=inner, tasks=1, dtype=dtype, state={})
+
+
+def _first(t: Tensors, cut: Callable[[Tensor], Tensor]) -> Tensors:
+    """The numbers of the first task."""
+
+    def task(value: Tensor | None) -> Tensor | None:
+        return None if value is None else cut(value[:1])
+
+    parameters = [cut(p) for p in t.parameters]
+    return Tensors(
+        parameters,
+        [cut(r) for r in t.rates],
+        task(t.x_s),
+        task(t.y_s),
+        task(t.x_q),
+        task(t.y_q),
+        weights=torch.ones_like(parameters[0].flatten()[:1]),
+        adapted=[cut(v[:1]) for v in t.adapted],
+    )

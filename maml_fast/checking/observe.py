@@ -1,0 +1,86 @@
+"""Everything that the calls on a `MAML` can return."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..api.maml import MAML
+from ..backends import dispatch
+
+Results = dict[str, tuple[Tensor, ...]]
+
+
+def observe_calls(
+    maml: MAML, batch: tuple[Tensor, Tensor, Tensor, Tensor], parameters: Sequence[Tensor], rates: Sequence[Tensor]
+) -> Results:
+    """Everything a call can return, by class: each of the plan's modes is run.
+
+    Args:
+        batch: x_s, y_s, x_q, y_q; nothing in it is changed.
+        parameters, rates: the leaves whose meta-gradients are wanted. Their `.grad` is put back.
+    """
+    x_s, y_s, x_q, y_q = batch
+    x_s, x_q = _leaf(x_s), _leaf(x_q)
+    inputs = {name: x for name, x in (("x_s", x_s), ("x_q", x_q)) if x.requires_grad}
+    leaves = [*parameters, *rates, *inputs.values()]
+    with threads_for(maml.backend):
+        loss = maml.meta_loss(x_s, y_s, x_q, y_q)
+        gradients = torch.autograd.grad(loss, leaves)
+        outputs = maml(x_s, y_s, x_q)
+        pullback = torch.autograd.grad((outputs * _cotangent(outputs)).sum(), leaves)
+        adapted = maml.adapt(batch[0], y_s)
+        with torch.no_grad():
+            task_losses = maml.meta_loss(*batch, reduction="none")
+        last = len(parameters) + len(rates)
+        return {
+            "loss": (loss.detach(),),
+            "task losses": (task_losses,),
+            "logits": (outputs.detach(),),
+            "adapted": tuple(adapted.parameters.values()),
+            "adapted logits": (adapted(batch[2]),),
+            "parameters": gradients[: len(parameters)],
+            "rates": gradients[len(parameters) : last],
+            **{name: (gradients[last + i],) for i, name in enumerate(inputs)},
+            "pullback": pullback,
+            "backward": _written(maml, batch, [*parameters, *rates]),
+        }
+
+
+@contextmanager
+def threads_for(backend: str) -> Iterator[None]:
+    """One thread for PyTorch's own kernels: at these sizes its thread team only waits."""
+    before = torch.get_num_threads()
+    fused = backend == "auto" or dispatch.BACKENDS[backend].fused
+    torch.set_num_threads(before if fused else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_() if x.is_floating_point() else x
+
+
+def _written(maml: MAML, batch: Any, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What `backward` writes into `.grad`, on a clean slate and without input gradients."""
+    before = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    maml.backward(*batch)
+    found = tuple(leaf.new_full(leaf.shape, math.nan) if leaf.grad is None else leaf.grad for leaf in leaves)
+    for leaf, gradient in zip(leaves, before, strict=True):
+        leaf.grad = gradient
+    return found
+
+
+def _cotangent(like: Tensor) -> Tensor:
+    """A fixed dL/doutputs, the same numbers in every dtype."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like)
