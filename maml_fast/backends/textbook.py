@@ -19,8 +19,8 @@ from .reference import ReferenceBackend
 class Textbook:
     """The loss and the meta-gradient of a call's first task; the outputs for `Mode.APPLY`.
 
-    Every run calls a new copy of the module: buffers, counters that its forward keeps, and other threads' calls stay
-    as they are, and so do the generators of random numbers.
+    Every run calls a new copy of the module, unless it cannot be copied: buffers, counters that its forward keeps, and
+    other threads' calls stay as they are, and so do the generators of random numbers.
 
     Args:
         plan: the call's, in `Mode.META_GRADIENT` or `Mode.APPLY`.
@@ -37,7 +37,7 @@ class Textbook:
             move: what is done to every tensor of the task before it is cast.
 
         Raises:
-            RuntimeError: the module cannot be copied. Whatever else its forward raises.
+            RuntimeError: the module cannot be copied for another dtype. Whatever its forward raises.
         """
         source = self._plan.dtype
 
@@ -70,7 +70,12 @@ def classes(result: Result) -> Results:
 def _on_copy(plan: Plan, dtype: torch.dtype) -> Plan:
     """The plan of one task of a copied module."""
     adapts = [name for name, chosen in zip(plan.model.names, plan.model.adapts, strict=True) if chosen]
-    module, loss = cast((plan.model.module, plan.inner.loss), plan.dtype, dtype)
+    try:
+        module, loss = cast((plan.model.module, plan.inner.loss), plan.dtype, dtype)
+    except RuntimeError:
+        if dtype != plan.dtype:
+            raise
+        return replace(plan, tasks=1, state={})
     inner = replace(plan.inner, loss=loss)
     return replace(plan, model=Model(module, adapts), inner=inner, tasks=1, dtype=dtype, state={})
 
