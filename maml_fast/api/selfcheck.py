@@ -109,7 +109,8 @@ class _Comparison:
         errors = judge(errors_of(found, own), [dict.fromkeys(found, 0.0)], orders, plan.dtype)
         if any(not error.ok for error in errors):
             exact = self._compute(torch.float64) or own
-            errors = judge(errors_of(found, exact), self._own_errors(own, exact), orders, plan.dtype)
+            terms = max([y[:1].numel() for y in (self._tensors.y_s, self._tensors.y_q) if y is not None], default=1)
+            errors = judge(errors_of(found, exact), self._own_errors(own, exact), orders, plan.dtype, terms)
         wrong = [error for error in errors if not error.ok]
         return _told(max(wrong, key=lambda error: error.ratio), found, own) if wrong else ""
 

@@ -20,6 +20,8 @@ Results = Mapping[str, Sequence[Tensor]]
 FLOORS = {0: 4.0, 1: 8.0, 2: 16.0}
 """Floor of the limit in epsilons of the dtype, by order of derivative."""
 
+_CANCELLED = 1e-12  # of the largest gradient: far below it all that is left of a sum is its rounding
+
 _GRADIENTS = ("parameters", "backward", "rates", "x_s", "x_q", "pullback")
 
 ROUNDINGS = 12
@@ -56,13 +58,21 @@ def order_of(kind: str, steps: int, first_order: bool) -> int:
     return 0 if steps == 0 else 1
 
 
-def limit(own: float, order: int, dtype: torch.dtype) -> float:
-    """What the rule allows where PyTorch's own error is `own`; infinite where that is not finite."""
-    return 2 * own + FLOORS[order] * torch.finfo(dtype).eps
+def limit(own: float, order: int, dtype: torch.dtype, terms: int = 1) -> float:
+    """What the rule allows where PyTorch's own error is `own`; infinite where that is not finite.
+
+    Args:
+        terms: how many terms a task's loss sums. Beyond 64 the floor grows like the rounding of a sum, with their root.
+    """
+    return 2 * own + FLOORS[order] * torch.finfo(dtype).eps * max(1.0, math.sqrt(terms) / 8)
 
 
 def judge(
-    values: Mapping[str, float], own: Iterable[Mapping[str, float]], orders: Mapping[str, int], dtype: torch.dtype
+    values: Mapping[str, float],
+    own: Iterable[Mapping[str, float]],
+    orders: Mapping[str, int],
+    dtype: torch.dtype,
+    terms: int = 1,
 ) -> list[Error]:
     """Relative errors by the rule.
 
@@ -70,13 +80,14 @@ def judge(
         values: the error of every class of result.
         own: PyTorch's own errors. The first one counts; the next are taken, and the largest counts, only while a class
             breaks the rule.
-        orders: order of derivative of each class.
+        orders: order of derivative of each class. terms: see `limit`.
     """
     largest = dict.fromkeys(values, 0.0)
     errors: list[Error] = []
     for once in own:
         largest = {kind: max(largest[kind], once[kind]) for kind in values}
-        errors = [Error(kind, value, limit(largest[kind], orders[kind], dtype)) for kind, value in values.items()]
+        limits = {kind: limit(largest[kind], orders[kind], dtype, terms) for kind in values}
+        errors = [Error(kind, value, limits[kind]) for kind, value in values.items()]
         if all(error.ok for error in errors):
             break
     return errors
@@ -84,20 +95,31 @@ def judge(
 
 def errors_of(results: Results, reference: Results, scale: float = 1.0) -> dict[str, float]:
     """The relative error of every class, times `scale`."""
-    return {kind: scale * relative_error(found, reference[kind]) for kind, found in results.items()}
+    sizes = sizes_of(reference)
+    return {kind: scale * error_over(found, reference[kind], sizes[kind]) for kind, found in results.items()}
+
+
+def sizes_of(reference: Results) -> dict[str, float]:
+    """What the error of every class is relative to: its norm.
+
+    A gradient that cancels, such as that of a bias before BatchNorm, is rounding in the reference too; its error is
+    relative to the largest of the gradients.
+    """
+    sizes = {kind: _norm(values) for kind, values in reference.items()}
+    largest = max([size for kind, size in sizes.items() if kind in _GRADIENTS], default=0.0)
+    return {k: largest if k in _GRADIENTS and size < _CANCELLED * largest else size for k, size in sizes.items()}
 
 
 def relative_error(values: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     """‖a − r‖ / ‖r‖ over all tensors taken as one vector; ‖a‖ where r is zero."""
-    return error_within(values, reference, reference)
+    return error_over(values, reference, _norm(reference))
 
 
-def error_within(values: Sequence[Tensor], reference: Sequence[Tensor], whole: Sequence[Tensor]) -> float:
-    """‖a − r‖ / ‖w‖, where r is a part of the vector w; ‖a‖ where w is zero."""
+def error_over(values: Sequence[Tensor], reference: Sequence[Tensor], size: float) -> float:
+    """‖a − r‖ / size; ‖a − r‖ where the size is zero, infinity where a shape is wrong or an element is not finite."""
     if [v.shape for v in values] != [r.shape for r in reference]:
         return math.inf
     difference = _norm(_exact(v) - _exact(r) for v, r in zip(values, reference, strict=True))
-    size = _norm(whole)
     error = difference / size if size else difference
     return error if math.isfinite(error) else math.inf
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..api.maml import MAML
 from ..backends import dispatch
-from ..backends.agreement import error_within, judge, order_of, roundings
+from ..backends.agreement import error_over, judge, order_of, roundings, sizes_of
 from ..backends.randomness import states, undisturbed
 from ..graph.copies import cast
 from ..graph.snapshot import common_device, common_dtype
@@ -68,6 +68,11 @@ class Problem:
         self.steps = int(self._settings.get("steps", 1))
         parameters = list(model.parameters())
         self.dtype, self.device = common_dtype(parameters), common_device(parameters)
+
+    @property
+    def terms(self) -> int:
+        """How many terms a task's loss sums."""
+        return max(y[:1].numel() for y in (self._batch[1], self._batch[3]))
 
     @property
     def backends(self) -> list[str]:
@@ -169,7 +174,8 @@ def _errors(found: Found, reference: Found) -> dict[str, float]:
     wholes: dict[str, list[Tensor]] = {}
     for kind, values in reference.values():
         wholes.setdefault(kind, []).extend(values)
-    return {name: error_within(values, reference[name][1], wholes[kind]) for name, (kind, values) in found.items()}
+    sizes = sizes_of(wholes)
+    return {name: error_over(values, reference[name][1], sizes[kind]) for name, (kind, values) in found.items()}
 
 
 class Oracle:
@@ -230,9 +236,16 @@ class Oracle:
 
 
 def examine(
-    problem: Problem, backends: Sequence[str] | None = None, dtypes: Sequence[torch.dtype] | None = None
+    problem: Problem,
+    backends: Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    quick: bool = False,
 ) -> Report:
-    """Compare the backends, by default all, in the dtypes, by default the model's and float64."""
+    """Compare the backends, by default all, in the dtypes, by default the model's and float64.
+
+    Args:
+        quick: what is within the floor is not measured against PyTorch's own error, which costs as much again.
+    """
     backends = backends or problem.backends
     dtypes = dtypes or tuple(dict.fromkeys((problem.dtype, torch.float64)))
     lines: list[Line] = []
@@ -244,12 +257,14 @@ def examine(
             oracle.refuse_randomness()
             usable = [dtype for dtype in dtypes if not oracle.note or dtype == problem.dtype]
             for backend, dtype in itertools.product(backends, usable):
-                lines += _compare(problem, oracle, backend, dtype, first_order)
+                lines += _compare(problem, oracle, backend, dtype, first_order, quick)
             notes += [oracle.note] if oracle.note else []
     return Report(tuple(lines), tuple(dict.fromkeys(notes)))
 
 
-def _compare(problem: Problem, oracle: Oracle, backend: str, dtype: torch.dtype, first_order: bool) -> list[Line]:
+def _compare(
+    problem: Problem, oracle: Oracle, backend: str, dtype: torch.dtype, first_order: bool, quick: bool
+) -> list[Line]:
     labels = backend, _short(dtype), "first" if first_order else "second"
     try:
         found = problem.observe(backend, dtype, first_order)
@@ -258,7 +273,9 @@ def _compare(problem: Problem, oracle: Oracle, backend: str, dtype: torch.dtype,
     except Exception as error:  # a crash of one backend is a line of the report, not its end
         return [Line(*labels, f"raised {type(error).__name__}: {_line(error)}", math.inf)]
     orders = {name: order_of(kind, problem.steps, first_order) for name, (kind, _) in found.items()}
-    errors = judge(_errors(found, oracle.exact), oracle.own_errors(dtype), orders, dtype)
+    floor: list[Mapping[str, float]] = [dict.fromkeys(found, 0.0)] if quick else []
+    own = itertools.chain(floor, oracle.own_errors(dtype))
+    errors = judge(_errors(found, oracle.exact), own, orders, dtype, problem.terms)
     return [Line(*labels, error.kind, error.value, error.limit) for error in errors]
 
 
