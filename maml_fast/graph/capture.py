@@ -66,6 +66,7 @@ class Captured:
     constants: Mapping[int, Tensor]
 
 
+@torch.inference_mode(False)  # a caller's inference mode would make stand-ins that autograd cannot follow
 def capture(model: Model, samples: int, in_shape: tuple[int, ...], dtype: torch.dtype, x_grad: bool) -> Captured:
     """Run the module once on stand-ins.
 

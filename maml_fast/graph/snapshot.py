@@ -72,6 +72,8 @@ class Snapshot:
         Raises:
             RuntimeError: asked inside the forward or the loss of the same module.
         """
+        if not self.modules:
+            return False
         with lock:
             refuse_nested(self.modules)
             if self._layout() != (self._sizes, self._keys):
