@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -470,11 +469,11 @@ def test_third_derivatives_are_not_silently_zero(regression: Problem, backend: s
 @pytest.mark.parametrize("backend", BACKENDS)
 @each_call
 def test_forward_mode_raises(regression: Problem, backend: str, call: str) -> None:
-    differentiable(regression, backend, call)[0]()
+    function, _ = differentiable(regression, backend, call)
+    function()
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(regression.x_q, torch.ones_like(regression.x_q))
-        function, _ = differentiable(replace(regression, x_q=dual), backend, call)
-        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
+        regression.x_q = torch.autograd.forward_ad.make_dual(regression.x_q, torch.ones_like(regression.x_q))
+        with pytest.raises(RuntimeError, match="forward mode"):
             function()
 
 

@@ -38,13 +38,18 @@ class Inner:
 
 @dataclass(frozen=True)
 class Needs:
-    """Which gradients a call must return; `learned`: of the loss's own parameters."""
+    """Which gradients a call must return, and whether it returns the query outputs beside them.
+
+    Attributes:
+        learned: those of the loss's own parameters.
+    """
 
     parameters: tuple[bool, ...]
     rates: tuple[bool, ...]
     x_s: bool
     x_q: bool
     learned: tuple[bool, ...] = ()
+    outputs: bool = False
 
 
 class Goal(Protocol):

@@ -99,11 +99,11 @@ class _Emitter:
     def _query(self, thetas: list[int]) -> None:
         goal, tape = self.goal, self._tape(Batch.QUERY)
         self.code.append(Forward(thetas[-1], Batch.QUERY, tape))
-        if goal.mode is Mode.LOGITS:
+        if goal.mode is Mode.LOGITS or goal.needs.outputs:
             self.code.append(StoreOutputs(tape))
-        elif goal.mode is Mode.PULLBACK:
+        if goal.mode is Mode.PULLBACK:
             self.code.append(Cotangent(tape))
-        else:
+        elif goal.mode is not Mode.LOGITS:
             self.code.append(QueryLoss(tape, seed=self.reverse))
         if self.reverse:
             adjoint = self._slot()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..algorithms.goal import Mode
 from ..graph.model import Model
-from . import checks
+from . import checks, compiled
 from .prepare import Preparer
 
 
@@ -27,7 +27,6 @@ class Adapted:
         """Name -> (T, *shape), without a graph; read-only, but the tensors may be written in place."""
         return MappingProxyType(self._parameters)
 
-    @torch.no_grad()
     def __call__(self, x: Tensor) -> Any:
         """Outputs of each task's parameters on that task's inputs.
 
@@ -41,13 +40,16 @@ class Adapted:
             TypeError, ValueError: wrong dtype, device, shape or number of tasks.
             RuntimeError: the model has other parameters than when it was adapted.
         """
+        if torch.compiler.is_compiling():
+            return compiled.outside(self, x)
         first = next(iter(self._parameters.values()))
         checks.inputs("x", x, first.dtype, first.device, self._preparer.model.takes_indices)
         if x.shape[0] != first.shape[0]:
             raise ValueError(f"x: expected {first.shape[0]} tasks, got {x.shape[0]}")
-        prepared = self._preparer.prepare(Mode.APPLY, None, None, x)
-        prepared.tensors.adapted = self._values_for(prepared.call.plan.model, x.shape[0])
-        return prepared.run().outputs
+        with torch.no_grad():
+            prepared = self._preparer.prepare(Mode.APPLY, None, None, x)
+            prepared.tensors.adapted = self._values_for(prepared.call.plan.model, x.shape[0])
+            return prepared.run().outputs
 
     def _values_for(self, model: Model, tasks: int) -> list[Tensor]:
         """The parameters in the model's order."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from ..backends.cpu import MOST_THREADS
 from ..graph.losses import Loss
@@ -69,6 +72,23 @@ def same_tasks(x_s: Tensor, x_q: Tensor) -> None:
         )
     if x_s.dtype != x_q.dtype:
         raise TypeError(f"x_q: expected {x_s.dtype} like x_s, got {x_q.dtype}")
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is under way: asked in every call."""
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+
+
+def no_transform(tensors: Iterable[Any]) -> None:
+    """Raise RuntimeError inside a transform of torch.func, or for dual tensors: their derivatives would be lost."""
+    if peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "maml_fast: derivatives and batches by torch.func (grad, jvp, vmap, …) are not computed; use "
+            "meta_loss(…).backward() or torch.autograd.grad"
+        )
+    for t in tensors:
+        if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError("maml_fast: derivatives by forward mode (dual tensors, jvp) are not computed")
 
 
 def model_dtype(dtype: torch.dtype) -> torch.dtype:

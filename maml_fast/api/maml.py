@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from ..algorithms.goal import Mode
 from ..graph import losses
 from ..graph.model import Adapts
-from . import autograd, checks
+from ..lower.plan import Result
+from . import autograd, checks, compiled
 from .adapted import Adapted
 from .prepare import CHECKED, Prepared, Preparer, Settings
 from .rates import LearningRates, RateLike
@@ -120,7 +122,7 @@ class MAML(nn.Module):
 
     def _start(self, settings: Settings, lr: RateLike, again: bool = False) -> None:
         self._preparer = Preparer(self.module, self._adapts, settings, lr, again)
-        autograd.register(self._preparer)
+        compiled.register(self._preparer)
         self._show_rates(self._preparer.rates)
         self._show_learned()
 
@@ -180,29 +182,55 @@ class MAML(nn.Module):
         Returns:
             The loss, differentiable once w.r.t. parameters, learnable rates, `x_s` and `x_q`.
         """
-        return autograd.meta_loss(self._preparer, x_s, y_s, x_q, y_q, checks.reduction(reduction))
+        call = compiled.meta_loss if torch.compiler.is_compiling() else autograd.meta_loss
+        return call(self._preparer, x_s, y_s, x_q, y_q, checks.reduction(reduction))
 
-    def backward(self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean") -> Tensor:
+    @overload
+    def backward(
+        self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean", outputs: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def backward(
+        self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean", *, outputs: Literal[True]
+    ) -> tuple[Tensor, Any]: ...
+
+    def backward(
+        self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean", outputs: bool = False
+    ) -> Tensor | tuple[Tensor, Any]:
         """Equal to `meta_loss(…).backward()`, without autograd's overhead.
 
         Adds to the existing `.grad` of parameters, learnable rates and inputs. Hooks that live on
         the autograd graph (a DDP wrapper's, `Tensor.register_hook`) do not run: use `meta_loss`.
 
+        Args:
+            x_s, y_s, x_q, y_q: the meta-batch (shapes: see the class).
+            reduction: `"mean"` or `"sum"` over tasks.
+            outputs: return the query outputs of the same pass too.
+
         Returns:
-            The loss, detached.
+            The loss, detached; with `outputs` also f(x_q; θ_K), (T, Nq, *out) or a structure of such tensors, detached.
         """
+        if torch.compiler.is_compiling():
+            return compiled.outside(self.backward, x_s, y_s, x_q, y_q, reduction, outputs=outputs)
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-        prepared = self._prepare(Mode.META_GRADIENT, x_s, y_s, x_q, y_q)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # gradients outlive the mode
+                return self.backward(x_s, y_s, x_q, y_q, reduction, outputs=outputs)  # type: ignore[call-overload]
+        prepared = self._preparer.prepare(Mode.META_GRADIENT, x_s, y_s, x_q, y_q, bool(outputs))
         tensors = prepared.tensors
         leaves = tensors.leaves()
-        if any(v.grad_fn is not None for v in (*tensors.rates, x_s, x_q)):  # a module's parameters are leaves
-            loss = autograd.meta_loss(self._preparer, x_s, y_s, x_q, y_q, reduction)
-            loss.backward()
-            return loss.detach()
         tensors.weights = self._preparer.weights(prepared.call.plan, reduction)
+        if any(v.grad_fn is not None for v in (*tensors.rates, x_s, x_q)):  # a module's parameters are leaves
+            with torch.enable_grad():
+                loss, result = autograd.loss_and_result(prepared)
+                loss.backward()
+            return _loss_of(result, outputs)
         if prepared.call.choice.backend.accumulates:
             tensors.into = _existing_gradients(tensors.parameters)
+            if tensors.into:
+                increment_version(tensors.into)  # what autograd saved of them is no more
         result = prepared.run()
         for leaf, gradient in zip(leaves, result.gradients(), strict=True):
             if gradient is not None:
@@ -210,20 +238,22 @@ class MAML(nn.Module):
                     leaf.grad = gradient
                 else:
                     leaf.grad += gradient
-        assert result.objective is not None
-        return result.objective
+        return _loss_of(result, outputs)
 
     def forward(self, x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Any:
         """Query outputs after adaptation, (T, Nq, *out), differentiable once like `meta_loss`.
 
         A model that returns several tensors (in a tuple, list, mapping or dataclass) gives such a structure of theirs.
         """
-        return autograd.query_outputs(self._preparer, x_s, y_s, x_q)
+        call = compiled.query_outputs if torch.compiler.is_compiling() else autograd.query_outputs
+        return call(self._preparer, x_s, y_s, x_q)
 
-    @torch.no_grad()
     def adapt(self, x_s: Tensor, y_s: Tensor) -> Adapted:
         """Per-task parameters θ_K, without a graph."""
-        result = self._prepare(Mode.ADAPT, x_s, y_s).run()
+        if torch.compiler.is_compiling():
+            return compiled.outside(self.adapt, x_s, y_s)
+        with torch.no_grad():
+            result = self._prepare(Mode.ADAPT, x_s, y_s).run()
         names = self._preparer.model.names
         return Adapted(self._preparer, dict(zip(names, result.adapted, strict=True)))
 
@@ -234,6 +264,8 @@ class MAML(nn.Module):
             level: `"backend"`, or `"program"` for the model's graph, the program, the kernel calls and their memory
                 as well.
         """
+        if torch.compiler.is_compiling():
+            return compiled.outside(self.explain, x_s, y_s, x_q, y_q, level)
         if level not in ("backend", "program"):
             raise ValueError(f"level: expected 'backend' or 'program', got {level!r}")
         mode = Mode.META_GRADIENT if y_q is not None else Mode.LOGITS
@@ -249,6 +281,11 @@ class MAML(nn.Module):
         y_q: Tensor | None = None,
     ) -> Prepared:
         return self._preparer.prepare(mode, x_s, y_s, x_q, y_q)
+
+
+def _loss_of(result: Result, outputs: bool) -> Tensor | tuple[Tensor, Any]:
+    assert result.objective is not None
+    return (result.objective, result.outputs) if outputs else result.objective
 
 
 def _existing_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

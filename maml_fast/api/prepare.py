@@ -19,7 +19,7 @@ from ..graph.objective import Objective, Point
 from ..graph.probe import Probe, probe
 from ..graph.snapshot import common_device, common_dtype
 from ..graph.stand_ins import lock, refuse_nested
-from ..lower.plan import Plan, Result, Tensors
+from ..lower.plan import Plan, Rates, Result, Tensors
 from . import checks, reach
 from .rates import LearningRates, RateLike
 from .selfcheck import SelfCheck, when
@@ -35,6 +35,19 @@ class Call(NamedTuple):
     choice: dispatch.Choice
 
 
+class StandIns(NamedTuple):
+    """Tensors in place of those that model, rates and loss hold, and the settings of an earlier moment.
+
+    Attributes:
+        learned: in place of the loss's own parameters. state: what `Preparer.state` was then.
+    """
+
+    parameters: Sequence[Tensor]
+    rates: Sequence[Tensor]
+    learned: Sequence[Tensor]
+    state: int
+
+
 class Prepared(NamedTuple):
     """A checked call with its numbers, ready to run."""
 
@@ -42,6 +55,9 @@ class Prepared(NamedTuple):
     tensors: Tensors
 
     def run(self) -> Result:
+        if torch.is_inference_mode_enabled():  # what is made now may be kept, and used outside
+            with torch.inference_mode(False):
+                return self.run()
         if verbose.RUNS:
             return verbose.timed(self.call.choice, self.tensors)
         return self.call.choice.backend.run(self.call.plan, self.tensors)
@@ -94,7 +110,8 @@ class Preparer:
         self.rates = LearningRates(lr, self.model, settled)
         self.objective = Objective(self.model, settings.loss)
         self._settings = settings
-        self._states: dict[Any, int] = {}
+        self._states: dict[tuple[Settings, Rates], int] = {}
+        self._first_state = 0
         self._plans: dict[Any, Call] = {}
         self._warned = False
         self._selfcheck = SelfCheck()
@@ -119,9 +136,20 @@ class Preparer:
         return iter(list(self._plans.values()))
 
     def _enter_state(self) -> None:
-        """Number the settings: a small int is hashed at every call instead of all of them."""
-        key = (self._settings, self.rates.shapes)
-        self._state = self._states.setdefault(key, len(self._states))
+        """Number the settings: a small int is hashed at every call instead of all of them. No number comes again."""
+        self._now = (self._settings, self.rates.shapes)
+        self.state = self._states.setdefault(self._now, self._first_state + len(self._states))
+
+    def settings_of(self, state: int) -> tuple[Settings, Rates]:
+        """The settings with this number, and the shapes of the rates.
+
+        Raises:
+            RuntimeError: they are of a model that is no more.
+        """
+        for key, number in self._states.items():
+            if number == state:
+                return key
+        raise RuntimeError("maml_fast: the model was changed between the forward and the backward pass")
 
     def _snapshot(self) -> Model:
         for name, parameter in self.module.named_parameters():
@@ -156,6 +184,7 @@ class Preparer:
     def _forget(self) -> None:
         self.objective = Objective(self.model, self._settings.loss)
         self._plans.clear()
+        self._first_state += len(self._states)
         self._states.clear()
         self._selfcheck = SelfCheck()
 
@@ -166,28 +195,36 @@ class Preparer:
         y_s: Tensor | None,
         x_q: Tensor | None = None,
         y_q: Tensor | None = None,
-        leaves: Sequence[Tensor] | None = None,
+        outputs: bool = False,
+        given: StandIns | None = None,
     ) -> Prepared:
         """Check everything and find the plan.
 
         What depends on shapes and types alone is checked once for each combination of them.
 
         Args:
-            leaves: stand-ins for the model's parameters, the learning rates and the loss's parameters.
+            outputs: whether a meta-gradient returns the query outputs too.
+            given: takes the place of the parameters, rates and settings that there are.
         """
-        own = self._current_parameters()
-        parameters = own if leaves is None else list(leaves[: len(own)])
+        parameters = self._current_parameters()
         batch = (x_s, y_s, x_q, y_q)
+        if checks.transformed():
+            checks.no_transform((*parameters, *self.rates.values, *self.objective.learned.parameters(), *batch))
+        state, learnable = self.state, self.rates.learnable()
+        if given is not None:
+            parameters, state = given.parameters, given.state
+            learnable = tuple([r.requires_grad for r in given.rates])
         first = parameters[0]
         try:
             key = (
                 mode,
-                self._state,
+                state,
                 *[None if v is None else (v.shape, v.dtype, v.device, v.requires_grad) for v in batch],
                 first.dtype,
                 first.device,
                 self.model.guards.state,
-                self.rates.learnable(),
+                learnable,
+                outputs,
             )
         except AttributeError:
             key = None
@@ -195,18 +232,20 @@ class Preparer:
         new = call is None
         start = perf_counter() if new else 0.0
         if call is None:
-            self._check_batch(mode, *batch)
-            call = self._make_call(mode, *batch)
+            settings, rate_shapes = self._now if given is None else self.settings_of(state)
+            self._check_batch(mode, settings, *batch)
+            with torch.inference_mode(False):  # what is made now is kept, and used outside
+                call = self._make_call(mode, settings, rate_shapes, learnable, outputs, *batch)
         self._check_labels(call.plan, y_s, y_q)
-        if leaves is None:
+        if given is None:
             rates: Sequence[Tensor] = self.rates.tensors(first.dtype, first.device)
             learned: Sequence[Tensor] = self.objective.learned.parameters()
         else:
-            rest = leaves[len(parameters) :]
-            rates, learned = rest[: len(self.rates.values)], rest[len(self.rates.values) :]
+            rates, learned = given.rates, given.learned
         tensors = Tensors(parameters, rates, x_s, y_s, x_q, y_q, learned=learned)
         if new or self._settings.check == "always":
-            call = Call(call.plan, self._selfcheck.settle(call.choice, tensors, self._settings.check))
+            with torch.inference_mode(False):
+                call = Call(call.plan, self._selfcheck.settle(call.choice, tensors, self._settings.check))
             self._keep(key, call)
         if new and verbose.PLANS:
             verbose.planned(call.choice, start)
@@ -240,14 +279,14 @@ class Preparer:
         assert isinstance(weights, Tensor)
         return weights
 
-    def output_of(self, leaves: Sequence[Tensor], x: Tensor) -> Any:
+    def output_of(self, parameters: Sequence[Tensor], learned: Sequence[Tensor], x: Tensor) -> Any:
         """The model's output for the first task's samples; shapes are all that the caller wants."""
-        at = Point(leaves[: len(self.model.names)], self.objective.learned.parameters(), self.objective.buffers())
-        return self.objective.outputs(at, x[0])
+        buffers = [x.new_empty(b.shape, dtype=b.dtype) for b in self.objective.buffers()]
+        return self.objective.outputs(Point(parameters, learned, buffers), x[0])
 
-    def _check_batch(self, mode: Mode, x_s: Any, y_s: Any, x_q: Any, y_q: Any) -> None:
+    def _check_batch(self, mode: Mode, settings: Settings, x_s: Any, y_s: Any, x_q: Any, y_q: Any) -> None:
         parameters = self.model.parameters()
-        dtype, device, loss = common_dtype(parameters), common_device(parameters), self._settings.loss
+        dtype, device, loss = common_dtype(parameters), common_device(parameters), settings.loss
         indices = self.model.takes_indices
         if mode is not Mode.APPLY:
             checks.inputs("x_s", x_s, dtype, device, indices)
@@ -266,10 +305,26 @@ class Preparer:
                     checks.labels_in_range(name, y, plan.classes)
 
     def _make_call(
-        self, mode: Mode, x_s: Tensor | None, y_s: Tensor | None, x_q: Tensor | None, y_q: Tensor | None
+        self,
+        mode: Mode,
+        settings: Settings,
+        rates: Rates,
+        learnable: tuple[bool, ...],
+        outputs: bool,
+        x_s: Tensor | None,
+        y_s: Tensor | None,
+        x_q: Tensor | None,
+        y_q: Tensor | None,
     ) -> Call:
-        settings = self._settings
-        plan = self._make_plan(mode, x_s, y_s, x_q, y_q)
+        needs = Needs(
+            self.model.trainable,
+            learnable,
+            x_s is not None and x_s.requires_grad,
+            x_q is not None and x_q.requires_grad,
+            self.objective.learned.trainable,
+            outputs,
+        )
+        plan = self._make_plan(mode, settings, rates, needs, x_s, y_s, x_q, y_q)
         for name, y in (("y_s", y_s), ("y_q", y_q)):
             if y is not None and plan.out_shape is not None:
                 checks.target_shape(name, y, plan.out_shape, settings.loss)
@@ -280,13 +335,20 @@ class Preparer:
         x, y = (x_s, y_s) if x_s is not None else (x_q, y_q)
         assert x is not None
         self._check_labels(plan, y_s, y_q)
-        self._check_model(plan, probe(self.objective, x[0], None if y is None else y[0]))
+        self._check_model(plan, probe(self.objective, x[0], None if y is None else y[0]), settings.allow_unused)
         return Call(plan, choice)
 
     def _make_plan(
-        self, mode: Mode, x_s: Tensor | None, y_s: Tensor | None, x_q: Tensor | None, y_q: Tensor | None
+        self,
+        mode: Mode,
+        settings: Settings,
+        rates: Rates,
+        needs: Needs,
+        x_s: Tensor | None,
+        y_s: Tensor | None,
+        x_q: Tensor | None,
+        y_q: Tensor | None,
     ) -> Plan:
-        settings = self._settings
         x = x_s if x_s is not None else x_q
         y = y_s if y_s is not None else y_q
         assert x is not None
@@ -295,14 +357,8 @@ class Preparer:
             model=self.model,
             objective=self.objective,
             inner=Inner(settings.loss, settings.steps, settings.first_order),
-            rates=self.rates.shapes,
-            needs=Needs(
-                self.model.trainable,
-                self.rates.learnable(),
-                x_s is not None and x_s.requires_grad,
-                x_q is not None and x_q.requires_grad,
-                self.objective.learned.trainable,
-            ),
+            rates=rates,
+            needs=needs,
             tasks=x.shape[0],
             support=0 if x_s is None else x_s.shape[1],
             query=0 if x_q is None else x_q.shape[1],
@@ -316,7 +372,7 @@ class Preparer:
             precision=settings.precision,
         )
 
-    def _check_model(self, plan: Plan, found: Probe) -> None:
+    def _check_model(self, plan: Plan, found: Probe, allow_unused: bool | None) -> None:
         """Refuse what would be computed but not learned, and keep what `explain` says."""
-        reach.check(plan, found, self._settings.allow_unused)
+        reach.check(plan, found, allow_unused)
         plan.state["notes"] = reach.notes(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,15 +23,19 @@ def differentiate(
     plan: Plan,
     tensors: Tensors,
     query_outputs: _Outputs,
-    losses: Callable[[Plan, Tensors], Tensor],
+    losses: Callable[[Plan, Tensors], tuple[Tensor, Any]],
     adapt: Callable[[Plan, Tensors], list[Tensor]],
     apply: _Outputs,
 ) -> Result:
-    """Evaluate one of the four functions and, where the mode asks for it, its gradient."""
+    """Evaluate one of the four functions and, where the mode asks for it, its gradient.
+
+    Args:
+        losses: the tasks' losses, and the query outputs without a graph if the plan needs them.
+    """
     with composed(), plain(plan.device):
         fresh = _fresh_leaves(plan, tensors)
         if plan.mode is Mode.LOSS:
-            return Result(losses=losses(plan, fresh).detach())
+            return Result(losses=losses(plan, fresh)[0].detach())
         if plan.mode is Mode.LOGITS:
             return Result(outputs=_detached(query_outputs(plan, fresh)))
         if plan.mode is Mode.ADAPT:
@@ -38,22 +43,20 @@ def differentiate(
         if plan.mode is Mode.APPLY:
             return Result(outputs=_detached(apply(plan, fresh)))
         if plan.mode is Mode.META_GRADIENT:
-            assert tensors.weights is not None
-            objective = torch.dot(losses(plan, fresh), tensors.weights)
-            return replace(_gradients(fresh, objective), objective=objective.detach())
+            values, outputs = losses(plan, fresh)
+            pull = partial(_pulled, fresh, [values])
+            if fresh.weights is None:
+                return Result(losses=values.detach(), outputs=outputs, pull=pull)
+            objective = torch.dot(values.detach(), fresh.weights)
+            return replace(pull([fresh.weights], False), objective=objective, outputs=outputs)
+        outputs = query_outputs(plan, fresh)
+        pull = partial(_pulled, fresh, structure.tensors(outputs))
         cotangents = tensors.cotangents if tensors.cotangent is None else [tensors.cotangent]
-        return _gradients(fresh, _contracted(query_outputs(plan, fresh), cotangents))
+        return pull(cotangents, False) if cotangents else Result(outputs=_detached(outputs), pull=pull)
 
 
 def _detached(outputs: Any) -> Any:
     return structure.replaced(outputs, [v.detach() for v in structure.tensors(outputs)])
-
-
-def _contracted(outputs: Any, cotangents: Sequence[Tensor | None]) -> Tensor:
-    """Σ ⟨cotangent, output⟩."""
-    pairs = zip(structure.tensors(outputs), cotangents, strict=True)
-    products = [(v * c).sum() for v, c in pairs if c is not None and v.requires_grad]
-    return torch.stack(products).sum() if products else torch.zeros(())
 
 
 def _fresh_leaves(plan: Plan, tensors: Tensors) -> Tensors:
@@ -83,18 +86,24 @@ def _fresh_leaves(plan: Plan, tensors: Tensors) -> Tensors:
     )
 
 
-def _gradients(fresh: Tensors, objective: Tensor) -> Result:
-    """dObjective/d(each leaf); zeros where the objective does not depend on it.
+def _pulled(fresh: Tensors, values: Sequence[Tensor], upstream: Sequence[Tensor | None], again: bool) -> Result:
+    """dΣ⟨upstream, values⟩/d(each leaf); zeros where the values do not depend on it.
 
-    `torch.autograd.grad` would pass by what raises for want of a second derivative (`once_differentiable`).
+    Autograd accumulates them, so that each has memory of its own. `torch.autograd.grad` would also pass by what raises
+    for want of a second derivative (`once_differentiable`).
     """
-    if objective.requires_grad:
-        objective.backward()
+    for v, u in zip(values, upstream, strict=True):
+        if u is not None and u.shape != v.shape:
+            raise ValueError(f"cotangent: expected shape {tuple(v.shape)}, got {tuple(u.shape)}")
+    pairs = [(v, u) for v, u in zip(values, upstream, strict=True) if u is not None and v.requires_grad]
+    if pairs:
+        torch.autograd.backward([v for v, _ in pairs], [u for _, u in pairs], retain_graph=again)
 
     def take(leaf: Tensor | None) -> Tensor | None:
         if leaf is None or not leaf.requires_grad:
             return None
-        return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        gradient, leaf.grad = leaf.grad, None
+        return torch.zeros_like(leaf) if gradient is None else gradient
 
     return Result(
         parameters=[take(p) for p in fresh.parameters],

@@ -22,11 +22,14 @@ class Backend(Protocol):
         name: what the user writes in `backend=`.
         fused: whether it runs all tasks in fused kernels of this package.
         accumulates: whether it can add to existing gradients (`Tensors.into`).
+        records: whether a call whose weights or cotangent are not known yet returns values that remember how they
+            came about (`Result.pull`).
     """
 
     name: str
     fused: bool
     accumulates: bool
+    records: bool = False
 
     def why_not(self, plan: Plan) -> list[str]:
         """Every reason why it cannot run the plan; empty where it can."""

@@ -218,7 +218,7 @@ class _Call:
             result.losses = like.new_empty(plan.tasks)
         elif plan.mode is Mode.ADAPT:
             result.adapted = [like.new_empty(plan.tasks, *s) for s in plan.model.shapes]
-        elif plan.mode is not Mode.PULLBACK:
+        if plan.needs.outputs or plan.mode in (Mode.LOGITS, Mode.APPLY):
             result.outputs = like.new_empty(plan.tasks, plan.query, *self.out_shape)
         rate_gradient = None
         if self.reverse:

@@ -31,6 +31,7 @@ class ReferenceBackend(Backend):
     name = "reference"
     fused = False
     accumulates = False
+    records = True
 
     def why_not(self, plan: Plan) -> list[str]:
         return []
@@ -95,13 +96,17 @@ def _query_outputs(plan: Plan, t: Tensors) -> Any:
     return _tasks(plan, (plan.objective.outputs(at, x[task]) for task, at in enumerate(points)))
 
 
-def _losses(plan: Plan, t: Tensors) -> Tensor:
+def _losses(plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
     assert t.x_q is not None and t.y_q is not None
     x, y = t.x_q, t.y_q
     points = (_point(plan, _adapt_task(plan, t, task), t.learned) for task in range(plan.tasks))
-    losses = _tasks(plan, (plan.objective.value(at, x[task], y[task]) for task, at in enumerate(points)))
-    assert isinstance(losses, Tensor)
-    return losses
+    if plan.needs.outputs:
+        both = (plan.objective.value_and_outputs(at, x[task], y[task]) for task, at in enumerate(points))
+        losses, outputs = zip(*both, strict=True)
+        return torch.stack(losses), structure.stacked(outputs)
+    values = _tasks(plan, (plan.objective.value(at, x[task], y[task]) for task, at in enumerate(points)))
+    assert isinstance(values, Tensor)
+    return values, None
 
 
 def _adapt(plan: Plan, t: Tensors) -> list[Tensor]:

@@ -30,6 +30,7 @@ class VmapBackend(Backend):
     name = "vmap"
     fused = False
     accumulates = False
+    records = True
 
     def why_not(self, plan: Plan) -> list[str]:
         reason = plan.state.get("vmap")
@@ -93,12 +94,15 @@ def _query_outputs(plan: Plan, t: Tensors) -> Any:
     return _outputs(plan, task, t.x_s, t.y_s, t.x_q)
 
 
-def _losses(plan: Plan, t: Tensors) -> Tensor:
-    def task(buffers: list[Tensor], x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor) -> Tensor:
-        theta = _adapt_task(plan, t, buffers, x_s, y_s)
-        return plan.objective.value(_point(theta, t, buffers), x_q, y_q, keep_new=False)
+def _losses(plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
+    def task(buffers: list[Tensor], x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor) -> Any:
+        at = _point(_adapt_task(plan, t, buffers, x_s, y_s), t, buffers)
+        if plan.needs.outputs:
+            return plan.objective.value_and_outputs(at, x_q, y_q, keep_new=False)
+        return plan.objective.value(at, x_q, y_q, keep_new=False), None
 
-    return _each_task(plan, task, t.x_s, t.y_s, t.x_q, t.y_q)
+    losses, outputs = _outputs(plan, task, t.x_s, t.y_s, t.x_q, t.y_q)
+    return losses, outputs
 
 
 def _adapt(plan: Plan, t: Tensors) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from . import structure
 from .losses import Loss
 from .model import Model
 from .snapshot import Snapshot
@@ -55,6 +56,13 @@ class Objective:
         """The task's loss."""
         with self.standing_in(at, keep_new):
             return self.loss(self.model.module(x.clone()), y.clone())
+
+    def value_and_outputs(self, at: Point, x: Tensor, y: Tensor, keep_new: bool = True) -> tuple[Tensor, Any]:
+        """The task's loss, and copies without a graph of the outputs that it is of."""
+        with self.standing_in(at, keep_new):
+            outputs = self.model.module(x.clone())
+            copies = structure.replaced(outputs, [v.detach().clone() for v in structure.tensors(outputs)])
+            return self.loss(outputs, y.clone()), copies
 
     @contextmanager
     def standing_in(self, at: Point, keep_new: bool = True) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -115,6 +115,12 @@ class Plan:
         return self.out_shape[0] if self.inner.loss.takes_labels and self.out_shape else None
 
     @cached_property
+    def constants(self) -> tuple[str, ...]:
+        """Names of the buffers that the graph reads."""
+        graph = self.kernel_graph
+        return () if graph is None else tuple(dict.fromkeys(n for op in graph.live_ops() for n in op.constants))
+
+    @cached_property
     def program(self) -> Program:
         """The algorithm's instructions for this mode; tapes are saved if they fit `tape_bytes`."""
         return maml.emit(self, save=self.saved_tapes_bytes() <= self.tape_bytes)
@@ -175,6 +181,7 @@ class Result:
     Attributes:
         losses: (T,) query losses. objective: Σ_t w_t L_t.
         outputs: (T, Nq, *out), or a structure of such tensors where the model returns one.
+        pull: from the weights, or one cotangent for each output, and whether it may be asked again, to the gradients.
     """
 
     losses: Tensor | None = None
@@ -186,6 +193,7 @@ class Result:
     learned: list[Tensor | None] = field(default_factory=list)
     x_s: Tensor | None = None
     x_q: Tensor | None = None
+    pull: Callable[[Sequence[Tensor | None], bool], Result] | None = None
 
     def gradients(self) -> list[Tensor | None]:
         """In the order of `Tensors.leaves`."""

@@ -49,7 +49,7 @@ class Buffers:
         self.given = numbers(t, flat.adapting, wanted=plan.mode is Mode.APPLY)
         self.adapted = numbers(t, flat.total, wanted=plan.mode is Mode.ADAPT)
         self.losses = numbers(t, wanted=plan.mode in (Mode.LOSS, Mode.META_GRADIENT))
-        self.outputs = numbers(*outputs, wanted=plan.mode in (Mode.LOGITS, Mode.APPLY))
+        self.outputs = numbers(*outputs, wanted=plan.needs.outputs or plan.mode in (Mode.LOGITS, Mode.APPLY))
         self.gradient = numbers(flat.trainable, wanted=reverse)
         self._place_rates(device, reverse and any(plan.needs.rates))
 
