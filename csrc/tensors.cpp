@@ -87,10 +87,17 @@ dlpack::Tensor view(py::handle tensor, const Expected& e) {
     return t;
 }
 
+// From the first element to behind the last, in elements: an expanded tensor has fewer than it shows.
+long span_of(const dlpack::Tensor& t) {
+    long span = 1;
+    for (int i = 0; i < t.dimensions; ++i) span += (t.shape[i] - 1) * t.strides[i];
+    return span;
+}
+
 // Storages can be shrunk and freed under the tensors that lie in them.
 void check_memory(py::handle tensor, const dlpack::Tensor& t, const Expected& e) {
     if (e.elements == 0) return;
-    const long bytes = type_of(e.scalar).bytes, end = call_long(tensor, torch.storage_offset) + e.elements;
+    const long bytes = type_of(e.scalar).bytes, end = call_long(tensor, torch.storage_offset) + span_of(t);
     const long held = call_long(call(tensor, torch.untyped_storage), torch.nbytes);
     if (t.data && end * bytes <= held) return;
     refuse(e, "expected a storage of at least " + std::to_string(end * bytes) + " bytes, got " + std::to_string(held) +

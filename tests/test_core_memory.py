@@ -416,3 +416,13 @@ def test_layers_without_elements_go_elsewhere(width: str, core: ModuleType) -> N
     text = maml.explain(*batch)
     assert "backend: cpu" not in text
     assert "width zero" in text
+
+
+def test_expanded_tensors_are_read_as_they_look() -> None:
+    """One task's tensors seen as every task's, and a parameter that is one number seen as many."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
+    model[0].bias = nn.Parameter(torch.ones(1).double().expand(3))
+    x, y = torch.randn(1, 5, 4).double().expand(3, 5, 4), torch.randn(1, 5, 2).double().expand(3, 5, 2)
+    losses = [mf.MAML(model, 0.1, loss="mse", backend=b).meta_loss(x, y, x, y) for b in ("cpu", "reference")]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)

@@ -150,7 +150,7 @@ def _whole_gradient(plan: Plan, t: Tensors) -> tuple[Plan, Tensors]:
     parameters, rates = [p.detach() for p in t.parameters], [r.detach() for r in t.rates]
     if plan.mode is Mode.APPLY:
         assert t.x_q is not None
-        adapted = [p.expand(plan.tasks, *p.shape).contiguous() for p in parameters]
+        adapted = [p.expand(plan.tasks, *p.shape) for p in parameters]
         return plan, Tensors(parameters, rates, x_q=t.x_q.detach(), adapted=adapted)
     assert t.x_s is not None and t.y_s is not None
     x_q = t.x_s if t.x_q is None else t.x_q
