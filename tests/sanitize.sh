@@ -47,7 +47,9 @@ if (($# == 0)); then
     if [[ $kind == thread ]]; then
         set -- "$root/tests/test_core_process.py" "$root/tests/test_isa.py" -k "test_threads or same_bits or same_memory"
     else
-        for file in backends core_process errors isa properties; do set -- "$@" "$root/tests/test_$file.py"; done
+        for file in backends core_memory adapting_and_rates core_process errors isa properties; do
+            set -- "$@" "$root/tests/test_$file.py"
+        done
         set -- "$@" -k "not (vmap or triton or reference- or -reference])"
     fi
     set -- "$@" ${PARALLEL:-}
