@@ -179,8 +179,8 @@ def _train(config: type[Config], recipe: str, settings: dict[str, Any], resume: 
     raise typer.Exit(code)
 
 
-MISTAKES = (ValueError, OSError, RuntimeError)
-"""What a person can put right: bad values, files, missing abilities."""
+MISTAKES = (ValueError, OSError, RuntimeError, ImportError)
+"""What a person can put right: bad values, files, missing abilities, a core of other sources."""
 
 
 @contextmanager

@@ -289,6 +289,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "best without a model": lambda s: s["best"].pop("model"),
     "moments missing": lambda s: s["optimizer"].clear(),
     "moments of another shape": lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+    "rate of another run": lambda s: s["optimizer"]["param_groups"][0].update(lr=7.0),
     "sampler beyond its block": lambda s: s["sampler"].update(next=10**6),
     "sampler of another kind": lambda s: s["sampler"].update(ahead=7),
     "generator of another kind": lambda s: s["sampler"].update(generator=torch.zeros(16, dtype=torch.uint8)),

@@ -252,6 +252,8 @@ class Trainer:
             check_settings(state["config"], config.fixed())
             module.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.optimizer.lr != config.meta_lr:
+                raise ValueError("its optimizer has another rate")
             self.recipe.sampler.load_state_dict(state["sampler"])
         except OtherSettings:
             raise
