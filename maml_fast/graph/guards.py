@@ -119,7 +119,8 @@ class Guards:
             shelves.append((attributes, tuple(attributes), tuple(guarded.get(n, ...) for n in attributes), False))
             for value in guarded.values():
                 _shelve(value, shelves, slow)
-            shelves += [(d, tuple(d), tuple(d.values()), False) for d in map(attributes.get, _FOLLOWED) if d]
+            tables = [d for d in map(attributes.get, _FOLLOWED) if d is not None]  # empty ones may gain something
+            shelves += [(d, tuple(d), tuple(d.values()), False) for d in tables]
             _shelve_class(type(module), shelves, slow)
         check = Guard(shelves).check if Guard is not None else _Slow(shelves).check
         if not slow:
