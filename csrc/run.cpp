@@ -254,7 +254,6 @@ void Runner<S>::run(Call& call, Times* times) {
     Pool::instance().run(call.threads, [](void* c, int worker) { static_cast<Job<S>*>(c)->work(worker); }, &job);
     if (times) share_out(spent, std::size_t(plan.n_code), watch.lap(), *times);
     learn(job.nanoseconds);
-    if (times) share_out(spent, call.threads, watch.lap(), *times);
     if (call.gradients) reduce(call, memory->total.get());
     if (call.objective) add_up(call);
     if (times) times->sums = watch.lap();

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from ..algorithms.goal import Inner, Mode, Needs
 from ..backends import dispatch, verbose
 from ..graph import losses
+from ..graph.conditions import check_storage
 from ..graph.model import Adapts, Model
 from ..graph.objective import Objective, Point
 from ..graph.probe import Probe, probe
@@ -335,7 +336,13 @@ class Preparer:
         x, y = (x_s, y_s) if x_s is not None else (x_q, y_q)
         assert x is not None
         self._check_labels(plan, y_s, y_q)
-        self._check_model(plan, probe(self.objective, x[0], None if y is None else y[0]), settings.allow_unused)
+        for name, tensor in (("x_s", x_s), ("y_s", y_s), ("x_q", x_q), ("y_q", y_q)):
+            if tensor is not None:
+                check_storage(name, tensor)
+        found = probe(self.objective, x[0], None if y is None else y[0])
+        if plan.out_shape is None:
+            reach.check_targets(found, {"y_s": y_s, "y_q": y_q}, x.shape[1], settings.loss)
+        self._check_model(plan, found, settings.allow_unused)
         return Call(plan, choice)
 
     def _make_plan(

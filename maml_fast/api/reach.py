@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from ..algorithms.goal import Mode
+from ..graph.losses import Loss
 from ..graph.probe import Probe
+from ..graph.structure import first
 from ..lower.plan import Plan
+from . import checks
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -33,6 +40,14 @@ def check(plan: Plan, found: Probe, allow_unused: bool | None) -> None:
             f"model: no parameter that adapts reaches the support loss, {names[adapts[0]]!r} neither; "
             "allow_unused=True accepts that"
         )
+
+
+def check_targets(found: Probe, targets: Mapping[str, Tensor | None], samples: int, loss: Loss) -> None:
+    """Check targets against outputs of `samples` samples that a model without a graph has returned."""
+    shape = tuple(first(found.outputs).shape) if loss.name != "custom" else ()
+    for name, y in targets.items():
+        if y is not None and shape and shape[0] == samples:
+            checks.target_shape(name, y, shape[1:], loss)
 
 
 def notes(found: Probe) -> list[str]:

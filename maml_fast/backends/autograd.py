@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..algorithms.goal import Mode
 from ..graph import structure
-from ..graph.conditions import constant, plain
+from ..graph.conditions import check_storage, constant, plain
 from ..lower.plan import Plan, Result, Tensors
 from .attention import composed
 
@@ -32,6 +32,10 @@ def differentiate(
     Args:
         losses: the tasks' losses, and the query outputs without a graph if the plan needs them.
     """
+    plan.objective.check_storages()
+    for name in ("x_s", "y_s", "x_q", "y_q"):
+        if (x := getattr(tensors, name)) is not None:
+            check_storage(name, x)
     with composed(), plain(plan.device):
         fresh = _fresh_leaves(plan, tensors)
         if plan.mode is Mode.LOSS:

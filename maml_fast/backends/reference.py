@@ -54,7 +54,7 @@ def _no_hooks() -> AbstractContextManager[None]:
 def _adapt_task(plan: Plan, t: Tensors, task: int) -> list[Tensor]:
     """θ_K of one task; with a graph back to θ_0 where the mode is a gradient's."""
     assert t.x_s is not None and t.y_s is not None
-    theta = list(t.parameters) if plan.mode.differentiates else _leaves(plan, t.parameters)
+    theta = list(t.parameters) if plan.mode.differentiates else _leaves(t.parameters, plan.model.trainable)
     adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
     for _ in range(plan.inner.steps if adapted else 0):
         loss = plan.objective.value(_point(plan, theta, t.learned), t.x_s[task], t.y_s[task])
@@ -69,17 +69,19 @@ def _adapt_task(plan: Plan, t: Tensors, task: int) -> list[Tensor]:
         for i, g in zip(adapted, gradients, strict=True):
             if g is not None:
                 theta[i] = theta[i] - t.rates[plan.rates.of_parameter[i]] * g
-        theta = theta if plan.mode.differentiates else _leaves(plan, theta)
+        theta = theta if plan.mode.differentiates else _leaves(theta, plan.model.trainable)
     return theta
 
 
 def _point(plan: Plan, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Point:
+    if not plan.mode.differentiates:
+        phi = _leaves(phi, plan.objective.learned.trainable)
     return Point(theta, phi, [b.clone() for b in plan.objective.buffers()])
 
 
-def _leaves(plan: Plan, theta: Sequence[Tensor]) -> list[Tensor]:
-    """The same numbers without their history."""
-    return [p.detach().requires_grad_(t) for p, t in zip(theta, plan.model.trainable, strict=True)]
+def _leaves(values: Sequence[Tensor], trainable: Sequence[bool]) -> list[Tensor]:
+    """The same numbers without their history; they require grad where the module's own do, which it may ask."""
+    return [v.detach().requires_grad_(t) for v, t in zip(values, trainable, strict=True)]
 
 
 def _tasks(plan: Plan, outputs: Iterator[Any]) -> Any:
@@ -117,5 +119,8 @@ def _adapt(plan: Plan, t: Tensors) -> list[Tensor]:
 def _apply(plan: Plan, t: Tensors) -> Any:
     assert t.x_q is not None
     x = t.x_q
-    points = (_point(plan, _leaves(plan, [p[task] for p in t.adapted]), t.learned) for task in range(plan.tasks))
+    points = (
+        _point(plan, _leaves([p[task] for p in t.adapted], plan.model.trainable), t.learned)
+        for task in range(plan.tasks)
+    )
     return _tasks(plan, (plan.objective.outputs(at, x[task]) for task, at in enumerate(points)))

@@ -21,6 +21,16 @@ def plain(device: torch.device) -> Iterator[None]:
         yield
 
 
+def check_storage(name: str, x: Tensor) -> None:
+    """Raise ValueError if a tensor's memory was freed (`untyped_storage().resize_(0)`): PyTorch reads beyond it."""
+    if x.numel() == 0 or x.is_meta or x.layout is not torch.strided:
+        return
+    last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    needed, held = (last + 1) * x.element_size(), x.untyped_storage().nbytes()
+    if held < needed:
+        raise ValueError(f"{name}: expected a storage of at least {needed} bytes, got {held}")
+
+
 def constant(x: Tensor) -> Tensor:
     """The same numbers without a graph; a copy of what was made in inference mode, which cannot have one."""
     return x.detach().clone() if x.is_inference() else x.detach()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from . import structure
+from .conditions import check_storage
 from .losses import Loss
 from .model import Model
 from .snapshot import Snapshot
@@ -46,6 +47,14 @@ class Objective:
     def buffer_names(self) -> list[str]:
         """Their names, in the same order."""
         return [*self.model.buffers(), *(f"loss.{name}" for name in self.learned.buffers())]
+
+    def check_storages(self) -> None:
+        """Raise ValueError if the memory of a parameter or buffer was freed."""
+        for part in (self.model, self.learned):
+            for name, p in zip(part.names, part.parameters(), strict=True):
+                check_storage(f"parameter {name!r}", p)
+            for name, b in part.buffers().items():
+                check_storage(f"buffer {name!r}", b)
 
     def outputs(self, at: Point, x: Tensor, keep_new: bool = True) -> Any:
         """What the model returns for a task's inputs; see `exchanged` for `keep_new`."""

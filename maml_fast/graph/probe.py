@@ -47,6 +47,7 @@ def probe(objective: Objective, x: Tensor, y: Tensor | None = None) -> Probe:
             requires grad and is no parameter, or on what a reentrant checkpoint hides.
         TypeError, ValueError: the loss is not a scalar tensor.
     """
+    objective.check_storages()
     with plain(x.device), untouched(objective.modules), unused(x.device):
         at = Point(
             _leaves(objective.model.parameters()),
