@@ -54,7 +54,7 @@ def probe(objective: Objective, x: Tensor, y: Tensor | None = None) -> Probe:
             _leaves(objective.learned.parameters()),
             _leaves(objective.buffers()),
         )
-        versions = [b._version for b in at.buffers]
+        names, versions = objective.buffer_names(), [b._version for b in at.buffers]
         with objective.standing_in(at), MadeLeaves() as leaves:
             outputs = objective.model.module(constant(x).clone())
             loss = None if y is None else _scalar(objective.loss(outputs, constant(y).clone()))
@@ -65,13 +65,13 @@ def probe(objective: Objective, x: Tensor, y: Tensor | None = None) -> Probe:
         of_loss = None if loss is None else _walk([loss])
         for graph, where in ((of_outputs, "forward"), (of_loss, "the loss")):
             if graph is not None:
-                _refuse_hidden(objective, at, graph.without(leaves.made), where)
+                _refuse_hidden(objective, at, names, graph.without(leaves.made), where)
         return Probe(
             structure.replaced(outputs, [v.detach() for v in results]),
             of_outputs.reaches(at.theta),
             None if of_loss is None else of_loss.reaches(at.theta),
             tuple(sorted(of_outputs.functions | (of_loss.functions if of_loss else frozenset()))),
-            tuple(name for name, w in zip(objective.buffer_names(), written, strict=True) if w),
+            tuple(name for name, w in zip(names, written, strict=True) if w),
         )
 
 
@@ -120,13 +120,13 @@ def _walk(tensors: Iterable[Tensor]) -> _Graph:
     return _Graph(leaves, frozenset(functions))
 
 
-def _refuse_hidden(objective: Objective, at: Point, graph: _Graph, where: str) -> None:
+def _refuse_hidden(objective: Objective, at: Point, names: Sequence[str], graph: _Graph, where: str) -> None:
     """Raise RuntimeError where a graph holds what is not this task's own."""
     if "CheckpointFunction" in graph.functions:
         raise RuntimeError(
             f"model: expected {where} without torch.utils.checkpoint(use_reentrant=True), which hides its parameters"
         )
-    for name, buffer in zip(objective.buffer_names(), at.buffers, strict=True):
+    for name, buffer in zip(names, at.buffers, strict=True):
         if id(buffer) in graph.leaves:
             raise RuntimeError(
                 f"model: expected buffers without requires_grad, got {name!r}, which {where} reads: a buffer is a "
