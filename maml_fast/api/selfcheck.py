@@ -17,6 +17,9 @@ from ..backends.dispatch import Choice
 from ..backends.textbook import Textbook, classes
 from ..lower.plan import Plan, Tensors
 
+MOST_STEPS = 20
+"""Inner steps of the compared task: the textbook's time and memory grow with them, the kernels stay the same."""
+
 _WHEN = ("first", "always", "never")
 
 
@@ -155,9 +158,9 @@ def _whole_gradient(plan: Plan, t: Tensors) -> tuple[Plan, Tensors]:
     assert t.x_s is not None and t.y_s is not None
     x_q = t.x_s if t.x_q is None else t.x_q
     y_q = t.y_s[:, torch.arange(x_q.shape[1], device=x_q.device) % plan.support] if t.y_q is None else t.y_q
-    if plan.mode is not Mode.META_GRADIENT:
-        trace = plan.trace
-        plan = replace(plan, mode=Mode.META_GRADIENT, query=x_q.shape[1], state={})
+    if plan.mode is not Mode.META_GRADIENT or plan.inner.steps > MOST_STEPS:
+        trace, inner = plan.trace, replace(plan.inner, steps=min(plan.inner.steps, MOST_STEPS))
+        plan = replace(plan, mode=Mode.META_GRADIENT, inner=inner, query=x_q.shape[1], state={})
         plan.__dict__["trace"] = trace
     weights = torch.zeros(plan.tasks, dtype=plan.dtype, device=plan.device)
     weights[0] = 1

@@ -51,6 +51,7 @@ def verify(model: nn.Module, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor,
         TypeError, ValueError: what `MAML` raises for these arguments.
     """
     problem = Problem(model, (x_s, y_s, x_q, y_q), maml_kwargs)
+    problem.check()
     return examine(problem)
 
 
@@ -85,6 +86,11 @@ class Problem:
         if "first_order" in self._settings:
             return (bool(self._settings["first_order"]),)
         return (False, True) if "gradient" not in self._settings else (False,)
+
+    def check(self) -> None:
+        """Raise what `MAML` raises for these arguments."""
+        model, batch, settings = self._copy(self.dtype, None)
+        MAML(model, backend="reference", check="never", **settings).explain(*batch)
 
     def observe(self, backend: str, dtype: torch.dtype, first_order: bool, move: Move | None = None) -> Found:
         """Everything that the calls return, computed by the backend with a copy in `dtype`.

@@ -13,6 +13,7 @@ from .choices import Choices
 from .layers import CHANNELS, LAYERS, WIDTHS
 from .sketch import Sketch, Unfit, Value
 
+_MOST_LINES = 10
 _MOST_FEATURES = 1200  # of a value, to keep the textbook quick
 
 _SCRIPT = '''"""{title}"""
@@ -106,19 +107,27 @@ def _network(c: Choices) -> tuple[Sketch, Value]:
         net = Sketch((c.of(WIDTHS),))
     else:
         net = Sketch((c.of(CHANNELS), *[c.of((4, 1, 2, 3, 5, 6, 7, 9)) for _ in range(dims - 1)]))
-    x = net.values[0]
-    while len(net.lines) < 10 and c.of(range(7)):
-        with suppress(Unfit):
-            new = c.of(LAYERS[len(x.shape)])(c, net, x)
-            x = new if len(new.shape) in LAYERS and math.prod(new.shape) <= _MOST_FEATURES else x
-        if c.once_in(5):
-            x = c.of([v for v in reversed(net.values) if len(v.shape) in LAYERS])
+    x, more = net.values[0], True
+    while more and len(net.lines) < _MOST_LINES:
+        with c.span():
+            more = c.of(range(7)) > 0
+            x = _next(c, net, x) if more else x
     if c.of((True, False)):
         x = x if len(x.shape) == 1 else net.call(f"{x.name}.flatten(1)")
         x = net.apply(net.layer(f"nn.Linear({x.shape[0]}, {c.of((2, 1, 3, 5, 17))})"), x)
     elif not any(_has_parameters(net.module(f"self.{line.split()[0][5:]}")) for line in net.inits if " = " in line):
         x = net.apply(net.layer(f"nn.Linear({x.shape[-1]}, 2)"), x)
     return net, x
+
+
+def _next(c: Choices, net: Sketch, x: Value) -> Value:
+    """The value after a further layer, or now and then an earlier one."""
+    with suppress(Unfit):
+        new = c.of(LAYERS[len(x.shape)])(c, net, x)
+        x = new if len(new.shape) in LAYERS and math.prod(new.shape) <= _MOST_FEATURES else x
+    if c.once_in(5):
+        x = c.of([v for v in reversed(net.values) if len(v.shape) in LAYERS])
+    return x
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias, TypeVar
 
 _T = TypeVar("_T")
 
@@ -16,10 +17,15 @@ class Choices:
     Args:
         given: choices to make again, the earliest first.
         chance: makes those beyond them; None for always the first, the simplest option.
+
+    Attributes:
+        taken: the choices so far, as indices.
+        spans: where in them a part begins and ends that may be left out whole.
     """
 
     def __init__(self, given: Sequence[int] = (), chance: random.Random | None = None) -> None:
         self.taken: list[int] = []
+        self.spans: list[tuple[int, int]] = []
         self._given, self._chance = given, chance
 
     def of(self, options: Sequence[_T]) -> _T:
@@ -36,49 +42,68 @@ class Choices:
         """True by a chance of 1 in `times`; False is simpler."""
         return self.of(range(times)) == times - 1
 
+    @contextmanager
+    def span(self) -> Iterator[None]:
+        """The choices made inside belong together."""
+        start = len(self.taken)
+        yield
+        self.spans.append((start, len(self.taken)))
 
-def shrink(
-    taken: Sequence[int], failing: Callable[[Sequence[int]], list[int] | None], seconds: float, most: int = 2000
-) -> list[int]:
+    @property
+    def size(self) -> tuple[int, int, list[int]]:
+        """How simple they are: shorter comes before smaller."""
+        return len(self.taken), sum(self.taken), self.taken
+
+
+Failing: TypeAlias = Callable[[Sequence[int]], Choices | None]
+
+
+def shrink(found: Choices, failing: Failing, seconds: float, most: int = 2000) -> Choices:
     """The simplest choices found that still fail: of all, the shortest list of the smallest numbers.
 
     Args:
-        failing: makes the choices and returns those that were taken, or None where nothing fails any more.
+        failing: makes these choices again and returns them as they were taken, or None where nothing fails any more.
         seconds, most: when to give up: after this time, or so many attempts.
     """
-    search = _Search(list(taken), failing, time.monotonic() + seconds, most)
+    search = _Search(found, failing, time.monotonic() + seconds, most)
     while search.passes():
         pass
     return search.best
 
 
 class _Search:
-    """Passes over the best list so far, each trying one kind of change from the end to the beginning."""
+    """Passes over the best choices so far, each trying one kind of change from the end to the beginning."""
 
-    def __init__(
-        self, best: list[int], failing: Callable[[Sequence[int]], list[int] | None], deadline: float, most: int
-    ) -> None:
+    def __init__(self, best: Choices, failing: Failing, deadline: float, most: int) -> None:
         self.best, self._failing, self._deadline, self._left = best, failing, deadline, most
         self._seen: set[tuple[int, ...]] = set()
 
     def passes(self) -> bool:
         """One round of all passes; whether it made anything simpler and there is time for more."""
-        before = self.best
-        for chunk in (32, 16, 8, 4, 3, 2, 1):
+        before = self.best.size
+        self._leave_out_spans()
+        for chunk in (16, 8, 4, 3, 2, 1):
             self._sweep(chunk, lambda part: [])
         for chunk in (8, 4, 2, 1):
             self._sweep(chunk, lambda part: [0] * len(part))
         self._sweep(1, lambda part: [part[0] // 2])
         self._sweep(1, lambda part: [max(part[0] - 1, 0)])
-        return self.best != before and self._left > 0
+        return self.best.size != before and self._left > 0
+
+    def _leave_out_spans(self) -> None:
+        for index in reversed(range(len(self.best.spans))):
+            if index < len(self.best.spans):
+                start, end = self.best.spans[index]
+                self._try(self.best.taken[:start] + self.best.taken[end:])
 
     def _sweep(self, chunk: int, change: Callable[[list[int]], list[int]]) -> None:
         """Change every chunk; where that helped, the same place again."""
-        start = len(self.best) - chunk
+        start = len(self.best.taken) - chunk
         while start > -chunk:
             at = max(start, 0)
-            part = self.best[at : at + chunk]
-            if not part or not self._try([*self.best[:at], *change(part), *self.best[at + chunk :]]):
+            taken = self.best.taken
+            part = taken[at : at + chunk]
+            if not part or not self._try([*taken[:at], *change(part), *taken[at + chunk :]]):
                 start -= chunk
 
     def _try(self, candidate: list[int]) -> bool:
@@ -87,11 +112,7 @@ class _Search:
         self._seen.add(tuple(candidate))
         self._left -= 1
         found = self._failing(candidate)
-        if found is None or _size(found) >= _size(self.best):
+        if found is None or found.size >= self.best.size:
             return False
         self.best = found
         return True
-
-
-def _size(taken: Sequence[int]) -> tuple[int, int, list[int]]:
-    return len(taken), sum(taken), list(taken)

@@ -54,7 +54,8 @@ def arithmetic(c: Choices, net: Sketch, x: Value) -> Value:
 
 def linear(c: Choices, net: Sketch, x: Value) -> Value:
     """Over the last dimension."""
-    layer = net.layer(f"nn.Linear({x.shape[-1]}, {c.of(WIDTHS)}, bias={not c.once_in(3)})")
+    square = (x.shape[-1],) * 4  # fits shortcuts and shared weights
+    layer = net.layer(f"nn.Linear({x.shape[-1]}, {c.of((*WIDTHS, *square))}, bias={not c.once_in(3)})")
     if not c.once_in(4):
         return net.apply(layer, x)
     return net.call(f"F.linear({x.name}, {layer}.weight, {layer}.bias)")
@@ -64,7 +65,7 @@ def convolution(c: Choices, net: Sketch, x: Value) -> Value:
     """Strided, padded, dilated and grouped by chance."""
     channels, *space = x.shape
     groups = c.of([g for g in (1, 1, 2, 3, channels) if channels % g == 0])
-    out = groups * c.of((1, 2, 3) if groups > 1 else CHANNELS)
+    out = groups * c.of((1, 2, 3) if groups > 1 else (*CHANNELS, channels, channels))
     if c.once_in(6):
         kernel = str(tuple(c.of([k for k in (3, 1, 5) if k <= max(n, 1)]) for n in space))
         window = f'{kernel}, padding="{c.of(("same", "valid"))}"'
@@ -232,7 +233,7 @@ def _same_features(module: nn.Module, features: int) -> bool:
 _ANYWHERE: tuple[Layer, ...] = (activation, activation, arithmetic, shortcut, concatenation, reshape, again, squeezing)
 
 LAYERS: dict[int, tuple[Layer, ...]] = {
-    1: (linear, linear, linear, tied, batch_norm, layer_norm, *_ANYWHERE),
+    1: (linear, linear, linear, tied, tied, batch_norm, layer_norm, *_ANYWHERE),
     2: (
         linear, convolution, convolution, max_pool, average_pool, adaptive_pool, mean_over_space, upsample, batch_norm,
         layer_norm, group_norm, instance_norm, flatten, *_ANYWHERE,

@@ -98,17 +98,17 @@ class _Search:
         path = self._out / f"case-{self._seed}-{index}.py"
         tally.scripts.append(path)
         path.write_text(self._script(Choices(choices.taken), f"{title}: {outcome.reason}").text)
-        smallest = shrink(choices.taken, self._failing, self._seconds)
-        path.write_text(self._script(Choices(smallest), f"{title}, shrunk: {outcome.reason}").text)
+        smallest = shrink(choices, self._failing, self._seconds)
+        path.write_text(self._script(Choices(smallest.taken), f"{title}, shrunk: {outcome.reason}").text)
 
     def _script(self, choices: Choices, title: str) -> Script:
         return draw(choices, self._isas, title)
 
-    def _failing(self, given: Sequence[int]) -> list[int] | None:
+    def _failing(self, given: Sequence[int]) -> Choices | None:
         """The choices that were taken, if their case fails."""
         choices = Choices(given)
         failed = self.worker.run(self._script(choices, "A case on the way to a smaller one.")).verdict == "failed"
-        return choices.taken if failed else None
+        return choices if failed else None
 
 
 @contextmanager

@@ -26,8 +26,16 @@ def _max_pool(
     kernel, steps, padded = _window(kernel_size, stride, padding, "max_pool")
     dilated = per_dim(dilation, 2)
     space = windows(x.shape[1:], kernel, steps, padded, dilated, "max_pool", ceil_mode)
+    if not all(map(_all_reach_inside, x.shape[1:], space, kernel, steps, padded, dilated)):
+        raise Untraceable("max_pool has windows of nothing but padding, whose maximum is -inf")
     pooled = _pool(t, "max_pool", x, space, {}, kernel=kernel, stride=steps, padding=padded, dilation=dilated)
     return pooled, None
+
+
+def _all_reach_inside(n: int, count: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether each of `count` windows along a dimension of n elements has one of them."""
+    starts = range(-padding, count * stride - padding, stride)
+    return all(any(0 <= start + dilation * k < n for k in range(kernel)) for start in starts)
 
 
 def _pool(t: GraphBuilder, kind: str, x: Value, space: Shape, numbers: dict[str, Any], **windows: Shape) -> Value:
