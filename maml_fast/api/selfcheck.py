@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from ..backends.agreement import Error, Results, errors_of, judge, order_of, rou
 from ..backends.base import Backend
 from ..backends.dispatch import Choice
 from ..backends.textbook import Textbook, classes
+from ..graph.errors import warn
 from ..lower.plan import Plan, Tensors
 
 MOST_STEPS = 20
@@ -63,10 +63,9 @@ class SelfCheck:
 
 def _warn(choice: Choice) -> None:
     wrong = "\n".join(f"  {name}: {what}" for name, what in choice.ruled_out.items())
-    warnings.warn(
+    warn(
         f"maml_fast: a backend disagrees with the textbook on this model; {choice.backend.name!r} runs instead.\n"
         f"{wrong}\n`maml_fast.verify` shows more. Please report this: it is an error of maml_fast.",
-        stacklevel=6,
     )
 
 
@@ -125,9 +124,8 @@ class _Comparison:
             except Exception as error:  # the person's forward may raise anything
                 self._known[dtype] = None
                 if dtype == self._plan.dtype:
-                    warnings.warn(
+                    warn(
                         f"maml_fast: the first call was not compared with the textbook, which raised: {error}",
-                        stacklevel=6,
                     )
         return self._known[dtype]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..graph.errors import warn
 from ..lower.plan import Plan
 from ..lower.text import text
 from .base import Backend
@@ -91,4 +91,4 @@ def choose(plan: Plan, name: str) -> Choice:
 def warn_of_fallback(choice: Choice) -> None:
     """Say once that no fused backend could run."""
     if not choice.backend.fused:
-        warnings.warn(f"maml_fast falls back to a slower backend.\n{choice}", stacklevel=4)
+        warn(f"maml_fast falls back to a slower backend.\n{choice}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..graph.copies import cast
 from ..graph.model import Model
+from ..graph.objective import Objective
 from ..lower.plan import Plan, Result, Tensors
 from .agreement import Results
 from .randomness import undisturbed
@@ -76,8 +77,8 @@ def _on_copy(plan: Plan, dtype: torch.dtype) -> Plan:
         if dtype != plan.dtype:
             raise
         return replace(plan, tasks=1, state={})
-    inner = replace(plan.inner, loss=loss)
-    return replace(plan, model=Model(module, adapts), inner=inner, tasks=1, dtype=dtype, state={})
+    model, inner = Model(module, adapts), replace(plan.inner, loss=loss)
+    return replace(plan, model=model, objective=Objective(model, loss), inner=inner, tasks=1, dtype=dtype, state={})
 
 
 def _first(t: Tensors, cut: Callable[[Tensor], Tensor]) -> Tensors:
@@ -96,4 +97,5 @@ def _first(t: Tensors, cut: Callable[[Tensor], Tensor]) -> Tensors:
         task(t.y_q),
         weights=torch.ones_like(parameters[0].flatten()[:1]),
         adapted=[cut(v[:1]) for v in t.adapted],
+        learned=[cut(p) for p in t.learned],
     )
