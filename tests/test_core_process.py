@@ -42,10 +42,10 @@ def run_python(source: str, *, cwd: Path, package: Path = PACKAGE, **environment
 # ---- several Python threads --------------------------------------------------------------------
 
 
-def gradients(model: torch.nn.Module, maml: maml_fast.MAML, batch: tuple[torch.Tensor, ...]) -> list[bytes]:
-    """The loss and its meta-gradient, as bytes."""
+def gradients(leaves: list[torch.nn.Parameter], maml: maml_fast.MAML, batch: tuple[torch.Tensor, ...]) -> list[bytes]:
+    """The loss and its meta-gradient, as bytes. A capture in another thread exchanges what model.parameters() gives."""
     loss = maml.meta_loss(*batch)
-    results = [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+    results = [loss, *torch.autograd.grad(loss, leaves)]
     return [t.detach().numpy().tobytes() for t in results]
 
 
@@ -73,12 +73,13 @@ def in_threads(count: int, work: object) -> None:
 def test_threads_with_a_module_each(core: ModuleType) -> None:
     problems = [case.build(torch.float32, seed=i) for i, case in enumerate(CASES)]
     mamls = [problem.maml("cpu") for problem in problems]
-    serial = [gradients(p.model, m, p.batch) for p, m in zip(problems, mamls, strict=True)]
+    leaves = [list(problem.model.parameters()) for problem in problems]
+    serial = [gradients(list(p.model.parameters()), m, p.batch) for p, m in zip(problems, mamls, strict=True)]
 
     def work(index: int) -> None:
         problem, maml = problems[index], mamls[index]
         for _ in range(50):
-            assert gradients(problem.model, maml, problem.batch) == serial[index]
+            assert gradients(leaves[index], maml, problem.batch) == serial[index]
 
     in_threads(len(CASES), work)
 
@@ -87,14 +88,15 @@ def test_threads_with_a_module_each(core: ModuleType) -> None:
 def test_threads_that_share_a_module(case: Case, core: ModuleType) -> None:
     problem = case.build(torch.float32)
     maml = problem.maml("cpu")
+    leaves = list(problem.model.parameters())
     batches = [case.build(torch.float32, seed=seed).batch for seed in range(4)]
-    serial = [gradients(problem.model, maml, batch) for batch in batches]
+    serial = [gradients(leaves, maml, batch) for batch in batches]
     assert len(set(map(tuple, serial))) == len(batches)
 
     def work(index: int) -> None:
         for i in range(40):
             k = (index + i) % len(batches)
-            assert gradients(problem.model, maml, batches[k]) == serial[k]
+            assert gradients(leaves, maml, batches[k]) == serial[k]
 
     in_threads(4, work)
 
@@ -103,10 +105,11 @@ def test_threads_share_a_module_from_the_first_call(core: ModuleType) -> None:
     """Plans are made and cached on the first call: four first calls at once."""
     case = CASES[0]
     problem = case.build(torch.float32)
-    serial = gradients(problem.model, problem.maml("cpu"), problem.batch)
+    leaves = list(problem.model.parameters())
+    serial = gradients(leaves, problem.maml("cpu"), problem.batch)
     for _ in range(10):
         maml = problem.maml("cpu")
-        in_threads(4, lambda _: check(gradients(problem.model, maml, problem.batch) == serial))  # noqa: B023
+        in_threads(4, lambda _: check(gradients(leaves, maml, problem.batch) == serial))  # noqa: B023
 
 
 BEGUN, GO_ON = threading.Event(), threading.Event()
@@ -128,31 +131,37 @@ class Waiting(torch.nn.Module):
         return self.linear(x)
 
 
-def test_tracing_leaves_other_threads_alone(core: ModuleType) -> None:
-    """While one module's forward is captured, others run, and `__call__` is PyTorch's own."""
+def test_calls_wait_while_another_thread_captures(core: ModuleType) -> None:
+    """Whatever model they are of: what PyTorch shares between threads is as before when they run."""
     call, waiting = torch.nn.Module.__call__, Waiting()
     BEGUN.clear()
     GO_ON.clear()
     batch = [torch.randn(2, 3, size) for size in (4, 1, 4, 1)]
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
-    other = maml_fast.MAML(model, lr=0.1, loss="mse", backend="reference")
-    expected = other.backward(*batch)
-    explained = []
+    others = [maml_fast.MAML(model, lr=0.1, loss="mse", backend=backend) for backend in ("reference", "cpu")]
+    expected = [maml.meta_loss(*batch).item() for maml in others]
+    explained, found = [], []
 
     def explain(module: torch.nn.Module) -> None:
         explained.append(maml_fast.MAML(module, lr=0.1, loss="mse").explain(*batch))
 
-    first = threading.Thread(target=explain, args=(waiting,))
-    first.start()
+    def compute() -> None:
+        found.extend(maml.meta_loss(*batch).item() for maml in others)
+
+    threads = [threading.Thread(target=explain, args=(waiting,))]
+    threads[0].start()
     assert BEGUN.wait(timeout=60)
     assert torch.nn.Module.__call__ is call
-    second = threading.Thread(target=explain, args=(torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.Tanh()),))
-    second.start()  # waits for its turn
-    assert torch.equal(other.backward(*batch), expected)
+    unseen = torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.Tanh())
+    threads += [threading.Thread(target=explain, args=(unseen,)), threading.Thread(target=compute)]
+    for thread in threads[1:]:
+        thread.start()
+    plain = model(batch[0])
     GO_ON.set()
-    for thread in (first, second):
+    for thread in threads:
         thread.join(timeout=120)
-    assert torch.nn.Module.__call__ is call
+    assert found == expected
+    assert torch.equal(model(batch[0]), plain)
     assert ["backend: cpu" in text for text in explained] == [True, True], explained
 
 
