@@ -17,7 +17,7 @@ from ..graph import losses
 from ..graph.conditions import check_storage
 from ..graph.model import Adapts, Model
 from ..graph.objective import Objective, Point
-from ..graph.probe import Probe, probe
+from ..graph.probe import probe
 from ..graph.snapshot import common_device, common_dtype
 from ..graph.stand_ins import lock, refuse_nested
 from ..lower.plan import Plan, Rates, Result, Tensors
@@ -326,24 +326,30 @@ class Preparer:
             outputs,
         )
         plan = self._make_plan(mode, settings, rates, needs, x_s, y_s, x_q, y_q)
-        for name, y in (("y_s", y_s), ("y_q", y_q)):
-            if y is not None and plan.out_shape is not None:
-                checks.target_shape(name, y, plan.out_shape, settings.loss)
+        self._look(plan, settings, x_s, y_s, x_q, y_q)
         choice = dispatch.choose(plan, settings.backend)
         if settings.backend == "auto" and not self._warned and not choice.backend.fused:
             dispatch.warn_of_fallback(choice)
             self._warned = True
-        x, y = (x_s, y_s) if x_s is not None else (x_q, y_q)
-        assert x is not None
-        self._check_labels(plan, y_s, y_q)
+        return Call(plan, choice)
+
+    def _look(self, plan: Plan, x_s: Tensor | None, y_s: Tensor | None, x_q: Tensor | None, y_q: Tensor | None) -> None:
+        """Refuse what no backend could do, and what would be computed but not learned; keep what `explain` says."""
         for name, tensor in (("x_s", x_s), ("y_s", y_s), ("x_q", x_q), ("y_q", y_q)):
             if tensor is not None:
                 check_storage(name, tensor)
+        x, y = (x_s, y_s) if x_s is not None else (x_q, y_q)
+        assert x is not None
+        targets = {name: t for name, t in (("y_s", y_s), ("y_q", y_q)) if t is not None}
+        if plan.out_shape is not None:
+            for name, t in targets.items():
+                checks.target_shape(name, t, plan.out_shape, settings.loss)
+        self._check_labels(plan, y_s, y_q)
         found = probe(self.objective, x[0], None if y is None else y[0])
         if plan.out_shape is None:
-            reach.check_targets(found, {"y_s": y_s, "y_q": y_q}, x.shape[1], settings.loss)
-        self._check_model(plan, found, settings.allow_unused)
-        return Call(plan, choice)
+            reach.check_targets(found, targets, x.shape[1], settings.loss)
+        reach.check(plan, found, settings.allow_unused)
+        plan.state["notes"] = reach.notes(found)
 
     def _make_plan(
         self,
@@ -378,8 +384,3 @@ class Preparer:
             threads=settings.threads,
             precision=settings.precision,
         )
-
-    def _check_model(self, plan: Plan, found: Probe, allow_unused: bool | None) -> None:
-        """Refuse what would be computed but not learned, and keep what `explain` says."""
-        reach.check(plan, found, allow_unused)
-        plan.state["notes"] = reach.notes(found)

@@ -42,11 +42,11 @@ def check(plan: Plan, found: Probe, allow_unused: bool | None) -> None:
         )
 
 
-def check_targets(found: Probe, targets: Mapping[str, Tensor | None], samples: int, loss: Loss) -> None:
+def check_targets(found: Probe, targets: Mapping[str, Tensor], samples: int, loss: Loss) -> None:
     """Check targets against outputs of `samples` samples that a model without a graph has returned."""
     shape = tuple(first(found.outputs).shape) if loss.name != "custom" else ()
     for name, y in targets.items():
-        if y is not None and shape and shape[0] == samples:
+        if shape and shape[0] == samples:
             checks.target_shape(name, y, shape[1:], loss)
 
 
