@@ -6,15 +6,15 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from . import structure
 from .conditions import constant, plain
 from .generators import unused
-from .leaves import MadeLeaves
 from .leftovers import tensors_in, untouched
 from .objective import Objective, Point
+from .sightings import Sightings
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,20 @@ def probe(objective: Objective, x: Tensor, y: Tensor | None = None) -> Probe:
             _leaves(objective.buffers()),
         )
         names, versions = objective.buffer_names(), [b._version for b in at.buffers]
-        with objective.standing_in(at), MadeLeaves() as leaves:
+        own = [*objective.model.parameters(), *objective.learned.parameters()]
+        with objective.standing_in(at), Sightings(own) as seen:
             outputs = objective.model.module(constant(x).clone())
             loss = None if y is None else _scalar(objective.loss(outputs, constant(y).clone()))
             now = {id(b) for b in objective.buffers()}
             written = [id(b) not in now or b._version > v for b, v in zip(at.buffers, versions, strict=True)]
+        for tensor in seen.used.values():
+            raise RuntimeError(_why_hidden(objective, tensor, "forward or loss"))
         results = structure.tensors(outputs)
         of_outputs = _walk(results)
         of_loss = None if loss is None else _walk([loss])
         for graph, where in ((of_outputs, "forward"), (of_loss, "the loss")):
             if graph is not None:
-                _refuse_hidden(objective, at, names, graph.without(leaves.made), where)
+                _refuse_hidden(objective, at, names, graph.without(seen.made), where)
         return Probe(
             structure.replaced(outputs, [v.detach() for v in results]),
             of_outputs.reaches(at.theta),
@@ -156,8 +159,19 @@ def _why_hidden(objective: Objective, leaf: Tensor, where: str) -> str:
                     f"model: {where} reads {tensor} ({name!r} of {type(module).__name__}): it would neither adapt nor "
                     "get a gradient. Register it as an nn.Parameter, or detach it"
                 )
+            if any(p is leaf for layer in _layers_in(value) for p in layer.parameters()):
+                return (
+                    f"model: {where} runs layers that are not registered ({name!r} of {type(module).__name__} is a "
+                    f"{type(value).__name__}): they would neither adapt nor get a gradient. Make it an nn.ModuleList "
+                    "or nn.ModuleDict"
+                )
     return (
-        f"{'loss' if where == 'the loss' else 'model'}: {where} reads {tensor} of the model or of a loss that is a "
+        f"{'model' if where == 'forward' else 'loss'}: {where} reads {tensor} of the model or of a loss that is a "
         "module (it is in a closure or a global, or made in forward): it would neither adapt nor get a gradient. Make "
         "it an nn.Parameter of the model or of a loss that is an nn.Module, or detach it"
     )
+
+
+def _layers_in(value: Any) -> list[nn.Module]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [v for v in inner if isinstance(v, nn.Module)]
