@@ -333,7 +333,15 @@ class Preparer:
             self._warned = True
         return Call(plan, choice)
 
-    def _look(self, plan: Plan, x_s: Tensor | None, y_s: Tensor | None, x_q: Tensor | None, y_q: Tensor | None) -> None:
+    def _look(
+        self,
+        plan: Plan,
+        settings: Settings,
+        x_s: Tensor | None,
+        y_s: Tensor | None,
+        x_q: Tensor | None,
+        y_q: Tensor | None,
+    ) -> None:
         """Refuse what no backend could do, and what would be computed but not learned; keep what `explain` says."""
         for name, tensor in (("x_s", x_s), ("y_s", y_s), ("x_q", x_q), ("y_q", y_q)):
             if tensor is not None:
