@@ -37,11 +37,12 @@ def observe_calls(
         adapted = maml.adapt(batch[0], y_s)
         with torch.no_grad():
             task_losses = maml.meta_loss(*batch, reduction="none")
+            plain = maml(batch[0], y_s, batch[2])
         last = len(parameters) + len(rates)
         return {
             "loss": (loss.detach(),),
             "task losses": (task_losses,),
-            "logits": (outputs.detach(),),
+            "logits": (outputs.detach(), plain),
             "adapted": tuple(adapted.parameters.values()),
             "adapted logits": (adapted(batch[2]),),
             "parameters": gradients[: len(parameters)],
