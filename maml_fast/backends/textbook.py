@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from types import CellType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..graph.copies import cast
 from ..graph.model import Model
@@ -72,6 +73,7 @@ def _on_copy(plan: Plan, dtype: torch.dtype) -> Plan:
     """The plan of one task of a copied module."""
     adapts = [name for name, chosen in zip(plan.model.names, plan.model.adapts, strict=True) if chosen]
     try:
+        _refuse_closures(plan.objective.modules)
         module, loss = cast((plan.model.module, plan.inner.loss), plan.dtype, dtype)
     except RuntimeError:
         if dtype != plan.dtype:
@@ -79,6 +81,26 @@ def _on_copy(plan: Plan, dtype: torch.dtype) -> Plan:
         return replace(plan, tasks=1, state={})
     model, inner = Model(module, adapts), replace(plan.inner, loss=loss)
     return replace(plan, model=model, objective=Objective(model, loss), inner=inner, tasks=1, dtype=dtype, state={})
+
+
+def _refuse_closures(modules: Iterable[nn.Module]) -> None:
+    """Raise RuntimeError where a copy would still call the original: its functions hold modules or tensors of it."""
+    for module in modules:
+        for value in vars(module).values():
+            for function in value.values() if isinstance(value, dict) else (value,):
+                held = [c.cell_contents for c in getattr(function, "__closure__", None) or () if _is_set(c)]
+                held.append(getattr(function, "__self__", None))
+                if any(isinstance(h, nn.Module | Tensor) for h in held):
+                    raise RuntimeError(
+                        f"{type(module).__name__} holds a function bound to modules, which no copy frees"
+                    )
+
+
+def _is_set(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def _first(t: Tensors, cut: Callable[[Tensor], Tensor]) -> Tensors:
