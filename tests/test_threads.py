@@ -29,6 +29,10 @@ def others():
 def run(model, maml, sampler, rounds):
     flat = maml_fast.FlatParameters(model)
     optimizer = maml_fast.FlatAdam(flat)
+    batch = next(sampler)  # first calls are planned, which looks at the module with PyTorch
+    maml.backward(*batch)
+    maml.meta_loss(*batch).backward()
+    maml.adapt(*batch[:2])(batch[2])
     before = -1
     while before != (before := others()):  # PyTorch's go on spinning for a while
         time.sleep(0.1)
@@ -51,7 +55,10 @@ for i, o, loss, sampler in (sinusoids, episodes):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(i, 64), torch.nn.ReLU(), torch.nn.Linear(64, o))
     mine += run(model, maml_fast.MAML(model, 0.01, loss=loss, threads=1), sampler, 70)
 before = others()
-torch.optim.Adam(model.parameters(), fused=True).step()
+wide = torch.ones(1 << 22, requires_grad=True)
+wide.grad = torch.ones_like(wide)
+torch.optim.Adam([wide], fused=True).step()
+time.sleep(0.1)
 print(mine, others() - before, torch.get_num_threads())
 """
 
