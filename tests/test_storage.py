@@ -195,7 +195,8 @@ def test_forked_child_that_ends_does_not_end_the_lock(tmp_path: Path) -> None:
 
 
 def test_forked_child_that_lives_on_does_not_keep_the_lock(tmp_path: Path) -> None:
-    code = FORK.replace("CHILD", "sys.stdin.read(); os._exit(0)").replace("PARENT", "")
+    child = "print('ready', flush=True); sys.stdin.read(); os._exit(0)"  # itself says when it is born
+    code = FORK.replace("CHILD", child).replace("PARENT", "sys.stdin.read()")
     with in_process(code, tmp_path / ".lock") as process:
         process.kill()
         process.wait()
