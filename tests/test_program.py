@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from maml_fast.algorithms import maml
-from maml_fast.algorithms.goal import Inner, Mode, Needs
+from maml_fast.algorithms.goal import Goal, Inner, Mode, Needs
 from maml_fast.algorithms.program import (
     Accumulate,
     Backward,
@@ -240,6 +240,25 @@ def test_outputs_may_come_with_the_meta_gradient() -> None:
 def plan_of(case: Case) -> Plan:
     problem = case.build(torch.float32)
     return problem.maml("auto")._prepare(Mode.META_GRADIENT, *problem.batch).call.plan
+
+
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize("check", ["first", "always", "never"])
+def test_a_checked_call_verifies_its_program(monkeypatch: pytest.MonkeyPatch, check: str) -> None:
+    """A program without its second-order part is a program, and not what was asked for."""
+    emitted = maml.emit
+
+    def first_order(goal: Goal, save: bool = True) -> Program:
+        return emitted(Wanted(goal.mode, goal.inner.steps, True, goal.needs, goal.adapts), save)
+
+    monkeypatch.setattr(maml, "emit", first_order)
+    problem = SMALL[0].build(torch.float32)
+    instance = MAML(problem.model, 0.1, loss="mse", backend="cpu", check=check)
+    if check == "never":
+        instance.backward(*problem.batch)
+        return
+    with pytest.raises(ProgramError, match="expected 1 Hvp, got 0"):
+        instance.backward(*problem.batch)
 
 
 # ---- text ----------------------------------------------------------------------------------------

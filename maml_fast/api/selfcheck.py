@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..algorithms.goal import Mode
+from ..algorithms.verifier import verify
 from ..backends.agreement import Error, Results, errors_of, judge, order_of, roundings
 from ..backends.base import Backend
 from ..backends.dispatch import Choice
@@ -37,13 +38,14 @@ class SelfCheck:
         self._wrong: dict[Hashable, dict[str, str]] = {}
 
     def settle(self, choice: Choice, tensors: Tensors, when: str) -> Choice:
-        """The choice, or where its backend disagrees with the textbook, the next that agrees.
+        """The choice, or where its backend disagrees with the textbook, the next that agrees; its program is verified.
 
         Args:
             when: `"first"` compares once for every captured graph, `"always"` in every call.
         """
         if when == "never" or not choice.backend.fused:
             return choice
+        verify(choice.plan.program, choice.plan)
         wrong = self._wrong.setdefault(_graph_of(choice.plan), {})
         if when == "always":
             wrong.clear()
