@@ -240,6 +240,63 @@ def test_a_loss_that_holds_tensors() -> None:
     assert loss.weight.dtype == torch.float32
 
 
+class Tempered(nn.Module):
+    """A loss with a learned temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs / self.temperature, y)
+
+
+def test_a_learned_loss_has_gradients() -> None:
+    report = maml_fast.verify(network(), *batch(), lr=0.1, loss=Tempered(), backend="vmap")
+    assert report.ok, str(report)
+    assert "gradient of loss.temperature" in {line.result for line in report.lines}
+
+
+GLOBAL = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("kept", ["closure", "global"])
+def test_a_penalty_over_the_model(kept: str) -> None:
+    """The loss reads the copy's parameters, not those of the model that stays as it is."""
+    local = nn.Linear(3, 3)
+    model = local if kept == "closure" else GLOBAL
+
+    def of_closure(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(outputs, y) + sum(p.square().sum() for p in local.parameters())
+
+    def of_global(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(outputs, y) + sum(p.square().sum() for p in GLOBAL.parameters())
+
+    loss = of_closure if kept == "closure" else of_global
+    model.requires_grad_(True)
+    copy, function = cast((model, loss), torch.float32, torch.float64, [loss])
+    x, y = torch.randn(4, 3).double(), torch.randn(4, 3).double()
+    gradient = torch.autograd.grad(function(copy(x) * 0, y), copy.weight)[0]
+    torch.testing.assert_close(gradient, 2 * copy.weight.detach())
+    assert maml_fast.verify(model, *features(3), lr=0.1, loss=loss, backend="vmap").ok
+
+
+class Several(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.body(x)
+        return {"mean": y, "norm": y.square().sum(1)}
+
+
+def test_several_outputs() -> None:
+    report = maml_fast.verify(Several(), *features(3), lr=0.1, loss="mse", backend="vmap")
+    assert report.ok, str(report)
+    assert "vmap" in report.compared
+
+
 def dropped(module: str) -> nn.Module:
     return {
         "torch": nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)),

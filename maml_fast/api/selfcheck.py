@@ -67,7 +67,7 @@ def _warn(choice: Choice) -> None:
     wrong = "\n".join(f"  {name}: {what}" for name, what in choice.ruled_out.items())
     warn(
         f"maml_fast: a backend disagrees with the textbook on this model; {choice.backend.name!r} runs instead.\n"
-        f"{wrong}\n`maml_fast.verify` shows more. Please report this: it is an error of maml_fast.",
+        f"{wrong}\n`maml_fast.verify` shows more. Please report this: it is an error of maml_fast."
     )
 
 
@@ -126,9 +126,7 @@ class _Comparison:
             except Exception as error:  # the person's forward may raise anything
                 self._known[dtype] = None
                 if dtype == self._plan.dtype:
-                    warn(
-                        f"maml_fast: the first call was not compared with the textbook, which raised: {error}",
-                    )
+                    warn(f"maml_fast: the first call was not compared with the textbook, which raised: {error}")
         return self._known[dtype]
 
     def _own_errors(self, own: Results, exact: Results) -> Iterator[Mapping[str, float]]:
@@ -150,11 +148,11 @@ class _Comparison:
 
 def _whole_gradient(plan: Plan, t: Tensors) -> tuple[Plan, Tensors]:
     """The call with the first task's loss as its objective; what its mode does not take, the support set supplies."""
-    parameters, rates = [p.detach() for p in t.parameters], [r.detach() for r in t.rates]
+    parameters, rates, learned = ([v.detach() for v in values] for values in (t.parameters, t.rates, t.learned))
     if plan.mode is Mode.APPLY:
         assert t.x_q is not None
         adapted = [p.expand(plan.tasks, *p.shape) for p in parameters]
-        return plan, Tensors(parameters, rates, x_q=t.x_q.detach(), adapted=adapted)
+        return plan, Tensors(parameters, rates, x_q=t.x_q.detach(), learned=learned, adapted=adapted)
     assert t.x_s is not None and t.y_s is not None
     x_q = t.x_s if t.x_q is None else t.x_q
     y_q = t.y_s[:, torch.arange(x_q.shape[1], device=x_q.device) % plan.support] if t.y_q is None else t.y_q
@@ -164,7 +162,7 @@ def _whole_gradient(plan: Plan, t: Tensors) -> tuple[Plan, Tensors]:
         plan.__dict__["trace"] = trace
     weights = torch.zeros(plan.tasks, dtype=plan.dtype, device=plan.device)
     weights[0] = 1
-    return plan, Tensors(parameters, rates, t.x_s.detach(), t.y_s, x_q.detach(), y_q, weights)
+    return plan, Tensors(parameters, rates, t.x_s.detach(), t.y_s, x_q.detach(), y_q, weights, learned=learned)
 
 
 def _alike(t: Tensors) -> Tensors:

@@ -22,7 +22,7 @@ FLOORS = {0: 4.0, 1: 8.0, 2: 16.0}
 
 _CANCELLED = 1e-12  # of the largest gradient: far below it all that is left of a sum is its rounding
 
-_GRADIENTS = ("parameters", "backward", "rates", "x_s", "x_q", "pullback")
+_GRADIENTS = ("parameters", "backward", "rates", "learned", "x_s", "x_q", "pullback")
 
 ROUNDINGS = 12
 """How often PyTorch's own error is taken once more, at inputs moved by a rounding, before a result counts as wrong."""

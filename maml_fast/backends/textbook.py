@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import CellType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..graph.copies import cast
+from ..graph import structure
+from ..graph.copies import cast, functions_in
 from ..graph.model import Model
 from ..graph.objective import Objective
 from ..lower.plan import Plan, Result, Tensors
@@ -48,20 +48,19 @@ class Textbook:
             value = move(value) if move else value
             return value.to(dtype) if value.dtype == source else value
 
-        device = self._plan.device
-        with undisturbed(device), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        with undisturbed(self._plan.device):
             return classes(ReferenceBackend().run(_on_copy(self._plan, dtype), _first(self._tensors, cut)))
 
 
 def classes(result: Result) -> Results:
     """The first task's classes of result; the objective stands for its loss."""
-    if result.outputs is not None:
-        return {"outputs": (result.outputs[:1],)}
-    assert result.objective is not None
+    if result.objective is None:
+        return {"outputs": [v[:1] for v in structure.tensors(result.outputs)]}
     found: dict[str, Sequence[Tensor]] = {
         "loss": (result.objective,),
         "parameters": [g for g in result.parameters if g is not None],
         "rates": [g for g in result.rates if g is not None],
+        "learned": [g for g in result.learned if g is not None],
     }
     for name, gradient in (("x_s", result.x_s), ("x_q", result.x_q)):
         if gradient is not None:
@@ -70,37 +69,18 @@ def classes(result: Result) -> Results:
 
 
 def _on_copy(plan: Plan, dtype: torch.dtype) -> Plan:
-    """The plan of one task of a copied module."""
-    adapts = [name for name, chosen in zip(plan.model.names, plan.model.adapts, strict=True) if chosen]
+    """The plan of one task of a copied module and loss."""
+    loss = plan.inner.loss
     try:
-        _refuse_closures(plan.objective.modules)
-        module, loss = cast((plan.model.module, plan.inner.loss), plan.dtype, dtype)
+        functions = [loss.function, *functions_in(plan.objective.modules)]
+        module, loss = cast((plan.model.module, loss), plan.dtype, dtype, functions)
     except RuntimeError:
         if dtype != plan.dtype:
             raise
         return replace(plan, tasks=1, state={})
-    model, inner = Model(module, adapts), replace(plan.inner, loss=loss)
-    return replace(plan, model=model, objective=Objective(model, loss), inner=inner, tasks=1, dtype=dtype, state={})
-
-
-def _refuse_closures(modules: Iterable[nn.Module]) -> None:
-    """Raise RuntimeError where a copy would still call the original: its functions hold modules or tensors of it."""
-    for module in modules:
-        for value in vars(module).values():
-            for function in value.values() if isinstance(value, dict) else (value,):
-                held = [c.cell_contents for c in getattr(function, "__closure__", None) or () if _is_set(c)]
-                held.append(getattr(function, "__self__", None))
-                if any(isinstance(h, nn.Module | Tensor) for h in held):
-                    raise RuntimeError(
-                        f"{type(module).__name__} holds a function bound to modules, which no copy frees"
-                    )
-
-
-def _is_set(cell: CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
+    model = Model(module, [name for name, adapts in zip(plan.model.names, plan.model.adapts, strict=True) if adapts])
+    inner, objective = replace(plan.inner, loss=loss), Objective(model, loss)
+    return replace(plan, model=model, objective=objective, inner=inner, tasks=1, dtype=dtype, state={})
 
 
 def _first(t: Tensors, cut: Callable[[Tensor], Tensor]) -> Tensors:
@@ -117,7 +97,7 @@ def _first(t: Tensors, cut: Callable[[Tensor], Tensor]) -> Tensors:
         task(t.y_s),
         task(t.x_q),
         task(t.y_q),
-        weights=torch.ones_like(parameters[0].flatten()[:1]),
-        adapted=[cut(v[:1]) for v in t.adapted],
+        weights=parameters[0].new_ones(1),
         learned=[cut(p) for p in t.learned],
+        adapted=[cut(v[:1]) for v in t.adapted],
     )

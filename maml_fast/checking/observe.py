@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..api.maml import MAML
 from ..backends import dispatch
+from ..graph import structure
 
 Results = dict[str, tuple[Tensor, ...]]
 
@@ -33,18 +34,20 @@ def observe_calls(
         loss = maml.meta_loss(x_s, y_s, x_q, y_q)
         gradients = torch.autograd.grad(loss, leaves)
         outputs = maml(x_s, y_s, x_q)
-        pullback = torch.autograd.grad((outputs * _cotangent(outputs)).sum(), leaves)
+        differentiable = structure.tensors(outputs)
+        product = torch.stack([(v * _cotangent(v)).sum() for v in differentiable if v.requires_grad]).sum()
+        pullback = torch.autograd.grad(product, leaves)
         adapted = maml.adapt(batch[0], y_s)
         with torch.no_grad():
             task_losses = maml.meta_loss(*batch, reduction="none")
-            plain = maml(batch[0], y_s, batch[2])
+            plain = structure.tensors(maml(*batch[:3]))
         last = len(parameters) + len(rates)
         return {
             "loss": (loss.detach(),),
             "task losses": (task_losses,),
-            "logits": (outputs.detach(), plain),
+            "logits": (*[v.detach() for v in differentiable], *plain),
             "adapted": tuple(adapted.parameters.values()),
-            "adapted logits": (adapted(batch[2]),),
+            "adapted logits": tuple(structure.tensors(adapted(batch[2]))),
             "parameters": gradients[: len(parameters)],
             "rates": gradients[len(parameters) : last],
             **{name: (gradients[last + i],) for i, name in enumerate(inputs)},

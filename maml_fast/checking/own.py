@@ -110,14 +110,17 @@ class Problem:
             settings["first_order"] = first_order
         maml = MAML(model, backend=backend, check="never", **settings)
         _refuse(maml, batch)
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parameters: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        learned = maml._preparer.objective.learned
+        parameters |= {f"loss.{n}": p for n, p in learned.named(learned.parameters()).items() if p.requires_grad}
         rates = _rates(settings.get("lr"))
         results = observe_calls(maml, batch, [*parameters.values()], [*rates.values()])
         return _named(results, list(parameters), list(rates))
 
     def _copy(self, dtype: torch.dtype, move: Move | None) -> tuple[nn.Module, Batch, dict[str, Any]]:
         """The model, the batch and the settings; as far as no cast is needed, the batch is the person's own memory."""
-        model, settings = cast((self._model, self._settings), self.dtype, dtype)
+        functions = [self._settings.get("loss")]
+        model, settings = cast((self._model, self._settings), self.dtype, dtype, functions)
         x_s, y_s, x_q, y_q = (_as_dtype(v, self.dtype, dtype) for v in self._batch)
         if move is not None:
             x_s, y_s, x_q, y_q = map(move, (x_s, y_s, x_q, y_q))
