@@ -16,7 +16,12 @@ def _plain() -> int:
     parser.add_argument("--version", action="version", version=f"maml-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="Compare the backends with the float64 reference.")
+    verify.add_argument("case", nargs="?", help="module:function that returns a model, a meta-batch and settings.")
     verify.add_argument("--backend", help="One backend; default all.")
+    verify.add_argument("--fuzz", type=int, default=0, help="Random networks in place of cases.")
+    verify.add_argument("--seed", type=int, default=0, help="Of the random networks.")
+    verify.add_argument("--from", type=int, default=0, dest="first", help="Number of the first random network.")
+    verify.add_argument("--out", type=Path, default=Path("fuzz"), help="Folder for the scripts of failing networks.")
     bench = commands.add_parser("bench", help="Time meta-gradients against the installed peers.")
     bench.add_argument("--out", type=Path, help="JSON file, or folder, for the results.")
     bench.add_argument("--case", action="append", help="A case by name; may be repeated.")
@@ -26,20 +31,20 @@ def _plain() -> int:
     given = parser.parse_args()
     try:
         return _run(given)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
         options = {name: f"--{name}" for name in vars(given)} | {"cases": "--case"}
         print(f"Error: {sentence(error, options)}", file=sys.stderr)
         return 2
 
 
 def _run(given: argparse.Namespace) -> int:
+    if given.command == "verify":
+        from .checking.command import run as run_verify
+
+        return run_verify(given.case, given.backend, given.device, given.fuzz, given.seed, given.first, given.out)
     from .checking.device import usable
 
     usable(given.device)  # before all else is imported
-    if given.command == "verify":
-        from .checking.verify import run as run_verify
-
-        return run_verify(given.backend, given.device)
     from .bench import run as run_bench
 
     return run_bench(given.device, given.out, given.case, given.seconds)

@@ -85,17 +85,25 @@ _training_command(
 
 @app.command()
 def verify(
+    case: Annotated[
+        str | None,
+        typer.Argument(
+            help="module:function or file.py:function that returns a model, a meta-batch and settings.",
+            show_default="the package's own cases",
+        ),
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="One backend.", show_default="all")] = None,
     device: Annotated[str, typer.Option(help="Where the backends run: cpu, cuda, cuda:N.")] = "cpu",
+    fuzz: Annotated[int, typer.Option(min=0, help="Random networks in place of cases.", show_default="none")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random networks.")] = 0,
+    first: Annotated[int, typer.Option("--from", min=0, help="Number of the first random network, to go on.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the scripts of failing networks.")] = Path("fuzz"),
 ) -> None:
     """Compare the backends with the float64 reference; exit code 1 on any failure."""
-    with _explained(_typed("backend", "device")):
-        from .checking.device import usable
+    with _explained(_typed("backend", "device", "fuzz", "out"), (*MISTAKES, TypeError)):
+        from .checking.command import run
 
-        usable(device)  # before all else is imported
-        from .checking.verify import run
-
-        code = run(backend, device)
+        code = run(case, backend, device, fuzz, seed, first, out)
     raise typer.Exit(code)
 
 

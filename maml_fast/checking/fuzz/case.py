@@ -33,7 +33,7 @@ from maml_fast.nn import Sine
 
 
 def make_case():
-    torch.manual_seed({seed})
+{place}    torch.manual_seed({seed})
     model = Net()
 {changes}
 {data}
@@ -60,11 +60,11 @@ class Script:
     isa: str
 
 
-def draw(c: Choices, isas: Sequence[str], title: str) -> Script:
+def draw(c: Choices, isas: Sequence[str], title: str, device: str = "cpu") -> Script:
     """Make a case by these choices.
 
     Args:
-        isas: instruction sets to choose from, the simplest choice first.
+        isas: instruction sets of the CPU to choose from. device: where the case's tensors are.
     """
     net, output = _network(c)
     loss, labels, binary = _loss(c, output.shape)
@@ -89,6 +89,7 @@ def draw(c: Choices, isas: Sequence[str], title: str) -> Script:
         title=title,
         environment=f'os.environ["MAML_FAST_ISA"] = "{isa}"\n' if isa else "",
         network=net.source(output),
+        place=f'    torch.set_default_device("{device}")\n' if device != "cpu" else "",
         seed=c.of(range(100)),
         changes=_indented(changes),
         data=_indented(data.lines),

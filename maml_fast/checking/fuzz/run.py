@@ -48,6 +48,7 @@ def fuzz(
     first: int = 0,
     out: Path = Path("fuzz"),
     backend: str | None = None,
+    device: str = "cpu",
     shrinking: float = 60.0,
 ) -> int:
     """Check random networks; 0 if all agree, 1 if any does not, 130 if interrupted.
@@ -56,14 +57,14 @@ def fuzz(
         cases: how many. seed: case i of a seed is always the same one, whatever came before it.
         first: the first case's number, to go on from.
         out: folder for the scripts of failing cases.
-        backend: the one to check; None for the fused ones.
+        backend: the one to check; None for the fused ones. device: where it runs.
         shrinking: seconds spent on making a failing case smaller.
 
     Raises:
         ValueError: no backend of that name.
     """
     names = [n for n, b in dispatch.BACKENDS.items() if b.fused] if backend is None else [dispatch.known(backend)]
-    search, tally = _Search(Worker(names), seed, out, shrinking), Tally()
+    search, tally = _Search(Worker(names), seed, out, device, shrinking), Tally()
     index, end, code = first, first + cases, 0
     try:
         with _progress(cases) as advance:
@@ -82,8 +83,8 @@ def fuzz(
 class _Search:
     """Looks for failing cases and for the smallest that fails like them."""
 
-    def __init__(self, worker: Worker, seed: int, out: Path, seconds: float) -> None:
-        self.worker, self._seed, self._out, self._seconds = worker, seed, out, seconds
+    def __init__(self, worker: Worker, seed: int, out: Path, device: str, seconds: float) -> None:
+        self.worker, self._seed, self._out, self._device, self._seconds = worker, seed, out, device, seconds
         self._isas = cpu.info()["available"]
 
     def case(self, index: int, tally: Tally) -> None:
@@ -102,7 +103,7 @@ class _Search:
         path.write_text(self._script(Choices(smallest.taken), f"{title}, shrunk: {outcome.reason}").text)
 
     def _script(self, choices: Choices, title: str) -> Script:
-        return draw(choices, self._isas, title)
+        return draw(choices, self._isas, title, self._device)
 
     def _failing(self, given: Sequence[int]) -> Choices | None:
         """The choices that were taken, if their case fails."""

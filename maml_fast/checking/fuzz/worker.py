@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from ..own import Problem, examine
 from .case import Script
 
@@ -73,7 +75,7 @@ def _ignore_interrupts() -> None:
 
 def outcome(script: Script, backends: Sequence[str]) -> Outcome:
     """Hold the backends against the textbook on the script's case, in the dtype of its model."""
-    with _instruction_set(script.isa), warnings.catch_warnings():
+    with _process_settings(script.isa), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             settings = _make_case(script.text)
@@ -100,14 +102,15 @@ def _make_case(text: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _instruction_set(name: str) -> Iterator[None]:
-    """MAML_FAST_ISA as the script wants it; then as it was, also where the script has set it."""
+def _process_settings(isa: str) -> Iterator[None]:
+    """MAML_FAST_ISA as the script wants it; then that and PyTorch's default device as they were."""
     before = os.environ.get("MAML_FAST_ISA")
-    if name:
-        os.environ["MAML_FAST_ISA"] = name
+    if isa:
+        os.environ["MAML_FAST_ISA"] = isa
     try:
         yield
     finally:
+        torch.set_default_device(None)
         if before is None:
             os.environ.pop("MAML_FAST_ISA", None)
         else:
