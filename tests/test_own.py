@@ -15,7 +15,7 @@ import maml_fast
 from maml_fast.algorithms.goal import Mode
 from maml_fast.backends import cpu
 from maml_fast.backends.cpu import CpuBackend
-from maml_fast.graph.copies import cast
+from maml_fast.graph.copies import cast, functions_in
 from maml_fast.lower.plan import Plan, Result, Tensors
 
 BACKEND = "cpu" if cpu.info()["built"] else "vmap"
@@ -279,6 +279,35 @@ def test_a_penalty_over_the_model(kept: str) -> None:
     gradient = torch.autograd.grad(function(copy(x) * 0, y), copy.weight)[0]
     torch.testing.assert_close(gradient, 2 * copy.weight.detach())
     assert maml_fast.verify(model, *features(3), lr=0.1, loss=loss, backend="vmap").ok
+
+
+def hooked(kind: str) -> nn.Module:
+    """A layer that other layers see only through a function."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    inner = model[1]
+    if kind == "hook":
+        model[0].register_forward_hook(lambda module, arguments, output: output + 0.1 * inner(output))
+    elif kind == "attribute":
+        model[0].forward = lambda x: F.linear(x, model[0].weight) + 0.1 * inner(x)
+    else:
+        helper = lambda x: inner(x)  # noqa: E731
+        model[0].forward = lambda x: x + helper(x)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["hook", "attribute", "nested"])
+def test_functions_of_the_model(kind: str) -> None:
+    """A copy calls its own layers."""
+    torch.manual_seed(0)
+    model = hooked(kind)
+    functions = list(functions_in(model.modules()))
+    copy = cast(model, torch.float32, torch.float64, functions)
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(copy(x.double()).float(), model(x))
+    (gradient,) = torch.autograd.grad(copy(x.double()).sum(), copy[1].weight)
+    torch.testing.assert_close(gradient.float(), torch.autograd.grad(model(x).sum(), model[1].weight)[0])
+    report = maml_fast.verify(model, *features(3), lr=0.1, loss="mse", backend="vmap")
+    assert report.ok, str(report)
 
 
 class Several(nn.Module):

@@ -17,7 +17,8 @@ from ..api.maml import MAML
 from ..backends import dispatch
 from ..backends.agreement import error_over, judge, order_of, roundings, sizes_of
 from ..backends.randomness import states, undisturbed
-from ..graph.copies import cast
+from ..graph.copies import cast, functions_in
+from ..graph.errors import first_line
 from ..graph.snapshot import common_device, common_dtype
 from .observe import observe_calls
 from .report import Line, Report
@@ -119,7 +120,9 @@ class Problem:
 
     def _copy(self, dtype: torch.dtype, move: Move | None) -> tuple[nn.Module, Batch, dict[str, Any]]:
         """The model, the batch and the settings; as far as no cast is needed, the batch is the person's own memory."""
-        functions = [self._settings.get("loss")]
+        loss = self._settings.get("loss")
+        modules = [*self._model.modules(), *(loss.modules() if isinstance(loss, nn.Module) else ())]
+        functions = [loss, *functions_in(modules)]
         model, settings = cast((self._model, self._settings), self.dtype, dtype, functions)
         x_s, y_s, x_q, y_q = (_as_dtype(v, self.dtype, dtype) for v in self._batch)
         if move is not None:
@@ -205,7 +208,7 @@ class Oracle:
                 raise
             own = self._observe(problem.dtype)
             self.note = (
-                f"compared with the textbook in {problem.dtype}: the model cannot run in float64 ({_line(error)})"
+                f"compared with the textbook in {problem.dtype}: the model cannot run in float64 ({first_line(error)})"
             )
             return own
 
@@ -280,7 +283,7 @@ def _compare(
     except Declined as reasons:
         return [Line(*labels, "", declined=str(reasons))]
     except Exception as error:  # a crash of one backend is a line of the report, not its end
-        return [Line(*labels, f"raised {type(error).__name__}: {_line(error)}", math.inf)]
+        return [Line(*labels, f"raised {type(error).__name__}: {first_line(error)}", math.inf)]
     orders = {name: order_of(kind, problem.steps, first_order) for name, (kind, _) in found.items()}
     floor: list[Mapping[str, float]] = [dict.fromkeys(found, 0.0)] if quick else []
     own = itertools.chain(floor, oracle.own_errors(dtype))
@@ -290,10 +293,6 @@ def _compare(
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 @contextmanager

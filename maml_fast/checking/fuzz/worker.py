@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from ...graph.errors import first_line
 from ..own import Problem, examine
 from .case import Script
 
@@ -83,16 +84,12 @@ def outcome(script: Script, backends: Sequence[str]) -> Outcome:
             problem = Problem(settings.pop("model"), batch, settings)
             report = examine(problem, backends, (problem.dtype,), quick=True)
         except Exception as error:  # whatever the textbook raises, no backend is to blame for it
-            return Outcome("refused", f"{type(error).__name__}: {_line(str(error))}")
+            return Outcome("refused", f"{type(error).__name__}: {first_line(error)[:140]}")
     if not report.ok:
-        return Outcome("failed", _line(report.summary()))
+        return Outcome("failed", report.summary())
     if not report.compared:
-        return Outcome("declined", _line(next(iter(report.declined.values()), "")))
+        return Outcome("declined", next(iter(report.declined.values()), "")[:140])
     return Outcome("ok")
-
-
-def _line(text: str) -> str:
-    return (text.strip().splitlines() or ["(no text)"])[0][:140]
 
 
 def _make_case(text: str) -> dict[str, Any]:
