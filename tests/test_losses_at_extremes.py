@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -57,3 +58,26 @@ def test_class_ruled_out(dtype: torch.dtype) -> None:
     net, batch = ruled_out(dtype)
     assert_like_the_reference(net, batch, "cross_entropy")
     assert all(g.isfinite().all() for g in gradients(net, "cross_entropy", batch, "cpu"))
+
+
+@pytest.mark.parametrize("size", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.usefixtures("core")
+def test_confident_rows(smoothing: float, size: float) -> None:
+    """The loss of a row that is almost sure is far smaller than its logits, and right to its own last digits."""
+    net = nn.Linear(4, 5)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(10 * size).add_(20)  # what all logits have in common counts for nothing
+    x = torch.randn(40, 6, 4)
+    y = net(x).argmax(-1)
+    loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+    def losses(backend: str, dtype: torch.dtype) -> Tensor:
+        data = x.to(dtype), y, x.to(dtype), y
+        maml = MAML(copy.deepcopy(net).to(dtype), 0.1, steps=0, loss=loss, backend=backend)
+        return maml.meta_loss(*data, reduction="none").detach().double()
+
+    exact = losses("reference", torch.float64)
+    ours, theirs = ((losses(b, torch.float32) - exact).norm() for b in ("cpu", "reference"))
+    assert ours <= 2 * theirs + 4 * torch.finfo(torch.float32).eps * exact.norm()

@@ -64,7 +64,8 @@ MAML_FAST_INLINED S pointwise_curvature(LossKind kind, S z, S y, S d) {
     __builtin_unreachable();
 }
 
-// softmax of each row into p; returns Σ_rows of the cross entropy.
+// softmax of each row into p; returns Σ_rows of the cross entropy, log Σ_c exp(z_c − top) − Σ_c q_c (z_c − top).
+// Without the top, a logit's rounding would be all that is left of the loss of a confident row.
 template <class S>
 S cross_entropy_value(long N, long C, S smoothing, const S* z, const std::int64_t* labels, S* p) {
     S total = S(0);
@@ -74,11 +75,11 @@ S cross_entropy_value(long N, long C, S smoothing, const S* z, const std::int64_
         for (long c = 0; c < C; ++c) {
             p[c] = exp_(z[c] - top);
             sum += p[c];
-            all += z[c];
+            all += z[c] - top;
         }
-        S log_sum = top + log_(sum), inverse = S(1) / sum;
+        S inverse = S(1) / sum;
         for (long c = 0; c < C; ++c) p[c] *= inverse;
-        total += log_sum - (S(1) - smoothing) * z[labels[n]];
+        total += log_(sum) - (S(1) - smoothing) * (z[labels[n]] - top);
         if (smoothing != S(0)) total -= smoothing / S(C) * all;  // a class ruled out has z = −∞
     }
     return total;

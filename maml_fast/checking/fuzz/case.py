@@ -83,6 +83,7 @@ def draw(c: Choices, isas: Sequence[str], title: str, device: str = "cpu") -> Sc
         "loss": loss,
         "steps": str(c.of((1, 0, 2, 3))),
         "first_order": str(c.of((False, True))),
+        "allow_unused": "True",
         **_options(c),
     }
     text = _SCRIPT.format(
@@ -159,7 +160,7 @@ class _Data:
         self._tasks = c.of((1, 2, 3, 4, 7, 9))
         self._samples = {"s": c.of((3, 1, 2, 4, 5, 8, 9, 17)), "q": c.of((3, 1, 2, 4, 5, 8, 9, 16))}
         self._layouts = {half: c.of(_LAYOUTS) for half in "sq"}
-        self._numbers = c.of(("{}", "{}", "{}", "{}", "{}", "{}", "{}.round()", "0 * {}", "3 * {}"))
+        self._numbers = c.of(("{}", "{}", "{}", "{}", "{}", "{}", "{}.round()", "{}.relu()", "3 * {}"))
         self.lines: list[str] = []
 
     def arguments(self, dtype: str, out_shape: tuple[int, ...], labels: bool, binary: bool) -> dict[str, str]:

@@ -83,7 +83,8 @@ def _windows(c: Choices, space: Sequence[int], dilations: Sequence[int] = (1,), 
         dilation, padding = c.of(dilations), c.of((0, 1, 2))
         fitting = (n + 2 * padding - 1) // dilation + 1
         kernel = c.of([k for k in ((2, 1, 3, 4) if pool else (3, 1, 2, 4, 5)) if k <= fitting] or [1])
-        padding = min(padding, kernel // 2) if pool else padding
+        if pool:  # PyTorch itself writes beyond its memory for a dilated window of nothing but padding
+            padding = min(padding, kernel // 2) if n >= dilation else 0
         rows.append((kernel, c.of((1, 2, 3)), padding, dilation))
     kernel_, stride, padding_, dilation_ = (tuple(column) for column in zip(*rows, strict=True))
     last = f", dilation={dilation_}" if len(dilations) > 1 else ""

@@ -114,15 +114,16 @@ def pointwise_tangent_kernel(z, y, tz, ez, size, d, LOSS: tl.constexpr, BLOCK: t
 
 @triton.jit
 def _softmax(z, at, inside):
-    """Rows of z, their softmax, and log Σ exp."""
+    """Rows of z less their largest element, their softmax, and log Σ exp of what the first are."""
     v = tl.load(z + at, mask=inside, other=-float("inf"))
     top = tl.max(v, axis=1)
     # A row outside the batch is all −∞: keep it finite.
     top = tl.where(top == -float("inf"), 0.0, top)
-    e = tl.exp(v - top[:, None])
+    v -= top[:, None]
+    e = tl.exp(v)
     total = tl.sum(e, axis=1)
     total = tl.where(total == 0.0, 1.0, total)
-    return v, e / total[:, None], top + tl.log(total)
+    return v, e / total[:, None], tl.log(total)
 
 
 @triton.jit
