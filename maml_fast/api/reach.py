@@ -44,7 +44,7 @@ def check(plan: Plan, found: Probe, allow_unused: bool | None) -> None:
 
 def check_targets(found: Probe, targets: Mapping[str, Tensor], samples: int, loss: Loss) -> None:
     """Check targets against outputs of `samples` samples that a model without a graph has returned."""
-    shape = tuple(first(found.outputs).shape) if loss.name != "custom" else ()
+    shape = tuple(first(found.outputs).shape) if loss.name != "custom" and found.outputs is not None else ()
     for name, y in targets.items():
         if shape and shape[0] == samples:
             checks.target_shape(name, y, shape[1:], loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ class Probe:
     """What one task's forward and loss did.
 
     Attributes:
-        outputs: what the model returned, without a graph.
+        outputs: what the model returned, without a graph; None where only its loss knows what that is.
         reached: which of the model's parameters the outputs depend on.
         reached_by_loss: which of them the loss depends on; None where there were no targets.
         functions: names of the `torch.autograd.Function`s that took part, whose derivatives PyTorch does not trace.
@@ -56,26 +57,37 @@ def probe(objective: Objective, x: Tensor, y: Tensor | None = None) -> Probe:
         )
         names, versions = objective.buffer_names(), [b._version for b in at.buffers]
         own = [*objective.model.parameters(), *objective.learned.parameters()]
-        with objective.standing_in(at), Sightings(own) as seen:
+        with objective.standing_in(at), warnings.catch_warnings(), Sightings(own) as seen:
+            warnings.simplefilter("ignore")  # left to the real run
             outputs = objective.model.module(constant(x).clone())
             loss = None if y is None else _scalar(objective.loss(outputs, constant(y).clone()))
             now = {id(b) for b in objective.buffers()}
             written = [id(b) not in now or b._version > v for b, v in zip(at.buffers, versions, strict=True)]
         for tensor in seen.used.values():
             raise RuntimeError(_why_hidden(objective, tensor, "forward or loss"))
-        results = structure.tensors(outputs)
+        results = _tensors(outputs, opaque=y is not None)
         of_outputs = _walk(results)
         of_loss = None if loss is None else _walk([loss])
         for graph, where in ((of_outputs, "forward"), (of_loss, "the loss")):
             if graph is not None:
                 _refuse_hidden(objective, at, names, graph.without(seen.made), where)
         return Probe(
-            structure.replaced(outputs, [v.detach() for v in results]),
+            structure.replaced(outputs, [v.detach() for v in results]) if results else None,
             of_outputs.reaches(at.theta),
             None if of_loss is None else of_loss.reaches(at.theta),
             tuple(sorted(of_outputs.functions | (of_loss.functions if of_loss else frozenset()))),
             tuple(name for name, w in zip(names, written, strict=True) if w),
         )
+
+
+def _tensors(outputs: Any, opaque: bool) -> list[Tensor]:
+    """The tensors in what the model returned; none of objects of another kind, if a loss may take these."""
+    try:
+        return structure.tensors(outputs)
+    except TypeError:
+        if opaque:
+            return []
+        raise
 
 
 def _leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
