@@ -63,8 +63,10 @@ class MAML(nn.Module):
 
     `lr`, `steps` and every other argument after `model` but `adapts` may be assigned later: `maml.steps = 10`.
 
-    BatchNorm uses the statistics of the task's own batch and never touches the running buffers;
-    in `eval()` mode the running statistics are constants.
+    Buffers are constants on every backend: a pass starts from the module's own, and what forward writes into them (the
+    running statistics of a norm, the iterates of `spectral_norm`) is thrown away. BatchNorm uses the statistics of the
+    task's own batch; in `eval()` mode the running statistics are constants. `torch.autocast` ends at a call: numbers
+    have the parameters' dtype.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape, device or range.

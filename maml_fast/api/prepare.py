@@ -15,6 +15,7 @@ from ..algorithms.goal import Inner, Mode, Needs
 from ..backends import dispatch, verbose
 from ..graph import losses
 from ..graph.conditions import check_storage
+from ..graph.errors import warn
 from ..graph.model import Adapts, Model
 from ..graph.objective import Objective, Point
 from ..graph.probe import probe
@@ -115,6 +116,7 @@ class Preparer:
         self._first_state = 0
         self._plans: dict[Any, Call] = {}
         self._warned = False
+        self._said: set[str] = set()
         self._selfcheck = SelfCheck()
         self._enter_state()
 
@@ -358,6 +360,9 @@ class Preparer:
             reach.check_targets(found, targets, x.shape[1], settings.loss)
         reach.check(plan, found, settings.allow_unused)
         plan.state["notes"] = reach.notes(found)
+        if (said := reach.stale(found)) and said not in self._said:
+            self._said.add(said)
+            warn(said)
 
     def _make_plan(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -52,7 +52,18 @@ def check_targets(found: Probe, targets: Mapping[str, Tensor], samples: int, los
 
 def notes(found: Probe) -> list[str]:
     """What a person should know about a call, a line each."""
-    if not found.written:
-        return []
-    more = f" and {len(found.written) - 1} more" if len(found.written) > 1 else ""
-    return [f"forward writes buffers ({found.written[0]}{more}): every pass starts from their values, which stay"]
+    return [_about_buffers(found.written)] if found.written else []
+
+
+def stale(found: Probe) -> str:
+    """What to say of buffers that forward counts on to move, such as a power iteration's; empty where there are none.
+
+    The running statistics of norms are not among them: they stay in MAML by convention.
+    """
+    names = [name for name in found.written if name.rpartition(".")[2] not in _STATISTICS]
+    return f"maml_fast: {_about_buffers(names)}. A call of the model itself moves them" if names else ""
+
+
+def _about_buffers(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"forward writes buffers ({names[0]}{more}): every pass starts from their values, which stay"

@@ -158,9 +158,12 @@ def _class_entries(own: type) -> Iterator[tuple[type, str, Any]]:
                 yield base, name, value
 
 
+_FIXED = (int, float, str, Tensor, nn.Module, type, types.BuiltinFunctionType, types.ModuleType)
+
+
 def _shelve(value: Any, shelves: list[Any], slow: list[Any], depth: int = 0) -> None:
     """Have the mutable parts of a value compared too."""
-    if isinstance(value, int | float | str | Tensor | nn.Module | type | types.BuiltinFunctionType) or value is None:
+    if isinstance(value, _FIXED) or value is None:
         return
     if depth > 6:
         return

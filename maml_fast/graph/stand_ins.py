@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .leftovers import Held
+from .recomputation import kept
 
 lock = threading.RLock()
 """Held while tensors are exchanged: another thread would take the stand-ins for a module's own parameters."""
@@ -49,7 +50,8 @@ def exchanged(modules: Sequence[nn.Module], stand_ins: Mapping[int, Tensor], kee
             for module in modules:
                 _put(module._parameters, stand_ins)
                 _put(module._buffers, stand_ins)
-            yield
+            with kept():
+                yield
         finally:
             _occupied.difference_update(map(id, modules))
             parametrize._cache = cached
