@@ -273,7 +273,6 @@ class Recomputes(Two):
         self.reentrant = reentrant
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.clone().requires_grad_() if self.reentrant else x
         return self.b(checkpoint(lambda v: torch.tanh(self.a(v)), x, use_reentrant=self.reentrant))
 
 
