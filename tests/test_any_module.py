@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -155,3 +156,48 @@ def test_the_users_choice_of_attention_comes_back() -> None:
         leave.set()
         thread.join()
         assert kernels() == before == [True, False, False]
+
+
+class Images(nn.Module):
+    """A convolution, a norm, and what comes between them and the last layer."""
+
+    def __init__(self, norm: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.out = nn.Conv2d(2, 4, 3), norm, nn.Linear(4 * 36, CLASSES)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.function(self.norm(self.conv(x))).flatten(1))
+
+
+@pytest.mark.filterwarnings("ignore:maml_fast falls back", "ignore:There is a performance drop")
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize(
+    ("norm", "function"),
+    [
+        (lambda: nn.GroupNorm(2, 4), lambda h: torch.exp(-h.abs())),
+        (lambda: nn.BatchNorm2d(4), lambda h: torch.cos(h)),
+        (lambda: nn.InstanceNorm2d(4, affine=True), lambda h: h.clone(memory_format=torch.channels_last).sigmoid()),
+        (nn.Identity, lambda h: h.permute(0, 2, 3, 1).softmax(-1).permute(0, 3, 1, 2)),
+    ],
+)
+def test_channels_last(norm: Callable[[], nn.Module], function: Callable[[Tensor], Tensor], images: bool) -> None:
+    torch.manual_seed(5)
+    model = Images(norm(), function).double()
+    x = [torch.randn(TASKS, n, 2, 8, 8, dtype=torch.float64) for n in (SUPPORT, QUERY)]
+    tensors = [x[0], torch.randint(CLASSES, (TASKS, SUPPORT)), x[1], torch.randint(CLASSES, (TASKS, QUERY))]
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model.to(memory_format=layout)
+        if images and layout is torch.channels_last:
+            tensors[::2] = [v.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) for v in x]
+        for backend in ("reference", "vmap", "auto"):
+            model.zero_grad()
+            try:
+                mf.MAML(model, lr=0.3, steps=2, backend=backend).backward(*tensors)
+            except RuntimeError as error:
+                if backend != "vmap" or "cannot batch the model" not in str(error):
+                    raise
+                continue
+            gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(relative_error(g, gradients[0]) < 1e-12 for g in gradients)
