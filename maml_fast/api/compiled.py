@@ -50,14 +50,19 @@ def meta_loss(preparer: Preparer, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Te
     leaves, needs = _leaves(preparer, x_s, x_q)
     names = needs, preparer.handle, preparer.state
     if reduction != "none" and any(needs):
-        return _meta_loss(leaves, y_s, y_q, *names, reduction)[0]
-    return reduced(_task_losses(leaves, y_s, y_q, *names)[0], reduction)
+        return _meta_loss(leaves, y_s, y_q, _own(), *names, reduction)[0]
+    return reduced(_task_losses(leaves, y_s, y_q, _own(), *names)[0], reduction)
 
 
 def query_outputs(preparer: Preparer, x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Tensor:
     """The query outputs; see `MAML.forward`."""
     leaves, needs = _leaves(preparer, x_s, x_q)
-    return _query_outputs(leaves, y_s, needs, preparer.handle, preparer.state)[0]
+    return _query_outputs(leaves, y_s, _own(), needs, preparer.handle, preparer.state)[0]
+
+
+def _own() -> Tensor:
+    """Each call's own tensor, of no elements: lest compilers take two calls, which may draw random numbers, for one."""
+    return torch.empty(0)
 
 
 def _leaves(preparer: Preparer, x_s: Tensor, x_q: Tensor) -> tuple[list[Tensor], list[bool]]:
@@ -103,7 +108,8 @@ def _prepare(
         ValueError: another number of tensors, or of another shape, dtype or device, than the model has.
     """
     preparer = _preparer(handle)
-    model, learned, rate_shapes = preparer.model, preparer.objective.learned, preparer.settings_of(state)[1].shapes
+    settings, rates = preparer.settings_of(state)
+    model, learned, rate_shapes = preparer.model, preparer.objective_of(settings).learned, rates.shapes
     expected = [(f"parameter {n!r}", s) for n, s in zip(model.names, model.shapes, strict=True)]
     expected += [(f"rate {i}", s) for i, s in enumerate(rate_shapes)]
     expected += [(f"parameter {n!r} of the loss", s) for n, s in zip(learned.names, learned.shapes, strict=True)]
@@ -235,7 +241,14 @@ def _forward(prepared: Prepared, needs: Sequence[bool]) -> tuple[Result, Tensor]
 @torch.library.custom_op("maml_fast::meta_loss", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 @_surfaced
 def _meta_loss(
-    leaves: list[Tensor], y_s: Tensor, y_q: Tensor, needs: list[bool], handle: int, state: int, reduction: str
+    leaves: list[Tensor],
+    y_s: Tensor,
+    y_q: Tensor,
+    own: Tensor,
+    needs: list[bool],
+    handle: int,
+    state: int,
+    reduction: str,
 ) -> list[Tensor]:
     prepared = _prepare(Mode.META_GRADIENT, leaves, y_s, y_q, needs, handle, state)
     prepared.tensors.weights = _preparer(handle).weights(prepared.call.plan, reduction)
@@ -246,14 +259,21 @@ def _meta_loss(
 
 @_meta_loss.register_fake
 def _(
-    leaves: list[Tensor], y_s: Tensor, y_q: Tensor, needs: list[bool], handle: int, state: int, reduction: str
+    leaves: list[Tensor],
+    y_s: Tensor,
+    y_q: Tensor,
+    own: Tensor,
+    needs: list[bool],
+    handle: int,
+    state: int,
+    reduction: str,
 ) -> list[Tensor]:
     _refuse_forward_mode()
     return [leaves[0].new_empty(()), *_fake_gradients(leaves, needs)]
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    leaves, _, _, ctx.needs, *_ = inputs
+    leaves, _, _, _, ctx.needs, *_ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:], *leaves)
     ctx.leaves = lambda: ctx.saved_tensors[len(leaves) :]
@@ -274,7 +294,7 @@ def _(gradients: list[Tensor], leaves: list[Tensor], upstream: Tensor) -> list[T
 def _scale_gradients(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
     count = len(ctx.needs)
     gradients, leaves = list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
-    return _returned(_scaled(gradients, leaves, upstream[0]), ctx.needs), None, None, None, None, None, None
+    return _returned(_scaled(gradients, leaves, upstream[0]), ctx.needs), *[None] * 7
 
 
 _meta_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
@@ -286,7 +306,7 @@ _meta_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 @torch.library.custom_op("maml_fast::task_losses", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 @_surfaced
 def _task_losses(
-    leaves: list[Tensor], y_s: Tensor, y_q: Tensor, needs: list[bool], handle: int, state: int
+    leaves: list[Tensor], y_s: Tensor, y_q: Tensor, own: Tensor, needs: list[bool], handle: int, state: int
 ) -> tuple[Tensor, Tensor]:
     result, witness = _forward(_prepare(Mode.LOSS, leaves, y_s, y_q, needs, handle, state), needs)
     assert result.losses is not None
@@ -295,7 +315,7 @@ def _task_losses(
 
 @_task_losses.register_fake
 def _(
-    leaves: list[Tensor], y_s: Tensor, y_q: Tensor, needs: list[bool], handle: int, state: int
+    leaves: list[Tensor], y_s: Tensor, y_q: Tensor, own: Tensor, needs: list[bool], handle: int, state: int
 ) -> tuple[Tensor, Tensor]:
     _refuse_forward_mode()
     return leaves[0].new_empty((leaves[-2].shape[0],)), _fake_witness(leaves)
@@ -344,7 +364,7 @@ def _check_upstream(name: str, value: Tensor, shape: tuple[int, ...], like: Tens
 
 
 def _keep_losses(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    leaves, y_s, y_q, ctx.needs, ctx.handle, ctx.state = inputs
+    leaves, y_s, y_q, _, ctx.needs, ctx.handle, ctx.state = inputs
     ctx.save_for_backward(*leaves, y_s, y_q, output[1])
     ctx.leaves = lambda: ctx.saved_tensors[: len(leaves)]
 
@@ -353,7 +373,7 @@ def _keep_losses(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _pull_losses(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Any, ...]:
     *leaves, y_s, y_q, witness = ctx.saved_tensors
     found = _meta_gradient(leaves, y_s, y_q, upstream, witness, ctx.needs, ctx.handle, ctx.state)
-    return _returned(found, ctx.needs), None, None, None, None, None
+    return _returned(found, ctx.needs), *[None] * 6
 
 
 _task_losses.register_autograd(_pull_losses, setup_context=_keep_losses)
@@ -365,7 +385,7 @@ _task_losses.register_autograd(_pull_losses, setup_context=_keep_losses)
 @torch.library.custom_op("maml_fast::query_outputs", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 @_surfaced
 def _query_outputs(
-    leaves: list[Tensor], y_s: Tensor, needs: list[bool], handle: int, state: int
+    leaves: list[Tensor], y_s: Tensor, own: Tensor, needs: list[bool], handle: int, state: int
 ) -> tuple[Tensor, Tensor]:
     result, witness = _forward(_prepare(Mode.LOGITS, leaves, y_s, None, needs, handle, state), needs)
     return _single(result.outputs).contiguous(), witness
@@ -378,7 +398,9 @@ def _single(outputs: Any) -> Tensor:
 
 
 @_query_outputs.register_fake
-def _(leaves: list[Tensor], y_s: Tensor, needs: list[bool], handle: int, state: int) -> tuple[Tensor, Tensor]:
+def _(
+    leaves: list[Tensor], y_s: Tensor, own: Tensor, needs: list[bool], handle: int, state: int
+) -> tuple[Tensor, Tensor]:
     _refuse_forward_mode()
     preparer, x_q = _preparer(handle), leaves[-1]
     count, learned = len(preparer.model.names), len(preparer.objective.learned.names)
@@ -409,7 +431,7 @@ def _(
 
 
 def _keep_outputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    leaves, y_s, ctx.needs, ctx.handle, ctx.state = inputs
+    leaves, y_s, _, ctx.needs, ctx.handle, ctx.state = inputs
     ctx.save_for_backward(*leaves, y_s, output[1])
     ctx.leaves = lambda: ctx.saved_tensors[: len(leaves)]
 
@@ -418,7 +440,7 @@ def _keep_outputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _pull_outputs(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Any, ...]:
     *leaves, y_s, witness = ctx.saved_tensors
     found = _pullback(leaves, y_s, upstream, witness, ctx.needs, ctx.handle, ctx.state)
-    return _returned(found, ctx.needs), None, None, None, None
+    return _returned(found, ctx.needs), *[None] * 5
 
 
 _query_outputs.register_autograd(_pull_outputs, setup_context=_keep_outputs)

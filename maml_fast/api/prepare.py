@@ -324,7 +324,7 @@ class Preparer:
             learnable,
             x_s is not None and x_s.requires_grad,
             x_q is not None and x_q.requires_grad,
-            self.objective.learned.trainable,
+            self.objective_of(settings).learned.trainable,
             outputs,
         )
         plan = self._make_plan(mode, settings, rates, needs, x_s, y_s, x_q, y_q)
@@ -355,7 +355,7 @@ class Preparer:
             for name, t in targets.items():
                 checks.target_shape(name, t, plan.out_shape, settings.loss)
         self._check_labels(plan, y_s, y_q)
-        found = probe(self.objective, x[0], None if y is None else y[0])
+        found = probe(plan.objective, x[0], None if y is None else y[0])
         if plan.out_shape is None:
             reach.check_targets(found, targets, x.shape[1], settings.loss)
         reach.check(plan, found, settings.allow_unused)
@@ -363,6 +363,10 @@ class Preparer:
         if (said := reach.stale(found)) and said not in self._said:
             self._said.add(said)
             warn(said)
+
+    def objective_of(self, settings: Settings) -> Objective:
+        """The present one, or that of settings that came before."""
+        return self.objective if settings.loss is self._settings.loss else Objective(self.model, settings.loss)
 
     def _make_plan(
         self,
@@ -381,7 +385,7 @@ class Preparer:
         return Plan(
             mode=mode,
             model=self.model,
-            objective=self.objective,
+            objective=self.objective_of(settings),
             inner=Inner(settings.loss, settings.steps, settings.first_order),
             rates=rates,
             needs=needs,
