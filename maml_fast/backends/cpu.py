@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..algorithms.goal import Mode
 from ..algorithms.program import Batch, Instruction, Load, RateGradient, StoreParameters, Update
 from ..graph.graph import ACTIVATIONS, Attribute, Graph, Op, Shape
+from ..graph.lazy import cached_property
 from ..graph.losses import NAMES
 from ..lower.fusion import NORMS
 from ..lower.plan import Plan, Result, Tensors

@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +18,7 @@ from ..backends.agreement import error_over, judge, order_of, roundings, sizes_o
 from ..backends.randomness import states, undisturbed
 from ..graph.copies import cast, functions_in
 from ..graph.errors import first_line
+from ..graph.lazy import cached_property
 from ..graph.snapshot import common_device, common_dtype
 from .observe import observe_calls
 from .report import Line, Report

@@ -19,7 +19,8 @@ from .leftovers import Held
 from .recomputation import kept
 
 lock = threading.RLock()
-"""Held while tensors are exchanged: another thread would take the stand-ins for a module's own parameters."""
+"""Held while modules are not as a person left them: another thread would take the stand-ins for a module's own
+parameters. One lock for all: a forward may call MAML on another model."""
 
 _occupied: set[int] = set()  # the modules whose tensors are exchanged at the moment, all by the thread that has `lock`
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,9 +13,8 @@ import numpy as np
 from torch import nn
 
 from .graph import Untraceable
+from .stand_ins import lock
 from .state import STRUCTURE, Unguardable, freeze, is_library
-
-_one_at_a_time = threading.RLock()
 
 
 @dataclass
@@ -43,7 +41,7 @@ def watching(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Watched]:
     """
     named = list(modules)
     watched = Watched()
-    with _one_at_a_time, _untouched(named, watched), _spied(named, watched):
+    with lock, _untouched(named, watched), _spied(named, watched):
         yield watched
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from ..algorithms import maml
 from ..algorithms.goal import Inner, Mode, Needs
 from ..algorithms.program import Program
 from ..graph.graph import Graph
+from ..graph.lazy import cached_property
 from ..graph.model import Model
 from ..graph.objective import Objective
 from ..graph.trace import trace

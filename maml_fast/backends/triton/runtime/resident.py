@@ -9,12 +9,12 @@ follow.
 from __future__ import annotations
 
 from copy import copy
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ....algorithms.program import Accumulate, Instruction, Program, RateGradient
+from ....graph.lazy import cached_property
 from ....lower.plan import Plan
 from ..kernels import vectors
 from ..kernels.elementwise import multiply
