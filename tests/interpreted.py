@@ -83,6 +83,16 @@ def meta_gradient(backend: str, case: cases.Case, first_order: bool) -> verify.R
     }
 
 
+def assert_outputs_of_the_same_pass(backend: str, case: cases.Case) -> None:
+    """`backward` gives the query outputs that the reference has, and the loss that it gives without."""
+    problem = case.build(torch.float32)
+    maml = problem.maml(backend)
+    loss, outputs = maml.backward(*problem.batch, outputs=True)
+    assert torch.equal(loss, maml.backward(*problem.batch))
+    wanted = problem.maml("reference")(*problem.batch[:3])
+    torch.testing.assert_close(outputs, wanted.detach(), rtol=1e-4, atol=1e-5)
+
+
 def assert_close(case: cases.Case, results: verify.Results, first_order: bool) -> None:
     errors = verify.judge(case, results, torch.float32, first_order)
     assert all(e.ok for e in errors), [e for e in errors if not e.ok]

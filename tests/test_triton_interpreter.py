@@ -219,3 +219,9 @@ def test_explain_lists_launches_and_memory(variant: str) -> None:
     assert f"{variant} kernels:\n  {'gemm' if variant == 'wide' else 'resident'}, " in said
     assert "per task:" in said
     assert "value 0 1 " in said or "value 0 2 " in said
+
+
+@pytest.mark.parametrize("name", ["tanh", "layernorm"])
+def test_outputs_beside_the_gradient(name: str) -> None:
+    (case,) = cases.select([name])
+    interpreted.assert_outputs_of_the_same_pass("triton-wide", case)

@@ -235,3 +235,9 @@ def test_says_why_it_cannot_run(case: cases.Case, reason: str) -> None:
     problem = case.build(torch.float32)
     with pytest.raises(RuntimeError, match=reason):
         problem.maml("triton-resident").explain(*problem.batch)
+
+
+@pytest.mark.parametrize("name", ["tanh", "layernorm"])
+def test_outputs_beside_the_gradient(name: str) -> None:
+    (case,) = cases.select([name])
+    interpreted.assert_outputs_of_the_same_pass("triton-resident", case)

@@ -158,6 +158,10 @@ class Preparer:
         for name, parameter in self.module.named_parameters():
             if is_lazy(parameter):
                 raise ValueError(f"model: expected initialised parameters, got a lazy {name!r}; call the model once")
+            if parameter.is_neg():
+                raise ValueError(
+                    f"model: expected numbers in memory, got {name!r} yet to be negated; use resolve_neg()"
+                )
         model = Model(self.module, self.adapts)
         if not model.names:
             raise ValueError(f"model: expected a module with parameters, got {type(self.module).__name__} without any")

@@ -124,4 +124,4 @@ def _like_model(value: float | Tensor, shape: tuple[int, ...], dtype: torch.dtyp
         raise TypeError(f"lr: expected {dtype} like the model's parameters, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"lr: expected a tensor on {device} like the model's parameters, got one on {value.device}")
-    return value
+    return value.resolve_neg()

@@ -260,7 +260,7 @@ class _Call:
         for name, buffer, shape in zip(self.constants, found, self.constant_shapes, strict=True):
             if buffer.shape != shape:
                 raise ValueError(f"model: expected buffer {name!r} of shape {tuple(shape)}, got {tuple(buffer.shape)}")
-        return [b.to(plan.device, plan.dtype) for b in found]
+        return [b.to(plan.device, plan.dtype).resolve_neg() for b in found]
 
     def _gradient_makers(self, plan: Plan, used: set[int]) -> list[Callable[[], Tensor | None]]:
         """For every parameter what makes its gradient: zeros where the core has nothing to write."""

@@ -122,8 +122,8 @@ def _ties(held: Iterable[Any]) -> list[int]:
     return [id(v) if isinstance(v, nn.Module) else first.setdefault(id(v), slot) for slot, v in enumerate(held)]
 
 
-def _kinds(parameters: Iterable[Tensor]) -> list[tuple[bool, torch.Size, torch.dtype, torch.device]]:
-    return [(p.requires_grad, p.shape, p.dtype, p.device) for p in parameters]
+def _kinds(parameters: Iterable[Tensor]) -> list[tuple[bool, torch.Size, torch.dtype, torch.device, bool]]:
+    return [(p.requires_grad, p.shape, p.dtype, p.device, p.is_neg()) for p in parameters]
 
 
 def common_dtype(parameters: Sequence[Tensor]) -> torch.dtype:

@@ -26,10 +26,11 @@ _load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
 class FlatAdam(Optimizer):
     """Adam (Kingma and Ba, arXiv 1412.6980): θ ← θ − lr · m̂ / (√v̂ + eps), m and v running means of g and g².
 
-    A `torch.optim.Optimizer` over the module's parameters: the same bits and the same `state_dict` as
-    `torch.optim.Adam(module.parameters(), fused=True)`, whose kernel it calls once for all of them. Schedulers,
-    hooks and every `zero_grad` work. A parameter without a gradient is left alone, as there. There is one
-    parameter group, whose `lr`, `betas`, `eps`, `weight_decay` and `maximize` may change between steps.
+    A `torch.optim.Optimizer` over the module's parameters, with the state and settings of
+    `torch.optim.Adam(module.parameters(), fused=True)`, whose kernel it calls once for all of them: the same bits as
+    over `[parameters.flat]`, and as over the parameters up to their last one. Schedulers, hooks and every `zero_grad`
+    work. A parameter without a gradient is left alone, as there. There is one parameter group, whose `lr`, `betas`,
+    `eps`, `weight_decay` and `maximize` may change between steps.
 
     Args:
         parameters: the module's parameters and gradients as vectors.
