@@ -196,8 +196,8 @@ class _Call:
         assert graph is not None
         self.constants = _constants(graph)
         self.constant_shapes = [b.shape for b in map(plan.model.module.get_buffer, self.constants)]
-        self.out_shape = graph.shapes[graph.output]
         self.new_objective = _new((), plan.dtype)
+        self.new_outputs = _new((plan.tasks, plan.query, *graph.shapes[graph.output]), plan.dtype)
         self.new_gradients = self._gradient_makers(plan, graph.used_parameters())
         spec = _Spec(plan, graph).as_dict()
         self.core = _core.Plan(spec, plan.dtype == torch.float64, _core.choose())
@@ -220,7 +220,7 @@ class _Call:
         elif plan.mode is Mode.ADAPT:
             result.adapted = [like.new_empty(plan.tasks, *s) for s in plan.model.shapes]
         if plan.needs.outputs or plan.mode in (Mode.LOGITS, Mode.APPLY):
-            result.outputs = like.new_empty(plan.tasks, plan.query, *self.out_shape)
+            result.outputs = self.new_outputs()
         rate_gradient = None
         if self.reverse:
             self._allocate_gradients(plan, result, t)
