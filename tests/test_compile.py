@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import maml_fast as mf
 from maml_fast.api import compiled
@@ -156,6 +158,44 @@ def test_calls_without_an_operator_end_a_graph(call: str, backend: str) -> None:
         torch.testing.assert_close(a, 2 * b)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         compile(lambda: outside(maml, data, call))()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("call", ["mean", "none", "outputs"])
+def test_recorded_calls_are_functions_of_their_inputs(call: str, backend: str) -> None:
+    maml, (x_s, y_s, x_q, y_q) = values(network(), backend)
+
+    def function(q: Tensor) -> Tensor:
+        return maml(x_s, y_s, q) if call == "outputs" else maml.meta_loss(x_s, y_s, q, y_q, call)
+
+    def gradient(q: Tensor) -> Tensor:
+        return torch.autograd.grad(function(q).sum(), q)[0]
+
+    recorded = make_fx(function)(x_q), make_fx(gradient)(x_q.clone().requires_grad_())
+    torch.testing.assert_close(recorded[0](2 * x_q), function(2 * x_q))
+    other = (2 * x_q).requires_grad_()
+    torch.testing.assert_close(recorded[1](other), gradient(other))
+    if call == "outputs":
+        exported = torch.export.export(maml, (x_s, y_s, x_q)).module()
+        torch.testing.assert_close(exported(x_s, y_s, 2 * x_q), function(2 * x_q))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("call", ["backward", "adapt"])
+def test_calls_without_an_operator_are_not_recorded(call: str, backend: str) -> None:
+    maml, data = values(network(), backend)
+    with pytest.raises(RuntimeError, match="would be recorded as a constant"):
+        make_fx(lambda q: outside(maml, [*data[:2], q, data[3]], call)[0])(data[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_imitated_tensors(backend: str) -> None:
+    maml, data = values(network(), backend)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(v) for v in data]
+        assert maml.meta_loss(*fake).shape == ()
+        assert maml.meta_loss(*fake, reduction="none").shape == (4,)
+        assert maml(*fake[:3]).shape == (4, 7, 3)
 
 
 # ---- operators -----------------------------------------------------------------------------------

@@ -75,12 +75,20 @@ def same_tasks(x_s: Tensor, x_q: Tensor) -> None:
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is under way: asked in every call."""
-    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+    """Whether a transform of torch.func, forward mode or PyTorch's recorder may be at work: asked in every call."""
+    return (
+        forward_ad._current_level >= 0
+        or peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def no_transform(tensors: Iterable[Any]) -> None:
-    """Raise RuntimeError inside a transform of torch.func, or for dual tensors: their derivatives would be lost."""
+    """Raise RuntimeError inside a transform of torch.func, for dual tensors, or in a recording."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        raise RuntimeError(
+            "maml_fast: this call would be recorded as a constant (make_fx, torch.export); use meta_loss or forward"
+        )
     if peek_interpreter_stack() is not None:
         raise RuntimeError(
             "maml_fast: derivatives and batches by torch.func (grad, jvp, vmap, …) are not computed; use "

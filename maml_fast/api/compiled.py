@@ -1,4 +1,4 @@
-"""The calls as operators, which is what graphs compiled by `torch.compile` hold of them.
+"""The calls as operators, which is what graphs of `torch.compile`, `torch.export` and `make_fx` hold of them.
 
 An operator is a function of the tensors that it is given. What else its result depends on (settings, the module's
 Python state, generators of random numbers) it names by a number, or hands from its forward to its backward pass as
@@ -28,6 +28,7 @@ from .once import first_derivative_only
 from .prepare import Prepared, Preparer, StandIns
 from .reductions import reduced
 
+_TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
 _PREPARERS: weakref.WeakValueDictionary[int, Preparer] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
 
@@ -37,6 +38,13 @@ def register(preparer: Preparer) -> int:
     handle = preparer.handle = next(_HANDLES)
     _PREPARERS[handle] = preparer
     return handle
+
+
+def traced() -> bool:
+    """Whether a call becomes part of a graph: of `torch.compile`, or of what records or imitates operators."""
+    return torch.compiler.is_compiling() or (
+        torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACERS))
+    )
 
 
 @_disable_dynamo

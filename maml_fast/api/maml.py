@@ -184,7 +184,7 @@ class MAML(nn.Module):
         Returns:
             The loss, differentiable once w.r.t. parameters, learnable rates, `x_s` and `x_q`.
         """
-        call = compiled.meta_loss if torch.compiler.is_compiling() else autograd.meta_loss
+        call = compiled.meta_loss if compiled.traced() else autograd.meta_loss
         return call(self._preparer, x_s, y_s, x_q, y_q, checks.reduction(reduction))
 
     @overload
@@ -247,7 +247,7 @@ class MAML(nn.Module):
 
         A model that returns several tensors (in a tuple, list, mapping or dataclass) gives such a structure of theirs.
         """
-        call = compiled.query_outputs if torch.compiler.is_compiling() else autograd.query_outputs
+        call = compiled.query_outputs if compiled.traced() else autograd.query_outputs
         return call(self._preparer, x_s, y_s, x_q)
 
     def adapt(self, x_s: Tensor, y_s: Tensor) -> Adapted:
