@@ -34,7 +34,7 @@ class Situation:
         torch.manual_seed(0)
         self.model = Net().train(training)
         self.rate = nn.Parameter(torch.tensor(0.1))
-        self.maml = mf.MAML(self.model, self.rate, steps=2, loss="mse", backend=backend)
+        self.maml = mf.MAML(self.model, self.rate, steps=2, loss="mse", backend=backend, check="never")
         self.x_s, self.y_s, self.x_q, self.y_q = (torch.randn(2, n, d) for n in (4, 5) for d in (3, 2))
         self.leaves = [*self.model.parameters(), self.rate]
 
@@ -96,6 +96,7 @@ CHANGES: dict[str, Callable[[Situation], Any]] = {
     "thawed": lambda s: s.model.a.requires_grad_(True),
     "another call": lambda s: s.forward("none"),
 }
+OF_THE_MODE = ("x_s in place", "running statistics", "running statistics replaced", "train", "attribute", "eps")
 
 
 def raising(call: str, training: bool, backend: str) -> tuple[str, ...]:
@@ -119,9 +120,11 @@ def gradient(s: Situation, call: str, change: Callable[[Situation], Any], given:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    ("change", "training"),
+    [(c, training) for c in CHANGES for training in (True, False) if training or c in OF_THE_MODE],
+)
 def test_the_gradient_is_the_forwards(change: str, call: str, training: bool, backend: str) -> None:
     undisturbed = Situation(backend, training)
     wanted = list(torch.autograd.grad(undisturbed.forward(call), undisturbed.leaves))
