@@ -131,9 +131,6 @@ void Pool::summon(int threads, Clock::duration expected) {
     long_.store(is_long, std::memory_order_relaxed);
     processor_.store(processor(), std::memory_order_relaxed);
     const int wanted = threads - 1;
-    const auto awake = [this] {
-        return helpers_.load(std::memory_order_relaxed) - asleep_.load(std::memory_order_relaxed);
-    };
     if (awake() >= wanted || (!is_long && Clock::now() - ended > spin_time)) return;
     if (busy_.load(std::memory_order_relaxed) || busy_.exchange(true, std::memory_order_acquire)) return;
     grow(wanted);
@@ -154,6 +151,8 @@ void Pool::run(int threads, Function fn, void* context) {
     fp_mode_ = fp_mode();
     finished_.store(0, std::memory_order_relaxed);
     offer_.store(number | static_cast<std::uint64_t>(helpers), std::memory_order_release);
+    // Between two jobs of a long call they may have fallen asleep.
+    if (long_.load(std::memory_order_relaxed) && awake() < helpers) wake(helpers - awake());
 
     fn(context, 0);
 
@@ -183,6 +182,8 @@ void Pool::grow(int helpers) {
     }
     helpers_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
 }
+
+int Pool::awake() const { return helpers_.load(std::memory_order_relaxed) - asleep_.load(std::memory_order_relaxed); }
 
 void Pool::wake(int helpers) {
     {

@@ -23,8 +23,8 @@ namespace maml_fast {
 // for the others nor split the work by their number. It must not throw.
 //
 // Helpers spin for a short while after a job, so that back-to-back calls reach them in well under a microsecond,
-// and sleep afterwards. Waking one takes as long as a small call: summon() does so for a long call, which it then
-// joins, or where calls follow each other closely, for the next of them; never for a small call after a pause.
+// and sleep afterwards. Waking one takes as long as a small call. A long call wakes them to join it, and so does a
+// small one that follows another closely, for those after it; a small call after a pause wakes nobody.
 // A helper leaves the processor that the caller is on: there it could only take the caller's place.
 //
 // They take over the caller's floating-point mode (flush-to-zero, rounding): results do not depend on who computed
@@ -49,6 +49,7 @@ class Pool {
 
     Pool() = default;
     void grow(int helpers);
+    int awake() const;
     void wake(int helpers);
     bool join_job();
     bool sleep();

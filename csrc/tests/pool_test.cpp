@@ -156,6 +156,16 @@ void short_calls() {
     std::this_thread::sleep_for(20ms);
     int tries = 1;
     while (!helped(long_call, 20ms)) check(++tries < 50, "a long call after a pause is shared");
+    std::this_thread::sleep_for(20ms);
+    bool late = false;
+    for (tries = 0; !late; ++tries) {  // no summon(): the call is still the same
+        check(tries < 50, "a job after a long pause within a long call is shared");
+        std::this_thread::sleep_for(20ms);
+        Company company;
+        company.until = Clock::now() + 20ms;
+        Pool::instance().run(2, stay, &company);
+        late = company.helped;
+    }
 }
 
 struct Meeting {

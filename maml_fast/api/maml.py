@@ -47,9 +47,9 @@ class MAML(nn.Module):
         adapts: which parameters the inner loop updates: names, or a predicate
             `(name, parameter) -> bool`. None means all. The others still get meta-gradients.
         tape_bytes: memory a thread may spend on saved activations; beyond it they are recomputed.
-        threads: of the C++ core; None for PyTorch's `torch.get_num_threads()`. Results do not depend on
-            it. PyTorch's own threads spin for milliseconds after an operation, in the core's way: a
-            training loop is faster with `torch.set_num_threads(1)` and all cores named here.
+        threads: of the C++ core, at most the processors that the process may use; None for PyTorch's
+            `torch.get_num_threads()`. Results do not depend on it. PyTorch's own threads spin for milliseconds
+            after an operation that uses them, in the core's way: `FlatAdam` and the samplers do not wake them.
         precision: `"float32"` is exact; `"tf32"` and `"bf16"` allow the Triton backend to round the
             operands of matrix products and convolutions. Sums, weights and all else stay float32,
             and the other backends always compute in the parameters' dtype.
