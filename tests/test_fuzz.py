@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from maml_fast.backends import cpu
 from maml_fast.checking.fuzz import fuzz, run, worker
 from maml_fast.checking.fuzz.case import Script, draw
 from maml_fast.checking.fuzz.choices import Choices, shrink
+from maml_fast.checking.fuzz.constants import norms_constants
 from maml_fast.checking.fuzz.layers import LAYERS
 from maml_fast.checking.fuzz.sketch import Sketch, Unfit
 from maml_fast.checking.fuzz.worker import Outcome, Worker, outcome
@@ -233,6 +235,22 @@ def test_the_instruction_set_is_put_back(before: str, monkeypatch: pytest.Monkey
     outcome(Script(SIMPLEST, "avx2"), ["cpu"])
     assert seen == ["avx2"]
     assert os.environ["MAML_FAST_ISA"] == before
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "expected"),
+    [
+        ([nn.AdaptiveAvgPool2d(1), nn.Upsample(scale_factor=2), nn.InstanceNorm2d(4)], (4, 6, 6), True),
+        ([nn.AdaptiveAvgPool2d(1), nn.Upsample(scale_factor=2), nn.BatchNorm2d(4)], (4, 6, 6), False),
+        ([nn.AdaptiveAvgPool2d(1), nn.Upsample(scale_factor=2), nn.GroupNorm(4, 4)], (4, 6, 6), True),
+        ([nn.AdaptiveAvgPool2d(1), nn.Upsample(scale_factor=2), nn.GroupNorm(2, 4)], (4, 6, 6), False),
+        ([nn.Upsample(scale_factor=(1, 3)), nn.LayerNorm(3)], (4, 6, 1), True),
+        ([nn.Upsample(scale_factor=(1, 3)), nn.LayerNorm([6, 3])], (4, 6, 1), False),
+        ([nn.ReLU(), nn.Threshold(100.0, 0.0), nn.InstanceNorm2d(4)], (4, 6, 6), False),
+    ],
+)
+def test_norms_of_constants(layers: list[nn.Module], shape: tuple[int, ...], expected: bool) -> None:
+    assert norms_constants(nn.Sequential(*layers), torch.randn(5, *shape)) == expected
 
 
 def test_an_interrupt_says_how_to_go_on(

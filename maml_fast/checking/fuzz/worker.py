@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ import torch
 from ...graph.errors import first_line
 from ..own import Problem, examine
 from .case import Script
+from .constants import norms_constants
 
 Verdict = Literal["ok", "failed", "declined", "refused"]
 
@@ -27,7 +29,8 @@ class Outcome:
     """What came of a script.
 
     Attributes:
-        verdict: `"declined"` if no backend can run the case, `"refused"` if PyTorch itself cannot.
+        verdict: `"declined"` if no backend can run the case, `"refused"` if PyTorch itself cannot, or if a comparison
+            says nothing.
         reason: why, in a line.
     """
 
@@ -81,7 +84,10 @@ def outcome(script: Script, backends: Sequence[str]) -> Outcome:
         try:
             settings = _make_case(script.text)
             batch = tuple(settings.pop(name) for name in ("x_s", "y_s", "x_q", "y_q"))
-            problem = Problem(settings.pop("model"), batch, settings)
+            model = settings.pop("model")
+            if norms_constants(copy.deepcopy(model), batch[0][0].clone()):
+                return Outcome("refused", "a norm of constants is rounding alone")
+            problem = Problem(model, batch, settings)
             report = examine(problem, backends, (problem.dtype,), quick=True)
         except Exception as error:  # whatever the textbook raises, no backend is to blame for it
             return Outcome("refused", f"{type(error).__name__}: {first_line(error)[:140]}")
