@@ -146,7 +146,9 @@ def test_gradients_have_memory_of_their_own(first_order: bool, steps: int, backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", [c for c in SMALL if c.name in ("tanh", "rate-per_element", "frozen")], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in SMALL if c.name in ("tanh", "rate-per_element", "frozen")], ids=lambda c: c.name
+)
 def test_backward_is_that_of_meta_loss(case: Case, backend: str) -> None:
     maml, problem = made(case, backend)
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):

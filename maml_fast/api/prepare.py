@@ -372,10 +372,6 @@ class Preparer:
         """The present one, or that of settings that came before."""
         return self.objective if settings.loss is self._settings.loss else Objective(self.model, settings.loss)
 
-    def objective_of(self, settings: Settings) -> Objective:
-        """The present one, or that of settings that came before."""
-        return self.objective if settings.loss is self._settings.loss else Objective(self.model, settings.loss)
-
     def _make_plan(
         self,
         mode: Mode,
