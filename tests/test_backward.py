@@ -17,6 +17,7 @@ FEW = select(
     ["tanh", "batchnorm", "loss-cross-entropy", "frozen", "residual", "rate-per_element", "low-rank", "conv-residual",
      "pooled-block", "groupnorm", "loss-bce"]
 )  # fmt: skip
+SOME = ("tanh", "rate-per_element", "frozen")
 
 
 def made(case: Case, backend: str, first_order: bool = False) -> tuple[mf.MAML, Any]:

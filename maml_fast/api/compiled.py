@@ -41,9 +41,14 @@ def register(preparer: Preparer) -> int:
 
 
 def traced() -> bool:
-    """Whether a call becomes part of a graph: of `torch.compile`, or of what records or imitates operators."""
+    """Whether a call becomes part of a graph: of `torch.compile`, or of what records or imitates operators.
+
+    Not inside forward mode (`torch.func.linearize` records it too), which the ordinary call refuses.
+    """
     return torch.compiler.is_compiling() or (
-        torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACERS))
+        torch._C._len_torch_dispatch_stack() > 0
+        and forward_ad._current_level < 0
+        and any(map(torch._C._get_dispatch_mode, _TRACERS))
     )
 
 
