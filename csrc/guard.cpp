@@ -9,7 +9,7 @@ namespace py = pybind11;
 namespace {
 
 // A dict, list, class or closure cell, and the objects that it must hold. A list or dict is compared whole and in order
-// (an Ellipsis stands for anything); with `some`, only the named entries of a dict.
+// (an Ellipsis stands for anything); with `some`, only the named entries of a dict (an Ellipsis: there is none).
 struct Shelf {
     py::object container;
     py::tuple keys;
@@ -29,8 +29,10 @@ bool holds_all(PyObject* dict, PyObject* keys, PyObject* values) {
 }
 
 bool holds_some(PyObject* dict, PyObject* keys, PyObject* values) {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(values); ++i)
-        if (PyDict_GetItem(dict, PyTuple_GET_ITEM(keys, i)) != PyTuple_GET_ITEM(values, i)) return false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(values); ++i) {
+        PyObject *found = PyDict_GetItem(dict, PyTuple_GET_ITEM(keys, i)), *wanted = PyTuple_GET_ITEM(values, i);
+        if (found != (wanted == Py_Ellipsis ? nullptr : wanted)) return false;
+    }
     return true;
 }
 

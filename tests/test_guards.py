@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import warnings
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,58 @@ SCALE = 1.0
 TABLE = {"scale": 1.0}
 
 
+class Config:
+    """Settings in a class, as scripts have them."""
+
+    scale = 1.0
+
+
+class Smaller(Config):
+    """One that overrides nothing yet."""
+
+
+class Slotted:
+    """Settings without a `__dict__`."""
+
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+class Scaler:
+    """An object whose method reads what stands elsewhere."""
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+    def scaled(self, h: Tensor) -> Tensor:
+        return h * self.scale * SCALE
+
+
+ARGS = SimpleNamespace(scale=1.0, inner=SimpleNamespace(scale=1.0), more=[SimpleNamespace(scale=1.0)])
+SLOTTED, SCALER, CONFIG = Slotted(), Scaler(), Config()
+OTHER = ModuleType("other")
+exec("SCALE = 1.0\ndef scaled(h): return h * SCALE", vars(OTHER))
+
+
+THEIRS = OTHER.scaled
+
+
 def helper(h: Tensor) -> Tensor:
     return h * SCALE
+
+
+def by_arguments(h: Tensor) -> Tensor:
+    return h * ARGS.scale
+
+
+def with_default(h: Tensor, scale: list[float] = [1.0]) -> Tensor:  # noqa: B006
+    return h * scale[0]
+
+
+def of(holder: Any, name: str, value: Any = 0.5) -> Callable[[Any], None]:
+    return lambda model: setattr(holder, name, value)
 
 
 class Net(nn.Module):
@@ -46,9 +97,24 @@ class Net(nn.Module):
         self.log: list[Any] = []
         self.random, self.generator = random.Random(0), np.random.default_rng(0)
         self.features: Tensor | None = None
+        self.scaler, self.slotted = Scaler(), Slotted()
+        self.partial = functools.partial(torch.mul, other=2.0)
+        self.partial_of_list = functools.partial(with_default, scale=[1.0])
 
     def hidden(self, x: Tensor) -> Tensor:
         return torch.tanh(self.a(x))
+
+    @property
+    def global_scale(self) -> float:
+        return SCALE
+
+    @staticmethod
+    def scaled(h: Tensor) -> Tensor:
+        return h * ARGS.scale
+
+    @classmethod
+    def scaled_by_class(cls, h: Tensor) -> Tensor:
+        return h * Config.scale
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.function(self, x))
@@ -138,6 +204,32 @@ CHANGED: dict[str, tuple[Callable[[Net, Tensor], Tensor], Callable[[Net], None]]
     "global": (lambda m, x: m.hidden(x) * SCALE, in_module("SCALE", 0.5)),
     "global-of-helper": (lambda m, x: helper(m.hidden(x)), in_module("SCALE", 0.5)),
     "global-table": (lambda m, x: m.hidden(x) * TABLE["scale"], lambda m: TABLE.update(scale=0.5)),
+    "global-object": (lambda m, x: m.hidden(x) * ARGS.scale, of(ARGS, "scale")),
+    "object-in-global-object": (lambda m, x: m.hidden(x) * ARGS.inner.scale, of(ARGS.inner, "scale")),
+    "object-in-list-of-global": (lambda m, x: m.hidden(x) * ARGS.more[0].scale, of(ARGS.more[0], "scale")),
+    "global-object-of-helper": (lambda m, x: by_arguments(m.hidden(x)), of(ARGS, "scale")),
+    "global-slots": (lambda m, x: m.hidden(x) * SLOTTED.scale, of(SLOTTED, "scale")),
+    "global-class": (lambda m, x: m.hidden(x) * Config.scale, of(Config, "scale")),
+    "base-of-global-class": (lambda m, x: m.hidden(x) * Smaller.scale, of(Config, "scale")),
+    "global-class-hides-its-base": (lambda m, x: m.hidden(x) * Smaller.scale, of(Smaller, "scale")),
+    "global-object-hides-its-class": (lambda m, x: m.hidden(x) * CONFIG.scale, of(CONFIG, "scale")),
+    "method-of-global-object": (lambda m, x: SCALER.scaled(m.hidden(x)), of(SCALER, "scale")),
+    "global-in-method-of-global-object": (lambda m, x: SCALER.scaled(m.hidden(x)), in_module("SCALE", 0.5)),
+    "module": (lambda m, x: m.hidden(x) * OTHER.SCALE, of(OTHER, "SCALE")),
+    "global-of-module": (lambda m, x: OTHER.scaled(m.hidden(x)), of(OTHER, "SCALE")),
+    "function-of-module": (lambda m, x: OTHER.scaled(m.hidden(x)), of(OTHER, "scaled", lambda h: h * 0.5)),
+    "inner-function": (lambda m, x: (lambda h: h * ARGS.scale)(m.hidden(x)), of(ARGS, "scale")),
+    "default": (lambda m, x: with_default(m.hidden(x)), lambda m: with_default.__defaults__[0].__setitem__(0, 0.5)),
+    "property": (lambda m, x: m.hidden(x) * m.global_scale, in_module("SCALE", 0.5)),
+    "static-method": (lambda m, x: m.scaled(m.hidden(x)), of(ARGS, "scale")),
+    "class-method": (lambda m, x: m.scaled_by_class(m.hidden(x)), of(Config, "scale")),
+    "method-of-held-object": (lambda m, x: m.scaler.scaled(m.hidden(x)), in_module("SCALE", 0.5)),
+    "held-slots": (lambda m, x: m.hidden(x) * m.slotted.scale, set_to("slotted.scale", 0.5)),
+    "partial": (lambda m, x: m.partial(m.hidden(x)), lambda m: m.partial.keywords.update(other=0.5)),
+    "list-in-partial": (
+        lambda m, x: m.partial_of_list(m.hidden(x)),
+        lambda m: m.partial_of_list.keywords["scale"].__setitem__(0, 0.5),
+    ),
     "closure": _closure(),
     "function-attribute": (lambda m, x: m.hidden(x), set_to("function", lambda m, x: torch.sin(m.a(x)))),
     "forward-of-instance": (lambda m, x: m.hidden(x), _new_forward),
@@ -160,6 +252,12 @@ def _as_before() -> Any:
     yield
     globals()["SCALE"], Net.kind, Net.hidden = 1.0, 1.0, hidden
     TABLE["scale"] = 1.0
+    for holder in (ARGS, ARGS.inner, ARGS.more[0], SLOTTED, SCALER, Config):
+        holder.scale = 1.0
+    for holder in (CONFIG, Smaller):
+        if "scale" in vars(holder):
+            del holder.scale
+    OTHER.SCALE, OTHER.scaled, with_default.__defaults__[0][0] = 1.0, THEIRS, 1.0
 
 
 @pytest.mark.parametrize(("function", "change"), CHANGED.values(), ids=CHANGED)

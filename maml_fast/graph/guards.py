@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .state import STRUCTURE, Held, Unguardable, freeze, is_library
+from .lookups import ABSENT, Lookups, Unguardable, is_library, slots, unwrapped
+from .state import STRUCTURE, Held, class_entries, freeze
 from .watch import Watched
 
 try:
@@ -122,7 +123,8 @@ class Guards:
             tables = [d for d in map(attributes.get, _FOLLOWED) if d is not None]  # empty ones may gain something
             shelves += [(d, tuple(d), tuple(d.values()), False) for d in tables]
             _shelve_class(type(module), shelves, slow)
-        check = Guard(shelves).check if Guard is not None else _Slow(shelves).check
+        merged = _merged(shelves)
+        check = Guard(merged).check if Guard is not None else _Slow(merged).check
         if not slow:
             return check
         return lambda: check() and all(_frozen(value) == picture for value, picture in slow)
@@ -145,27 +147,15 @@ def _frozen(value: Any) -> Hashable:
 
 
 def _class_picture(own: type) -> Hashable:
-    return tuple((name, _frozen(value)) for _, name, value in _class_entries(own))
+    return tuple((read.name, _frozen(read.value)) for read in class_entries(own))
 
 
-def _class_entries(own: type) -> Iterator[tuple[type, str, Any]]:
-    """Plain values and functions of a person's own classes."""
-    for base in own.__mro__:
-        if base is object or is_library(base.__module__):
-            continue
-        for name, value in vars(base).items():
-            if not name.startswith("__") or name == "__call__":
-                yield base, name, value
-
-
-_FIXED = (int, float, str, Tensor, nn.Module, type, types.BuiltinFunctionType, types.ModuleType)
+_FIXED = (int, float, str, Tensor, nn.Module, type, types.BuiltinFunctionType, types.ModuleType, types.EllipsisType)
 
 
 def _shelve(value: Any, shelves: list[Any], slow: list[Any], depth: int = 0) -> None:
     """Have the mutable parts of a value compared too."""
-    if isinstance(value, _FIXED) or value is None:
-        return
-    if depth > 6:
+    if isinstance(value, _FIXED) or value is None or depth > 6:
         return
     if isinstance(value, dict):
         shelves.append((value, tuple(value), tuple(value.values()), False))
@@ -178,8 +168,11 @@ def _shelve(value: Any, shelves: list[Any], slow: list[Any], depth: int = 0) -> 
     elif isinstance(value, types.FunctionType):
         _shelve_function(value, shelves, slow, depth)
         return
-    elif type(getattr(value, "__dict__", None)) is dict and not isinstance(value, set | frozenset):
+    elif (parts := list(unwrapped(value))) != [value]:
+        pass
+    elif type(getattr(value, "__dict__", None)) is dict and not isinstance(value, set | frozenset) and not slots(value):
         shelves.append((vars(value), tuple(vars(value)), tuple(vars(value).values()), False))
+        _shelve_class(type(value), shelves, slow)
         parts = list(vars(value).values())
     else:
         slow.append((value, _frozen(value)))
@@ -191,25 +184,34 @@ def _shelve(value: Any, shelves: list[Any], slow: list[Any], depth: int = 0) -> 
 def _shelve_function(function: types.FunctionType, shelves: list[Any], slow: list[Any], depth: int) -> None:
     if is_library(function.__module__):
         return
-    for cell in function.__closure__ or ():
-        try:
-            content = cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-        shelves.append((cell, (), (content,), False))
-        _shelve(content, shelves, slow, depth + 1)
-    held = function.__globals__
-    names = [n for n in function.__code__.co_names if n in held]
-    shelves.append((held, tuple(names), tuple(held[n] for n in names), True))
-    for name in names:
-        if isinstance(held[name], tuple | list | dict | set | types.FunctionType) and held[name] is not function:
-            _shelve(held[name], shelves, slow, depth + 1)
+    try:
+        reached = Lookups(function)
+    except Unguardable:  # its picture says so
+        return
+    for holder, name, value in reached.reads():
+        if isinstance(holder, types.CellType):
+            shelves.append((holder, (), (value,), False))
+        elif not isinstance(holder, types.FunctionType):
+            shelves.append((holder, (name,), (value,), True))
+        for part in unwrapped(value):
+            if not reached.follows(part):
+                _shelve(part, shelves, slow, depth + 1)
 
 
 def _shelve_class(own: type, shelves: list[Any], slow: list[Any]) -> None:
-    for base, name, value in _class_entries(own):
-        shelves.append((base, (name,), (value,), True))
+    for holder, name, value in class_entries(own):
+        shelves.append((holder, (name,), (value,), True))
         _shelve(value, shelves, slow)
+
+
+def _merged(shelves: list[Any]) -> list[Any]:
+    """Each named entry once; one shelf per dictionary or class."""
+    whole = [s for s in shelves if not s[3]]
+    named: dict[int, tuple[Any, dict[str, Any]]] = {}
+    for holder, names, values, _ in (s for s in shelves if s[3]):
+        named.setdefault(id(holder), (holder, {}))[1].update(zip(names, values, strict=True))
+    unique = {(id(s[0]), s[1], tuple(map(id, s[2]))): s for s in whole}
+    return [*unique.values(), *((h, tuple(e), tuple(e.values()), True) for h, e in named.values())]
 
 
 class _Slow:
@@ -230,4 +232,6 @@ class _Slow:
         held = vars(container) if isinstance(container, type) else container
         if not some and len(held) != len(values):
             return False
+        if some:
+            return all(held.get(k, ABSENT) is v for k, v in zip(keys, values, strict=True))
         return all(v is ... or held.get(k) is v for k, v in zip(keys, values, strict=True))

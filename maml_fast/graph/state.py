@@ -15,16 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .lookups import Lookups, Read, Unguardable, entries, holders, is_library, slots, unwrapped
+
 _DEEPEST, _LONGEST = 6, 4096
 
 _VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, np.generic, range)
 
 STRUCTURE = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"))
 """What `Model` follows by itself, or what no forward reads."""
-
-
-class Unguardable(Exception):
-    """State that is too deep or too large to be compared at every call."""
 
 
 class Held(NamedTuple):
@@ -47,9 +45,11 @@ def freeze(value: Any, depth: int = 0) -> Hashable:
     Raises:
         Unguardable: it is nested more than 6 deep or holds more than 4096 elements.
     """
+    if isinstance(value, Held):
+        return value
     if isinstance(value, _VALUES):
         return (type(value), value) if value == value else (type(value), "nan")
-    if isinstance(value, Tensor | nn.Module | type | types.BuiltinFunctionType | types.ModuleType):
+    if isinstance(value, Tensor | nn.Module | type | types.BuiltinFunctionType | types.ModuleType | types.EllipsisType):
         return Held("object", id(value), value)
     if depth > _DEEPEST:
         raise Unguardable
@@ -84,46 +84,50 @@ def _parts(value: Any) -> Iterator[tuple[Hashable, Any]]:
         yield "self", Held("object", id(value.__self__), value.__self__)
     elif isinstance(value, types.FunctionType):
         yield from _function_parts(value)
-    elif isinstance(value, Held):
-        return
+    elif (parts := list(unwrapped(value))) != [value]:
+        yield from enumerate(parts)
     else:
-        yield from getattr(value, "__dict__", {}).items()
+        yield from attributes(value)
 
 
 def _key(key: Any) -> Hashable:
     return key if isinstance(key, _VALUES) else id(key)
 
 
-def _function_parts(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """What a function reads beside its arguments: defaults, closure, and plain globals that its code names."""
+def attributes(value: Any) -> Iterator[tuple[Hashable, Any]]:
+    """What an object holds itself, in slots, and by its class as far as that is a person's own."""
+    yield from getattr(value, "__dict__", {}).items()
+    yield from ((("slot", name), getattr(value, name)) for name in slots(value))
+    for read in class_entries(type(value)):
+        yield (read.holder.__qualname__, read.name), read.value
+
+
+def class_entries(own: type) -> Iterator[Read]:
+    """Plain values and functions of a person's own classes."""
+    for read in entries(list(holders(own))):
+        if not read.name.startswith("__") or read.name == "__call__":
+            yield read
+
+
+def _function_parts(function: types.FunctionType) -> Iterator[tuple[Hashable, Any]]:
+    """What a function and all that it reaches look up, each once."""
     yield "code", Held("code", id(function.__code__), function.__code__)
     if is_library(function.__module__):
         return
-    yield "defaults", (function.__defaults__, function.__kwdefaults__)
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            content = cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-        yield f"closure {name}", _no_self_reference(content, function)
-    for name in function.__code__.co_names:
-        content = function.__globals__.get(name)
-        if isinstance(content, (*_VALUES[1:], tuple, list, dict, set, types.FunctionType)) and content is not function:
-            yield f"global {name}", _no_library(content)
+    reached = Lookups(function)
+    for called in reached.functions.values():
+        yield id(called), Held("code", id(called.__code__), called.__code__)
+    for read in reached.reads():
+        yield (id(read.holder), read.name), _leaf(read.value, reached)
 
 
-def _no_self_reference(content: Any, function: types.FunctionType) -> Any:
-    return None if content is function else _no_library(content)
+def _leaf(value: Any, reached: Lookups) -> Any:
+    """The value, or who it is where its parts are among the lookups."""
+    parts = list(unwrapped(value))
+    if all(reached.follows(p) or _is_librarys(p) for p in parts):
+        return Held("object", id(value), value)
+    return value
 
 
-def _no_library(content: Any) -> Any:
-    """Functions of libraries do not change."""
-    if isinstance(content, types.FunctionType) and is_library(content.__module__):
-        return Held("object", id(content), content)
-    return content
-
-
-def is_library(module: str | None) -> bool:
-    """Whether a class or function belongs to PyTorch, to this package or to Python itself."""
-    root = (module or "").split(".")[0]
-    return root in ("torch", "numpy", "builtins", "collections", "functools", "math", "random", "maml_fast")
+def _is_librarys(value: Any) -> bool:
+    return isinstance(value, types.FunctionType) and is_library(value.__module__)

@@ -13,8 +13,9 @@ import numpy as np
 from torch import nn
 
 from .graph import Untraceable
+from .lookups import Unguardable, is_library
 from .stand_ins import lock
-from .state import STRUCTURE, Unguardable, freeze, is_library
+from .state import STRUCTURE, freeze
 
 
 @dataclass
