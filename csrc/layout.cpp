@@ -106,6 +106,7 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     std::copy(spec_.samples, spec_.samples + 2, view_.samples);
     view_.loss = spec_.loss;
     view_.loss_parameter = spec_.loss_parameter;
+    std::copy_n(spec_.loss_factor, 2, view_.loss_factor);
 }
 
 // Multiply-adds of one task, by the textbook.

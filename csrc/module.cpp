@@ -131,6 +131,7 @@ Spec parse(const py::dict& d) {
     s.samples[1] = get<long>(d, "query");
     s.loss = loss_kind(text(d, "loss"));
     s.loss_parameter = get<double>(d, "loss_parameter");
+    std::tie(s.loss_factor[0], s.loss_factor[1]) = get<std::pair<double, double>>(d, "loss_factors");
     s.input_gradients = get<bool>(d, "input_gradients");
     s.reverse = get<bool>(d, "reverse");
     s.second_order = get<bool>(d, "second_order");

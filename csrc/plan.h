@@ -144,6 +144,7 @@ struct PlanView {
     long blocks;     // of tasks, whose gradients are summed before the ordered reduction
     LossKind loss;
     double loss_parameter;
+    double loss_factor[2];  // per batch
     bool moves;  // the output depends on a parameter that adapts
 };
 

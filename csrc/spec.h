@@ -47,6 +47,7 @@ struct Spec {
     long samples[2] = {0, 0};
     LossKind loss{};
     double loss_parameter = 0;
+    double loss_factor[2] = {1, 1};  // per batch
     bool input_gradients = false;
     bool reverse = false, second_order = false;
     bool low_rank = false;  // the program allows weights that are never formed

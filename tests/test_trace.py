@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml_fast.graph.graph import Graph
+from maml_fast.graph.losses import resolve
 from maml_fast.graph.model import Model
+from maml_fast.graph.objective import Objective
 from maml_fast.graph.trace import trace
 
 IMAGE = (4, 6, 9)
@@ -42,7 +44,8 @@ def traced(module: nn.Module, in_shape: tuple[int, ...]) -> Graph:
 
 
 def found(module: nn.Module, in_shape: tuple[int, ...], samples: tuple[int, ...] = (2, 3)) -> Any:
-    return trace(Model(module), samples, in_shape, torch.float32, False)
+    objective = Objective(Model(module), resolve("mse"))
+    return trace(objective, [(n, None) for n in samples], in_shape, torch.float32, False)
 
 
 def kinds(graph: Graph) -> list[str]:

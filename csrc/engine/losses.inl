@@ -3,11 +3,11 @@
 void loss(int tape_index, int batch, S* losses, bool slope) {
     const TapeView& tape = view(tape_index);
     long N = samples(tape), all = plan_.samples[batch], F = plan_.features[plan_.out], size = N * F;
-    S d = S(plan_.loss_parameter);
+    S d = S(plan_.loss_parameter), factor = S(plan_.loss_factor[batch]);
     for (long b = 0; b < B_; ++b) {
         const S* z = value(tape, plan_.out) + b * size;
         S* dz = slope ? ws_ + tape.delta[plan_.out] + b * size : nullptr;
-        S weight = batch == 1 && slope ? static_cast<const S*>(call_.weights)[t0_ + b] : S(1);
+        S weight = batch == 1 && slope ? factor * static_cast<const S*>(call_.weights)[t0_ + b] : factor;
         S value;
         if (plan_.loss == LossKind::cross_entropy) {
             const std::int64_t* y = static_cast<const std::int64_t*>(call_.y[batch]) + place(tape, 1) + b * N;
@@ -22,23 +22,23 @@ void loss(int tape_index, int batch, S* losses, bool slope) {
                 losses ? sum_of<S>(size, [=](long i) { return pointwise_value(kind, z[i], y[i], d); }) / count : S(0);
             if (dz) put(true, dz, size, [=](long i) { return scale * pointwise_slope(kind, z[i], y[i], d); });
         }
-        if (losses) losses[b] = starts(true) ? value : losses[b] + value;
+        if (losses) losses[b] = starts(true) ? factor * value : losses[b] + factor * value;
     }
 }
 
 void loss_tangent(const TapeView& tape) {
     long N = samples(tape), all = plan_.samples[tape.batch], F = plan_.features[plan_.out], size = N * F;
-    S d = S(plan_.loss_parameter);
+    S d = S(plan_.loss_parameter), factor = S(plan_.loss_factor[0]);  // inner gradients are the support's
     for (long b = 0; b < B_; ++b) {
         const S* tz = ws_ + tangents_.value[plan_.out] + b * size;
         S* ez = ws_ + tangents_.delta[plan_.out] + b * size;
         if (plan_.loss == LossKind::cross_entropy) {
-            cross_entropy_tangent(N, F, S(1) / S(all), ws_ + tape.loss + b * size, tz, ez);
+            cross_entropy_tangent(N, F, factor / S(all), ws_ + tape.loss + b * size, tz, ez);
         } else {
             const S* z = value(tape, plan_.out) + b * size;
             const S* y = static_cast<const S*>(call_.y[0]) + place(tape, F) + b * size;
             LossKind kind = plan_.loss;
-            S scale = S(1) / S(all * F);
+            S scale = factor / S(all * F);
             put(true, ez, size, [=](long i) { return scale * pointwise_curvature(kind, z[i], y[i], d) * tz[i]; });
         }
     }

@@ -56,11 +56,13 @@ def target_shape(name: str, y: Tensor, out_shape: tuple[int, ...], loss: Loss) -
         raise ValueError(f"{name}: expected shape {wanted} for outputs of shape {out_shape}, got {tuple(y.shape)}")
 
 
-def labels_in_range(name: str, y: Tensor, classes: int) -> None:
+def all_labels_in_range(classes: int, **targets: Tensor | None) -> None:
     """Raise ValueError unless every label is in [0, classes)."""
-    low, high = torch.aminmax(y)
-    if low < 0 or high >= classes:
-        raise ValueError(f"{name}: expected labels in [0, {classes}), got {int(low)}..{int(high)}")
+    for name, y in targets.items():
+        if y is not None:
+            low, high = torch.aminmax(y)
+            if low < 0 or high >= classes:
+                raise ValueError(f"{name}: expected labels in [0, {classes}), got {int(low)}..{int(high)}")
 
 
 def same_tasks(x_s: Tensor, x_q: Tensor) -> None:

@@ -122,7 +122,7 @@ def _prepare(
     """
     preparer = _preparer(handle)
     settings, rates = preparer.settings_of(state)
-    model, learned, rate_shapes = preparer.model, preparer.objective_of(settings).learned, rates.shapes
+    model, learned, rate_shapes = preparer.model, preparer.objective_of(settings.loss).learned, rates.shapes
     expected = [(f"parameter {n!r}", s) for n, s in zip(model.names, model.shapes, strict=True)]
     expected += [(f"rate {i}", s) for i, s in enumerate(rate_shapes)]
     expected += [(f"parameter {n!r} of the loss", s) for n, s in zip(learned.names, learned.shapes, strict=True)]

@@ -21,7 +21,7 @@ from ..graph.objective import Objective, Point
 from ..graph.probe import probe
 from ..graph.snapshot import common_device, common_dtype
 from ..graph.stand_ins import lock, refuse_nested
-from ..lower.plan import Plan, Rates, Result, Tensors
+from ..lower.plan import Plan, Rates, Result, Target, Tensors
 from . import checks, reach
 from .rates import LearningRates, RateLike
 from .selfcheck import SelfCheck, when
@@ -110,7 +110,8 @@ class Preparer:
         self.adapts = adapts
         self.model = self._snapshot()
         self.rates = LearningRates(lr, self.model, settled)
-        self.objective = Objective(self.model, settings.loss)
+        self._objectives: dict[losses.Loss, Objective] = {}
+        self.objective = self.objective_of(settings.loss)
         self._settings = settings
         self._states: dict[tuple[Settings, Rates], int] = {}
         self._first_state = 0
@@ -126,7 +127,7 @@ class Preparer:
         if name == "backend":
             self._warned = False
         if name == "loss":
-            self.objective = Objective(self.model, value)
+            self.objective = self.objective_of(value)
         self._enter_state()
 
     def set_rates(self, lr: RateLike, settled: bool = False) -> None:
@@ -180,6 +181,14 @@ class Preparer:
             self._enter_state()
         else:
             self.model.guards.refresh()
+            self._follow_loss()
+
+    def _follow_loss(self) -> None:
+        """Take the loss as it is now: a module's options may have changed."""
+        self.objective.guards.refresh()
+        loss = losses.resolve(self._settings.loss.function)
+        if loss != self._settings.loss:
+            self.set("loss", loss)
 
     def _follow(self, model: Model, rates: LearningRates) -> None:
         changed = model is not self.model
@@ -189,7 +198,8 @@ class Preparer:
         self._enter_state()
 
     def _forget(self) -> None:
-        self.objective = Objective(self.model, self._settings.loss)
+        self._objectives.clear()
+        self.objective = self.objective_of(self._settings.loss)
         self._plans.clear()
         self._first_state += len(self._states)
         self._states.clear()
@@ -230,6 +240,7 @@ class Preparer:
                 first.dtype,
                 first.device,
                 self.model.guards.state,
+                self.objective.guards.state,
                 learnable,
                 outputs,
             )
@@ -243,7 +254,7 @@ class Preparer:
             self._check_batch(mode, settings, *batch)
             with torch.inference_mode(False):  # what is made now is kept, and used outside
                 call = self._make_call(mode, settings, rate_shapes, learnable, outputs, *batch)
-        self._check_labels(call.plan, y_s, y_q)
+        self._check_labels(call, y_s, y_q)
         if given is None:
             rates: Sequence[Tensor] = self.rates.tensors(first.dtype, first.device)
             learned: Sequence[Tensor] = self.objective.learned.parameters()
@@ -262,11 +273,13 @@ class Preparer:
         """The model's parameters, after a look at whether model and loss are what the plans were made for."""
         with lock:
             refuse_nested(self.objective.modules)
-            guards = self.model.guards
-            if not guards.hold() or self.model.refrozen() or self.objective.learned.restructured():
+            guards, of_loss = self.model.guards, self.objective.guards
+            same = guards.hold() and of_loss.hold() and not self.model.refrozen()
+            if not same or self.objective.learned.restructured():
                 self._follow_model()
-            elif guards.moving:
+            elif guards.moving or of_loss.moving:
                 guards.settle()
+                of_loss.settle()
             return self.model.parameters()
 
     def _keep(self, key: Any, call: Call) -> None:
@@ -305,11 +318,11 @@ class Preparer:
         if mode in (Mode.LOSS, Mode.META_GRADIENT):
             checks.targets("y_q", y_q, "x_q", x_q, loss, dtype)
 
-    def _check_labels(self, plan: Plan, y_s: Tensor | None, y_q: Tensor | None) -> None:
-        if plan.classes is not None:
-            for name, y in (("y_s", y_s), ("y_q", y_q)):
-                if y is not None:
-                    checks.labels_in_range(name, y, plan.classes)
+    def _check_labels(self, call: Call, y_s: Tensor | None, y_q: Tensor | None) -> None:
+        """Fused kernels would index by labels; to PyTorch some of those out of range mean something."""
+        classes = call.plan.classes
+        if classes is not None and (call.plan.inner.loss.takes_labels or call.choice.backend.fused):
+            checks.all_labels_in_range(classes, y_s=y_s, y_q=y_q)
 
     def _make_call(
         self,
@@ -328,7 +341,7 @@ class Preparer:
             learnable,
             x_s is not None and x_s.requires_grad,
             x_q is not None and x_q.requires_grad,
-            self.objective_of(settings).learned.trainable,
+            self.objective_of(settings.loss).learned.trainable,
             outputs,
         )
         plan = self._make_plan(mode, settings, rates, needs, x_s, y_s, x_q, y_q)
@@ -358,7 +371,8 @@ class Preparer:
         if plan.out_shape is not None:
             for name, t in targets.items():
                 checks.target_shape(name, t, plan.out_shape, settings.loss)
-        self._check_labels(plan, y_s, y_q)
+        if plan.inner.loss.takes_labels and plan.classes is not None:
+            checks.all_labels_in_range(plan.classes, y_s=y_s, y_q=y_q)
         found = probe(plan.objective, x[0], None if y is None else y[0])
         if plan.out_shape is None:
             reach.check_targets(found, targets, x.shape[1], settings.loss)
@@ -368,9 +382,11 @@ class Preparer:
             self._said.add(said)
             warn(said)
 
-    def objective_of(self, settings: Settings) -> Objective:
-        """The present one, or that of settings that came before."""
-        return self.objective if settings.loss is self._settings.loss else Objective(self.model, settings.loss)
+    def objective_of(self, loss: losses.Loss) -> Objective:
+        """Made once for each loss: the numbers of its guards' states must not come again."""
+        if loss not in self._objectives:
+            self._objectives[loss] = Objective(self.model, loss)
+        return self._objectives[loss]
 
     def _make_plan(
         self,
@@ -384,12 +400,11 @@ class Preparer:
         y_q: Tensor | None,
     ) -> Plan:
         x = x_s if x_s is not None else x_q
-        y = y_s if y_s is not None else y_q
         assert x is not None
         return Plan(
             mode=mode,
             model=self.model,
-            objective=self.objective_of(settings),
+            objective=self.objective_of(settings.loss),
             inner=Inner(settings.loss, settings.steps, settings.first_order),
             rates=rates,
             needs=needs,
@@ -397,7 +412,7 @@ class Preparer:
             support=0 if x_s is None else x_s.shape[1],
             query=0 if x_q is None else x_q.shape[1],
             in_shape=tuple(x.shape[2:]),
-            target=None if y is None else (tuple(y.shape[2:]), y.dtype),
+            targets=(_target(y_s), _target(y_q)),
             dtype=common_dtype(self.model.parameters()),
             in_dtype=x.dtype,
             device=x.device,
@@ -405,3 +420,7 @@ class Preparer:
             threads=settings.threads,
             precision=settings.precision,
         )
+
+
+def _target(y: Tensor | None) -> Target | None:
+    return None if y is None else (tuple(y.shape[2:]), y.dtype)

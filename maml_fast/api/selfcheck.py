@@ -80,7 +80,7 @@ def _graph_of(plan: Plan) -> Hashable:
     ]
     order = order_of("parameters", plan.inner.steps, plan.inner.first_order)
     kind = plan.mode is Mode.APPLY, order, plan.dtype, plan.device.type, plan.precision
-    return repr(operations), plan.inner.loss, *kind
+    return repr(operations), plan.inner.loss, graph.loss, *kind
 
 
 def _whole(attributes: Mapping[str, Any]) -> list[tuple[str, Any]]:

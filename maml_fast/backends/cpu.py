@@ -125,8 +125,6 @@ class CpuBackend(Backend):
             reasons.append(f"the tensors are on {plan.device}")
         if plan.dtype not in _DTYPES:
             reasons.append(f"dtype {plan.dtype} is neither float32 nor float64")
-        if plan.inner.loss.why_not:
-            reasons.append(plan.inner.loss.why_not)
         graph, untraceable = plan.trace
         reasons += untraceable
         if graph is not None:
@@ -173,7 +171,7 @@ def _unsupported(plan: Plan, graph: Graph) -> list[str]:
     reasons += [
         f"parameter {plan.model.names[p]!r} is a weight of convolutions and of other layers" for p in _mixed(graph)
     ]
-    if plan.inner.loss.takes_labels and len(graph.shapes[graph.output]) != 1:
+    if graph.loss is None and plan.loss.takes_labels and len(graph.shapes[graph.output]) != 1:
         reasons.append(f"cross_entropy over outputs of shape {graph.shapes[graph.output]}, not (classes,)")
     return reasons
 
@@ -197,7 +195,7 @@ class _Call:
         self.constants = _constants(graph)
         self.constant_shapes = [b.shape for b in map(plan.model.module.get_buffer, self.constants)]
         self.new_objective = _new((), plan.dtype)
-        self.new_outputs = _new((plan.tasks, plan.query, *graph.shapes[graph.output]), plan.dtype)
+        self.new_outputs = _new((plan.tasks, plan.query, *(graph.returned or ())), plan.dtype)
         self.new_gradients = self._gradient_makers(plan, graph.used_parameters())
         spec = _Spec(plan, graph).as_dict()
         self.core = _core.Plan(spec, plan.dtype == torch.float64, _core.choose())
@@ -366,7 +364,7 @@ class _Spec:
 
     def as_dict(self) -> dict[str, Any]:
         plan, graph = self.plan, self.graph
-        used, loss = graph.used_parameters(), plan.inner.loss
+        used, loss = graph.used_parameters(), plan.loss
         loads = plan.mode is Mode.APPLY
         reverse = plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
         program = plan.program
@@ -401,6 +399,7 @@ class _Spec:
             ],
             "loss": loss.name,
             "loss_parameter": loss.parameter,
+            "loss_factors": loss.factors,
             "input_gradients": reverse and (plan.needs.x_s or plan.needs.x_q),
             "reverse": reverse,
             "second_order": reverse and not plan.inner.first_order,

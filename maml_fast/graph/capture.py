@@ -22,6 +22,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .graph import Untraceable
+from .losses import Loss
 from .model import Model
 
 META = torch.device("meta")
@@ -56,6 +57,7 @@ class Captured:
         calls: in the order of execution. parameters, buffers, x: the tensors that stood for those of the module.
         output: what forward returned.
         constants: real tensors that the calls read beside these, by the `id` of their stand-ins.
+        y, loss: the stand-in of the targets, and what the loss returned, where it was captured too.
     """
 
     calls: tuple[AtenCall, ...]
@@ -64,34 +66,60 @@ class Captured:
     x: Tensor
     output: Any
     constants: Mapping[int, Tensor]
+    y: Tensor | None = None
+    loss: Any = None
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A person's loss to be captured with the network.
+
+    Attributes:
+        loss: it. shape, dtype: of one sample's target.
+    """
+
+    loss: Loss
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @torch.inference_mode(False)  # a caller's inference mode would make stand-ins that autograd cannot follow
-def capture(model: Model, samples: int, in_shape: tuple[int, ...], dtype: torch.dtype, x_grad: bool) -> Captured:
-    """Run the module once on stand-ins.
+def capture(
+    model: Model,
+    samples: int,
+    in_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    x_grad: bool,
+    criterion: Criterion | None = None,
+) -> Captured:
+    """Run the module once on stand-ins, and the loss of what it returns.
 
     Args:
         samples, in_shape, dtype: the input is (samples, *in_shape) of this type.
         x_grad: whether gradients with respect to the input will be asked for.
 
     Raises:
-        Untraceable: forward needs numbers, or fails.
+        Untraceable: forward or loss needs numbers, or fails.
     """
     parameters = tuple(_stand_in(p).requires_grad_(p.requires_grad) for p in model.parameters())
     buffers = {name: _stand_in(b) for name, b in model.module.named_buffers()}
     x = torch.empty((samples, *in_shape), dtype=dtype, device=META, requires_grad=x_grad)
-    recorder = Recorder({id(t) for t in (*parameters, *buffers.values(), x)}, _describe(parameters, buffers, model))
+    y = None if criterion is None else torch.empty((samples, *criterion.shape), dtype=criterion.dtype, device=META)
+    known = (*parameters, *buffers.values(), x, *([] if y is None else [y]))
+    recorder, loss = Recorder({id(t) for t in known}, _describe(parameters, buffers, model)), None
     try:
-        # in-place operations refuse leaves that require grad, which a person's input is none of
-        with _plain_pytorch(), META, recorder:
-            output = model.call(model.named(parameters), buffers, x.clone() if x_grad else x)
+        with _plain_pytorch(), META, recorder, model.standing_in(model.named(parameters), buffers):
+            # in-place operations refuse leaves that require grad, which a person's input is none of
+            output = model.module(x.clone() if x_grad else x)
+            if criterion is not None and y is not None:
+                loss = criterion.loss(output, y)
     except Exception as error:  # whatever forward raises is the reason
         raise recorder.refusal or Untraceable(f"forward cannot be captured: {_first_line(error)}") from error
     if recorder.refusal:
         raise recorder.refusal
     if x.requires_grad != x_grad:
         raise Untraceable("forward calls requires_grad_ on its input")
-    return Captured(tuple(recorder.calls), parameters, buffers, x, output, recorder.constants)
+    return Captured(tuple(recorder.calls), parameters, buffers, x, output, recorder.constants, y, loss)
 
 
 @contextmanager

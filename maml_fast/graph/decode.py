@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from .capture import AtenCall, Captured, custom_function, tensors_in
-from .graph import Graph, Shape, Untraceable
+from .graph import Graph, LossOp, Shape, Untraceable
+from .losses import NAMES
 from .operations import OPERATIONS
-from .operations.builder import Constant, FoldedSamples, GraphBuilder, Value, Weight
+from .operations.builder import (
+    Constant,
+    Everywhere,
+    FoldedSamples,
+    GraphBuilder,
+    Losses,
+    Nowhere,
+    Target,
+    Value,
+    Weight,
+)
 
 _DRAWS = ("bernoulli", "native_dropout", "rand", "normal", "uniform", "multinomial", "exponential", "random", "cauchy")
+
+
+_OF_LABELS = Target | Nowhere | Everywhere  # whole numbers and masks; no activation comes of them alone
 
 
 @dataclass(frozen=True)
@@ -52,20 +67,48 @@ class _Decoder:
             self._bind(p, Weight(index, tuple(p.shape)))
         for name, b in captured.buffers.items():
             self._bind(b, Constant(name, tuple(b.shape)))
+        if captured.y is not None:
+            self._bind(captured.y, Target(tuple(captured.y.shape)))
 
     def graph(self) -> Graph:
         for call in self.captured.calls:
             self._call(call)
+        self._refuse_tensor_hooks()
+        if self.captured.loss is not None:
+            return self._graph_with_loss()
+        value = self._returned()
+        return self._graph(value, value.shape, None)
+
+    def _graph(self, output: Value, returned: Shape | None, loss: LossOp | None) -> Graph:
+        return Graph(tuple(self.builder.ops), tuple(self.builder.shapes), output.index, returned, loss)
+
+    def _returned(self) -> Value:
+        """The activation that forward returns."""
         output = self.captured.output
         if not isinstance(output, Tensor):
             raise Untraceable(f"forward returns a {type(output).__name__}, not a single tensor")
-        self._refuse_tensor_hooks()
         meaning = self._read(output)
         if isinstance(meaning, FoldedSamples):
             meaning = meaning.value
         if not isinstance(meaning, Value) or meaning.merged:
             raise Untraceable("forward does not return an activation with the samples first")
-        return Graph(tuple(self.builder.ops), tuple(self.builder.shapes), meaning.index)
+        return meaning
+
+    def _graph_with_loss(self) -> Graph:
+        loss = self.captured.loss
+        meaning = self._read(loss) if isinstance(loss, Tensor) else None
+        if not isinstance(meaning, Losses) or meaning.shape != ():
+            raise Untraceable(f"it is not a factor times one of {', '.join(NAMES)}")
+        taken, found = meaning.of, replace(meaning.loss, factors=(meaning.factor,))
+        with suppress(Untraceable):
+            returned = self._returned()
+            if self._elements(returned) == self._elements(taken):
+                return self._graph(returned, returned.shape, found)
+        return self._graph(taken, None, found)
+
+    def _elements(self, value: Value) -> int:
+        """The activation of which this one is a reshape, or itself."""
+        return (self.builder.unreshaped(value) or value).index
 
     def _bind(self, tensor: Tensor, meaning: Any) -> None:
         self.bound[id(tensor)] = _Bound(tensor, meaning, self.writes.get(_memory(tensor), 0))
@@ -113,17 +156,17 @@ class _Decoder:
             args, kwargs = self._resolve(call.args), self._resolve(call.kwargs)
             if emit is None:
                 return Unknown(f"forward calls {name}, which has no fused kernel")
-            self._check_dtype(call)
+            self._check_dtype(call, of_labels=any(isinstance(a, _OF_LABELS) for a in args))
             return emit(self.builder, *args, **kwargs)
         except Untraceable as error:
             return Unknown(str(error))
         except TypeError as error:
             return Unknown(f"forward calls {name} with unsupported arguments ({error})")
 
-    def _check_dtype(self, call: AtenCall) -> None:
+    def _check_dtype(self, call: AtenCall, of_labels: bool) -> None:
         dtype = (*self.captured.parameters, self.captured.x)[0].dtype
         for tensor in call.outputs[:1]:
-            if tensor.dtype != dtype:
+            if tensor.dtype != dtype and (tensor.is_floating_point() or not of_labels):
                 raise Untraceable(f"forward computes {call.name} in {tensor.dtype}, not in the parameters' {dtype}")
 
     def _resolve(self, argument: Any) -> Any:

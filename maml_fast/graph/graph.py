@@ -55,17 +55,39 @@ class Op:
 
 
 @dataclass(frozen=True)
+class LossOp:
+    """A task's loss: a factor per batch times one of the named losses of the graph's output.
+
+    Attributes:
+        name: one of `losses.NAMES`. parameter: see `losses.Loss`.
+        factors: for the support and the query batch; a sum over samples is a mean times their number.
+    """
+
+    name: str
+    parameter: float = 0.0
+    factors: tuple[float, ...] = (1.0, 1.0)
+
+    @property
+    def takes_labels(self) -> bool:
+        return self.name == "cross_entropy"
+
+
+@dataclass(frozen=True)
 class Graph:
     """Operations in topological order over values; value 0 is the input.
 
     Attributes:
         shapes: per-sample shape of each value; images are channels first, (C, *space).
-        output: index of the value that the network returns.
+        output: index of the value that the network returns, or that a captured loss takes.
+        returned: per-sample shape of what the network returns, where the output holds its elements; otherwise None.
+        loss: of the output, where a person's own was captured with the network.
     """
 
     ops: tuple[Op, ...]
     shapes: tuple[Shape, ...]
     output: int
+    returned: Shape | None
+    loss: LossOp | None = None
 
     def features(self, value: int) -> int:
         """Numbers a sample has in this value."""
@@ -100,7 +122,11 @@ class Graph:
             held = ", ".join([*parameters, *op.constants, *(f"{k}={v}" for k, v in op.attributes.items())])
             operands = "; ".join(filter(None, (", ".join(value[v] for v in op.inputs), held)))
             lines.append(f"{value[op.output]} {self.shapes[op.output]} = {op.kind}({operands})")
-        return "\n".join([*lines, f"return {value[self.output]}"])
+        end = f"return {value[self.output]}"
+        if self.loss is not None:
+            factors = self.loss.factors[0] if len({*self.loss.factors}) == 1 else self.loss.factors
+            end = f"loss = {factors} * {self.loss.name}({value[self.output]}; parameter={self.loss.parameter})"
+        return "\n".join([*lines, end])
 
     def __str__(self) -> str:
         return self.text()

@@ -37,7 +37,8 @@ class Guards:
         refusal: why no plan can be kept for the model; empty where it can.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, called: str = "the model") -> None:
+        self._called = called
         self._modules = list(module.named_modules())
         self._read: dict[int, set[str]] = {}
         self._known: dict[Hashable, int] = {}
@@ -99,7 +100,7 @@ class Guards:
             return freeze(value)
         except Unguardable:
             self.refusal = (
-                f"{_called(name, attribute)}, which forward reads, holds too much to be compared at every call"
+                f"{self._name(name, attribute)}, which forward reads, holds too much to be compared at every call"
             )
             return Held("object", id(value), value)
 
@@ -108,8 +109,20 @@ class Guards:
         before = {(n, a): v for n, a, v in last}
         for name, attribute, value in picture:
             if before.get((name, attribute)) != value:
-                return _called(name, attribute)
-        return "the model's Python state"
+                return self._name(name, attribute)
+        return f"the Python state of {self._called}"
+
+    def _name(self, module: str, attribute: str) -> str:
+        return f"attribute {attribute!r} of {f'layer {module!r}' if module else self._called}"
+
+    def put_back(self) -> None:
+        """Undo what was added to lists and tables, or taken from them, since the state was numbered."""
+        for holder, names, values, some in self._shelves:
+            if isinstance(holder, list):
+                holder[:] = values
+            elif isinstance(holder, dict) and not some and ... not in values:
+                holder.clear()
+                holder.update(zip(names, values, strict=True))
 
     def _make_check(self) -> Any:
         shelves: list[tuple[Any, tuple[Any, ...], tuple[Any, ...], bool]] = []
@@ -123,7 +136,7 @@ class Guards:
             tables = [d for d in map(attributes.get, _FOLLOWED) if d is not None]  # empty ones may gain something
             shelves += [(d, tuple(d), tuple(d.values()), False) for d in tables]
             _shelve_class(type(module), shelves, slow)
-        merged = _merged(shelves)
+        self._shelves = merged = _merged(shelves)
         check = Guard(merged).check if Guard is not None else _Slow(merged).check
         if not slow:
             return check
@@ -133,10 +146,6 @@ class Guards:
 _ALWAYS = frozenset(
     ("training", "forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 )
-
-
-def _called(name: str, attribute: str) -> str:
-    return f"attribute {attribute!r} of {f'layer {name!r}' if name else 'the model'}"
 
 
 def _frozen(value: Any) -> Hashable:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,10 +37,16 @@ class Model(Snapshot):
 
     def call(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Tensor) -> Any:
         """The module's output with these parameters and buffers, by name, in place of its own."""
+        with self.standing_in(parameters, buffers):
+            return self.module(x)
+
+    @contextmanager
+    def standing_in(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the module holds these parameters and buffers, by name."""
         own: dict[str, Tensor] = {**dict(zip(self.names, self.parameters(), strict=True)), **self.buffers()}
         stand_ins = {id(own[name]): value for name, value in {**parameters, **buffers}.items()}
         with exchanged(self.modules, stand_ins, keep_new=False):
-            return self.module(x)
+            yield
 
 
 def _choose(named: Mapping[str, nn.Parameter], adapts: Adapts) -> tuple[bool, ...]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import structure
 from .conditions import check_storage
+from .guards import Guards
 from .losses import Loss
 from .model import Model
 from .snapshot import Snapshot
@@ -24,6 +27,14 @@ class Point(NamedTuple):
     buffers: Sequence[Tensor]
 
 
+class _Held(nn.Module):
+    """A loss as an attribute, so that its Python state is guarded as a module's is."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.function, self.owner = loss.function, loss.module
+
+
 class Objective:
     """Outputs f(x; θ) and loss L(f(x; θ), y; φ) of one task, on the real modules.
 
@@ -32,6 +43,7 @@ class Objective:
 
     Attributes:
         learned: the loss's own parameters φ, those that are not the model's; they get meta-gradients and do not adapt.
+        guards: of the loss's Python state.
     """
 
     def __init__(self, model: Model, loss: Loss) -> None:
@@ -39,6 +51,22 @@ class Objective:
         self.loss = loss
         self.learned = Snapshot(loss.module, besides=model)
         self.modules = model.modules + self.learned.modules
+        self._held = _Held(loss)
+        self.guards = Guards(self._held, "the loss")
+
+    def captured_refusal(self) -> str:
+        """Why the loss cannot be captured with the network; empty where that can be tried."""
+        if self.learned.names:
+            return "it has parameters of its own"
+        if not _is_guarded(self.loss.function):
+            return "it is an object whose attributes are not compared at every call"
+        return self.guards.refusal
+
+    def watched(self, with_loss: bool) -> list[tuple[str, nn.Module]]:
+        """Names and modules of what runs in a pass."""
+        named = list(self.model.module.named_modules())
+        known = {id(m) for _, m in named} | {id(self._held)}
+        return named + [(n, m) for n, m in self._held.named_modules() if with_loss and id(m) not in known]
 
     def buffers(self) -> list[Tensor]:
         """The buffers of model and loss, as they are."""
@@ -83,3 +111,12 @@ class Objective:
             values += at.buffers
             with exchanged(self.modules, {id(o): v for o, v in zip(own, values, strict=True)}, keep_new):
                 yield
+
+
+def _is_guarded(function: Any) -> bool:
+    """Whether all that a loss may read is followed by `Guards`."""
+    if isinstance(function, functools.partial):
+        return _is_guarded(function.func)
+    if isinstance(function, types.MethodType):
+        return isinstance(function.__self__, nn.Module | type)
+    return isinstance(function, nn.Module | types.FunctionType | types.BuiltinFunctionType)

@@ -1,52 +1,93 @@
-"""From a module to its `Graph` at given shapes, or the reasons why it has none."""
+"""From a module, and a person's own loss, to the `Graph` at given shapes, or the reasons why it has none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from .capture import capture
+from .capture import Criterion, capture
 from .decode import decode
 from .graph import Graph, Shape, Untraceable
 from .model import Model
+from .objective import Objective
 from .watch import watching
 
 Traced = tuple[Graph | None, list[str]]
+Batches = Sequence[tuple[int, Criterion | None]]
+"""For support and query the number of samples, 0 for none, and the loss where it must be captured."""
 
 
-def trace(model: Model, samples: Iterable[int], in_shape: Shape, dtype: torch.dtype, x_grad: bool) -> Traced:
-    """The one graph that forward computes for each of these numbers of samples.
+def trace(objective: Objective, batches: Batches, in_shape: Shape, dtype: torch.dtype, x_grad: bool) -> Traced:
+    """The one graph of every batch.
 
     Args:
         x_grad: whether gradients with respect to inputs will be asked for.
     """
-    graphs = []
-    for n in dict.fromkeys(samples):
-        graph, reasons = _memorised(model, n, in_shape, dtype, x_grad)
-        if graph is None:
-            return None, reasons
-        graphs.append(graph)
-    if any(g != graphs[0] for g in graphs):
+    own = any(criterion is not None for _, criterion in batches)
+    refusal = objective.captured_refusal() if own else ""
+    why_not = [refusal]
+    if not refusal:
+        graph, why_not = _common(objective, batches, in_shape, dtype, x_grad)
+        if graph is not None or not own:
+            return graph, why_not
+    _, reasons = _common(objective, [(n, None) for n, _ in batches], in_shape, dtype, x_grad)
+    of_loss = [f"{objective.loss.why_not}: {r}" for r in why_not]
+    return None, [*reasons, *of_loss] if refusal else reasons or of_loss
+
+
+def _common(objective: Objective, batches: Batches, in_shape: Shape, dtype: torch.dtype, x_grad: bool) -> Traced:
+    """The graph that the batches share, with each batch's factor of the loss."""
+    graphs: list[Graph] = []
+    factors = [1.0, 1.0]
+    for batch, (samples, criterion) in enumerate(batches):
+        if samples:
+            graph, reasons = _memorised(objective, samples, criterion, in_shape, dtype, x_grad)
+            if graph is None:
+                return None, reasons
+            if graph.loss is not None:
+                (factors[batch],) = graph.loss.factors
+            graphs.append(graph)
+    if any(g.loss is None for g in graphs) and any(g.returned is None for g in graphs):
+        return None, ["it goes on computing from the outputs, which are asked for too"]
+    if any(_computed(g) != _computed(graphs[0]) for g in graphs):
         return None, ["what forward computes depends on the number of samples"]
-    return graphs[0], []
+    first = next((g for g in graphs if g.loss is not None), graphs[0])
+    return replace(first, loss=first.loss and replace(first.loss, factors=tuple(factors))), []
 
 
-def _memorised(model: Model, samples: int, in_shape: Shape, dtype: torch.dtype, x_grad: bool) -> Traced:
-    key = (samples, in_shape, dtype, x_grad, model.guards.state)
-    if key not in model.graphs:
-        model.graphs[key] = _trace(model, samples, in_shape, dtype, x_grad)
-    return model.graphs[key]
+def _computed(graph: Graph) -> Any:
+    live = graph.live_ops()
+    return live, [graph.shapes[op.output] for op in live], graph.output
 
 
-def _trace(model: Model, samples: int, in_shape: Shape, dtype: torch.dtype, x_grad: bool) -> Traced:
+def _memorised(
+    objective: Objective, samples: int, criterion: Criterion | None, in_shape: Shape, dtype: torch.dtype, x_grad: bool
+) -> Traced:
+    graphs, guards = objective.model.graphs, objective.model.guards
+    key = (samples, criterion, in_shape, dtype, x_grad, guards.state, objective.guards.state if criterion else None)
+    if key not in graphs:
+        graphs[key] = _trace(objective, samples, criterion, in_shape, dtype, x_grad)
+    return graphs[key]
+
+
+def _trace(
+    objective: Objective, samples: int, criterion: Criterion | None, in_shape: Shape, dtype: torch.dtype, x_grad: bool
+) -> Traced:
+    model = objective.model
     try:
         if model.guards.refusal:
             raise Untraceable(model.guards.refusal)
         _refuse_backward_hooks(model)
-        with watching(model.module.named_modules()) as watched:
-            captured = capture(model, samples, in_shape, dtype, x_grad)
-        model.guards.learn(watched)
+        with watching(objective.watched(criterion is not None)) as watched:
+            captured = capture(model, samples, in_shape, dtype, x_grad, criterion)
+        for guards in (model.guards, objective.guards):
+            if not guards.hold():
+                guards.put_back()
+                raise Untraceable("forward or loss changes lists or tables that it reads")
+            guards.learn(watched)
         return decode(captured, samples, in_shape), []
     except Untraceable as error:
         return None, [str(error)]

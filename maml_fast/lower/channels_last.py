@@ -43,7 +43,7 @@ class _Rewriter:
                 inputs = tuple(self._in_first(v) for v in op.inputs)
                 self.first[op.output] = self._emit(replace(op, inputs=inputs), self.graph.shapes[op.output])
         output = self._in_first(self.graph.output)
-        return Graph(tuple(self.ops), tuple(self.shapes), output)
+        return replace(self.graph, ops=tuple(self.ops), shapes=tuple(self.shapes), output=output)
 
     def _wants_images(self, op: Op) -> bool:
         """Whether the op works on images: it must, or it may and one of its inputs is one."""

@@ -29,7 +29,7 @@ def fuse(graph: Graph) -> Graph:
             at = len(ops)
             ops.append(op)
         writer[op.output] = at
-    return Graph(tuple(ops), graph.shapes, graph.output)
+    return replace(graph, ops=tuple(ops))
 
 
 def _absorb(norm: Op, op: Op) -> Op | None:

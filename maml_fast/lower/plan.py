@@ -12,7 +12,8 @@ from torch import Tensor
 from ..algorithms import maml
 from ..algorithms.goal import Inner, Mode, Needs
 from ..algorithms.program import Program
-from ..graph.graph import Graph
+from ..graph.capture import Criterion
+from ..graph.graph import Graph, LossOp
 from ..graph.lazy import cached_property
 from ..graph.model import Model
 from ..graph.objective import Objective
@@ -25,6 +26,9 @@ _PLAIN = frozenset(("linear", "conv", "reshape", "transpose", "pad", "affine", "
 
 
 _FEW_CHANNELS = 4  # up to which a padded copy of an image is cheaper than short products at its border
+
+
+Target = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Plan:
     Attributes:
         tasks: T. support, query: samples a task (0 where the mode has none).
         in_shape: shape of one sample.
-        target: shape and dtype of one sample's target, where the mode has any.
+        targets: shape and dtype of one sample's target in support and query set, where the mode has any.
         dtype: of the parameters. in_dtype: of the inputs, which may be indices.
         tape_bytes: how much memory a thread may spend on saved activations.
         threads: of the C++ core; None for PyTorch's number.
@@ -64,7 +68,7 @@ class Plan:
     support: int
     query: int
     in_shape: tuple[int, ...]
-    target: tuple[tuple[int, ...], torch.dtype] | None
+    targets: tuple[Target | None, Target | None]
     dtype: torch.dtype
     in_dtype: torch.dtype
     device: torch.device
@@ -94,8 +98,26 @@ class Plan:
     @cached_property
     def trace(self) -> tuple[Graph | None, list[str]]:
         """The model's graph, or the reasons why it has none."""
-        samples = [n for n in (self.support, self.query) if n]
-        return trace(self.model, samples, self.in_shape, self.in_dtype, self.needs.x_s or self.needs.x_q)
+        loss, own = self.inner.loss, self.inner.loss.name == "custom"
+        criteria = [Criterion(loss, *t) if own and t is not None else None for t in self.targets]
+        batches = list(zip((self.support, self.query), criteria, strict=True))
+        graph, reasons = trace(self.objective, batches, self.in_shape, self.in_dtype, self.needs.x_s or self.needs.x_q)
+        if graph is not None and graph.returned is None and self.needs.outputs:
+            return None, [f"{loss.why_not}: it goes on computing from the outputs, which are asked for too"]
+        return graph, reasons
+
+    @property
+    def target(self) -> Target | None:
+        """That of the support set, or else of the query set."""
+        return self.targets[0] or self.targets[1]
+
+    @cached_property
+    def loss(self) -> LossOp:
+        """The loss that fused kernels compute; where a mode needs none, any."""
+        graph, loss = self.trace[0], self.inner.loss
+        if graph is not None and graph.loss is not None:
+            return graph.loss
+        return LossOp("mse") if loss.name == "custom" else LossOp(loss.name, loss.parameter)
 
     @cached_property
     def kernel_graph(self) -> Graph | None:
@@ -107,12 +129,15 @@ class Plan:
     def out_shape(self) -> tuple[int, ...] | None:
         """Shape of one sample's output; None where only running the model would tell."""
         graph = self.trace[0]
-        return None if graph is None else graph.shapes[graph.output]
+        return None if graph is None else graph.returned
 
     @cached_property
     def classes(self) -> int | None:
         """The number of classes, where the loss takes labels and the graph is known."""
-        return self.out_shape[0] if self.inner.loss.takes_labels and self.out_shape else None
+        graph = self.trace[0]
+        if graph is None or not self.loss.takes_labels:
+            return None
+        return next(iter(graph.shapes[graph.output]), None)
 
     @cached_property
     def constants(self) -> tuple[str, ...]:

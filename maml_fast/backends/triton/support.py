@@ -41,8 +41,6 @@ def why_not_machine(plan: Plan) -> list[str]:
         reasons.append(f"compute capability {found} is below {oldest}")
     if plan.dtype != torch.float32:
         reasons.append(f"dtype {plan.dtype} is not float32")
-    if plan.inner.loss.why_not:
-        reasons.append(plan.inner.loss.why_not)
     return reasons
 
 
@@ -53,6 +51,8 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
     from .layers.table import KINDS
 
     reasons = [] if graph.used_parameters() else ["the output depends on no parameter"]
+    if plan.loss.factors != (1.0, 1.0):
+        reasons.append("the loss is a multiple of a mean over samples, which has no kernel")
     for op in graph.live_ops():
         if op.kind not in KINDS and op.kind != "reshape":
             reasons.append(f"layer {op.kind} has no kernel")
@@ -72,7 +72,7 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
     if any(p in filters for op in graph.live_ops() if op.kind != "conv" for p in op.parameters):
         reasons.append("a convolution shares its weight with another kind of layer")
     output = graph.shapes[graph.output]
-    if plan.inner.loss.takes_labels and (len(output) != 1 or output[0] > MOST_CLASSES):
+    if plan.loss.takes_labels and (len(output) != 1 or output[0] > MOST_CLASSES):
         reasons.append(f"cross_entropy over outputs of shape {output}, not (classes,) of at most {MOST_CLASSES}")
     return reasons
 
@@ -92,7 +92,7 @@ def why_not_resident(plan: Plan, graph: Graph) -> list[str]:
         if op.kind in ("batch_norm", "running_norm") and rows > SPAN:
             reasons.append(f"BatchNorm over {rows} rows a task, more than the resident kernel's {SPAN}")
     classes = graph.features(graph.output)
-    if plan.inner.loss.takes_labels and classes > MOST_CLASSES:
+    if plan.loss.takes_labels and classes > MOST_CLASSES:
         reasons.append(f"cross_entropy over {classes} classes, more than the resident kernel's {MOST_CLASSES}")
     return list(dict.fromkeys(reasons))
 

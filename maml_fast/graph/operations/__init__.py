@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import activations, arithmetic, linear, norms, pools, shapes
+from . import activations, arithmetic, linear, losses, norms, pools, shapes
 from .builder import Emitter
 
 OPERATIONS: dict[str, Emitter] = {
@@ -12,4 +12,5 @@ OPERATIONS: dict[str, Emitter] = {
     **pools.OPERATIONS,
     **arithmetic.OPERATIONS,
     **shapes.OPERATIONS,
+    **losses.OPERATIONS,
 }

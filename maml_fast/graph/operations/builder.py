@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..graph import Attribute, Op, Shape, Untraceable
+from ..graph import Attribute, LossOp, Op, Shape, Untraceable
 
 Emitter = Callable[..., Any]
 """`(builder, *arguments of the ATen operation) -> what stands for its output, or a tuple of that for several`."""
@@ -57,6 +57,53 @@ class Repeated:
     of: Weight | Constant
 
 
+@dataclass(frozen=True)
+class Target:
+    """A task's targets, perhaps in another shape with the same elements in the same order."""
+
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Residual:
+    """An activation minus the targets, or the targets minus it."""
+
+    of: Value
+
+
+@dataclass(frozen=True)
+class LogProbabilities:
+    """The logarithm of an activation's softmax over its one axis."""
+
+    of: Value
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Numbers whose mean is `factor` times a named loss; of shape () it is the task's loss.
+
+    Attributes:
+        loss: the loss. of: what it is the loss of. shape: of these numbers.
+    """
+
+    loss: LossOp
+    of: Value
+    shape: Shape
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Nowhere:
+    """A mask that no labels within range set."""
+
+
+@dataclass(frozen=True)
+class Everywhere:
+    """A mask that all labels within range set, one per sample."""
+
+    samples: int
+
+
 class GraphBuilder:
     """The operations so far; value 0 is the input.
 
@@ -97,8 +144,10 @@ class GraphBuilder:
         self._makers[output.index] = op
         return output
 
-    def full_shape(self, x: Value) -> Shape:
+    def full_shape(self, x: Value | Target) -> Shape:
         """The shape that PyTorch sees."""
+        if isinstance(x, Target):
+            return x.shape
         if x.merged:
             return (self.samples * x.shape[0], *x.shape[1:])
         return (self.samples, *x.shape)
@@ -125,6 +174,11 @@ def value(x: Any, what: str) -> Value:
     if x.merged:
         raise Untraceable(f"{what} is applied to activations whose samples are merged with another axis")
     return x
+
+
+def shaped(x: Any, what: str) -> Value | Target:
+    """An activation or the targets: for what only gives them another shape."""
+    return x if isinstance(x, Target) else rows(x, what)
 
 
 def rows(x: Any, what: str) -> Value:

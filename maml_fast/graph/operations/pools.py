@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..graph import Shape, Untraceable
-from .builder import Emitter, GraphBuilder, Value, value
+from .builder import Emitter, GraphBuilder, Losses, Value, value
+from .losses import reduced
 from .shapes import reshaped
 from .windows import images, per_dim, windows
 
@@ -101,7 +102,9 @@ def _spatial_mean(t: GraphBuilder, x: Value) -> Value:
 
 
 def _mean(t: GraphBuilder, x: Any, dim: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Any:
-    """The mean over all of one or two spatial dimensions."""
+    """The mean over all of one or two spatial dimensions, or of losses."""
+    if isinstance(x, Losses) and dtype is None:
+        return reduced(x, dim, keepdim, summed=False)
     x = value(x, "mean")
     rank = len(x.shape) + 1
     dims = sorted(d % rank for d in dim or ())

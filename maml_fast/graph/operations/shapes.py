@@ -7,11 +7,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..graph import Untraceable
-from .builder import Constant, Emitter, FoldedSamples, GraphBuilder, Repeated, Value, Weight, rows, value
+from .builder import (
+    Constant,
+    Emitter,
+    FoldedSamples,
+    GraphBuilder,
+    Repeated,
+    Target,
+    Value,
+    Weight,
+    rows,
+    shaped,
+    value,
+)
 
 
 def reshaped(t: GraphBuilder, x: Any, size: Sequence[int]) -> Any:
     """The same numbers in row-major order: samples stay samples where the leading size is a multiple of theirs."""
+    if isinstance(x, Target):
+        return Target(_without_minus_one(size, math.prod(x.shape)))
     folded, x = isinstance(x, FoldedSamples), rows(x, "reshape")
     size = _without_minus_one(size, math.prod(t.full_shape(x)))
     if not folded and _folds(t, x, size):
@@ -64,13 +78,13 @@ def _transpose(t: GraphBuilder, x: Any, a: int, b: int) -> Any:
 
 
 def _unsqueeze(t: GraphBuilder, x: Any, dim: int) -> Any:
-    full = list(t.full_shape(rows(x, "unsqueeze")))
+    full = list(t.full_shape(shaped(x, "unsqueeze")))
     full.insert(dim % (len(full) + 1), 1)
     return reshaped(t, x, full)
 
 
 def _squeeze(t: GraphBuilder, x: Any, dims: int | Sequence[int] | None = None) -> Any:
-    full = t.full_shape(rows(x, "squeeze"))
+    full = t.full_shape(shaped(x, "squeeze"))
     chosen = range(len(full)) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {d % len(full) for d in chosen if full[d] == 1}
     if 0 in gone and t.samples == 1:
@@ -84,7 +98,7 @@ def _same(t: GraphBuilder, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _expand(t: GraphBuilder, x: Any, size: Sequence[int], implicit: bool = False) -> Any:
-    full = t.full_shape(rows(x, "expand"))
+    full = t.full_shape(shaped(x, "expand"))
     wanted = tuple(n if s == -1 else s for s, n in zip(size, full, strict=False))
     if wanted != full or len(size) != len(full):
         raise Untraceable(f"expand of activations of shape {full} to {tuple(size)} has no fused kernel")
@@ -94,7 +108,7 @@ def _expand(t: GraphBuilder, x: Any, size: Sequence[int], implicit: bool = False
 def _slice(
     t: GraphBuilder, x: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Any:
-    length = t.full_shape(rows(x, "indexing"))[dim]
+    length = t.full_shape(shaped(x, "indexing"))[dim]
     if range(length)[slice(start, end, step)] != range(length):
         raise Untraceable("a slice of an activation has no fused kernel")
     return x

@@ -55,7 +55,7 @@ class Buffers:
 
     def _targets(self, samples: int, device: torch.device) -> Tensor:
         plan, graph = self.plan, self.network.graph
-        if plan.inner.loss.takes_labels:
+        if plan.loss.takes_labels:
             return torch.zeros((plan.tasks, samples), dtype=torch.int64, device=device)
         return torch.zeros((plan.tasks, samples, *graph.shapes[graph.output]), dtype=torch.float32, device=device)
 

@@ -175,7 +175,7 @@ class Executor:
         )
 
     def _loss(self, batch: Batch) -> TaskLoss:
-        loss, features = self.plan.inner.loss, self.network.features[self.network.out]
+        loss, features = self.plan.loss, self.network.features[self.network.out]
         return TaskLoss(self.launch, loss.name, loss.parameter, self.tasks, self.samples[batch], features)
 
     def _output(self, kind: str, tape: int) -> Tensor:

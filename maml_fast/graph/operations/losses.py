@@ -1,0 +1,167 @@
+"""Losses: what compares an activation with the targets, down to one number per task.
+
+A loss is recognised where it is a factor times one of the named losses: `((z - y) ** 2).sum(-1).mean()` is the mean
+squared error times the elements per sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..graph import LossOp, Untraceable
+from .builder import Emitter, Everywhere, GraphBuilder, LogProbabilities, Losses, Nowhere, Residual, Target, Value
+
+_NONE, _MEAN, _SUM = range(3)  # ATen's reductions
+
+
+def residual(t: GraphBuilder, a: Any, b: Any) -> Residual:
+    """a − b where one is an activation and the other the targets."""
+    return Residual(_compared(t, a, b)[0])
+
+
+def powered(t: GraphBuilder, x: Any, exponent: Any) -> Losses:
+    if not isinstance(x, Residual) or exponent != 2:
+        raise Untraceable("a power has no fused kernel, but for the square of an activation minus the targets")
+    return _of_elements(t, x.of, LossOp("mse"))
+
+
+def reduced(x: Losses, dim: Sequence[int] | None, keepdim: bool, summed: bool) -> Losses:
+    """The mean or the sum over some or all axes."""
+    rank = len(x.shape)
+    dims = {d % rank for d in dim} if dim else set(range(rank))
+    size = math.prod(x.shape[d] for d in dims)
+    shape = tuple(1 if d in dims else n for d, n in enumerate(x.shape) if keepdim or d not in dims)
+    return replace(x, shape=shape, factor=x.factor * size if summed else x.factor)
+
+
+def _absolute(t: GraphBuilder, x: Any) -> Losses:
+    if not isinstance(x, Residual):
+        raise Untraceable("abs has no fused kernel, but for that of an activation minus the targets")
+    return _of_elements(t, x.of, LossOp("l1"))
+
+
+def added(a: Losses, b: Losses, alpha: float) -> Losses:
+    """a + alpha · b for losses of one kind; two cross entropies make one with the weighted mean of their smoothings."""
+    factor = a.factor + alpha * b.factor
+    if (a.loss.name, a.of, a.shape) != (b.loss.name, b.of, b.shape) or factor == 0:
+        raise Untraceable("a sum of different losses has no fused kernel")
+    if a.loss == b.loss:
+        return replace(a, factor=factor)
+    if a.loss.name != "cross_entropy":
+        raise Untraceable("a sum of different losses has no fused kernel")
+    smoothing = (a.factor * a.loss.parameter + alpha * b.factor * b.loss.parameter) / factor
+    return replace(a, factor=factor, loss=replace(a.loss, parameter=smoothing))
+
+
+def _sum(t: GraphBuilder, x: Any, dim: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Any:
+    if isinstance(x, Everywhere):
+        return x.samples
+    if isinstance(x, LogProbabilities) and not keepdim and dtype is None and [*(dim or ())] in ([1], [-1]):
+        uniform = Losses(LossOp("cross_entropy", 1.0), x.of, (t.samples,))  # every class is as likely
+        return replace(uniform, factor=-float(x.of.shape[0]))
+    if not isinstance(x, Losses) or dtype is not None:
+        raise Untraceable("a sum of activations has no fused kernel")
+    return reduced(x, dim, keepdim, summed=True)
+
+
+def _mse(t: GraphBuilder, a: Any, b: Any, reduction: int = _MEAN) -> Losses:
+    return _elementwise(t, a, b, LossOp("mse"), reduction)
+
+
+def _huber(t: GraphBuilder, a: Any, b: Any, reduction: int = _MEAN, delta: float = 1.0) -> Losses:
+    return _elementwise(t, a, b, LossOp("huber", float(delta)), reduction)
+
+
+def _smooth_l1(t: GraphBuilder, a: Any, b: Any, reduction: int = _MEAN, beta: float = 1.0) -> Losses:
+    """The Huber loss over its delta; with beta 0 it is L1."""
+    if beta == 0:
+        return _elementwise(t, a, b, LossOp("l1"), reduction)
+    huber = _elementwise(t, a, b, LossOp("huber", float(beta)), reduction)
+    return replace(huber, factor=huber.factor / beta)
+
+
+def _bce_with_logits(
+    t: GraphBuilder, z: Any, y: Any, weight: Any = None, pos_weight: Any = None, reduction: int = _MEAN
+) -> Losses:
+    if weight is not None or pos_weight is not None:
+        raise Untraceable("binary cross entropy with weights has no fused kernel")
+    if not isinstance(z, Value):
+        raise Untraceable("binary cross entropy with logits takes something that is not an activation")
+    return _elementwise(t, z, y, LossOp("bce_with_logits"), reduction)
+
+
+def _log_softmax(t: GraphBuilder, x: Any, dim: int, half_to_float: bool = False) -> LogProbabilities:
+    if not isinstance(x, Value) or x.merged or len(x.shape) != 1 or dim not in (1, -1):
+        raise Untraceable("log_softmax has a fused kernel only in cross entropy over outputs (samples, classes)")
+    return LogProbabilities(x)
+
+
+def _nll(t: GraphBuilder, x: Any, y: Any, weight: Any, reduction: int, ignore_index: int) -> tuple[Losses, None]:
+    if not isinstance(x, LogProbabilities) or not isinstance(y, Target) or y.shape != (t.samples,):
+        raise Untraceable("nll_loss has a fused kernel only for log_softmax of an activation, and labels (samples,)")
+    if weight is not None or ignore_index >= 0:
+        raise Untraceable("cross entropy with weights of classes or ignore_index has no fused kernel")
+    losses = Losses(LossOp("cross_entropy"), x.of, y.shape)
+    return _with_reduction(losses, reduction), None
+
+
+def _elementwise(t: GraphBuilder, a: Any, b: Any, loss: LossOp, reduction: int) -> Losses:
+    return _with_reduction(_of_elements(t, _compared(t, a, b)[0], loss), reduction)
+
+
+def _with_reduction(losses: Losses, reduction: int) -> Losses:
+    return losses if reduction == _NONE else reduced(losses, None, False, summed=reduction == _SUM)
+
+
+def _of_elements(t: GraphBuilder, z: Value, loss: LossOp) -> Losses:
+    return Losses(loss, z, t.full_shape(z))
+
+
+def _compared(t: GraphBuilder, a: Any, b: Any) -> tuple[Value, Target]:
+    """The activation and the targets, of one shape."""
+    z, y = (b, a) if isinstance(a, Target) else (a, b)
+    if not isinstance(z, Value) or not isinstance(y, Target):
+        raise Untraceable("a loss that does not compare an activation with the targets has no fused kernel")
+    if t.full_shape(z) != y.shape:
+        raise Untraceable(
+            f"a loss of outputs {t.full_shape(z)} and targets {y.shape}: broadcasting has no fused kernel"
+        )
+    return z, y
+
+
+def _equal(t: GraphBuilder, a: Any, b: Any) -> Nowhere:
+    """Which labels are to be ignored: none, where labels below zero are refused."""
+    if isinstance(a, Target) and isinstance(b, int) and b < 0:
+        return Nowhere()
+    raise Untraceable("a comparison has no fused kernel")
+
+
+def _complement(t: GraphBuilder, x: Any) -> Everywhere:
+    if isinstance(x, Nowhere):
+        return Everywhere(t.samples)
+    raise Untraceable("bitwise_not has no fused kernel")
+
+
+def _masked_fill(t: GraphBuilder, x: Any, mask: Any, value: float) -> Any:
+    if isinstance(mask, Nowhere):
+        return x
+    raise Untraceable("masked_fill has no fused kernel")
+
+
+OPERATIONS: dict[str, Emitter] = {
+    "eq": _equal,
+    "bitwise_not": _complement,
+    "masked_fill": _masked_fill,
+    "pow": powered,
+    "abs": _absolute,
+    "sum": _sum,
+    "mse_loss": _mse,
+    "huber_loss": _huber,
+    "smooth_l1_loss": _smooth_l1,
+    "binary_cross_entropy_with_logits": _bce_with_logits,
+    "_log_softmax": _log_softmax,
+    "nll_loss_forward": _nll,
+}

@@ -1,0 +1,246 @@
+"""A person's own loss is captured with the network: fused where it is one of ours, and always PyTorch's number."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import maml_fast as mf
+from maml_fast.graph.losses import LossLike
+
+SETTINGS = SimpleNamespace(weight=2.0)
+OPTIONS = {"delta": 0.4}
+
+
+class Weighted(nn.Module):
+    """A loss with a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.base = 1.5, nn.MSELoss(reduction="sum")
+
+    def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return self.weight * self.base(outputs, y) / len(y)
+
+    def half(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return self.weight * F.l1_loss(outputs, y) / 2
+
+
+VALUES: dict[str, LossLike] = {
+    "mse": lambda z, y: F.mse_loss(z, y),
+    "square": lambda z, y: ((z - y) ** 2).mean(),
+    "sum-per-sample": lambda z, y: (y - z).square().sum(-1).mean(),
+    "product": lambda z, y: ((z - y) * (z - y)).sum() / len(y),
+    "sum": lambda z, y: F.mse_loss(z, y, reduction="sum"),
+    "in-two-parts": lambda z, y: F.mse_loss(z, y) + 0.5 * ((z - y) ** 2).mean(),
+    "l1": lambda z, y: F.l1_loss(z, y),
+    "abs": lambda z, y: (z - y).abs().mean(0).sum(),
+    "huber": lambda z, y: F.huber_loss(z, y, delta=0.3),
+    "smooth-l1": lambda z, y: F.smooth_l1_loss(z, y, beta=0.3),
+    "smooth-l1-without": lambda z, y: F.smooth_l1_loss(z, y, beta=0.0),
+    "half": lambda z, y: 0.5 * ((z - y) ** 2).mean(),
+    "flat": lambda z, y: F.mse_loss(z.view(-1), y.view(-1)),
+    "unit-axis": lambda z, y: F.mse_loss(z.unsqueeze(-1), y.unsqueeze(-1)),
+    "unreduced": lambda z, y: F.mse_loss(z, y, reduction="none").mean(1).mean(),
+    "negated": lambda z, y: F.mse_loss(z, y).neg().neg(),
+    "maximised": lambda z, y: -0.1 * F.l1_loss(z, y),
+    "settings": lambda z, y: SETTINGS.weight * F.mse_loss(z, y),
+    "module": Weighted(),
+    "method": Weighted().half,
+    "partial": functools.partial(F.huber_loss, delta=0.2),
+    "function": F.smooth_l1_loss,
+    "pytorchs-module": nn.SmoothL1Loss(beta=0.5),
+}
+LABELS: dict[str, LossLike] = {
+    "cross-entropy": lambda z, y: F.cross_entropy(z, y),
+    "nll": lambda z, y: F.nll_loss(F.log_softmax(z, -1), y),
+    "nll-sum": lambda z, y: F.nll_loss(z.log_softmax(1), y, reduction="sum"),
+    "smoothing": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.2),
+    "view": lambda z, y: F.cross_entropy(z, y.long().view(-1)),
+    "dict": lambda z, y: F.cross_entropy({"logits": z}["logits"], y),
+}
+DECLINED: dict[str, tuple[LossLike, str]] = {
+    "penalty": (lambda z, y: F.mse_loss(z, y) + 1e-3 * sum(p.square().sum() for p in NETWORK.parameters()), "power"),
+    "fourth-power": (lambda z, y: (z - y).pow(4).mean(), "power"),
+    "broadcast": (lambda z, y: F.mse_loss(z, y[:, :1].expand(-1, 3)), "indexing|slice"),
+    "of-a-constant": (lambda z, y: F.mse_loss(z, torch.zeros_like(y)), "zeros_like"),
+    "weights": (lambda z, y: (torch.arange(3.0, dtype=z.dtype) * (z - y) ** 2).mean(), ""),
+    "detached": (lambda z, y: F.mse_loss(z, y) + F.mse_loss(z.detach(), y), "without its gradient"),
+    "mixed": (lambda z, y: F.mse_loss(z, y) + F.l1_loss(z, y), "different losses"),
+    "wrong-gradient": (lambda z, y: (z - y).detach().square().mean() + 0 * z.sum(), ""),
+}  # fmt: skip
+
+NETWORK = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def batch(labels: bool = False) -> tuple[Tensor, ...]:
+    def targets(n: int) -> Tensor:
+        return torch.randint(3, (2, n)) if labels else torch.randn(2, n, 3).double()
+
+    return torch.randn(2, 5, 4).double(), targets(5), torch.randn(2, 7, 4).double(), targets(7)
+
+
+def results(model: nn.Module, loss: LossLike, data: tuple[Tensor, ...], backend: str, order: int = 2) -> list[Tensor]:
+    maml, rate = made(model, loss, backend, order)
+    maml.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [maml.backward(*data)]
+        found += [p.grad.clone() for p in (*model.parameters(), rate) if p.grad is not None]
+        losses = maml.meta_loss(*data, reduction="none")
+        weights = torch.arange(1.0, 3.0).double()
+        found += [losses.detach(), *torch.autograd.grad(losses @ weights, [*model.parameters(), rate])]
+        found += maml.adapt(*data[:2]).parameters.values()
+    return found
+
+
+def made(model: nn.Module, loss: LossLike, backend: str, order: int = 2) -> tuple[mf.MAML, nn.Parameter]:
+    rate = nn.Parameter(torch.tensor(0.3).double())
+    return mf.MAML(model, rate, order == 1, steps=2, loss=loss, backend=backend), rate
+
+
+def agree(found: list[Tensor], wanted: list[Tensor]) -> bool:
+    pairs = zip(found, wanted, strict=True)
+    return all((a - b).norm() <= 1e-12 * b.norm().clamp_min(1e-3) for a, b in pairs)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("name", [*VALUES, *LABELS])
+def test_fused_and_the_same(name: str, order: int, core: Any) -> None:
+    loss, data = {**VALUES, **LABELS}[name], batch(name in LABELS)
+    assert made(NETWORK, loss, "auto")[0].explain(*data).startswith("backend: cpu")
+    assert agree(results(NETWORK, loss, data, "auto", order), results(NETWORK, loss, data, "reference", order))
+
+
+@pytest.mark.parametrize(("loss", "why"), DECLINED.values(), ids=DECLINED)
+@pytest.mark.filterwarnings("ignore:maml_fast falls back")
+def test_others_are_declined_with_a_reason(loss: LossLike, why: str, core: Any) -> None:
+    data = batch()
+    with pytest.raises(RuntimeError, match=why or "is not one of"):
+        made(NETWORK, loss, "cpu")[0].explain(*data)
+    assert agree(results(NETWORK, loss, data, "auto"), results(NETWORK, loss, data, "reference"))
+
+
+@pytest.mark.filterwarnings("ignore:maml_fast falls back")
+def test_models_that_return_what_only_a_loss_takes(core: Any) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = NETWORK
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.network(x), "x": x}
+
+    data = batch(labels=True)
+    log_softmax = nn.Sequential(NETWORK, nn.LogSoftmax(-1))
+    cases: list[tuple[nn.Module, LossLike]] = [
+        (Both(), lambda z, y: F.cross_entropy(z["logits"], y)),
+        (log_softmax, F.nll_loss),
+        (log_softmax, nn.NLLLoss()),
+        (nn.Sequential(NETWORK, nn.Unflatten(1, (1, 3))), lambda z, y: F.cross_entropy(z[:, 0], y)),
+    ]
+    for model, loss in cases[:3]:
+        assert made(model, loss, "auto")[0].explain(*data).startswith("backend: cpu")
+    for model, loss in cases:
+        assert agree(results(model, loss, data, "auto"), results(model, loss, data, "reference"))
+        outputs = [made(model, loss, b)[0].backward(*data, outputs=True)[1] for b in ("auto", "reference")]
+        torch.testing.assert_close(*outputs)
+
+
+def _of(holder: Any, name: str, value: Any) -> Callable[[], None]:
+    return lambda: setattr(holder, name, value)
+
+
+def _changes() -> dict[str, tuple[LossLike, Callable[[], None]]]:
+    weight = 2.0
+    weighted, huber, smooth = Weighted(), nn.HuberLoss(), nn.SmoothL1Loss()
+    summed, smoothing = Weighted(), nn.CrossEntropyLoss()
+    factors = [2.0]
+
+    def closure(z: Tensor, y: Tensor) -> Tensor:
+        return weight * F.mse_loss(z, y)
+
+    def change() -> None:
+        nonlocal weight
+        weight = 3.0
+
+    return {
+        "closure": (closure, change),
+        "list": (lambda z, y: factors[0] * F.mse_loss(z, y), lambda: factors.__setitem__(0, 3.0)),
+        "global": (lambda z, y: SETTINGS.weight * F.mse_loss(z, y), _of(SETTINGS, "weight", 3.0)),
+        "table": (lambda z, y: F.huber_loss(z, y, delta=OPTIONS["delta"]), lambda: OPTIONS.update(delta=0.1)),
+        "partial": (functools.partial(F.huber_loss, **OPTIONS), lambda: None),
+        "attribute": (weighted, _of(weighted, "weight", 0.5)),
+        "attribute-of-part": (summed, _of(summed.base, "reduction", "mean")),
+        "method": (weighted.half, _of(weighted, "weight", 0.25)),
+        "delta": (huber, _of(huber, "delta", 0.1)),
+        "beta": (smooth, _of(smooth, "beta", 0.1)),
+        "label-smoothing": (smoothing, _of(smoothing, "label_smoothing", 0.3)),
+    }
+
+
+@pytest.mark.parametrize("name", _changes())
+def test_plans_follow_what_a_loss_reads(name: str, core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SETTINGS, "weight", 2.0)
+    monkeypatch.setitem(OPTIONS, "delta", 0.4)
+    loss, change = _changes()[name]
+    data = batch(labels=name == "label-smoothing")
+    maml, _ = made(NETWORK, loss, "auto")
+    reference, _ = made(NETWORK, loss, "reference")
+    before = maml.meta_loss(*data).item()
+    assert abs(before - reference.meta_loss(*data).item()) <= 1e-12
+    change()
+    after = maml.meta_loss(*data).item()
+    assert abs(after - reference.meta_loss(*data).item()) <= 1e-12
+    assert after != before or name == "partial"
+    assert maml.explain(*data).startswith("backend: cpu")
+    maml.loss, maml.loss = "mse" if name != "label-smoothing" else "cross_entropy", loss
+    assert maml.meta_loss(*data).item() == after
+
+
+@pytest.mark.filterwarnings("ignore:maml_fast falls back")
+def test_a_loss_that_keeps_a_record_goes_on_keeping_it(core: Any) -> None:
+    record: list[Tensor] = []
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        value = F.mse_loss(z, y)
+        record.append(value.detach())
+        return value
+
+    data = batch()
+    maml, _ = made(NETWORK, loss, "auto")
+    for _ in range(3):
+        before = len(record)
+        maml.meta_loss(*data)
+        assert len(record) > before
+    assert not [v for v in record if v.device.type == "meta"]
+    assert not maml.explain(*data).startswith("backend: cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_labels_out_of_range(backend: str, core: Any) -> None:
+    """The core refuses them; PyTorch leaves those of −100 out."""
+    x_s, y_s, x_q, y_q = batch(labels=True)
+    y_s[0, 0] = -100
+    maml, _ = made(NETWORK, lambda z, y: F.cross_entropy(z, y), backend)
+    if backend == "cpu":
+        with pytest.raises(ValueError, match=r"y_s: expected labels in \[0, 3\)"):
+            maml.meta_loss(x_s, y_s, x_q, y_q)
+    else:
+        assert maml.meta_loss(x_s, y_s, x_q, y_q).isfinite()
+
+
+def test_targets_of_another_type_are_left_to_pytorch(core: Any) -> None:
+    x_s, y_s, x_q, y_q = batch()
+    single = [x_s, y_s.float(), x_q, y_q.float()]
+    loss: LossLike = lambda z, y: F.mse_loss(z, y.to(z.dtype))  # noqa: E731
+    with pytest.raises(RuntimeError, match="_to_copy"):
+        made(NETWORK, loss, "cpu")[0].explain(*single)
