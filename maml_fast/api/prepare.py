@@ -26,15 +26,24 @@ from . import checks, reach
 from .rates import LearningRates, RateLike
 from .selfcheck import SelfCheck, when
 
-MOST_PLANS = 128
-"""Plans kept for one module; the least recently used go first."""
+MOST_PLANS, MOST_BYTES = 128, 1 << 31
+"""Plans kept for one module, and the memory that they keep for their next calls; those not used lately go first."""
 
 
-class Call(NamedTuple):
-    """What was decided for one set of shapes: the plan, and the backend that runs it."""
+@dataclass(slots=True)
+class Call:
+    """What was decided for one set of shapes: the plan, and the backend that runs it.
+
+    Attributes:
+        used: since plans last had to go.
+    """
 
     plan: Plan
     choice: dispatch.Choice
+    used: bool = True
+
+    def bytes(self) -> int:
+        return self.choice.backend.held_bytes(self.plan)
 
 
 class StandIns(NamedTuple):
@@ -127,6 +136,8 @@ class Preparer:
         if name == "backend":
             self._warned = False
         if name == "loss":
+            if len(self._objectives) >= MOST_PLANS:
+                self._forget()
             self.objective = self.objective_of(value)
         self._enter_state()
 
@@ -254,6 +265,7 @@ class Preparer:
             self._check_batch(mode, settings, *batch)
             with torch.inference_mode(False):  # what is made now is kept, and used outside
                 call = self._make_call(mode, settings, rate_shapes, learnable, outputs, *batch)
+        call.used = True
         self._check_labels(call, y_s, y_q)
         if given is None:
             rates: Sequence[Tensor] = self.rates.tensors(first.dtype, first.device)
@@ -284,9 +296,22 @@ class Preparer:
 
     def _keep(self, key: Any, call: Call) -> None:
         self._plans.pop(key, None)
-        while len(self._plans) >= MOST_PLANS:
-            self._plans.pop(next(iter(self._plans)), None)
+        while self._plans and (len(self._plans) >= MOST_PLANS or self._bytes() > MOST_BYTES):
+            self._forget_one()
         self._plans[key] = call
+
+    def _bytes(self) -> int:
+        return sum(call.bytes() for call in self._plans.values())
+
+    def _forget_one(self) -> None:
+        """Drop the oldest plan that was not used lately; those that were get behind the others once more."""
+        for key, call in list(self._plans.items()):
+            self._plans.pop(key, None)
+            if not call.used:
+                return
+            call.used = False
+            self._plans[key] = call
+        self._plans.pop(next(iter(self._plans), None), None)
 
     def weights(self, plan: Plan, reduction: str) -> Tensor:
         """Weight of each task's loss in the reduced one; made once, never written."""

@@ -42,6 +42,10 @@ class Backend(Protocol):
         """What it made of a plan that it can run: its kernel calls and their memory; empty where it has none."""
         return ""
 
+    def held_bytes(self, plan: Plan) -> int:
+        """Memory that it keeps for the plan's next call."""
+        return 0
+
     def run(self, plan: Plan, tensors: Tensors) -> Result:
         """Run the plan. The tensors have been checked."""
 

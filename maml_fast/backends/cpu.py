@@ -134,6 +134,9 @@ class CpuBackend(Backend):
     def run(self, plan: Plan, tensors: Tensors) -> Result:
         return _call_of(plan)(plan, tensors)
 
+    def held_bytes(self, plan: Plan) -> int:
+        return int(_call_of(plan).core.bytes(_threads(plan))) if "cpu" in plan.state else 0
+
     def describe(self, plan: Plan) -> str:
         described = _call_of(plan).core.describe()
         return cpu_text.text(described, plan.model.names, _CLASSES, plan.dtype.itemsize)
@@ -152,6 +155,10 @@ def _call_of(plan: Plan) -> _Call:
         call = plan.state["cpu"] = _Call(plan)
     assert isinstance(call, _Call)
     return call
+
+
+def _threads(plan: Plan) -> int:
+    return plan.threads or min(torch.get_num_threads(), MOST_THREADS)
 
 
 def _unsupported(plan: Plan, graph: Graph) -> list[str]:
@@ -244,7 +251,7 @@ class _Call:
             t.into or result.parameters,
             result.adapted,
             bool(t.into),
-            plan.threads or min(torch.get_num_threads(), MOST_THREADS),
+            _threads(plan),
             spent,
         )
         if rate_gradient is not None:

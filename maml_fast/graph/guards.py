@@ -24,6 +24,8 @@ except ImportError:
 
 _FOLLOWED = ("_parameters", "_buffers", "_modules")
 
+_MOST_STATES = 256
+
 _RESTLESS = 8
 """States in a row that were never met before, after which a model is not captured any more."""
 
@@ -54,6 +56,8 @@ class Guards:
         picture = self._picture()
         self.moving = picture not in self._known
         if self.moving:
+            if len(self._known) >= _MOST_STATES:
+                self._known.pop(next(iter(self._known)))
             self._known[picture] = next(self._numbers)
             self._new_in_a_row += 1
         if self._new_in_a_row > _RESTLESS and not self.refusal:

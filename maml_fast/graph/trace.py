@@ -20,6 +20,10 @@ Batches = Sequence[tuple[int, Criterion | None]]
 """For support and query the number of samples, 0 for none, and the loss where it must be captured."""
 
 
+MOST_GRAPHS = 512
+"""Kept for one module, with their reasons."""
+
+
 def trace(objective: Objective, batches: Batches, in_shape: Shape, dtype: torch.dtype, x_grad: bool) -> Traced:
     """The one graph of every batch.
 
@@ -69,8 +73,11 @@ def _memorised(
     graphs, guards = objective.model.graphs, objective.model.guards
     key = (samples, criterion, in_shape, dtype, x_grad, guards.state, objective.guards.state if criterion else None)
     if key not in graphs:
+        if len(graphs) >= MOST_GRAPHS:
+            graphs.pop(next(iter(graphs)), None)
         graphs[key] = _trace(objective, samples, criterion, in_shape, dtype, x_grad)
-    return graphs[key]
+    traced: Traced = graphs[key]
+    return traced
 
 
 def _trace(

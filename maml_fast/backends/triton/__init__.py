@@ -67,6 +67,9 @@ class TritonBackend(Backend):
         reasons = _why_wide(plan)
         return [f"variant {'wide' if reasons else 'resident'}", *(f"not resident: {reason}" for reason in reasons)]
 
+    def held_bytes(self, plan: Plan) -> int:
+        return self._call(plan).bytes() if self.name in plan.state else 0
+
     def describe(self, plan: Plan) -> str:
         from .runtime.launches import text
 

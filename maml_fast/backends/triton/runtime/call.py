@@ -90,6 +90,10 @@ class Call:
                 self.capture.replay()
                 return self.buffers.result()
 
+    def bytes(self) -> int:
+        """What buffers and memory take."""
+        return self.buffers.bytes() + self.memory.memory.nbytes
+
     def run(self) -> None:
         """The program over the static buffers."""
         self.executor.run(self.chunk)
