@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, overload
 
@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from ..algorithms.goal import Mode
 from ..graph import losses
 from ..graph.model import Adapts
+from ..graph.structure import Data
 from ..lower.plan import Result
 from . import autograd, checks, compiled
 from .adapted import Adapted
@@ -174,7 +175,7 @@ class MAML(nn.Module):
 
     # ---- the public calls ----------------------------------------------------------------------
 
-    def meta_loss(self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean") -> Tensor:
+    def meta_loss(self, x_s: Data, y_s: Data, x_q: Data, y_q: Data, reduction: str = "mean") -> Tensor:
         """Query loss after adaptation, L = mean_t L_q(θ_K); its gradient is exact.
 
         Args:
@@ -184,21 +185,23 @@ class MAML(nn.Module):
         Returns:
             The loss, differentiable once w.r.t. parameters, learnable rates, `x_s` and `x_q`.
         """
-        call = compiled.meta_loss if compiled.traced() else autograd.meta_loss
+        call: Callable[..., Tensor] = autograd.meta_loss
+        if compiled.traced():
+            call = compiled.within(compiled.meta_loss, call, x_s, y_s, x_q, y_q)
         return call(self._preparer, x_s, y_s, x_q, y_q, checks.reduction(reduction))
 
     @overload
     def backward(
-        self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean", outputs: Literal[False] = ...
+        self, x_s: Data, y_s: Data, x_q: Data, y_q: Data, reduction: str = "mean", outputs: Literal[False] = ...
     ) -> Tensor: ...
 
     @overload
     def backward(
-        self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean", *, outputs: Literal[True]
+        self, x_s: Data, y_s: Data, x_q: Data, y_q: Data, reduction: str = "mean", *, outputs: Literal[True]
     ) -> tuple[Tensor, Any]: ...
 
     def backward(
-        self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean", outputs: bool = False
+        self, x_s: Data, y_s: Data, x_q: Data, y_q: Data, reduction: str = "mean", outputs: bool = False
     ) -> Tensor | tuple[Tensor, Any]:
         """Equal to `meta_loss(…).backward()`, without autograd's overhead.
 
@@ -224,7 +227,7 @@ class MAML(nn.Module):
         tensors = prepared.tensors
         leaves = tensors.leaves()
         tensors.weights = self._preparer.weights(prepared.call.plan, reduction)
-        if any(v.grad_fn is not None for v in (*tensors.rates, x_s, x_q)):  # a module's parameters are leaves
+        if any(v.grad_fn is not None for v in leaves[len(tensors.parameters) :]):  # a module's parameters are leaves
             with torch.enable_grad():
                 loss, result = autograd.loss_and_result(prepared)
                 loss.backward()
@@ -242,15 +245,17 @@ class MAML(nn.Module):
                     leaf.grad += gradient
         return _loss_of(result, outputs)
 
-    def forward(self, x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Any:
+    def forward(self, x_s: Data, y_s: Data, x_q: Data) -> Any:
         """Query outputs after adaptation, (T, Nq, *out), differentiable once like `meta_loss`.
 
         A model that returns several tensors (in a tuple, list, mapping or dataclass) gives such a structure of theirs.
         """
-        call = compiled.query_outputs if compiled.traced() else autograd.query_outputs
+        call: Callable[..., Any] = autograd.query_outputs
+        if compiled.traced():
+            call = compiled.within(compiled.query_outputs, call, x_s, y_s, x_q)
         return call(self._preparer, x_s, y_s, x_q)
 
-    def adapt(self, x_s: Tensor, y_s: Tensor) -> Adapted:
+    def adapt(self, x_s: Data, y_s: Data) -> Adapted:
         """Per-task parameters θ_K, without a graph."""
         if torch.compiler.is_compiling():
             return compiled.outside(self.adapt, x_s, y_s)
@@ -259,7 +264,7 @@ class MAML(nn.Module):
         names = self._preparer.model.names
         return Adapted(self._preparer, dict(zip(names, result.adapted, strict=True)))
 
-    def explain(self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor | None = None, level: str = "backend") -> str:
+    def explain(self, x_s: Data, y_s: Data, x_q: Data, y_q: Data | None = None, level: str = "backend") -> str:
         """Which backend runs this meta-batch, why the others do not, and which variant Triton's would be and why.
 
         Args:
@@ -277,10 +282,10 @@ class MAML(nn.Module):
     def _prepare(
         self,
         mode: Mode,
-        x_s: Tensor | None,
-        y_s: Tensor | None,
-        x_q: Tensor | None = None,
-        y_q: Tensor | None = None,
+        x_s: Data | None,
+        y_s: Data | None,
+        x_q: Data | None = None,
+        y_q: Data | None = None,
     ) -> Prepared:
         return self._preparer.prepare(mode, x_s, y_s, x_q, y_q)
 

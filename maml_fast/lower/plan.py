@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..algorithms import maml
 from ..algorithms.goal import Inner, Mode, Needs
 from ..algorithms.program import Program
+from ..graph import structure
 from ..graph.graph import Graph
 from ..graph.lazy import cached_property
 from ..graph.model import Model
@@ -19,6 +20,7 @@ from ..graph.objective import Objective
 from ..graph.trace import trace
 from .channels_last import channels_last
 from .fusion import fuse
+from .inputs import why_not_one
 
 # Ops whose tape holds a value and its delta; those of the others hold up to two more buffers.
 _PLAIN = frozenset(("linear", "conv", "reshape", "transpose", "pad", "affine", "add", "cat", "avg_pool", "upsample"))
@@ -46,9 +48,9 @@ class Plan:
 
     Attributes:
         tasks: T. support, query: samples a task (0 where the mode has none).
-        in_shape: shape of one sample.
-        target: shape and dtype of one sample's target, where the mode has any.
-        dtype: of the parameters. in_dtype: of the inputs, which may be indices.
+        data: one task's `"x_s"`, `"y_s"`, `"x_q"`, `"y_q"`, those that the mode has: stand-ins (N, *shape) without
+            numbers in the person's structure.
+        dtype: of the parameters.
         tape_bytes: how much memory a thread may spend on saved activations.
         threads: of the C++ core; None for PyTorch's number.
         precision: the least that a backend may compute products with: `"float32"`, `"tf32"` or `"bf16"`.
@@ -63,10 +65,8 @@ class Plan:
     tasks: int
     support: int
     query: int
-    in_shape: tuple[int, ...]
-    target: tuple[tuple[int, ...], torch.dtype] | None
+    data: Mapping[str, Any]
     dtype: torch.dtype
-    in_dtype: torch.dtype
     device: torch.device
     tape_bytes: int = 1 << 28
     threads: int | None = None
@@ -92,10 +92,17 @@ class Plan:
         return self.model.adapts
 
     @cached_property
+    def in_shape(self) -> tuple[int, ...]:
+        """Shape of one sample, where a sample is one tensor."""
+        return tuple(structure.first(self.data.get("x_s", self.data.get("x_q"))).shape[1:])
+
+    @cached_property
     def trace(self) -> tuple[Graph | None, list[str]]:
         """The model's graph, or the reasons why it has none."""
+        if reasons := why_not_one(self.data, self.dtype, self.inner.loss.name == "custom"):
+            return None, reasons
         samples = [n for n in (self.support, self.query) if n]
-        return trace(self.model, samples, self.in_shape, self.in_dtype, self.needs.x_s or self.needs.x_q)
+        return trace(self.model, samples, self.in_shape, self.dtype, self.needs.x_s or self.needs.x_q)
 
     @cached_property
     def kernel_graph(self) -> Graph | None:
@@ -145,6 +152,7 @@ class Tensors:
 
     Attributes:
         parameters: the model's parameters θ_0, in `Model.names` order.
+        x_s, y_s, x_q, y_q: (T, N, *shape), or tuples, lists and mappings of such tensors.
         rates: the learning-rate tensors, in `Rates` order.
         weights: (T,) weight of each task's loss in the meta-objective.
         cotangent: dL/d(query outputs), (T, Nq, *out).
@@ -157,10 +165,10 @@ class Tensors:
 
     parameters: Sequence[Tensor]
     rates: Sequence[Tensor] = ()
-    x_s: Tensor | None = None
-    y_s: Tensor | None = None
-    x_q: Tensor | None = None
-    y_q: Tensor | None = None
+    x_s: Any = None
+    y_s: Any = None
+    x_q: Any = None
+    y_q: Any = None
     weights: Tensor | None = None
     cotangent: Tensor | None = None
     cotangents: Sequence[Tensor | None] = ()
@@ -170,8 +178,10 @@ class Tensors:
 
     def leaves(self) -> list[Tensor]:
         """What a meta-gradient is taken with respect to, in the order of `Result.gradients`."""
-        assert self.x_s is not None and self.x_q is not None
-        return [*self.parameters, *self.rates, *self.learned, self.x_s, self.x_q]
+        if isinstance(self.x_s, Tensor) and isinstance(self.x_q, Tensor):
+            return [*self.parameters, *self.rates, *self.learned, self.x_s, self.x_q]
+        inputs = [*structure.tensors(self.x_s), *structure.tensors(self.x_q)]
+        return [*self.parameters, *self.rates, *self.learned, *inputs]
 
 
 @dataclass
@@ -181,6 +191,7 @@ class Result:
     Attributes:
         losses: (T,) query losses. objective: Σ_t w_t L_t.
         outputs: (T, Nq, *out), or a structure of such tensors where the model returns one.
+        x_s, x_q: a list of one for each tensor where inputs are several.
         pull: from the weights, or one cotangent for each output, and whether it may be asked again, to the gradients.
     """
 
@@ -191,10 +202,12 @@ class Result:
     parameters: list[Tensor | None] = field(default_factory=list)
     rates: list[Tensor | None] = field(default_factory=list)
     learned: list[Tensor | None] = field(default_factory=list)
-    x_s: Tensor | None = None
-    x_q: Tensor | None = None
+    x_s: Any = None
+    x_q: Any = None
     pull: Callable[[Sequence[Tensor | None], bool], Result] | None = None
 
     def gradients(self) -> list[Tensor | None]:
         """In the order of `Tensors.leaves`."""
-        return [*self.parameters, *self.rates, *self.learned, self.x_s, self.x_q]
+        x_s = self.x_s if isinstance(self.x_s, list) else (self.x_s,)
+        x_q = self.x_q if isinstance(self.x_q, list) else (self.x_q,)
+        return [*self.parameters, *self.rates, *self.learned, *x_s, *x_q]
