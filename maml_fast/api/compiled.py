@@ -67,7 +67,7 @@ def within(operator: Callable[..., Any], call: Callable[..., Any], *batch: Any) 
     """
     if is_plain(batch):
         return operator
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         raise RuntimeError(
             "maml_fast: inputs or targets of several tensors cannot be recorded (make_fx, torch.export); pass one each"
         )
