@@ -28,7 +28,7 @@ class MAML(nn.Module):
     meta-objective is the mean over tasks of L_q(θ_K) on its query set.
 
     Args:
-        model: any `nn.Module` from one batch (N, *in) to one batch (N, *out).
+        model: any `nn.Module` from one batch (N, *in), or several tensors of it, to one batch (N, *out).
         lr: α. A number, a (learnable) scalar tensor, or a mapping from parameter name to a number
             or a tensor that is a scalar or has the parameter's shape, which is copied. An `nn.Parameter`
             is registered, so that `parameters()` yields it.
@@ -59,8 +59,11 @@ class MAML(nn.Module):
             numbers and uses the next backend that agrees. `"always"` does so in every call, `"never"` not at all.
 
     Shapes: `x_s (T, Ns, *in)`, `y_s (T, Ns)` int64 labels or `(T, Ns, *out)` targets; `x_q`, `y_q`
-    likewise with Nq. Inputs have the parameters' dtype (float32 or float64) and device; a model with an
-    `nn.Embedding` may also take int64 or int32 indices.
+    likewise with Nq. Inputs have the parameters' device, and their dtype or one of whole numbers or booleans that the
+    model takes. Inputs and targets may be several tensors, all with leading (T, N): of a tuple or list the model is
+    called as `model(*x)`, of a mapping as `model(**x)`; a loss of one's own is called as `loss(outputs, y)` with one
+    task's y in the structure that was given. Samples of the query set may have another shape than those of the support
+    set. The fused backends run one tensor of the parameters' dtype and one shape of samples, the others any.
 
     `lr`, `steps` and every other argument after `model` but `adapts` may be assigned later: `maml.steps = 10`.
 
@@ -183,7 +186,7 @@ class MAML(nn.Module):
             reduction: `"mean"` or `"sum"` over tasks (scalar), or `"none"` (T,).
 
         Returns:
-            The loss, differentiable once w.r.t. parameters, learnable rates, `x_s` and `x_q`.
+            The loss, differentiable once w.r.t. parameters, learnable rates, and the tensors of `x_s` and `x_q`.
         """
         call: Callable[..., Tensor] = autograd.meta_loss
         if compiled.traced():
