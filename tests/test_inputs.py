@@ -136,7 +136,7 @@ KINDS = {
     ),
     "one of a tuple": Kind(
         lambda: nn.Linear(4, 3), lambda: ((normal(SUPPORT, 4),), whole(SUPPORT), (normal(QUERY, 4),), whole(QUERY)),
-        why=("x_s is a sequence of 1 tensors",),
+        why=("x_s is a sequence of 1 tensor;",),
     ),
     "tokens and mask": Kind(
         Text, lambda: (text(SUPPORT, 5), whole(SUPPORT), text(QUERY, 5), whole(QUERY)),

@@ -51,4 +51,4 @@ def differing_shapes(data: Mapping[str, Any], support: str, query: str) -> list[
 
 def _described(value: Any) -> str:
     kind = "mapping" if isinstance(value, Mapping) else "sequence"
-    return f"a {kind} of {len(value)} tensors"
+    return f"a {kind} of {len(value)} tensor{'s' * (len(value) != 1)}"
