@@ -690,3 +690,41 @@ def test_export_is_refused() -> None:
     for strict in (False, True):
         with pytest.raises(Exception, match=r"recorded|disable|graph break"):
             torch.export.export(Outer(), tuple(v.detach() for v in x_s), strict=strict)
+
+
+# ---- beside other features ------------------------------------------------------------------------------
+
+
+class Learned(nn.Module):
+    """A loss of several targets with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+    def forward(self, outputs: Tensor, y: Mapping[str, Tensor]) -> Tensor:
+        return of_mapping(outputs * self.scale, y)
+
+
+@pytest.mark.parametrize("backend", ["vmap", "reference"])
+def test_a_loss_that_learns(backend: str) -> None:
+    kind = KINDS["targets by name"]
+    model, batch = made(kind)
+    loss, lr = Learned(), nn.Parameter(torch.tensor(LR, dtype=torch.float64))
+    leaves = [*leaves_of(model, batch), loss.scale]
+    wanted = slopes(by_hand(kind._replace(function=loss), model, batch, False)[0].mean(), leaves)
+    found = torch.autograd.grad(mf.MAML(model, lr, steps=STEPS, loss=loss, backend=backend).meta_loss(*batch), leaves)
+    close(found, wanted)
+
+
+@each_backend
+def test_tensors_of_inference_mode(backend: str) -> None:
+    kind = KINDS["tokens and mask"]
+    model, batch = made(kind)
+    maml = maml_of(kind, model, backend=backend)
+    with torch.inference_mode():
+        copies = [structure.mapped(data, lambda v: v.detach().clone()) for data in batch]
+        inside = [maml.meta_loss(*copies), maml.backward(*copies), maml.adapt(*copies[:2])(copies[2])]
+    losses, outputs, _ = by_hand(kind, model, batch, False)
+    close(inside, [losses.mean().detach(), losses.mean().detach(), outputs.detach()])
+    close([maml.meta_loss(*copies)], [losses.mean()])
