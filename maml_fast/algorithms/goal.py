@@ -41,6 +41,7 @@ class Needs:
     """Which gradients a call must return, and whether it returns the query outputs beside them.
 
     Attributes:
+        x_s, x_q: whether any of inputs is among them. x_s_each, x_q_each: which, where there are several.
         learned: those of the loss's own parameters.
     """
 
@@ -50,6 +51,8 @@ class Needs:
     x_q: bool
     learned: tuple[bool, ...] = ()
     outputs: bool = False
+    x_s_each: tuple[bool, ...] = ()
+    x_q_each: tuple[bool, ...] = ()
 
 
 class Goal(Protocol):

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..algorithms.goal import Mode
+from ..graph import structure
 from ..graph.model import Model
+from ..graph.structure import Data
 from . import checks, compiled
 from .prepare import Preparer
 
@@ -27,11 +29,11 @@ class Adapted:
         """Name -> (T, *shape), without a graph; read-only, but the tensors may be written in place."""
         return MappingProxyType(self._parameters)
 
-    def __call__(self, x: Tensor) -> Any:
+    def __call__(self, x: Data) -> Any:
         """Outputs of each task's parameters on that task's inputs.
 
         Args:
-            x: (T, N, *in), the model's dtype (or indices, where it embeds them) and device.
+            x: (T, N, *in), or several such tensors, as the support inputs were (see `MAML`).
 
         Returns:
             (T, N, *out), without a graph; a structure of such tensors where the model returns one.
@@ -43,12 +45,13 @@ class Adapted:
         if torch.compiler.is_compiling():
             return compiled.outside(self, x)
         first = next(iter(self._parameters.values()))
-        checks.inputs("x", x, first.dtype, first.device, self._preparer.model.takes_indices)
-        if x.shape[0] != first.shape[0]:
-            raise ValueError(f"x: expected {first.shape[0]} tasks, got {x.shape[0]}")
+        checks.inputs("x", x, first.dtype, first.device)
+        tasks = structure.first(x).shape[0]
+        if tasks != first.shape[0]:
+            raise ValueError(f"x: expected {first.shape[0]} tasks, got {tasks}")
         with torch.no_grad():
             prepared = self._preparer.prepare(Mode.APPLY, None, None, x)
-            prepared.tensors.adapted = self._values_for(prepared.call.plan.model, x.shape[0])
+            prepared.tensors.adapted = self._values_for(prepared.call.plan.model, tasks)
             return prepared.run().outputs
 
     def _values_for(self, model: Model, tasks: int) -> list[Tensor]:

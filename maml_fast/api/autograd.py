@@ -16,13 +16,14 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from ..algorithms.goal import Mode
 from ..graph import structure
+from ..graph.structure import Data
 from ..lower.plan import Result
 from .once import first_derivative_only
 from .prepare import Prepared, Preparer
 from .reductions import reduced
 
 
-def meta_loss(preparer: Preparer, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str) -> Tensor:
+def meta_loss(preparer: Preparer, x_s: Data, y_s: Data, x_q: Data, y_q: Data, reduction: str) -> Tensor:
     """The reduced query loss; see `MAML.meta_loss`."""
     if torch.is_grad_enabled():
         prepared = preparer.prepare(Mode.META_GRADIENT, x_s, y_s, x_q, y_q)
@@ -42,7 +43,7 @@ def loss_and_result(prepared: Prepared) -> tuple[Tensor, Result]:
     return _ReducedLoss.apply(prepared, results, *prepared.tensors.leaves()), results[0]
 
 
-def query_outputs(preparer: Preparer, x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Any:
+def query_outputs(preparer: Preparer, x_s: Data, y_s: Data, x_q: Data) -> Any:
     """The query outputs; see `MAML.forward`."""
     if torch.is_grad_enabled():
         prepared = preparer.prepare(Mode.PULLBACK, x_s, y_s, x_q)
@@ -151,7 +152,7 @@ class Reads:
         self._module = module
         self._buffers = {name: module.get_buffer(name) for name in names}
         t = prepared.tensors
-        self._given = [v for v in (*t.leaves(), t.y_s, t.y_q) if v is not None]
+        self._given = [*t.leaves(), *structure.tensors(t.y_s), *structure.tensors(t.y_q)]
 
     def tensors(self) -> list[Tensor]:
         """Those whose versions PyTorch counts."""

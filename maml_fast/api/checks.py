@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,41 +11,70 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from ..backends.cpu import MOST_THREADS
+from ..graph import structure
 from ..graph.losses import Loss
+from ..graph.structure import Data
 
 _PRECISIONS = ("float32", "tf32", "bf16")
-_INDICES = (torch.int64, torch.int32)
+_SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+_UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+_WHOLE = frozenset((torch.bool, *_SIGNED, *_UNSIGNED))
 
 
-def inputs(name: str, x: Any, dtype: torch.dtype, device: torch.device, indices: bool = False) -> Tensor:
-    """Check a batch of inputs (T, N, *in) with at least one task and one sample; `indices` allows whole numbers."""
-    _tensor(name, x)
-    if x.dtype != dtype and not (indices and x.dtype in _INDICES):
-        wanted = f"{dtype} like the model's parameters" + (", or int64 or int32 indices" if indices else "")
-        raise TypeError(f"{name}: expected {wanted}, got {x.dtype}")
-    _on(name, x, device)
-    if x.dim() < 2:
-        raise ValueError(f"{name}: expected shape (tasks, samples, *in), got {tuple(x.shape)}")
-    if 0 in x.shape:
-        raise ValueError(f"{name}: expected at least one task and one sample, got shape {tuple(x.shape)}")
-    return x
+def inputs(name: str, x: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Check inputs (T, N, *in), one tensor or several, with at least one task and one sample.
+
+    A floating-point tensor has the parameters' dtype; whole numbers and booleans may have any.
+    """
+    if isinstance(x, Mapping) and (odd := [key for key in x if not isinstance(key, str)]):
+        raise TypeError(f"{name}: expected names of forward's arguments as keys, got {odd[0]!r}")
+    leaves = _several(name, x)
+    for leaf, value in leaves:
+        _tensor(leaf, value)
+        if value.dtype != dtype and value.dtype not in _WHOLE:
+            raise TypeError(f"{leaf}: expected {dtype} like the model's parameters, got {value.dtype}")
+        _on(leaf, value, device)
+        if value.dim() < 2:
+            raise ValueError(f"{leaf}: expected shape (tasks, samples, *in), got {tuple(value.shape)}")
+        if 0 in value.shape:
+            raise ValueError(f"{leaf}: expected at least one task and one sample, got shape {tuple(value.shape)}")
+        _leading(leaf, value, *leaves[0])
 
 
-def targets(name: str, y: Any, of: str, x: Tensor, loss: Loss, dtype: torch.dtype) -> Tensor:
-    """Check targets: labels (T, N) int64 or values (T, N, *out) of the model's dtype."""
-    _tensor(name, y)
-    if loss.takes_labels and y.dtype != torch.int64:
-        raise TypeError(f"{name}: expected int64 class labels for {loss.name}, got {y.dtype}")
-    if not loss.takes_labels and loss.name != "custom" and y.dtype != dtype:
-        raise TypeError(f"{name}: expected {dtype} targets for {loss.name}, got {y.dtype}")
-    _on(name, y, x.device)
-    if tuple(y.shape[:2]) != tuple(x.shape[:2]):
-        raise ValueError(
-            f"{name}: expected leading shape {tuple(x.shape[:2])} (tasks, samples) like {of}, got {tuple(y.shape)}"
+def targets(name: str, y: Any, of: str, x: Data, loss: Loss, dtype: torch.dtype) -> None:
+    """Check targets: labels (T, N) int64 or values (T, N, *out) of the model's dtype; for one's own loss any."""
+    if isinstance(y, Mapping | list | tuple) and loss.takes_first:
+        raise TypeError(
+            f"{name}: expected a torch.Tensor, got {type(y).__name__}: only a loss of one's own takes several"
         )
-    if y.requires_grad:
-        raise ValueError(f"{name}: expected targets without requires_grad; gradients w.r.t. targets are not computed")
-    return y
+    inputs_name, first = structure.named(of, x)[0]
+    for leaf, value in _several(name, y):
+        _tensor(leaf, value)
+        if loss.takes_labels and value.dtype != torch.int64:
+            raise TypeError(f"{leaf}: expected int64 class labels for {loss.name}, got {value.dtype}")
+        if not loss.takes_labels and loss.name != "custom" and value.dtype != dtype:
+            raise TypeError(f"{leaf}: expected {dtype} targets for {loss.name}, got {value.dtype}")
+        _on(leaf, value, first.device)
+        _leading(leaf, value, inputs_name, first)
+        if value.requires_grad:
+            raise ValueError(
+                f"{leaf}: expected targets without requires_grad; gradients w.r.t. targets are not computed"
+            )
+
+
+def _several(name: str, data: Any) -> list[tuple[str, Any]]:
+    leaves = structure.named(name, data)
+    if not leaves:
+        raise ValueError(f"{name}: expected at least one tensor, got an empty {type(data).__name__}")
+    return leaves
+
+
+def _leading(name: str, value: Tensor, like: str, first: Tensor) -> None:
+    if tuple(value.shape[:2]) != tuple(first.shape[:2]):
+        raise ValueError(
+            f"{name}: expected leading shape {tuple(first.shape[:2])} (tasks, samples) like {like}, "
+            f"got {tuple(value.shape)}"
+        )
 
 
 def target_shape(name: str, y: Tensor, out_shape: tuple[int, ...], loss: Loss) -> None:
@@ -56,7 +85,7 @@ def target_shape(name: str, y: Tensor, out_shape: tuple[int, ...], loss: Loss) -
         raise ValueError(f"{name}: expected shape {wanted} for outputs of shape {out_shape}, got {tuple(y.shape)}")
 
 
-def all_labels_in_range(classes: int, **targets: Tensor | None) -> None:
+def all_labels_in_range(classes: int, **targets: Any) -> None:
     """Raise ValueError unless every label is in [0, classes)."""
     for name, y in targets.items():
         if y is not None:
@@ -65,15 +94,28 @@ def all_labels_in_range(classes: int, **targets: Tensor | None) -> None:
                 raise ValueError(f"{name}: expected labels in [0, {classes}), got {int(low)}..{int(high)}")
 
 
-def same_tasks(x_s: Tensor, x_q: Tensor) -> None:
-    """Raise ValueError unless support and query agree in everything but the number of samples."""
-    if x_s.shape[0] != x_q.shape[0] or x_s.shape[2:] != x_q.shape[2:]:
-        raise ValueError(
-            "x_q: expected the tasks and the sample shape of x_s "
-            f"{(x_s.shape[0], '*', *x_s.shape[2:])}, got {tuple(x_q.shape)}"
-        )
-    if x_s.dtype != x_q.dtype:
-        raise TypeError(f"x_q: expected {x_s.dtype} like x_s, got {x_q.dtype}")
+def same_tasks(x_s: Data, x_q: Data) -> None:
+    """Raise unless support and query agree in structure, types and tasks."""
+    same_structure("x_q", x_q, "x_s", x_s)
+    query = structure.items(x_q)
+    for place, support in structure.items(x_s).items():
+        name, value = f"x_q{place}", query[place]
+        if support.shape[0] != value.shape[0]:
+            raise ValueError(
+                f"{name}: expected the tasks of x_s, {(support.shape[0], '*', '*')}, got {tuple(value.shape)}"
+            )
+        if support.dtype != value.dtype:
+            raise TypeError(f"{name}: expected {support.dtype} like x_s{place}, got {value.dtype}")
+
+
+def same_structure(name: str, value: Data, like: str, other: Data) -> None:
+    """Raise unless two batches are one tensor each, or as many under the same names."""
+    got, expected = structure.items(value), structure.items(other)
+    if type(value) is not type(other) and not (isinstance(value, Tensor) and isinstance(other, Tensor)):
+        raise TypeError(f"{name}: expected a {type(other).__name__} like {like}, got a {type(value).__name__}")
+    if got.keys() != expected.keys():
+        kind, wanted, found = type(value).__name__, ", ".join(expected), ", ".join(got)
+        raise ValueError(f"{name}: expected a {kind} of {wanted} like {like}, got one of {found}")
 
 
 def transformed() -> bool:

@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 
 from ..algorithms.goal import Mode
 from ..lower.plan import Result
+from .batch import is_plain
 from .once import first_derivative_only
 from .prepare import Prepared, Preparer, StandIns
 from .reductions import reduced
@@ -56,6 +57,21 @@ def traced() -> bool:
 def outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call the function between graphs: `torch.compile` ends one before it, and raises where it must not."""
     return function(*args, **kwargs)
+
+
+def within(operator: Callable[..., Any], call: Callable[..., Any], *batch: Any) -> Callable[..., Any]:
+    """What takes the batch into a graph: the operator, or for several tensors the ordinary call between graphs.
+
+    Raises:
+        RuntimeError: there is no graph of `torch.compile` to end, but a recording that would hold a constant.
+    """
+    if is_plain(batch):
+        return operator
+    if not torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(
+            "maml_fast: inputs or targets of several tensors cannot be recorded (make_fx, torch.export); pass one each"
+        )
+    return functools.partial(outside, call)
 
 
 def meta_loss(preparer: Preparer, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, overload
 
@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from ..algorithms.goal import Mode
 from ..graph import losses
 from ..graph.model import Adapts
+from ..graph.structure import Data
 from ..lower.plan import Result
 from . import autograd, checks, compiled
 from .adapted import Adapted
@@ -27,7 +28,7 @@ class MAML(nn.Module):
     meta-objective is the mean over tasks of L_q(θ_K) on its query set.
 
     Args:
-        model: any `nn.Module` from one batch (N, *in) to one batch (N, *out).
+        model: any `nn.Module` from one batch (N, *in), or several tensors of it, to one batch (N, *out).
         lr: α. A number, a (learnable) scalar tensor, or a mapping from parameter name to a number
             or a tensor that is a scalar or has the parameter's shape, which is copied. An `nn.Parameter`
             is registered, so that `parameters()` yields it.
@@ -58,8 +59,11 @@ class MAML(nn.Module):
             numbers and uses the next backend that agrees. `"always"` does so in every call, `"never"` not at all.
 
     Shapes: `x_s (T, Ns, *in)`, `y_s (T, Ns)` int64 labels or `(T, Ns, *out)` targets; `x_q`, `y_q`
-    likewise with Nq. Inputs have the parameters' dtype (float32 or float64) and device; a model with an
-    `nn.Embedding` may also take int64 or int32 indices.
+    likewise with Nq. Inputs have the parameters' device, and their dtype or one of whole numbers or booleans that the
+    model takes. Inputs and targets may be several tensors, all with leading (T, N): of a tuple or list the model is
+    called as `model(*x)`, of a mapping as `model(**x)`; a loss of one's own is called as `loss(outputs, y)` with one
+    task's y in the structure that was given. Samples of the query set may have another shape than those of the support
+    set. The fused backends run one tensor of the parameters' dtype and one shape of samples, the others any.
 
     `lr`, `steps` and every other argument after `model` but `adapts` may be assigned later: `maml.steps = 10`.
 
@@ -174,7 +178,7 @@ class MAML(nn.Module):
 
     # ---- the public calls ----------------------------------------------------------------------
 
-    def meta_loss(self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean") -> Tensor:
+    def meta_loss(self, x_s: Data, y_s: Data, x_q: Data, y_q: Data, reduction: str = "mean") -> Tensor:
         """Query loss after adaptation, L = mean_t L_q(θ_K); its gradient is exact.
 
         Args:
@@ -182,23 +186,25 @@ class MAML(nn.Module):
             reduction: `"mean"` or `"sum"` over tasks (scalar), or `"none"` (T,).
 
         Returns:
-            The loss, differentiable once w.r.t. parameters, learnable rates, `x_s` and `x_q`.
+            The loss, differentiable once w.r.t. parameters, learnable rates, and the tensors of `x_s` and `x_q`.
         """
-        call = compiled.meta_loss if compiled.traced() else autograd.meta_loss
+        call: Callable[..., Tensor] = autograd.meta_loss
+        if compiled.traced():
+            call = compiled.within(compiled.meta_loss, call, x_s, y_s, x_q, y_q)
         return call(self._preparer, x_s, y_s, x_q, y_q, checks.reduction(reduction))
 
     @overload
     def backward(
-        self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean", outputs: Literal[False] = ...
+        self, x_s: Data, y_s: Data, x_q: Data, y_q: Data, reduction: str = "mean", outputs: Literal[False] = ...
     ) -> Tensor: ...
 
     @overload
     def backward(
-        self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean", *, outputs: Literal[True]
+        self, x_s: Data, y_s: Data, x_q: Data, y_q: Data, reduction: str = "mean", *, outputs: Literal[True]
     ) -> tuple[Tensor, Any]: ...
 
     def backward(
-        self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, reduction: str = "mean", outputs: bool = False
+        self, x_s: Data, y_s: Data, x_q: Data, y_q: Data, reduction: str = "mean", outputs: bool = False
     ) -> Tensor | tuple[Tensor, Any]:
         """Equal to `meta_loss(…).backward()`, without autograd's overhead.
 
@@ -224,7 +230,7 @@ class MAML(nn.Module):
         tensors = prepared.tensors
         leaves = tensors.leaves()
         tensors.weights = self._preparer.weights(prepared.call.plan, reduction)
-        if any(v.grad_fn is not None for v in (*tensors.rates, x_s, x_q)):  # a module's parameters are leaves
+        if any(v.grad_fn is not None for v in leaves[len(tensors.parameters) :]):  # a module's parameters are leaves
             with torch.enable_grad():
                 loss, result = autograd.loss_and_result(prepared)
                 loss.backward()
@@ -242,15 +248,17 @@ class MAML(nn.Module):
                     leaf.grad += gradient
         return _loss_of(result, outputs)
 
-    def forward(self, x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Any:
+    def forward(self, x_s: Data, y_s: Data, x_q: Data) -> Any:
         """Query outputs after adaptation, (T, Nq, *out), differentiable once like `meta_loss`.
 
         A model that returns several tensors (in a tuple, list, mapping or dataclass) gives such a structure of theirs.
         """
-        call = compiled.query_outputs if compiled.traced() else autograd.query_outputs
+        call: Callable[..., Any] = autograd.query_outputs
+        if compiled.traced():
+            call = compiled.within(compiled.query_outputs, call, x_s, y_s, x_q)
         return call(self._preparer, x_s, y_s, x_q)
 
-    def adapt(self, x_s: Tensor, y_s: Tensor) -> Adapted:
+    def adapt(self, x_s: Data, y_s: Data) -> Adapted:
         """Per-task parameters θ_K, without a graph."""
         if torch.compiler.is_compiling():
             return compiled.outside(self.adapt, x_s, y_s)
@@ -259,7 +267,7 @@ class MAML(nn.Module):
         names = self._preparer.model.names
         return Adapted(self._preparer, dict(zip(names, result.adapted, strict=True)))
 
-    def explain(self, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor | None = None, level: str = "backend") -> str:
+    def explain(self, x_s: Data, y_s: Data, x_q: Data, y_q: Data | None = None, level: str = "backend") -> str:
         """Which backend runs this meta-batch, why the others do not, and which variant Triton's would be and why.
 
         Args:
@@ -277,10 +285,10 @@ class MAML(nn.Module):
     def _prepare(
         self,
         mode: Mode,
-        x_s: Tensor | None,
-        y_s: Tensor | None,
-        x_q: Tensor | None = None,
-        y_q: Tensor | None = None,
+        x_s: Data | None,
+        y_s: Data | None,
+        x_q: Data | None = None,
+        y_q: Data | None = None,
     ) -> Prepared:
         return self._preparer.prepare(mode, x_s, y_s, x_q, y_q)
 

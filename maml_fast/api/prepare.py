@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -13,15 +13,17 @@ from torch.nn.parameter import is_lazy
 
 from ..algorithms.goal import Inner, Mode, Needs
 from ..backends import dispatch, verbose
-from ..graph import losses
+from ..graph import losses, structure
 from ..graph.conditions import check_storage
 from ..graph.errors import warn
 from ..graph.model import Adapts, Model
 from ..graph.objective import Objective, Point
-from ..graph.probe import probe
 from ..graph.snapshot import common_device, common_dtype
 from ..graph.stand_ins import lock, refuse_nested
-from ..lower.plan import Plan, Rates, Result, Target, Tensors
+from ..graph.structure import Data
+from ..lower.inputs import stand_in
+from ..lower.plan import Plan, Rates, Result, Tensors
+from . import batch as batches
 from . import checks, reach
 from .rates import LearningRates, RateLike
 from .selfcheck import SelfCheck, when
@@ -219,10 +221,10 @@ class Preparer:
     def prepare(
         self,
         mode: Mode,
-        x_s: Tensor | None,
-        y_s: Tensor | None,
-        x_q: Tensor | None = None,
-        y_q: Tensor | None = None,
+        x_s: Data | None,
+        y_s: Data | None,
+        x_q: Data | None = None,
+        y_q: Data | None = None,
         outputs: bool = False,
         given: StandIns | None = None,
     ) -> Prepared:
@@ -235,14 +237,16 @@ class Preparer:
             given: takes the place of the parameters, rates and settings that there are.
         """
         parameters = self._current_parameters()
-        batch = (x_s, y_s, x_q, y_q)
+        batch: tuple[Any, Any, Any, Any] = (x_s, y_s, x_q, y_q)
         if checks.transformed():
-            checks.no_transform((*parameters, *self.rates.values, *self.objective.learned.parameters(), *batch))
+            given_tensors = batches.tensors(batch)
+            checks.no_transform((*parameters, *self.rates.values, *self.objective.learned.parameters(), *given_tensors))
         state, learnable = self.state, self.rates.learnable()
         if given is not None:
             parameters, state = given.parameters, given.state
             learnable = tuple([r.requires_grad for r in given.rates])
         first = parameters[0]
+        key: Any
         try:
             key = (
                 mode,
@@ -258,13 +262,19 @@ class Preparer:
         except AttributeError:
             key = None
         call = None if key is None else self._plans.get(key)
+        if call is None and not batches.is_plain(batch):
+            batch = x_s, y_s, x_q, y_q = batches.taken(*batch)
+            about = batches.key(batch)
+            key = (mode, state, about, first.dtype, first.device, self.model.guards.state, learnable, outputs)
+            call = None if about is None else self._plans.get(key)
         new = call is None
         start = perf_counter() if new else 0.0
         if call is None:
             settings, rate_shapes = self._now if given is None else self.settings_of(state)
             self._check_batch(mode, settings, *batch)
+            present = {n: v for n, v in zip(("x_s", "y_s", "x_q", "y_q"), batch, strict=True) if v is not None}
             with torch.inference_mode(False):  # what is made now is kept, and used outside
-                call = self._make_call(mode, settings, rate_shapes, learnable, outputs, *batch)
+                call = self._make_call(mode, settings, rate_shapes, learnable, outputs, present)
         call.used = True
         self._check_labels(call, y_s, y_q)
         if given is None:
@@ -332,18 +342,18 @@ class Preparer:
     def _check_batch(self, mode: Mode, settings: Settings, x_s: Any, y_s: Any, x_q: Any, y_q: Any) -> None:
         parameters = self.model.parameters()
         dtype, device, loss = common_dtype(parameters), common_device(parameters), settings.loss
-        indices = self.model.takes_indices
         if mode is not Mode.APPLY:
-            checks.inputs("x_s", x_s, dtype, device, indices)
+            checks.inputs("x_s", x_s, dtype, device)
             checks.targets("y_s", y_s, "x_s", x_s, loss, dtype)
         if mode is not Mode.ADAPT:
-            checks.inputs("x_q" if x_s is not None else "x", x_q, dtype, device, indices)
+            checks.inputs("x_q" if x_s is not None else "x", x_q, dtype, device)
         if x_s is not None and x_q is not None:
             checks.same_tasks(x_s, x_q)
         if mode in (Mode.LOSS, Mode.META_GRADIENT):
             checks.targets("y_q", y_q, "x_q", x_q, loss, dtype)
+            checks.same_structure("y_q", y_q, "y_s", y_s)
 
-    def _check_labels(self, call: Call, y_s: Tensor | None, y_q: Tensor | None) -> None:
+    def _check_labels(self, call: Call, y_s: Any, y_q: Any) -> None:
         """Fused kernels would index by labels; to PyTorch some of those out of range mean something."""
         classes = call.plan.classes
         if classes is not None and (call.plan.inner.loss.takes_labels or call.choice.backend.fused):
@@ -356,51 +366,30 @@ class Preparer:
         rates: Rates,
         learnable: tuple[bool, ...],
         outputs: bool,
-        x_s: Tensor | None,
-        y_s: Tensor | None,
-        x_q: Tensor | None,
-        y_q: Tensor | None,
+        batch: Mapping[str, Data],
     ) -> Call:
-        needs = Needs(
-            self.model.trainable,
-            learnable,
-            x_s is not None and x_s.requires_grad,
-            x_q is not None and x_q.requires_grad,
-            self.objective_of(settings.loss).learned.trainable,
-            outputs,
-        )
-        plan = self._make_plan(mode, settings, rates, needs, x_s, y_s, x_q, y_q)
-        self._look(plan, settings, x_s, y_s, x_q, y_q)
+        x_s, x_q = (tuple(v.requires_grad for v in structure.tensors(batch.get(name))) for name in ("x_s", "x_q"))
+        learned = self.objective_of(settings.loss).learned.trainable
+        needs = Needs(self.model.trainable, learnable, any(x_s), any(x_q), learned, outputs, x_s, x_q)
+        plan = self._make_plan(mode, settings, rates, needs, batch)
+        self._look(plan, settings, batch)
         choice = dispatch.choose(plan, settings.backend)
         if settings.backend == "auto" and not self._warned and not choice.backend.fused:
             dispatch.warn_of_fallback(choice)
             self._warned = True
         return Call(plan, choice)
 
-    def _look(
-        self,
-        plan: Plan,
-        settings: Settings,
-        x_s: Tensor | None,
-        y_s: Tensor | None,
-        x_q: Tensor | None,
-        y_q: Tensor | None,
-    ) -> None:
+    def _look(self, plan: Plan, settings: Settings, batch: Mapping[str, Data]) -> None:
         """Refuse what no backend could do, and what would be computed but not learned; keep what `explain` says."""
-        for name, tensor in (("x_s", x_s), ("y_s", y_s), ("x_q", x_q), ("y_q", y_q)):
-            if tensor is not None:
-                check_storage(name, tensor)
-        x, y = (x_s, y_s) if x_s is not None else (x_q, y_q)
-        assert x is not None
-        targets = {name: t for name, t in (("y_s", y_s), ("y_q", y_q)) if t is not None}
+        for name, data in batch.items():
+            for leaf, tensor in structure.named(name, data):
+                check_storage(leaf, tensor)
         if plan.out_shape is not None:
-            for name, t in targets.items():
-                checks.target_shape(name, t, plan.out_shape, settings.loss)
+            for name in [name for name in ("y_s", "y_q") if name in batch]:
+                checks.target_shape(name, structure.first(batch[name]), plan.out_shape, settings.loss)
         if plan.inner.loss.takes_labels and plan.classes is not None:
-            checks.all_labels_in_range(plan.classes, y_s=y_s, y_q=y_q)
-        found = probe(plan.objective, x[0], None if y is None else y[0])
-        if plan.out_shape is None:
-            reach.check_targets(found, targets, x.shape[1], settings.loss)
+            checks.all_labels_in_range(plan.classes, y_s=batch.get("y_s"), y_q=batch.get("y_q"))
+        found = reach.look(plan, batch)
         reach.check(plan, found, settings.allow_unused)
         plan.state["notes"] = reach.notes(found)
         if (said := reach.stale(found)) and said not in self._said:
@@ -413,19 +402,9 @@ class Preparer:
             self._objectives[loss] = Objective(self.model, loss)
         return self._objectives[loss]
 
-    def _make_plan(
-        self,
-        mode: Mode,
-        settings: Settings,
-        rates: Rates,
-        needs: Needs,
-        x_s: Tensor | None,
-        y_s: Tensor | None,
-        x_q: Tensor | None,
-        y_q: Tensor | None,
-    ) -> Plan:
-        x = x_s if x_s is not None else x_q
-        assert x is not None
+    def _make_plan(self, mode: Mode, settings: Settings, rates: Rates, needs: Needs, batch: Mapping[str, Data]) -> Plan:
+        x_s, x_q = (structure.tensors(batch.get(name)) for name in ("x_s", "x_q"))
+        x = (x_s or x_q)[0]
         return Plan(
             mode=mode,
             model=self.model,
@@ -434,18 +413,12 @@ class Preparer:
             rates=rates,
             needs=needs,
             tasks=x.shape[0],
-            support=0 if x_s is None else x_s.shape[1],
-            query=0 if x_q is None else x_q.shape[1],
-            in_shape=tuple(x.shape[2:]),
-            targets=(_target(y_s), _target(y_q)),
+            support=x_s[0].shape[1] if x_s else 0,
+            query=x_q[0].shape[1] if x_q else 0,
+            data={name: structure.mapped(value, stand_in) for name, value in batch.items()},
             dtype=common_dtype(self.model.parameters()),
-            in_dtype=x.dtype,
             device=x.device,
             tape_bytes=settings.tape_bytes,
             threads=settings.threads,
             precision=settings.precision,
         )
-
-
-def _target(y: Tensor | None) -> Target | None:
-    return None if y is None else (tuple(y.shape[2:]), y.dtype)

@@ -34,8 +34,9 @@ def differentiate(
     """
     plan.objective.check_storages()
     for name in ("x_s", "y_s", "x_q", "y_q"):
-        if (x := getattr(tensors, name)) is not None:
-            check_storage(name, x)
+        for leaf, x in structure.named(name, getattr(tensors, name)):
+            if x is not None:
+                check_storage(leaf, x)
     with composed(), plain(plan.device):
         fresh = _fresh_leaves(plan, tensors)
         if plan.mode is Mode.LOSS:
@@ -60,7 +61,7 @@ def differentiate(
 
 
 def _detached(outputs: Any) -> Any:
-    return structure.replaced(outputs, [v.detach() for v in structure.tensors(outputs)])
+    return structure.mapped(outputs, Tensor.detach)
 
 
 def _fresh_leaves(plan: Plan, tensors: Tensors) -> Tensors:
@@ -76,16 +77,20 @@ def _fresh_leaves(plan: Plan, tensors: Tensors) -> Tensors:
     def copies(values: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
         return [leaf(v.detach().clone(), n) for v, n in zip(values, needed, strict=True)]
 
+    def inputs(x: Any, needed: Sequence[bool]) -> Any:
+        each = iter(needed)
+        return structure.mapped(x, lambda v: leaf(v, next(each)))
+
     return replace(
         tensors,
         parameters=copies(tensors.parameters, needs.parameters),
         learned=copies(tensors.learned, needs.learned),
         rates=[leaf(r, n) for r, n in zip(tensors.rates, needs.rates, strict=True)],
         adapted=[constant(p) for p in tensors.adapted],
-        x_s=None if tensors.x_s is None else leaf(tensors.x_s, needs.x_s),
-        x_q=None if tensors.x_q is None else leaf(tensors.x_q, needs.x_q),
-        y_s=None if tensors.y_s is None else constant(tensors.y_s),
-        y_q=None if tensors.y_q is None else constant(tensors.y_q),
+        x_s=inputs(tensors.x_s, needs.x_s_each or [needs.x_s]),
+        x_q=inputs(tensors.x_q, needs.x_q_each or [needs.x_q]),
+        y_s=structure.mapped(tensors.y_s, constant),
+        y_q=structure.mapped(tensors.y_q, constant),
         weights=None if tensors.weights is None else constant(tensors.weights),
     )
 
@@ -103,16 +108,19 @@ def _pulled(fresh: Tensors, values: Sequence[Tensor], upstream: Sequence[Tensor 
     if pairs:
         torch.autograd.backward([v for v, _ in pairs], [u for _, u in pairs], retain_graph=again)
 
-    def take(leaf: Tensor | None) -> Tensor | None:
-        if leaf is None or not leaf.requires_grad:
+    def take(leaf: Tensor) -> Tensor | None:
+        if not leaf.requires_grad:
             return None
         gradient, leaf.grad = leaf.grad, None
         return torch.zeros_like(leaf) if gradient is None else gradient
+
+    def take_inputs(x: Any) -> Tensor | list[Tensor | None] | None:
+        return take(x) if isinstance(x, Tensor) else [take(v) for v in structure.tensors(x)]
 
     return Result(
         parameters=[take(p) for p in fresh.parameters],
         rates=[take(r) for r in fresh.rates],
         learned=[take(p) for p in fresh.learned],
-        x_s=take(fresh.x_s),
-        x_q=take(fresh.x_q),
+        x_s=take_inputs(fresh.x_s),
+        x_q=take_inputs(fresh.x_q),
     )

@@ -53,11 +53,10 @@ def _no_hooks() -> AbstractContextManager[None]:
 
 def _adapt_task(plan: Plan, t: Tensors, task: int) -> list[Tensor]:
     """θ_K of one task; with a graph back to θ_0 where the mode is a gradient's."""
-    assert t.x_s is not None and t.y_s is not None
     theta = list(t.parameters) if plan.mode.differentiates else _leaves(t.parameters, plan.model.trainable)
     adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
     for _ in range(plan.inner.steps if adapted else 0):
-        loss = plan.objective.value(_point(plan, theta, t.learned), t.x_s[task], t.y_s[task])
+        loss = plan.objective.value(_point(plan, theta, t.learned), _of(t.x_s, task), _of(t.y_s, task))
         gradients: Sequence[Tensor | None] = [None] * len(adapted)
         if loss.requires_grad:
             gradients = torch.autograd.grad(
@@ -71,6 +70,11 @@ def _adapt_task(plan: Plan, t: Tensors, task: int) -> list[Tensor]:
                 theta[i] = theta[i] - t.rates[plan.rates.of_parameter[i]] * g
         theta = theta if plan.mode.differentiates else _leaves(theta, plan.model.trainable)
     return theta
+
+
+def _of(data: Any, task: int) -> Any:
+    """One task's inputs or targets."""
+    return structure.mapped(data, lambda v: v[task])
 
 
 def _point(plan: Plan, theta: Sequence[Tensor], phi: Sequence[Tensor]) -> Point:
@@ -87,26 +91,26 @@ def _leaves(values: Sequence[Tensor], trainable: Sequence[bool]) -> list[Tensor]
 def _tasks(plan: Plan, outputs: Iterator[Any]) -> Any:
     """The tasks' outputs in one structure; without their graphs where nobody differentiates them."""
     if not plan.mode.differentiates:
-        outputs = (structure.replaced(o, [v.detach() for v in structure.tensors(o)]) for o in outputs)
+        outputs = (structure.mapped(o, Tensor.detach) for o in outputs)
     return structure.stacked(list(outputs))
 
 
 def _query_outputs(plan: Plan, t: Tensors) -> Any:
-    assert t.x_q is not None
-    x = t.x_q
     points = (_point(plan, _adapt_task(plan, t, task), t.learned) for task in range(plan.tasks))
-    return _tasks(plan, (plan.objective.outputs(at, x[task]) for task, at in enumerate(points)))
+    return _tasks(plan, (plan.objective.outputs(at, _of(t.x_q, task)) for task, at in enumerate(points)))
 
 
 def _losses(plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
-    assert t.x_q is not None and t.y_q is not None
-    x, y = t.x_q, t.y_q
     points = (_point(plan, _adapt_task(plan, t, task), t.learned) for task in range(plan.tasks))
     if plan.needs.outputs:
-        both = (plan.objective.value_and_outputs(at, x[task], y[task]) for task, at in enumerate(points))
+        both = (
+            plan.objective.value_and_outputs(at, _of(t.x_q, task), _of(t.y_q, task)) for task, at in enumerate(points)
+        )
         losses, outputs = zip(*both, strict=True)
         return torch.stack(losses), structure.stacked(outputs)
-    values = _tasks(plan, (plan.objective.value(at, x[task], y[task]) for task, at in enumerate(points)))
+    values = _tasks(
+        plan, (plan.objective.value(at, _of(t.x_q, task), _of(t.y_q, task)) for task, at in enumerate(points))
+    )
     assert isinstance(values, Tensor)
     return values, None
 
@@ -117,10 +121,8 @@ def _adapt(plan: Plan, t: Tensors) -> list[Tensor]:
 
 
 def _apply(plan: Plan, t: Tensors) -> Any:
-    assert t.x_q is not None
-    x = t.x_q
     points = (
         _point(plan, _leaves([p[task] for p in t.adapted], plan.model.trainable), t.learned)
         for task in range(plan.tasks)
     )
-    return _tasks(plan, (plan.objective.outputs(at, x[task]) for task, at in enumerate(points)))
+    return _tasks(plan, (plan.objective.outputs(at, _of(t.x_q, task)) for task, at in enumerate(points)))

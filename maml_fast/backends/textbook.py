@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,8 +64,8 @@ def classes(result: Result) -> Results:
         "learned": [g for g in result.learned if g is not None],
     }
     for name, gradient in (("x_s", result.x_s), ("x_q", result.x_q)):
-        if gradient is not None:
-            found[name] = (gradient[:1],)
+        if inputs := structure.tensors(gradient):
+            found[name] = [g[:1] for g in inputs]
     return found
 
 
@@ -86,8 +87,8 @@ def _on_copy(plan: Plan, dtype: torch.dtype) -> Plan:
 def _first(t: Tensors, cut: Callable[[Tensor], Tensor]) -> Tensors:
     """The numbers of the first task."""
 
-    def task(value: Tensor | None) -> Tensor | None:
-        return None if value is None else cut(value[:1])
+    def task(value: Any) -> Any:
+        return structure.mapped(value, lambda v: cut(v[:1]))
 
     parameters = [cut(p) for p in t.parameters]
     return Tensors(

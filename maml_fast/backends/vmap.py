@@ -18,6 +18,7 @@ from ..graph.generators import unused
 from ..graph.leftovers import untouched
 from ..graph.losses import Loss
 from ..graph.objective import Objective, Point
+from ..graph.structure import Data
 from ..lower.plan import Plan, Result, Tensors
 from .autograd import differentiate
 from .base import Backend
@@ -43,7 +44,7 @@ class VmapBackend(Backend):
             return differentiate(plan, tensors, _query_outputs, _losses, _adapt, _apply)
 
 
-def _adapt_task(plan: Plan, t: Tensors, buffers: Sequence[Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
+def _adapt_task(plan: Plan, t: Tensors, buffers: Sequence[Tensor], x: Data, y: Data) -> list[Tensor]:
     """θ_K of the task that vmap is at."""
     theta = list(t.parameters)
     adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
@@ -71,7 +72,11 @@ def _point(theta: Sequence[Tensor], t: Tensors, buffers: Sequence[Tensor]) -> Po
 def _each_task(plan: Plan, task: Callable[..., Any], *arguments: Any) -> Any:
     """`task(buffers, *its own slice of every argument)`, for all tasks."""
     buffers = [b.expand(plan.tasks, *b.shape) for b in plan.objective.buffers()]
-    return vmap(task, randomness="different")(buffers, *arguments)
+
+    def sliced(buffers: list[Tensor], slices: list[list[Tensor]]) -> Any:
+        return task(buffers, *[structure.replaced(a, s) for a, s in zip(arguments, slices, strict=True)])
+
+    return vmap(sliced, randomness="different")(buffers, [structure.tensors(a) for a in arguments])
 
 
 def _outputs(plan: Plan, task: Callable[..., Any], *arguments: Any) -> Any:
@@ -87,7 +92,7 @@ def _outputs(plan: Plan, task: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _query_outputs(plan: Plan, t: Tensors) -> Any:
-    def task(buffers: list[Tensor], x_s: Tensor, y_s: Tensor, x_q: Tensor) -> Any:
+    def task(buffers: list[Tensor], x_s: Data, y_s: Data, x_q: Data) -> Any:
         theta = _adapt_task(plan, t, buffers, x_s, y_s)
         return plan.objective.outputs(_point(theta, t, buffers), x_q, keep_new=False)
 
@@ -95,7 +100,7 @@ def _query_outputs(plan: Plan, t: Tensors) -> Any:
 
 
 def _losses(plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
-    def task(buffers: list[Tensor], x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor) -> Any:
+    def task(buffers: list[Tensor], x_s: Data, y_s: Data, x_q: Data, y_q: Data) -> Any:
         at = _point(_adapt_task(plan, t, buffers, x_s, y_s), t, buffers)
         if plan.needs.outputs:
             return plan.objective.value_and_outputs(at, x_q, y_q, keep_new=False)
@@ -106,14 +111,14 @@ def _losses(plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
 
 
 def _adapt(plan: Plan, t: Tensors) -> list[Tensor]:
-    def task(buffers: list[Tensor], x_s: Tensor, y_s: Tensor) -> list[Tensor]:
+    def task(buffers: list[Tensor], x_s: Data, y_s: Data) -> list[Tensor]:
         return _adapt_task(plan, t, buffers, x_s, y_s)
 
     return _each_task(plan, task, t.x_s, t.y_s)
 
 
 def _apply(plan: Plan, t: Tensors) -> Any:
-    def task(buffers: list[Tensor], theta: list[Tensor], x: Tensor) -> Any:
+    def task(buffers: list[Tensor], theta: list[Tensor], x: Data) -> Any:
         return plan.objective.outputs(_point(theta, t, buffers), x, keep_new=False)
 
     return _outputs(plan, task, list(t.adapted), t.x_q)
@@ -131,7 +136,7 @@ def _why_not(plan: Plan) -> str:
     return f"torch.func.vmap cannot batch the {part}: {error}"
 
 
-def _sum(outputs: Any, targets: Tensor) -> Tensor:
+def _sum(outputs: Any, targets: Any) -> Tensor:
     return torch.stack([v.sum() for v in structure.tensors(outputs) if v.is_floating_point()]).sum()
 
 
@@ -155,19 +160,14 @@ def _rehearse(plan: Plan, device: torch.device) -> None:
     inner = replace(plan.inner, steps=min(plan.inner.steps, 2))
     small = replace(plan, tasks=2, inner=inner, device=device, state={})
 
-    def zeros(samples: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.zeros((2, samples, *shape), dtype=dtype, device=device)
+    def zeros(like: Tensor) -> Tensor:
+        return torch.zeros((2, *like.shape), dtype=like.dtype, device=device)
 
     parameters = [p.detach().to(device) for p in plan.model.parameters()]
-    targets = plan.target or ((), torch.int64)
-    x_q = zeros(plan.query, plan.in_shape, plan.in_dtype)
     tensors = Tensors(
         parameters=parameters,
         rates=[torch.zeros(shape, dtype=plan.dtype, device=device) for shape in plan.rates.shapes],
-        x_s=zeros(plan.support, plan.in_shape, plan.in_dtype),
-        y_s=zeros(plan.support, *targets),
-        x_q=x_q,
-        y_q=zeros(plan.query, *targets),
+        **{name: structure.mapped(value, zeros) for name, value in plan.data.items()},
         weights=torch.ones(2, dtype=plan.dtype, device=device),
         learned=[p.detach().to(device) for p in plan.objective.learned.parameters()],
         adapted=[p.expand(2, *p.shape) for p in parameters],

@@ -13,12 +13,13 @@ from torch import Tensor
 from ..api.maml import MAML
 from ..backends import dispatch
 from ..graph import structure
+from ..graph.structure import Data
 
 Results = dict[str, tuple[Tensor, ...]]
 
 
 def observe_calls(
-    maml: MAML, batch: tuple[Tensor, Tensor, Tensor, Tensor], parameters: Sequence[Tensor], rates: Sequence[Tensor]
+    maml: MAML, batch: tuple[Data, Data, Data, Data], parameters: Sequence[Tensor], rates: Sequence[Tensor]
 ) -> Results:
     """Everything a call can return, by class: each of the plan's modes is run.
 
@@ -27,9 +28,9 @@ def observe_calls(
         parameters, rates: the leaves whose meta-gradients are wanted. Their `.grad` is put back.
     """
     x_s, y_s, x_q, y_q = batch
-    x_s, x_q = _leaf(x_s), _leaf(x_q)
-    inputs = {name: x for name, x in (("x_s", x_s), ("x_q", x_q)) if x.requires_grad}
-    leaves = [*parameters, *rates, *inputs.values()]
+    x_s, x_q = structure.mapped(x_s, _leaf), structure.mapped(x_q, _leaf)
+    support, query = ([v for v in structure.tensors(x) if v.requires_grad] for x in (x_s, x_q))
+    leaves = [*parameters, *rates, *support, *query]
     with threads_for(maml.backend):
         loss = maml.meta_loss(x_s, y_s, x_q, y_q)
         gradients = torch.autograd.grad(loss, leaves)
@@ -50,7 +51,8 @@ def observe_calls(
             "adapted logits": tuple(structure.tensors(adapted(batch[2]))),
             "parameters": gradients[: len(parameters)],
             "rates": gradients[len(parameters) : last],
-            **{name: (gradients[last + i],) for i, name in enumerate(inputs)},
+            **({"x_s": gradients[last : last + len(support)]} if support else {}),
+            **({"x_q": gradients[last + len(support) :]} if query else {}),
             "pullback": pullback,
             "backward": _written(maml, batch, [*parameters, *rates]),
         }

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -16,21 +17,23 @@ from ..api.maml import MAML
 from ..backends import dispatch
 from ..backends.agreement import error_over, judge, order_of, roundings, sizes_of
 from ..backends.randomness import states, undisturbed
+from ..graph import structure
 from ..graph.copies import cast, functions_in
 from ..graph.errors import first_line
 from ..graph.lazy import cached_property
 from ..graph.snapshot import common_device, common_dtype
+from ..graph.structure import Data
 from .observe import observe_calls
 from .report import Line, Report
 
-Batch: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+Batch: TypeAlias = tuple[Data, Data, Data, Data]
 Move: TypeAlias = Callable[[Tensor], Tensor]
 
 Found: TypeAlias = Mapping[str, tuple[str, Sequence[Tensor]]]
 """Results by name: the class of which each is a part, and its tensors."""
 
 
-def verify(model: nn.Module, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor, **maml_kwargs: Any) -> Report:
+def verify(model: nn.Module, x_s: Data, y_s: Data, x_q: Data, y_q: Data, **maml_kwargs: Any) -> Report:
     """Hold every backend that can run the model against the textbook in float64, on the person's own data.
 
     Every result of every call (loss, outputs, adapted parameters, the meta-gradient of each parameter, rate and input)
@@ -74,7 +77,7 @@ class Problem:
     @property
     def terms(self) -> int:
         """How many terms a task's loss sums."""
-        return max(y[:1].numel() for y in (self._batch[1], self._batch[3]))
+        return max(v[:1].numel() for y in (self._batch[1], self._batch[3]) for v in structure.tensors(y))
 
     @property
     def backends(self) -> list[str]:
@@ -124,9 +127,11 @@ class Problem:
         modules = [*self._model.modules(), *(loss.modules() if isinstance(loss, nn.Module) else ())]
         functions = [loss, *functions_in(modules)]
         model, settings = cast((self._model, self._settings), self.dtype, dtype, functions)
-        x_s, y_s, x_q, y_q = (_as_dtype(v, self.dtype, dtype) for v in self._batch)
+        x_s, y_s, x_q, y_q = (
+            structure.mapped(v, partial(_as_dtype, source=self.dtype, target=dtype)) for v in self._batch
+        )
         if move is not None:
-            x_s, y_s, x_q, y_q = map(move, (x_s, y_s, x_q, y_q))
+            x_s, y_s, x_q, y_q = (structure.mapped(v, move) for v in (x_s, y_s, x_q, y_q))
             with torch.no_grad():
                 for value in (*model.parameters(), *_rates(settings.get("lr")).values()):
                     value.copy_(move(value))
@@ -152,9 +157,7 @@ def _rates(lr: Any) -> dict[str, Tensor]:
     return {name: v for name, v in named.items() if isinstance(v, Tensor) and v.requires_grad}
 
 
-def _as_dtype(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
-    if not isinstance(value, Tensor):
-        return value
+def _as_dtype(value: Tensor, source: torch.dtype, target: torch.dtype) -> Tensor:
     return value.detach().to(target) if value.dtype == source else value.detach()
 
 

@@ -27,13 +27,13 @@ class Loss:
     """
 
     name: str
-    function: Callable[[Any, Tensor], Tensor]
+    function: Callable[[Any, Any], Tensor]
     parameter: float = 0.0
     why_not: str = ""
     module: nn.Module | None = None
     takes_first: bool = True
 
-    def __call__(self, outputs: Any, targets: Tensor) -> Tensor:
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
         return self.function(first(outputs) if self.takes_first else outputs, targets)
 
     @property
@@ -42,7 +42,7 @@ class Loss:
         return self.name == "cross_entropy"
 
 
-LossLike = str | nn.Module | Callable[[Any, Tensor], Tensor] | Loss
+LossLike = str | nn.Module | Callable[[Any, Any], Tensor] | Loss
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "mse": F.mse_loss,

@@ -30,7 +30,6 @@ class Model(Snapshot):
         super().__init__(module)
         self.module = module
         self.graphs: dict[Any, Any] = {}  # what trace() found, by shapes
-        self.takes_indices = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in self.modules)
         self.guards = Guards(module)
         self.chosen = _choose(dict(zip(self.names, self.parameters(), strict=True)), adapts)
         self.adapts = tuple(c and t for c, t in zip(self.chosen, self.trainable, strict=True))

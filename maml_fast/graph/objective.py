@@ -17,6 +17,7 @@ from .losses import Loss
 from .model import Model
 from .snapshot import Snapshot
 from .stand_ins import exchanged, lock
+from .structure import Data
 
 
 class Point(NamedTuple):
@@ -84,22 +85,22 @@ class Objective:
             for name, b in part.buffers().items():
                 check_storage(f"buffer {name!r}", b)
 
-    def outputs(self, at: Point, x: Tensor, keep_new: bool = True) -> Any:
+    def outputs(self, at: Point, x: Data, keep_new: bool = True) -> Any:
         """What the model returns for a task's inputs; see `exchanged` for `keep_new`."""
         with self.standing_in(at, keep_new):
-            return self.model.module(x.clone())
+            return structure.called(self.model.module, x)
 
-    def value(self, at: Point, x: Tensor, y: Tensor, keep_new: bool = True) -> Tensor:
+    def value(self, at: Point, x: Data, y: Data, keep_new: bool = True) -> Tensor:
         """The task's loss."""
         with self.standing_in(at, keep_new):
-            return self.loss(self.model.module(x.clone()), y.clone())
+            return self.loss(structure.called(self.model.module, x), structure.mapped(y, Tensor.clone))
 
-    def value_and_outputs(self, at: Point, x: Tensor, y: Tensor, keep_new: bool = True) -> tuple[Tensor, Any]:
+    def value_and_outputs(self, at: Point, x: Data, y: Data, keep_new: bool = True) -> tuple[Tensor, Any]:
         """The task's loss, and copies without a graph of the outputs that it is of."""
         with self.standing_in(at, keep_new):
-            outputs = self.model.module(x.clone())
-            copies = structure.replaced(outputs, [v.detach().clone() for v in structure.tensors(outputs)])
-            return self.loss(outputs, y.clone()), copies
+            outputs = structure.called(self.model.module, x)
+            copies = structure.mapped(outputs, lambda v: v.detach().clone())
+            return self.loss(outputs, structure.mapped(y, Tensor.clone)), copies
 
     @contextmanager
     def standing_in(self, at: Point, keep_new: bool = True) -> Iterator[None]:

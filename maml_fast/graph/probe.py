@@ -16,6 +16,7 @@ from .generators import unused
 from .leftovers import tensors_in, untouched
 from .objective import Objective, Point
 from .sightings import Sightings
+from .structure import Data
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Probe:
     written: tuple[str, ...]
 
 
-def probe(objective: Objective, x: Tensor, y: Tensor | None = None) -> Probe:
+def probe(objective: Objective, x: Data, y: Data | None = None) -> Probe:
     """Evaluate the model, and with targets its loss, on one task's data; modules and generators stay as they were.
 
     Args:
-        x: (N, *in). y: (N, *target).
+        x, y: one task's inputs (N, *in) and targets (N, *target), or several of them.
 
     Raises:
         RuntimeError: outputs or loss depend on a parameter by a reference that no module owns, on another tensor that
@@ -49,7 +50,8 @@ def probe(objective: Objective, x: Tensor, y: Tensor | None = None) -> Probe:
         TypeError, ValueError: the loss is not a scalar tensor.
     """
     objective.check_storages()
-    with plain(x.device), untouched(objective.modules), unused(x.device):
+    device = structure.first(x).device
+    with plain(device), untouched(objective.modules), unused(device):
         at = Point(
             _leaves(objective.model.parameters()),
             _leaves(objective.learned.parameters()),
@@ -59,8 +61,8 @@ def probe(objective: Objective, x: Tensor, y: Tensor | None = None) -> Probe:
         own = [*objective.model.parameters(), *objective.learned.parameters()]
         with objective.standing_in(at), warnings.catch_warnings(), Sightings(own) as seen:
             warnings.simplefilter("ignore")  # left to the real run
-            outputs = objective.model.module(constant(x).clone())
-            loss = None if y is None else _scalar(objective.loss(outputs, constant(y).clone()))
+            outputs = structure.called(objective.model.module, structure.mapped(x, constant))
+            loss = None if y is None else _scalar(objective.loss(outputs, structure.mapped(y, _copy)))
             now = {id(b) for b in objective.buffers()}
             written = [id(b) not in now or b._version > v for b, v in zip(at.buffers, versions, strict=True)]
         for tensor in seen.used.values():
@@ -90,8 +92,12 @@ def _tensors(outputs: Any, opaque: bool) -> list[Tensor]:
         raise
 
 
+def _copy(tensor: Tensor) -> Tensor:
+    return constant(tensor).clone()
+
+
 def _leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [constant(t).clone().requires_grad_(t.requires_grad) for t in tensors]
+    return [_copy(t).requires_grad_(t.requires_grad) for t in tensors]
 
 
 def _scalar(loss: Any) -> Tensor:

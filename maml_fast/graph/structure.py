@@ -1,14 +1,17 @@
-"""What a model returns: a tensor, or tensors in tuples, lists, mappings and dataclasses."""
+"""What a model takes and returns: a tensor, or several in tuples, lists and mappings; returned also in dataclasses."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+Data: TypeAlias = Tensor | Sequence[Tensor] | Mapping[Any, Tensor]
+"""What a person hands over as inputs or as targets: a tensor, or a tuple, list or mapping of tensors."""
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -34,6 +37,29 @@ def first(value: Any) -> Tensor:
     return found[0]
 
 
+def named(name: str, data: Any) -> list[tuple[str, Any]]:
+    """What stands in inputs or targets that a person calls `name`, each under a name such as `x_s['mask']`."""
+    if isinstance(data, Mapping):
+        return [(f"{name}[{key!r}]", inner) for key, inner in data.items()]
+    if isinstance(data, list | tuple):
+        return [(f"{name}[{index}]", inner) for index, inner in enumerate(data)]
+    return [(name, data)]
+
+
+def items(data: Data) -> dict[str, Tensor]:
+    """The tensors of inputs or targets by where they stand: `['mask']`, `[1]`, or nothing where there is one."""
+    return dict(named("", data))
+
+
+def called(function: Callable[..., Any], x: Data) -> Any:
+    """`function(x)`, `function(*x)` or `function(**x)`, of copies that it may write."""
+    if isinstance(x, Tensor):
+        return function(x.clone())
+    if isinstance(x, Mapping):
+        return function(**{name: v.clone() for name, v in x.items()})
+    return function(*[v.clone() for v in x])
+
+
 def constants(value: Any) -> list[tuple[str, Any]]:
     """Where every leaf stands, and those that are no tensors: equal for structures that differ in numbers alone."""
     return [(path, Tensor if isinstance(leaf, Tensor) else leaf) for path, leaf in _leaves(value, "")]
@@ -42,7 +68,12 @@ def constants(value: Any) -> list[tuple[str, Any]]:
 def replaced(value: Any, new: Sequence[Any]) -> Any:
     """The structure with these in place of its tensors, in the order of `tensors`."""
     rest = iter(new)
-    return _map(value, lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf)
+    return mapped(value, lambda _: next(rest))
+
+
+def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """A copy of the structure with the function's value in place of every tensor."""
+    return _map(value, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
 def stacked(tasks: Sequence[Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..algorithms import maml
 from ..algorithms.goal import Inner, Mode, Needs
 from ..algorithms.program import Program
+from ..graph import structure
 from ..graph.capture import Criterion
 from ..graph.graph import Graph, LossOp
 from ..graph.lazy import cached_property
@@ -20,15 +21,13 @@ from ..graph.objective import Objective
 from ..graph.trace import trace
 from .channels_last import channels_last
 from .fusion import fuse
+from .inputs import why_not_one
 
 # Ops whose tape holds a value and its delta; those of the others hold up to two more buffers.
 _PLAIN = frozenset(("linear", "conv", "reshape", "transpose", "pad", "affine", "add", "cat", "avg_pool", "upsample"))
 
 
 _FEW_CHANNELS = 4  # up to which a padded copy of an image is cheaper than short products at its border
-
-
-Target = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,9 @@ class Plan:
 
     Attributes:
         tasks: T. support, query: samples a task (0 where the mode has none).
-        in_shape: shape of one sample.
-        targets: shape and dtype of one sample's target in support and query set, where the mode has any.
-        dtype: of the parameters. in_dtype: of the inputs, which may be indices.
+        data: one task's `"x_s"`, `"y_s"`, `"x_q"`, `"y_q"`, those that the mode has: stand-ins (N, *shape) without
+            numbers in the person's structure.
+        dtype: of the parameters.
         tape_bytes: how much memory a thread may spend on saved activations.
         threads: of the C++ core; None for PyTorch's number.
         precision: the least that a backend may compute products with: `"float32"`, `"tf32"` or `"bf16"`.
@@ -67,10 +66,8 @@ class Plan:
     tasks: int
     support: int
     query: int
-    in_shape: tuple[int, ...]
-    targets: tuple[Target | None, Target | None]
+    data: Mapping[str, Any]
     dtype: torch.dtype
-    in_dtype: torch.dtype
     device: torch.device
     tape_bytes: int = 1 << 28
     threads: int | None = None
@@ -96,20 +93,23 @@ class Plan:
         return self.model.adapts
 
     @cached_property
+    def in_shape(self) -> tuple[int, ...]:
+        """Shape of one sample, where a sample is one tensor."""
+        return tuple(structure.first(self.data.get("x_s", self.data.get("x_q"))).shape[1:])
+
+    @cached_property
     def trace(self) -> tuple[Graph | None, list[str]]:
         """The model's graph, or the reasons why it has none."""
         loss, own = self.inner.loss, self.inner.loss.name == "custom"
-        criteria = [Criterion(loss, *t) if own and t is not None else None for t in self.targets]
+        if reasons := why_not_one(self.data, self.dtype, own):
+            return None, reasons
+        targets = [self.data.get(name) if own else None for name in ("y_s", "y_q")]
+        criteria = [None if y is None else Criterion(loss, tuple(y.shape[1:]), y.dtype) for y in targets]
         batches = list(zip((self.support, self.query), criteria, strict=True))
-        graph, reasons = trace(self.objective, batches, self.in_shape, self.in_dtype, self.needs.x_s or self.needs.x_q)
+        graph, reasons = trace(self.objective, batches, self.in_shape, self.dtype, self.needs.x_s or self.needs.x_q)
         if graph is not None and graph.returned is None and self.needs.outputs:
             return None, [f"{loss.why_not}: it goes on computing from the outputs, which are asked for too"]
         return graph, reasons
-
-    @property
-    def target(self) -> Target | None:
-        """That of the support set, or else of the query set."""
-        return self.targets[0] or self.targets[1]
 
     @cached_property
     def loss(self) -> LossOp:
@@ -170,6 +170,7 @@ class Tensors:
 
     Attributes:
         parameters: the model's parameters θ_0, in `Model.names` order.
+        x_s, y_s, x_q, y_q: (T, N, *shape), or tuples, lists and mappings of such tensors.
         rates: the learning-rate tensors, in `Rates` order.
         weights: (T,) weight of each task's loss in the meta-objective.
         cotangent: dL/d(query outputs), (T, Nq, *out).
@@ -182,10 +183,10 @@ class Tensors:
 
     parameters: Sequence[Tensor]
     rates: Sequence[Tensor] = ()
-    x_s: Tensor | None = None
-    y_s: Tensor | None = None
-    x_q: Tensor | None = None
-    y_q: Tensor | None = None
+    x_s: Any = None
+    y_s: Any = None
+    x_q: Any = None
+    y_q: Any = None
     weights: Tensor | None = None
     cotangent: Tensor | None = None
     cotangents: Sequence[Tensor | None] = ()
@@ -195,8 +196,10 @@ class Tensors:
 
     def leaves(self) -> list[Tensor]:
         """What a meta-gradient is taken with respect to, in the order of `Result.gradients`."""
-        assert self.x_s is not None and self.x_q is not None
-        return [*self.parameters, *self.rates, *self.learned, self.x_s, self.x_q]
+        if isinstance(self.x_s, Tensor) and isinstance(self.x_q, Tensor):
+            return [*self.parameters, *self.rates, *self.learned, self.x_s, self.x_q]
+        inputs = [*structure.tensors(self.x_s), *structure.tensors(self.x_q)]
+        return [*self.parameters, *self.rates, *self.learned, *inputs]
 
 
 @dataclass
@@ -206,6 +209,7 @@ class Result:
     Attributes:
         losses: (T,) query losses. objective: Σ_t w_t L_t.
         outputs: (T, Nq, *out), or a structure of such tensors where the model returns one.
+        x_s, x_q: a list of one for each tensor where inputs are several.
         pull: from the weights, or one cotangent for each output, and whether it may be asked again, to the gradients.
     """
 
@@ -216,10 +220,12 @@ class Result:
     parameters: list[Tensor | None] = field(default_factory=list)
     rates: list[Tensor | None] = field(default_factory=list)
     learned: list[Tensor | None] = field(default_factory=list)
-    x_s: Tensor | None = None
-    x_q: Tensor | None = None
+    x_s: Any = None
+    x_q: Any = None
     pull: Callable[[Sequence[Tensor | None], bool], Result] | None = None
 
     def gradients(self) -> list[Tensor | None]:
         """In the order of `Tensors.leaves`."""
-        return [*self.parameters, *self.rates, *self.learned, self.x_s, self.x_q]
+        x_s = self.x_s if isinstance(self.x_s, list) else (self.x_s,)
+        x_q = self.x_q if isinstance(self.x_q, list) else (self.x_q,)
+        return [*self.parameters, *self.rates, *self.learned, *x_s, *x_q]

@@ -1,0 +1,52 @@
+"""A batch of which inputs or targets are several tensors, as the rest of the package takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..graph import structure
+
+
+def is_plain(batch: Sequence[Any]) -> bool:
+    """Whether everything that is there is one tensor."""
+    return all(v is None or isinstance(v, Tensor) for v in batch)
+
+
+def taken(x_s: Any, y_s: Any, x_q: Any, y_q: Any) -> tuple[Any, Any, Any, Any]:
+    """The same tensors in structures of our own, which nobody changes between a forward and a backward pass.
+
+    How the model is called depends on whether inputs are a mapping; targets keep their type, which a loss may ask for.
+    """
+    return _inputs(x_s), _targets(y_s), _inputs(x_q), _targets(y_q)
+
+
+def _inputs(x: Any) -> Any:
+    return dict(x) if isinstance(x, Mapping) else tuple(x) if isinstance(x, list | tuple) else x
+
+
+def _targets(y: Any) -> Any:
+    if isinstance(y, Mapping | list | tuple) and all(isinstance(v, Tensor) for _, v in structure.named("", y)):
+        return structure.mapped(y, lambda v: v)
+    return y  # the checks say what is wrong with it
+
+
+def key(batch: Sequence[Any]) -> Hashable:
+    """What a plan depends on: structures, shapes, types, devices. None where something is no tensor."""
+    try:
+        return tuple([None if v is None else (type(v), tuple(_about(v))) for v in batch])
+    except AttributeError:
+        return None
+
+
+def _about(data: Any) -> list[Hashable]:
+    if isinstance(data, Tensor):
+        return [(data.shape, data.dtype, data.device, data.requires_grad)]
+    return [(place, v.shape, v.dtype, v.device, v.requires_grad) for place, v in structure.items(data).items()]
+
+
+def tensors(batch: Sequence[Any]) -> list[Any]:
+    """Everything in the batch, also what is no tensor."""
+    return [v for data in batch for _, v in structure.named("", data)]
