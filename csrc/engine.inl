@@ -21,7 +21,7 @@
 #include "layers/layer_norm.inl"
 #include "layers/linear.inl"
 #include "layers/losses.inl"
-#include "layers/pool.inl"
+#include "layers/pooling.inl"
 #include "layers/rearrange.inl"
 // clang-format on
 
