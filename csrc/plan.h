@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "conv_regions.h"
 #include "names.h"
-#include "spatial.h"
 
 namespace maml_fast {
 

@@ -1,4 +1,4 @@
-#include "spatial.h"
+#include "conv_regions.h"
 
 namespace maml_fast {
 
