@@ -206,7 +206,7 @@ class Engine {
     // The delta of an input; null where it is not wanted.
     S* input_delta(const TapeView& tape, const Op& op, int j, bool inputs) const {
         int buffer = op.in[j];
-        if (!op.wants_delta[j]) return nullptr;
+        if (!op.needs_grad[j]) return nullptr;
         if (tape.value[buffer] >= 0) return ws_ + tape.delta[buffer];
         return inputs ? static_cast<S*>(call_.dx[tape.batch]) + place(tape, plan_.features[buffer]) : nullptr;
     }
@@ -219,7 +219,7 @@ class Engine {
         bool adapted_only = tape.batch == 0;
         for (int i = plan_.n_ops - 1; i >= 0; --i) {
             const Op& op = plan_.ops[i];
-            if (!op.out_wants_delta) continue;
+            if (!op.out_needs_grad) continue;
             const S* dy = ws_ + tape.delta[op.out];
             long size = B_ * per_task(tape, op.out);
             S* dx = input_delta(tape, op, 0, inputs);
@@ -293,7 +293,7 @@ class Engine {
 
     void hvp(const Instr& in) {
         const TapeView& tape = view(in.tape);
-        if (!plan_.moves) {
+        if (!plan_.has_tangent) {
             if (!in.scaled) fill(ws_ + plan_.slots[in.out], B_ * plan_.parameters, S(0));
             return;
         }
@@ -378,7 +378,7 @@ class Engine {
         }
     }
 
-    // The backward tangent of a norm reads these even where nothing upstream moves.
+    // The backward tangent of a norm reads these even where nothing upstream has a tangent.
     void clear_tangent_aux(const Op& op, int i, const TapeView& tape) {
         if (tangents_.aux1[i] >= 0) fill(ws_ + tangents_.aux1[i], B_ * per_task(tape, op.out), S(0));
         if (tangents_.aux2[i] < 0) return;
@@ -390,7 +390,7 @@ class Engine {
 
     // The tangent of an input's delta; null where it is not wanted.
     S* input_tangent_delta(const TapeView& tape, const Op& op, int j, bool inputs) const {
-        if (!op.wants_delta[j] || (tape.value[op.in[j]] < 0 && !inputs)) return nullptr;
+        if (!op.needs_grad[j] || (tape.value[op.in[j]] < 0 && !inputs)) return nullptr;
         return ws_ + tangents_.delta[op.in[j]];
     }
 
@@ -400,7 +400,7 @@ class Engine {
         long N = samples(tape);
         for (int i = plan_.n_ops - 1; i >= 0; --i) {
             const Op& op = plan_.ops[i];
-            if (!op.out_wants_delta) continue;
+            if (!op.out_needs_grad) continue;
             const S *dy = ws_ + tape.delta[op.out], *ey = ws_ + tangents_.delta[op.out];
             long size = B_ * per_task(tape, op.out);
             S* ex = input_tangent_delta(tape, op, 0, inputs);

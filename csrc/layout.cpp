@@ -325,17 +325,17 @@ void Layout::find_slots() {
 // Static facts of the reverse sweep: what depends on parameters, and who is first to write a sum.
 void Layout::find_flags() {
     std::size_t buffers = spec_.features.size();
-    std::vector<bool> moves(buffers), wanted(buffers, spec_.input_gradients), written(buffers);
+    std::vector<bool> has_tangent(buffers), needs_grad(buffers, spec_.input_gradients), written(buffers);
     std::vector<bool> parameter_written(params_.size());
     for (Op& op : ops_) {
         for (int p : {op.w, op.b}) {
             if (p < 0) continue;
-            moves[op.out] = moves[op.out] || (spec_.params[p].adapts && spec_.params[p].active);
-            wanted[op.out] = wanted[op.out] || spec_.params[p].active;
+            has_tangent[op.out] = has_tangent[op.out] || (spec_.params[p].adapts && spec_.params[p].active);
+            needs_grad[op.out] = needs_grad[op.out] || spec_.params[p].active;
         }
         for (int j = 0; j < op.n_in; ++j) {
-            moves[op.out] = moves[op.out] || moves[op.in[j]];
-            wanted[op.out] = wanted[op.out] || wanted[op.in[j]];
+            has_tangent[op.out] = has_tangent[op.out] || has_tangent[op.in[j]];
+            needs_grad[op.out] = needs_grad[op.out] || needs_grad[op.in[j]];
         }
     }
     auto first_write = [](std::vector<bool>& seen, int index) {
@@ -348,18 +348,18 @@ void Layout::find_flags() {
         bool* flags = flags_.back().get();
         for (int j = 0; j < op->n_in; ++j) {
             flags[j] = first_write(written, op->in[j]);
-            flags[op->n_in + j] = wanted[op->in[j]];
-            flags[2 * op->n_in + j] = moves[op->in[j]];
+            flags[op->n_in + j] = needs_grad[op->in[j]];
+            flags[2 * op->n_in + j] = has_tangent[op->in[j]];
         }
         op->delta_first = flags;
-        op->wants_delta = flags + op->n_in;
+        op->needs_grad = flags + op->n_in;
         op->has_tangent = flags + 2 * op->n_in;
-        op->out_has_tangent = moves[op->out];
-        op->out_wants_delta = wanted[op->out];
+        op->out_has_tangent = has_tangent[op->out];
+        op->out_needs_grad = needs_grad[op->out];
         op->w_first = first_write(parameter_written, op->w);
         op->b_first = first_write(parameter_written, op->b);
     }
-    view_.moves = moves[spec_.out];
+    view_.has_tangent = has_tangent[spec_.out];
 }
 
 // Convolutions whose norm follows at once: the two work through the samples together, while they are in cache.

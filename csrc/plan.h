@@ -48,10 +48,10 @@ struct Op {
     bool bias_cancels;        // a bias that the batch norm behind it takes out again: its gradient is zero
     bool w_first, b_first;    // first to write the parameter's gradient in a reverse sweep
     const bool* delta_first;  // per input: first to write that input's delta
-    const bool* wants_delta;  // per input
+    const bool* needs_grad;   // per input
     const bool* has_tangent;  // per input
     bool out_has_tangent;
-    bool out_wants_delta;
+    bool out_needs_grad;
     bool low_rank;      // the adapted weight is never formed: W_k = W_0 + Σ_r c_r P_rᵀ Q_r
     long pack_forward;  // offset of the shared weight's panels, or -1
     long pack_backward;
@@ -144,7 +144,7 @@ struct PlanView {
     long blocks;     // of tasks, whose gradients are summed before the ordered reduction
     LossKind loss;
     double loss_parameter;
-    bool moves;  // the output depends on a parameter that adapts
+    bool has_tangent;  // the output depends on a parameter that adapts
 };
 
 // The caller's memory for one call; element type is the plan's scalar unless said otherwise.
