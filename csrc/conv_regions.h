@@ -46,7 +46,7 @@ struct Convolution {
     long out_size() const { return window.oh * window.ow * outputs; }
 };
 
-// Owns a convolution's tables. The backward product's weights are stored with the kernel turned around.
+// Owns a convolution's tables. The backward product's weights are stored with the kernel flipped.
 class ConvolutionTables {
   public:
     ConvolutionTables(const Window& window, long channels, long outputs, long groups);

@@ -21,11 +21,11 @@ void conv_products(const Op& op, long N, const S* x, PerTask<const S> w, const S
     }
 }
 
-// The turned weights of task b: shared ones are packed already.
-const S* turned(const Op& op, PerTask<const S> w, long b, S* memory) const {
+// The flipped weights of task b: shared ones are packed already.
+const S* flipped(const Op& op, PerTask<const S> w, long b, S* memory) const {
     const Param& p = plan_.params[op.w];
     if (w.stride == 0) return arena_ + op.pack_backward;
-    turn_weights(p.o, p.c, p.taps, w.of(b), memory);
+    flip_weights(p.o, p.c, p.taps, w.of(b), memory);
     return memory;
 }
 
@@ -35,8 +35,8 @@ void conv_deltas(const Op& op, bool first_writer, long N, const S* dy, PerTask<c
     const Convolution& c = *op.conv;
     long size = N * c.out_size();
     for (long b = 0; b < B_; ++b) {
-        Pair<S> one{dy + b * size, turned(op, w, b, scratch())}, two{nullptr, nullptr};
-        if (dy2) two = {dy2 + b * size, turned(op, v, b, scratch() + plan_.params[op.w].size)};
+        Pair<S> one{dy + b * size, flipped(op, w, b, scratch())}, two{nullptr, nullptr};
+        if (dy2) two = {dy2 + b * size, flipped(op, v, b, scratch() + plan_.params[op.w].size)};
         S* to = dx + b * N * c.in_size();
         each_piece(N, c.window.h * c.window.w, c.group_channels(),
                    [=, &c](const Piece& piece) { conv_backward(c, one, two, !first_writer, piece, to); });
@@ -118,7 +118,7 @@ void conv_norm_backward(const Op& conv, const Op& norm, int i, int slot, const T
                 *x = value(tape, conv.in[0]) + b * N * c.in_size();
         S *d = dz + b * n.rows() * n.C, *to = dx ? dx + b * N * c.in_size() : nullptr;
         norm_sums_of(norm, slot, n, t, b, out, adapted_only, true, dy);
-        Pair<S> one{d, dx ? turned(conv, weight(slot, conv.w), b, scratch()) : nullptr}, none{nullptr, nullptr};
+        Pair<S> one{d, dx ? flipped(conv, weight(slot, conv.w), b, scratch()) : nullptr}, none{nullptr, nullptr};
         bool add = !conv.w_first;
         each_cached(N, c.out_size(), [&](long first, long last) {
             norm_deltas_of(n, t, true, first * positions, last * positions, dy, d);

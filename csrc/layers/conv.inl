@@ -1,6 +1,6 @@
-// y[p] = Σ_taps W[tap] x[p·stride + tap] + b, channels last; weights are (tap, channel in, channel out) here, "turned"
+// y[p] = Σ_taps W[tap] x[p·stride + tap] + b, channels last; weights are (tap, channel in, channel out) here, "flipped"
 // ones (tap from last to first, channel out, channel in).
-//   δx = turned conv of δy      ∇W[tap] = Σ_p x[p·stride + tap]ᵀ δy[p]      ∇b = Σ_p δy[p]
+//   δx = flipped conv of δy      ∇W[tap] = Σ_p x[p·stride + tap]ᵀ δy[p]      ∇b = Σ_p δy[p]
 //   ẏ  = W * ẋ + V * x + v_b      δ̇x = Wᵀ * δ̇y + Vᵀ * δy      ∇W˙ = xᵀ δ̇y + ẋᵀ δy
 
 // (o, c, tap) as PyTorch has them into (tap, c, o), and back.
@@ -18,17 +18,17 @@ void conv_weights_outward(long O, long C, long T, const S* from, S* to) {
             for (long t = 0; t < T; ++t) to[(o * C + c) * T + t] = from[(t * C + c) * O + o];
 }
 
-// (o, c, tap) as PyTorch has them, turned: (tap from last to first, o, c).
+// (o, c, tap) as PyTorch has them, flipped: (tap from last to first, o, c).
 template <class S>
-void conv_weights_turned(long O, long C, long T, const S* from, S* to) {
+void conv_weights_flipped(long O, long C, long T, const S* from, S* to) {
     for (long o = 0; o < O; ++o)
         for (long c = 0; c < C; ++c)
             for (long t = 0; t < T; ++t) to[((T - 1 - t) * O + o) * C + c] = from[(o * C + c) * T + t];
 }
 
-// (tap, c, o) turned: every tap's matrix transposed, in blocks that stay in registers.
+// (tap, c, o) flipped: every tap's matrix transposed, in blocks that stay in registers.
 template <class S>
-void turn_weights(long O, long C, long T, const S* from, S* to) {
+void flip_weights(long O, long C, long T, const S* from, S* to) {
     constexpr long L = lanes<S>;
     for (long t = 0; t < T; ++t) {
         const S* in = from + t * C * O;
@@ -88,7 +88,7 @@ void conv_forward(const Convolution& c, Pair<S> one, Pair<S> two, const S* bias,
     }
 }
 
-// δx (+)= Wᵀ * δy [+ Vᵀ * δy'], with turned weights.
+// δx (+)= Wᵀ * δy [+ Vᵀ * δy'], with flipped weights.
 template <class S>
 void conv_backward(const Convolution& c, Pair<S> one, Pair<S> two, bool add, const Piece& piece, S* dx) {
     for (long g = 0; g < c.groups; ++g) {
