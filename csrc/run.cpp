@@ -263,7 +263,7 @@ void Runner<S>::run(Call& call, Times* times) {
 
 // Numbers in the order of the kernels to the caller's order, which differs for convolutions.
 template <class S>
-void hand_over(const Param& p, const S* from, bool add, S* to) {
+void unpack_gradients(const Param& p, const S* from, bool add, S* to) {
     if (!p.taps) {
         for (long i = 0; i < p.size; ++i) to[i] = add ? to[i] + from[i] : from[i];
         return;
@@ -276,7 +276,7 @@ void hand_over(const Param& p, const S* from, bool add, S* to) {
             }
 }
 
-// Hands the sums over tasks to the caller's gradient tensors.
+// Unpacks the sums over tasks into the caller's gradient tensors.
 template <class S>
 void Runner<S>::reduce(const Call& call, const S* total) {
     const PlanView& plan = layout_.view();
@@ -284,7 +284,7 @@ void Runner<S>::reduce(const Call& call, const S* total) {
         S* to = static_cast<S*>(call.gradients[p]);
         const Param& param = plan.params[p];
         if (!to || param.sum < 0) continue;
-        hand_over(param, total + param.sum, call.add, to);
+        unpack_gradients(param, total + param.sum, call.add, to);
     }
     S* rates = static_cast<S*>(call.rate_gradient);
     if (!rates) return;
@@ -293,7 +293,7 @@ void Runner<S>::reduce(const Call& call, const S* total) {
         const Param& param = plan.params[p];
         if (!param.taps || !param.elementwise) continue;
         long offset = plan.rate_offset[param.rate];
-        hand_over(param, total + plan.sums + offset, false, rates + offset);
+        unpack_gradients(param, total + plan.sums + offset, false, rates + offset);
     }
 }
 
