@@ -195,7 +195,7 @@ class Engine {
                 case OpKind::transpose:
                 case OpKind::pad:
                 case OpKind::upsample:
-                    moved(op, N, x, y);
+                    linear_map(op, N, x, y);
                     break;
             }
         }
@@ -283,7 +283,7 @@ class Engine {
                 case OpKind::transpose:
                 case OpKind::pad:
                 case OpKind::upsample:
-                    if (dx) moved_back(op, first, N, dy, dx);
+                    if (dx) transposed_linear_map(op, first, N, dy, dx);
                     break;
             }
         }
@@ -372,7 +372,7 @@ class Engine {
                 case OpKind::transpose:
                 case OpKind::pad:
                 case OpKind::upsample:
-                    moved(op, N, tx, ty);
+                    linear_map(op, N, tx, ty);
                     break;
             }
         }
@@ -449,7 +449,7 @@ class Engine {
                 case OpKind::transpose:
                 case OpKind::pad:
                 case OpKind::upsample:
-                    if (ex) moved_back(op, first, N, ey, ex);
+                    if (ex) transposed_linear_map(op, first, N, ey, ex);
                     break;
             }
         }
@@ -466,7 +466,7 @@ class Engine {
 #include "engine/convolutions.inl"
 #include "engine/norms.inl"
 #include "engine/layer_norms.inl"
-#include "engine/moves.inl"
+#include "engine/linear_maps.inl"
 #include "engine/losses.inl"
 #include "engine/vectors.inl"
     // clang-format on

@@ -242,7 +242,7 @@ void Layout::find_groups() {
 
 // Whether Hessian-vector products read a buffer's value or delta. Those of linear layers read the values that they take
 // in and the deltas of what they give out, activations and sums neither, other layers all that they touch.
-bool Layout::curves(int buffer, bool delta) const {
+bool Layout::read_by_hvp(int buffer, bool delta) const {
     bool last = buffer == spec_.out && !delta;  // the loss reads it
     return last || std::any_of(ops_.begin(), ops_.end(), [&](const Op& op) {
                bool takes = std::count(op.in, op.in + op.n_in, buffer) > 0, gives = op.out == buffer;

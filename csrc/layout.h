@@ -29,7 +29,7 @@ class Layout {
     void find_factors();
     void find_stretches();
     void find_groups();
-    bool curves(int buffer, bool delta) const;
+    bool read_by_hvp(int buffer, bool delta) const;
     bool steps_fuse() const;
     std::vector<bool> passed_on() const;
     void fuse_steps();

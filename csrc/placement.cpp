@@ -127,8 +127,8 @@ void Layout::place_tape(int index, long lockstep) {
     bool softmax = spec_.loss == LossKind::cross_entropy;
     std::vector<bool> value_lasts(buffers, everything), delta_lasts(buffers, everything);
     for (std::size_t v = 1; curvature && v < buffers; ++v) {
-        value_lasts[v] = value_lasts[v] || curves(int(v), false);
-        delta_lasts[v] = delta_lasts[v] || curves(int(v), true);
+        value_lasts[v] = value_lasts[v] || read_by_hvp(int(v), false);
+        delta_lasts[v] = delta_lasts[v] || read_by_hvp(int(v), true);
     }
     for (const Op& op : ops_)
         if (op.low_rank) value_lasts[op.in[0]] = delta_lasts[op.out] = true;

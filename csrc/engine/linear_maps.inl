@@ -1,6 +1,6 @@
-// Part of Engine: layers that move or average numbers. They are linear, so their tangents are themselves.
+// Part of Engine: layers that rearrange or average values. They are linear, so their tangents are themselves.
 
-void moved(const Op& op, long N, const S* x, S* y) const {
+void linear_map(const Op& op, long N, const S* x, S* y) const {
     if (op.kind == OpKind::transpose) return transpose_samples(true, B_ * N, op.rows, op.width, x, y);
     each_samples(B_ * N, [=, &op](long first, long last) {
         if (op.kind == OpKind::pad) pad_forward(op.window, op.width, first, last, x, y);
@@ -9,7 +9,7 @@ void moved(const Op& op, long N, const S* x, S* y) const {
     });
 }
 
-void moved_back(const Op& op, bool first_writer, long N, const S* dy, S* dx) const {
+void transposed_linear_map(const Op& op, bool first_writer, long N, const S* dy, S* dx) const {
     if (op.kind == OpKind::transpose) return transpose_samples(first_writer, B_ * N, op.width, op.rows, dy, dx);
     long size = plan_.features[op.in[0]];
     each_samples(B_ * N, [=, &op](long first, long last) {
