@@ -46,9 +46,9 @@ class Engine {
             long begin = round * count / rounds, end = (round + 1) * count / rounds;
             t0_ = first + begin;
             B_ = end - begin;
-            for (const Instr* in = plan_.code; in < plan_.code + plan_.n_code; in += in->together)
-                for (stretch_ = 0; stretch_ < in->stretches; ++stretch_)
-                    for (int i = 0; i < in->together; ++i) timed(in[i]);
+            for (const Instr* in = plan_.code; in < plan_.code + plan_.n_code; in += in->group_size)
+                for (sample_tile_ = 0; sample_tile_ < in->sample_tiles; ++sample_tile_)
+                    for (int i = 0; i < in->group_size; ++i) timed(in[i]);
         }
     }
 
@@ -95,8 +95,8 @@ class Engine {
 
     // ---- where things are --------------------------------------------------------------------
 
-    const TapeView& view(int tape) const { return plan_.tapes[tape][stretch_]; }
-    bool starts(bool first_writer) const { return first_writer && stretch_ == 0; }
+    const TapeView& view(int tape) const { return plan_.tapes[tape][sample_tile_]; }
+    bool starts(bool first_writer) const { return first_writer && sample_tile_ == 0; }
 
     static long samples(const TapeView& tape) { return tape.samples; }
     long per_task(const TapeView& tape, int buffer) const { return tape.samples * plan_.features[buffer]; }
@@ -477,7 +477,7 @@ class Engine {
     S* ws_;
     S* partial_;
     long t0_ = 0, B_ = 0;
-    int stretch_ = 0;
+    int sample_tile_ = 0;
     TangentView tangents_{};  // of the Hessian-vector product under way
 };
 

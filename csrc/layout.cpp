@@ -8,8 +8,8 @@ namespace {
 
 constexpr long kWorkspaceBytes = 384 << 10;  // what tasks in lockstep may take: most of a private cache
 constexpr long kLockstep = 8;
-constexpr long kStretchBytes = 1 << 20;       // what a stretch of samples may take beside its tape
-constexpr long kStretchRows = 96;             // rows from which products run at full speed
+constexpr long kSampleTileBytes = 1 << 20;    // what a sample tile may take beside its tape
+constexpr long kSampleTileRows = 96;          // rows from which products run at full speed
 constexpr long kLargeModel = 1 << 16;         // parameters from which fewer partial sums are cheaper
 constexpr long kFewBlocks = 4, kBlocks = 16;  // partial sums a call is cut into, whatever the number of threads
 constexpr double kBlockWork = 4e6;            // multiply-adds below which a block costs more than it shares out
@@ -75,7 +75,7 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
         if (s.active) view_.sums += s.size;
     }
     find_factors();
-    find_stretches();
+    find_sample_tiles();
     fuse_steps();
     find_groups();
     find_slots();
@@ -88,7 +88,7 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     find_pairs();
     place_panels();
     view_.blocks = blocks();
-    long lockstep = stretched() ? 1 : std::min((spec_.tasks + view_.blocks - 1) / view_.blocks, kLockstep);
+    long lockstep = tiled() ? 1 : std::min((spec_.tasks + view_.blocks - 1) / view_.blocks, kLockstep);
     do {
         place_buffers(lockstep);
     } while (used_ * machine_.scalar_bytes > kWorkspaceBytes && lockstep-- > 1);
@@ -210,32 +210,32 @@ void Layout::find_factors() {
     }
 }
 
-// Samples of a task that do not fit into a private cache go through the network in stretches.
-void Layout::find_stretches() {
+// Samples of a task that do not fit into a private cache go through the network in sample tiles.
+void Layout::find_sample_tiles() {
     if (ops_.empty() || !std::all_of(ops_.begin(), ops_.end(), goes_by_sample)) return;
     long features = 0, rows = 1;
     for (std::size_t v = 1; v < spec_.features.size(); ++v) features += spec_.features[v];
     for (const Op& op : ops_) rows = std::max(rows, op.rows);
     long bytes = 4 * features * machine_.scalar_bytes;  // values, deltas and the tangents of both
-    long length = std::max(kStretchBytes / bytes, (kStretchRows + rows - 1) / rows);
-    for (int batch = 0; batch < 2; ++batch) stretches_[batch] = std::max(1L, spec_.samples[batch] / length);
+    long length = std::max(kSampleTileBytes / bytes, (kSampleTileRows + rows - 1) / rows);
+    for (int batch = 0; batch < 2; ++batch) sample_tiles_[batch] = std::max(1L, spec_.samples[batch] / length);
 }
 
-// What goes through a stretch of samples before the next stretch begins, and what a later group reads of a tape.
+// What goes through a sample tile before the next begins, and what a later group reads of a tape.
 void Layout::find_groups() {
     reread_.assign(spec_.tapes.size(), Reread::nothing);
-    for (std::size_t i = 0; i < spec_.code.size(); i += std::size_t(spec_.code[i].together)) {
+    for (std::size_t i = 0; i < spec_.code.size(); i += std::size_t(spec_.code[i].group_size)) {
         Instr& in = spec_.code[i];
-        in.together = in.stretches = 1;
+        in.group_size = in.sample_tiles = 1;
         int tape = in.tape;
         if (tape < 0) continue;
-        in.stretches = int(stretches_[spec_.tapes[tape]]);
+        in.sample_tiles = int(sample_tiles_[spec_.tapes[tape]]);
         auto follows = [&](std::size_t j) {
             return j < spec_.code.size() && spec_.code[j].tape == tape && spec_.code[j].code != Code::forward;
         };
-        while (follows(i + std::size_t(in.together))) ++in.together;
+        while (follows(i + std::size_t(in.group_size))) ++in.group_size;
         if (in.code == Code::forward) continue;
-        bool products = std::all_of(&in, &in + in.together, [](const Instr& j) { return j.code == Code::hvp; });
+        bool products = std::all_of(&in, &in + in.group_size, [](const Instr& j) { return j.code == Code::hvp; });
         reread_[tape] = std::max(reread_[tape], products ? Reread::curvature : Reread::everything);
     }
 }
@@ -276,7 +276,7 @@ std::vector<bool> Layout::passed_on() const {
 
 // Gradients that only feed a step are added to the parameters where the product ends. With one rate for all, so are
 // Hessian-vector products to the adjoint, H(−αλ) = −α Hλ, and the last of them to the sum over tasks. Not in place
-// where there are several stretches: the next one still reads the parameters and the adjoint.
+// where there are several sample tiles: the next one still reads the parameters and the adjoint.
 void Layout::fuse_steps() {
     if (!steps_fuse()) return;
     const std::vector<Instr>& code = spec_.code;
@@ -292,12 +292,12 @@ void Layout::fuse_steps() {
         bool product = in.code == Code::scale && is(i + 1, Code::hvp) && code[i + 1].vector == in.out &&
                        is(i + 2, Code::subtract) && code[i + 2].vector == code[i + 1].out &&
                        code[i + 2].out == in.vector && fades(in.out) && fades(code[i + 1].out) && one_rate;
-        if (steps && (stretches_[0] == 1 || code[i + 1].out != in.theta)) {
+        if (steps && (sample_tiles_[0] == 1 || code[i + 1].out != in.theta)) {
             in.step = code[++i].out;
             in.out = -1;
         } else if (product) {
             bool last = is(i + 3, Code::accumulate) && code[i + 3].vector == in.vector;
-            if (last || stretches_[0] == 1) {
+            if (last || sample_tiles_[0] == 1) {
                 int adjoint = in.vector;
                 in = code[i + 1];
                 in.vector = in.out = adjoint;

@@ -27,7 +27,7 @@ class Layout {
     long blocks() const;
     void find_low_rank();
     void find_factors();
-    void find_stretches();
+    void find_sample_tiles();
     void find_groups();
     bool read_by_hvp(int buffer, bool delta) const;
     bool steps_fuse() const;
@@ -43,9 +43,11 @@ class Layout {
     void place_rooms();
     long* table(std::size_t n);
     long take(long size);
-    bool stretched() const { return stretches_[0] > 1 || stretches_[1] > 1; }
-    long stretch_begin(int batch, long stretch) const { return stretch * spec_.samples[batch] / stretches_[batch]; }
-    long longest(int batch) const { return (spec_.samples[batch] + stretches_[batch] - 1) / stretches_[batch]; }
+    bool tiled() const { return sample_tiles_[0] > 1 || sample_tiles_[1] > 1; }
+    long tile_begin(int batch, long tile) const { return tile * spec_.samples[batch] / sample_tiles_[batch]; }
+    long longest_tile(int batch) const {
+        return (spec_.samples[batch] + sample_tiles_[batch] - 1) / sample_tiles_[batch];
+    }
     long packed(long size);
     long scratch_size(long lockstep) const;
     long norm_scratch_size() const;
@@ -62,7 +64,7 @@ class Layout {
     std::vector<std::vector<Factor>> factors_;
     std::vector<TangentView> tangents_;
     int hvps_ = 0;
-    long stretches_[2] = {1, 1};                         // per batch
+    long sample_tiles_[2] = {1, 1};                      // per batch
     std::vector<Reread> reread_;                         // per tape
     std::vector<long> passing_values_, passing_deltas_;  // per buffer: where all tapes keep what none rereads, or -1
     std::vector<std::vector<TapeView>> tapes_;

@@ -96,7 +96,7 @@ void Layout::place_tangents(long lockstep) {
     std::vector<bool> lives_on(buffers);
     for (const Op& op : ops_)
         if (op.low_rank) lives_on[op.in[0]] = lives_on[op.out] = true;
-    long n = longest(0);
+    long n = longest_tile(0);
     tangents_.clear();
     for (int h = 0; h < hvps_; ++h) {
         long *value = table(buffers), *delta = table(buffers), *aux1 = table(ops_.size()), *aux2 = table(ops_.size());
@@ -117,8 +117,8 @@ void Layout::place_tangents(long lockstep) {
     }
 }
 
-// A buffer that only its own group reads holds one stretch, and all tapes share it; any other holds all samples, and a
-// view of a stretch begins at its first.
+// A buffer that only its own group reads holds one sample tile, and all tapes share it; any other holds all samples,
+// and a view of a tile begins at its first.
 void Layout::place_tape(int index, long lockstep) {
     int batch = spec_.tapes[index];
     std::size_t buffers = spec_.features.size();
@@ -133,11 +133,11 @@ void Layout::place_tape(int index, long lockstep) {
     for (const Op& op : ops_)
         if (op.low_rank) value_lasts[op.in[0]] = delta_lasts[op.out] = true;
 
-    long n = curvature ? spec_.samples[batch] : longest(batch);
+    long n = curvature ? spec_.samples[batch] : longest_tile(batch);
     std::vector<long> value(buffers, -1), delta(buffers, -1), aux1(ops_.size(), -1), aux2(ops_.size(), -1);
     auto place = [&](bool lasts, long& passing, long features) {
         if (lasts) return take(lockstep * spec_.samples[batch] * features);
-        if (passing < 0) passing = take(lockstep * std::max(longest(0), longest(1)) * features);
+        if (passing < 0) passing = take(lockstep * std::max(longest_tile(0), longest_tile(1)) * features);
         return passing;
     };
     for (std::size_t v = 1; v < buffers; ++v) {
@@ -157,8 +157,8 @@ void Layout::place_tape(int index, long lockstep) {
     long loss = softmax ? take(lockstep * n * spec_.features[spec_.out]) : -1;
 
     std::vector<TapeView>& views = tapes_.emplace_back();
-    for (long s = 0; s < stretches_[batch]; ++s) {
-        long first = stretch_begin(batch, s), count = stretch_begin(batch, s + 1) - first;
+    for (long s = 0; s < sample_tiles_[batch]; ++s) {
+        long first = tile_begin(batch, s), count = tile_begin(batch, s + 1) - first;
         auto shift = [&](bool lasts, long offset, int buffer) {
             return offset < 0 || !lasts ? offset : offset + first * spec_.features[buffer];
         };
@@ -176,12 +176,11 @@ void Layout::place_tape(int index, long lockstep) {
     }
 }
 
-// A task's own weights in panels serve all stretches.
+// A task's own weights in panels serve all sample tiles.
 void Layout::place_rooms() {
     for (Op& op : ops_)
-        op.rooms = op.kind == OpKind::linear && !is_thin(op) && stretched()
-                       ? take(kRooms * room_size(op, machine_.lanes))
-                       : -1;
+        op.rooms =
+            op.kind == OpKind::linear && !is_thin(op) && tiled() ? take(kRooms * room_size(op, machine_.lanes)) : -1;
 }
 
 void Layout::place_buffers(long lockstep) {

@@ -55,7 +55,7 @@ struct Op {
     bool low_rank;      // the adapted weight is never formed: W_k = W_0 + Σ_r c_r P_rᵀ Q_r
     long pack_forward;  // offset of the shared weight's panels, or -1
     long pack_backward;
-    long rooms;  // for a task's own weights in panels, which all stretches of samples read; or -1
+    long rooms;  // for a task's own weights in panels, which all sample tiles read; or -1
 };
 
 // A linear layer whose weight is a single row or column, which stands in memory as its transpose does.
@@ -91,13 +91,13 @@ struct Instr {
     int hvp = -1;         // which tangents a Hessian-vector product writes
     int step = -1;        // a backward pass: the slot for θ − α ∘ gradient, which takes the gradient's place; or -1
     bool scaled = false;  // a Hessian-vector product: what it adds to its slot is −α times it
-    int together = 1;     // this many instructions from this one on run for one stretch of samples after the other
-    int stretches = 1;
+    int group_size = 1;   // this many instructions from this one on run for one sample tile after the other
+    int sample_tiles = 1;
     Factors theta_factors{nullptr, 0};   // low-rank part of θ (of a sum's vector)
     Factors vector_factors{nullptr, 0};  // of the direction
 };
 
-// Offsets of one tape's buffers for a stretch of its samples; -1 where absent (or, for the input, the caller's memory).
+// Offsets of one tape's buffers for a tile of its samples; -1 where absent (or, for the input, the caller's memory).
 struct TapeView {
     const long* value;  // per buffer: activations
     const long* delta;  // per buffer
@@ -127,7 +127,7 @@ struct PlanView {
     int n_params;
     const Instr* code;
     int n_code;
-    const TapeView* const* tapes;  // per tape: a view of each stretch
+    const TapeView* const* tapes;  // per tape: a view of each sample tile
     const TangentView* tangents;
     const long* slots;        // offset of each slot
     const long* rate_offset;  // per rate: offset in the rate gradient

@@ -55,7 +55,7 @@ void conv_gradients(const Op& op, bool add, long N, const S* x, const S* dy, Per
 // Of samples [begin, end) of one task.
 void conv_weight_gradient(const Convolution& c, bool add, long begin, long end, const S* x, const S* dy, S* to) const {
     long rows = call_.team > 1 ? 4 * kLatticeRows : kLatticeRows;
-    each_stretch(c, begin, end, rows, [&](long first, long last, long top, long bottom) {
+    each_position_tile(c, begin, end, rows, [&](long first, long last, long top, long bottom) {
         bool sum = add;
         each(gradient_tiles(c),
              [=, &c](long i) { conv_gradient_tile(c, i, first, last, top, bottom, x, dy, sum, to); });

@@ -87,7 +87,7 @@ struct Operand {
     PerTask<const S> w{};
 };
 
-// Where a task's own weights stand in panels: for all stretches of its samples, or for one product.
+// Where a task's own weights stand in panels: for all its sample tiles, or for one product.
 S* room(const Op& op, int place) const {
     return (op.rooms < 0 ? scratch() : ws_ + op.rooms) + place * room_size(op, lanes<S>);
 }
@@ -97,7 +97,7 @@ Right<S> transposed_weight(const Op& op, const PerTask<const S>& w, long b, int 
     if (is_thin(op)) return {w.of(b), op.out_width, false, false};
     if (w.stride == 0) return {arena_ + op.pack_forward, op.width, true, true};
     S* panels = room(op, place);
-    if (stretch_ == 0) pack_transposed(op.width, op.out_width, w.of(b), panels);
+    if (sample_tile_ == 0) pack_transposed(op.width, op.out_width, w.of(b), panels);
     return {panels, op.width, true, true};
 }
 
@@ -106,7 +106,7 @@ Right<S> plain_weight(const Op& op, const PerTask<const S>& w, long b, int place
     if (w.stride == 0) return {arena_ + op.pack_backward, op.out_width, true, true};
     if (op.rooms < 0) return {w.of(b), op.width, false, false};
     S* panels = room(op, kProducts + place);
-    if (stretch_ == 0) pack(op.out_width, op.width, w.of(b), op.width, panels);
+    if (sample_tile_ == 0) pack(op.out_width, op.width, w.of(b), op.width, panels);
     return {panels, op.out_width, true, true};
 }
 
@@ -156,7 +156,7 @@ Destination gradient_or_step(const Instr& in, int param, bool adapted_only, bool
     if (in.step < 0) return added(gradient(in.out, param, adapted_only), starts(first));
     PerTask<S> to = gradient(in.step, param, adapted_only);
     S scale = to ? -*rate(plan_.params[param]) : S(1);
-    return stretch_ == 0 ? Destination{to, weight(in.theta, param), scale} : added(to, false, scale);
+    return sample_tile_ == 0 ? Destination{to, weight(in.theta, param), scale} : added(to, false, scale);
 }
 
 // Of a Hessian-vector product.

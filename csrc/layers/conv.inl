@@ -140,9 +140,9 @@ void conv_gradient_tile(const Convolution& c, long index, long first, long last,
                  c.group_outputs());
 }
 
-// Calls f(first, last, top, bottom) for stretches of samples [begin, end) with about `rows` positions each.
+// Calls f(first, last, top, bottom) for tiles of samples [begin, end) with about `rows` positions each.
 template <class F>
-void each_stretch(const Convolution& c, long begin, long end, long rows, F f) {
+void each_position_tile(const Convolution& c, long begin, long end, long rows, F f) {
     long positions = c.window.oh * c.window.ow;
     if (positions <= rows) {
         long step = rows / positions;

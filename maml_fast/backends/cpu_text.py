@@ -44,7 +44,7 @@ def instructions(described: Described, kinds: Mapping[str, type[Instruction]]) -
     for d in described["code"]:
         instruction = _instruction(d, kinds[d["code"]])
         batch = "" if d["tape"] < 0 else f" {Batch(described['tapes'][d['tape']]['batch'])}"
-        tiles = f", by {d['stretches']} sample tiles" if d["stretches"] > 1 else ""
+        tiles = f", by {d['sample_tiles']} sample tiles" if d["sample_tiles"] > 1 else ""
         yield f"{d['code']}{'' if 'loss' in d['code'] else batch}", _line(d, instruction, printer) + tiles
 
 
