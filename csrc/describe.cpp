@@ -24,7 +24,7 @@ py::dict operation(const Op& op) {
     d["parameters"] = std::vector<int>{op.w, op.b};
     d["low_rank"] = op.low_rank;
     d["behind_conv"] = op.behind_conv;
-    d["rooms"] = op.rooms;
+    d["own_panels"] = op.own_panels;
     return d;
 }
 

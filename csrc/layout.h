@@ -40,7 +40,7 @@ class Layout {
     void place_buffers(long lockstep);
     void place_tape(int index, long lockstep);
     void place_tangents(long lockstep);
-    void place_rooms();
+    void place_own_panels();
     long* table(std::size_t n);
     long take(long size);
     bool tiled() const { return sample_tiles_[0] > 1 || sample_tiles_[1] > 1; }

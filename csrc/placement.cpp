@@ -28,7 +28,7 @@ long statistics(const Op& op, long n) {
 void Layout::place_panels() {
     bool backward = spec_.reverse || spec_.samples[0] > 0;
     for (Op& op : ops_) {
-        op.pack_forward = op.pack_backward = op.rooms = -1;
+        op.pack_forward = op.pack_backward = op.own_panels = -1;
         if (op.kind == OpKind::linear) {
             if (!is_thin(op)) op.pack_forward = packed(packed_size(op.width, op.out_width, machine_.lanes));
             if (backward) op.pack_backward = packed(packed_size(op.out_width, op.width, machine_.lanes));
@@ -56,7 +56,7 @@ long Layout::scratch_size(long lockstep) const {
         if (op.kind == OpKind::layer_norm) size = std::max(size, 4 * op.width);
         if (op.kind == OpKind::conv) size = std::max(size, 2 * params_[op.w].size + kSlack);
         if (op.kind != OpKind::linear) continue;
-        size = std::max(size, kProducts * room_size(op, machine_.lanes));
+        size = std::max(size, kProducts * panels_size(op, machine_.lanes));
         if (!op.low_rank) continue;
         long rows = samples * op.rows, widest = std::max(op.width, op.out_width);
         size = std::max(size, packed_size(widest, rows, machine_.lanes) + rows * rows);
@@ -177,10 +177,11 @@ void Layout::place_tape(int index, long lockstep) {
 }
 
 // A task's own weights in panels serve all sample tiles.
-void Layout::place_rooms() {
+void Layout::place_own_panels() {
     for (Op& op : ops_)
-        op.rooms =
-            op.kind == OpKind::linear && !is_thin(op) && tiled() ? take(kRooms * room_size(op, machine_.lanes)) : -1;
+        op.own_panels = op.kind == OpKind::linear && !is_thin(op) && tiled()
+                            ? take(kPanelSets * panels_size(op, machine_.lanes))
+                            : -1;
 }
 
 void Layout::place_buffers(long lockstep) {
@@ -194,7 +195,7 @@ void Layout::place_buffers(long lockstep) {
     for (std::size_t t = 0; t < spec_.tapes.size(); ++t) place_tape(int(t), lockstep);
     for (const auto& views : tapes_) tape_views_.push_back(views.data());
     place_tangents(lockstep);
-    place_rooms();
+    place_own_panels();
     slots_.assign(spec_.slots, -1);
     for (int s = 1; s < spec_.slots; ++s)
         if (used_slots_[s]) slots_[s] = take(lockstep * view_.parameters);

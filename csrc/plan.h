@@ -55,7 +55,7 @@ struct Op {
     bool low_rank;      // the adapted weight is never formed: W_k = W_0 + Σ_r c_r P_rᵀ Q_r
     long pack_forward;  // offset of the shared weight's panels, or -1
     long pack_backward;
-    long rooms;  // for a task's own weights in panels, which all sample tiles read; or -1
+    long own_panels;  // for a task's own weights in panels, which all sample tiles read; or -1
 };
 
 // A linear layer whose weight is a single row or column, which stands in memory as its transpose does.
@@ -77,8 +77,8 @@ struct Factors {
     int n;
 };
 
-constexpr int kSums = -2;  // in place of a slot: the sum over tasks
-constexpr int kRooms = 4;  // of an operation: the transposes and the weights of two products
+constexpr int kSums = -2;      // in place of a slot: the sum over tasks
+constexpr int kPanelSets = 4;  // of an operation: the transposes and the weights of two products
 
 // One instruction of a program (see maml_fast/program.py). Operands that it does not have are -1: slots, and a tape.
 struct Instr {
@@ -213,7 +213,7 @@ inline long packed_size(long rows, long columns, long lanes) {
 }
 
 // Numbers of a linear layer's weight in panels, transposed or not.
-inline long room_size(const Op& op, long lanes) {
+inline long panels_size(const Op& op, long lanes) {
     long transposed = packed_size(op.width, op.out_width, lanes), plain = packed_size(op.out_width, op.width, lanes);
     return transposed > plain ? transposed : plain;
 }

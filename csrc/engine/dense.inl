@@ -54,7 +54,7 @@ void add_term(const Op& op, const Factor& f, long N, long I, long O, const S* x,
 
 // Σ_tasks P_rᵀ Q_r into the sum: products over the rows of all tasks of the block, two at a time.
 void accumulate_low_rank(const Op& op, Factors factors) {
-    S *sum = partial_ + plan_.params[op.w].sum, *room = scratch();
+    S *sum = partial_ + plan_.params[op.w].sum, *free = scratch();
     const Result<S> to{sum, op.width, sum, nullptr};
     Outer<S> waiting;
     for (int r = 0; r < factors.n; ++r) {
@@ -64,9 +64,9 @@ void accumulate_low_rank(const Op& op, Factors factors) {
         if (f.sign < 0) {
             const S* p = next.dy;
             long size = next.rows * op.out_width;
-            put(true, room, size, [=](long i) { return -p[i]; });
-            next.dy = room;
-            room += size;
+            put(true, free, size, [=](long i) { return -p[i]; });
+            next.dy = free;
+            free += size;
         }
         if (waiting.rows == 0) {
             waiting = next;
@@ -74,7 +74,7 @@ void accumulate_low_rank(const Op& op, Factors factors) {
         }
         WeightGradient<S>{waiting, next, to}(op, gemm_scratch());
         waiting = {};
-        room = scratch();
+        free = scratch();
     }
     if (waiting.rows > 0) WeightGradient<S>{waiting, {}, to}(op, gemm_scratch());
 }
@@ -88,15 +88,15 @@ struct Operand {
 };
 
 // Where a task's own weights stand in panels: for all its sample tiles, or for one product.
-S* room(const Op& op, int place) const {
-    return (op.rooms < 0 ? scratch() : ws_ + op.rooms) + place * room_size(op, lanes<S>);
+S* own_panels(const Op& op, int place) const {
+    return (op.own_panels < 0 ? scratch() : ws_ + op.own_panels) + place * panels_size(op, lanes<S>);
 }
 
 // Wᵀ for task b. What all tasks share was packed before the call began, unless it is thin.
 Right<S> transposed_weight(const Op& op, const PerTask<const S>& w, long b, int place) const {
     if (is_thin(op)) return {w.of(b), op.out_width, false, false};
     if (w.stride == 0) return {arena_ + op.pack_forward, op.width, true, true};
-    S* panels = room(op, place);
+    S* panels = own_panels(op, place);
     if (sample_tile_ == 0) pack_transposed(op.width, op.out_width, w.of(b), panels);
     return {panels, op.width, true, true};
 }
@@ -104,8 +104,8 @@ Right<S> transposed_weight(const Op& op, const PerTask<const S>& w, long b, int 
 // W for task b; in place where it is read once.
 Right<S> plain_weight(const Op& op, const PerTask<const S>& w, long b, int place) const {
     if (w.stride == 0) return {arena_ + op.pack_backward, op.out_width, true, true};
-    if (op.rooms < 0) return {w.of(b), op.width, false, false};
-    S* panels = room(op, kProducts + place);
+    if (op.own_panels < 0) return {w.of(b), op.width, false, false};
+    S* panels = own_panels(op, kProducts + place);
     if (sample_tile_ == 0) pack(op.out_width, op.width, w.of(b), op.width, panels);
     return {panels, op.out_width, true, true};
 }

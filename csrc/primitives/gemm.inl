@@ -257,12 +257,12 @@ inline void panels(long M, long N, const Product<S>& p, const Product<S>& q, con
         Strip<S> strips[kProducts] = {};
         for (int t = 0; t < kProducts && terms[t]->depth > 0; ++t) {
             const Product<S>& term = *terms[t];
-            S* room = scratch + t * kBlockDepth * kPanels * 2 * L;
+            S* copy = scratch + t * kBlockDepth * kPanels * 2 * L;
             strips[t] = {term.depth, term.a.p, term.a.rs, term.a.cs, {}};
-            strips[t].b[0] = rows_of(term, j, least(columns, widths[0]), widths[0], many, room);
+            strips[t].b[0] = rows_of(term, j, least(columns, widths[0]), widths[0], many, copy);
             if (widths[1])
                 strips[t].b[1] =
-                    rows_of(term, j + widths[0], columns - widths[0], widths[1], many, room + kBlockDepth * widths[0]);
+                    rows_of(term, j + widths[0], columns - widths[0], widths[1], many, copy + kBlockDepth * widths[0]);
         }
         by_width<S>(columns, [&](auto vectors, auto ragged) {
             column_block<S, vectors.value, ragged.value>(M, strips, c.at(0, j), columns);

@@ -110,7 +110,7 @@ def _places(described: Described) -> Iterator[tuple[str, str, int]]:
         for part, offset in _parts(tangents, described["ops"]):
             names.setdefault(offset, (f"tangents{h}", part))
     for op in described["ops"]:
-        names.setdefault(op["rooms"], ("weights in panels", f"b{op['out']}"))
+        names.setdefault(op["own_panels"], ("weights in panels", f"b{op['out']}"))
     # from the last on: what takes nothing has the place of what follows
     for part, offset in zip(("panels", "norms", "products"), reversed(described["scratch"]), strict=True):
         names.setdefault(offset, ("scratch", part))
