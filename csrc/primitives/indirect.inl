@@ -77,10 +77,10 @@ template <class S, class F>
 inline void each_tile(int rows, long first, long last, F f) {
     for (long j = first, columns; j < last; j += columns) {
         columns = least(last - j, kWidest * lanes<S>);
-        int highest = tile_rows(int(ceil_div(columns, lanes<S>))), pieces = (rows + highest - 1) / highest;
-        for (int i = 0; i < pieces; ++i) {
-            int top = i * rows / pieces;
-            f(j, columns, top, (i + 1) * rows / pieces - top);
+        int highest = tile_rows(int(ceil_div(columns, lanes<S>))), tiles = (rows + highest - 1) / highest;
+        for (int i = 0; i < tiles; ++i) {
+            int top = i * rows / tiles;
+            f(j, columns, top, (i + 1) * rows / tiles - top);
         }
     }
 }

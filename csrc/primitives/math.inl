@@ -102,7 +102,7 @@ MAML_FAST_INLINED float erf_(float x) {
     return m < 1.0f ? near * x : with_sign(far, x);
 }
 
-// sin and cos for |x| ≤ kLargeAngle: x = q π/2 + r with π/2 in four exact pieces.
+// sin and cos for |x| ≤ kLargeAngle: x = q π/2 + r with π/2 in four exact terms.
 constexpr float kLargeAngle = 8192.0f;
 
 MAML_FAST_INLINED void sincos_(float x, float& sine, float& cosine) {
