@@ -151,7 +151,7 @@ class Engine {
             S *aux1 = at(tape.aux1[i]), *aux2 = at(tape.aux2[i]);
             switch (op.kind) {
                 case OpKind::linear:
-                    linear_values(op, slot, in.theta_factors, N, x, y);
+                    linear_values(op, slot, in.theta_terms, N, x, y);
                     break;
                 case OpKind::activation:
                     activation_forward<S>(op, B_ * size, x, y, aux1, aux2);
@@ -227,7 +227,7 @@ class Engine {
             switch (op.kind) {
                 case OpKind::linear: {
                     if (dx) linear_transposed_product(op, N, {dy, weight(slot, op.w)}, {}, !first, dx);
-                    if (dx && op.low_rank) add_transposed_product(op, in.theta_factors, N, dy, dx);
+                    if (dx && op.low_rank) add_transposed_product(op, in.theta_terms, N, dy, dx);
                     linear_gradients(op, N, dy, value(tape, op.in[0]), nullptr, nullptr,
                                      gradient_or_step(in, op.w, adapted_only, op.w_first),
                                      gradient_or_step(in, op.b, adapted_only, op.b_first));

@@ -74,7 +74,7 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
         if (dense) view_.parameters += s.size;
         if (s.active) view_.sums += s.size;
     }
-    find_factors();
+    find_low_rank_terms();
     find_sample_tiles();
     fuse_steps();
     find_groups();
@@ -153,50 +153,51 @@ void Layout::find_low_rank() {
 }
 
 // Follows the program once to learn which terms every low-rank slot consists of at each instruction.
-void Layout::find_factors() {
+void Layout::find_low_rank_terms() {
     if (std::none_of(ops_.begin(), ops_.end(), [](const Op& op) { return op.low_rank; })) {
         // no lists: over K steps they would hold K² terms
         for (Instr& in : spec_.code)
             if (in.code == Code::hvp) in.hvp = hvps_++;
         return;
     }
-    std::vector<std::vector<Factor>> slots(spec_.slots);
-    auto freeze = [&](const std::vector<Factor>& list) {
-        factors_.push_back(list);
-        return Factors{factors_.back().data(), int(factors_.back().size())};
+    std::vector<std::vector<LowRankTerm>> slots(spec_.slots);
+    auto freeze = [&](const std::vector<LowRankTerm>& list) {
+        terms_.push_back(list);
+        return LowRankTerms{terms_.back().data(), int(terms_.back().size())};
     };
-    factors_.reserve(2 * spec_.code.size());
+    terms_.reserve(2 * spec_.code.size());
     for (Instr& in : spec_.code) {
         switch (in.code) {
             case Code::forward:
-                in.theta_factors = freeze(slots[in.theta]);
+                in.theta_terms = freeze(slots[in.theta]);
                 break;
             case Code::backward:
-                in.theta_factors = freeze(slots[in.theta]);
-                if (in.out >= 0) slots[in.out] = {{Term::gradient, in.tape, -1, 1, false}};
+                in.theta_terms = freeze(slots[in.theta]);
+                if (in.out >= 0) slots[in.out] = {{Origin::gradient, in.tape, -1, 1, false}};
                 break;
             case Code::update: {
-                std::vector<Factor> following = slots[in.theta];
-                for (Factor f : slots[in.gradient]) following.push_back({f.term, f.tape, f.hvp, -f.sign, true});
+                std::vector<LowRankTerm> following = slots[in.theta];
+                for (LowRankTerm f : slots[in.gradient]) following.push_back({f.origin, f.tape, f.hvp, -f.sign, true});
                 slots[in.out] = std::move(following);
                 break;
             }
             case Code::scale:
                 slots[in.out] = slots[in.vector];
-                for (Factor& f : slots[in.out]) f.rate = true;
+                for (LowRankTerm& f : slots[in.out]) f.rate = true;
                 break;
             case Code::hvp:
                 in.hvp = hvps_++;
-                in.theta_factors = freeze(slots[in.theta]);
-                in.vector_factors = freeze(slots[in.vector]);
-                slots[in.out] = {{Term::tangent_delta, in.tape, in.hvp, 1, false},
-                                 {Term::tangent_input, in.tape, in.hvp, 1, false}};
+                in.theta_terms = freeze(slots[in.theta]);
+                in.vector_terms = freeze(slots[in.vector]);
+                slots[in.out] = {{Origin::tangent_delta, in.tape, in.hvp, 1, false},
+                                 {Origin::tangent_input, in.tape, in.hvp, 1, false}};
                 break;
             case Code::subtract:
-                for (Factor f : slots[in.vector]) slots[in.out].push_back({f.term, f.tape, f.hvp, -f.sign, f.rate});
+                for (LowRankTerm f : slots[in.vector])
+                    slots[in.out].push_back({f.origin, f.tape, f.hvp, -f.sign, f.rate});
                 break;
             case Code::accumulate:
-                in.theta_factors = freeze(slots[in.vector]);
+                in.theta_terms = freeze(slots[in.vector]);
                 break;
             case Code::load:
             case Code::support_loss:

@@ -26,7 +26,7 @@ class Layout {
     double work() const;
     long blocks() const;
     void find_low_rank();
-    void find_factors();
+    void find_low_rank_terms();
     void find_sample_tiles();
     void find_groups();
     bool read_by_hvp(int buffer, bool delta) const;
@@ -61,7 +61,7 @@ class Layout {
     std::vector<std::unique_ptr<bool[]>> flags_;
     std::vector<Param> params_;
     std::vector<std::unique_ptr<ConvolutionTables>> convolutions_;
-    std::vector<std::vector<Factor>> factors_;
+    std::vector<std::vector<LowRankTerm>> terms_;
     std::vector<TangentView> tangents_;
     int hvps_ = 0;
     long sample_tiles_[2] = {1, 1};                      // per batch

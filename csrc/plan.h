@@ -63,17 +63,17 @@ inline bool is_thin(const Op& op) { return op.width == 1 || op.out_width == 1; }
 
 // A term c Pᵀ Q of a low-rank weight. P holds a layer's output deltas and Q its inputs, of `tape`;
 // or one of them is replaced by its tangent of Hessian-vector product `hvp`.
-enum class Term : int { gradient, tangent_delta, tangent_input };
+enum class Origin : int { gradient, tangent_delta, tangent_input };
 
-struct Factor {
-    Term term;
+struct LowRankTerm {
+    Origin origin;
     int tape, hvp;
     int sign;
     bool rate;  // times the learning rate
 };
 
-struct Factors {
-    const Factor* p;
+struct LowRankTerms {
+    const LowRankTerm* p;
     int n;
 };
 
@@ -93,8 +93,8 @@ struct Instr {
     bool scaled = false;  // a Hessian-vector product: what it adds to its slot is −α times it
     int group_size = 1;   // this many instructions from this one on run for one sample tile after the other
     int sample_tiles = 1;
-    Factors theta_factors{nullptr, 0};   // low-rank part of θ (of a sum's vector)
-    Factors vector_factors{nullptr, 0};  // of the direction
+    LowRankTerms theta_terms{nullptr, 0};   // low-rank part of θ (of a sum's vector)
+    LowRankTerms vector_terms{nullptr, 0};  // of the direction
 };
 
 // Offsets of one tape's buffers for a tile of its samples; -1 where absent (or, for the input, the caller's memory).
