@@ -276,8 +276,8 @@ class _Verifier:
 _RESULTS: dict[Mode, tuple[type[Instruction], ...]] = {
     Mode.LOSS: (QueryLoss,),
     Mode.META_GRADIENT: (QueryLoss, Accumulate),
-    Mode.LOGITS: (StoreOutputs,),
-    Mode.PULLBACK: (Cotangent, Accumulate),
+    Mode.QUERY_OUTPUTS: (StoreOutputs,),
+    Mode.VJP: (Cotangent, Accumulate),
     Mode.ADAPT: (StoreParameters,),
     Mode.APPLY: (Load, StoreOutputs),
 }
@@ -286,7 +286,7 @@ _MAY = {Mode.META_GRADIENT: (StoreOutputs,)}
 
 
 def _check_goal(program: Program, goal: Goal) -> None:
-    reverse = goal.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
+    reverse = goal.mode in (Mode.META_GRADIENT, Mode.VJP)
     steps = goal.inner.steps if any(goal.adapts) and goal.mode is not Mode.APPLY else 0
     second_order = reverse and not goal.inner.first_order
 

@@ -201,7 +201,7 @@ class _Call:
         self.new_gradients = self._gradient_makers(plan, graph.used_parameters())
         spec = _Spec(plan, graph).as_dict()
         self.core = _core.Plan(spec, plan.dtype == torch.float64, _core.choose())
-        self.reverse = plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
+        self.reverse = plan.mode in (Mode.META_GRADIENT, Mode.VJP)
         self.rates_wanted = self.reverse and any(plan.needs.rates)
         self.rate_sizes = [math.prod(s) for s in plan.rates.shapes]
 
@@ -219,7 +219,7 @@ class _Call:
             result.losses = like.new_empty(plan.tasks)
         elif plan.mode is Mode.ADAPT:
             result.adapted = [like.new_empty(plan.tasks, *s) for s in plan.model.shapes]
-        if plan.needs.outputs or plan.mode in (Mode.LOGITS, Mode.APPLY):
+        if plan.needs.outputs or plan.mode in (Mode.QUERY_OUTPUTS, Mode.APPLY):
             result.outputs = self.new_outputs()
         rate_gradient = None
         if self.reverse:
@@ -368,7 +368,7 @@ class _Spec:
         plan, graph = self.plan, self.graph
         used, loss = graph.used_parameters(), plan.inner.loss
         loads = plan.mode is Mode.APPLY
-        reverse = plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
+        reverse = plan.mode in (Mode.META_GRADIENT, Mode.VJP)
         program = plan.program
         return {
             "ops": self.ops,
