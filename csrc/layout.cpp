@@ -53,27 +53,7 @@ void Layout::add_op(const OpSpec& s) {
 Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), machine_(machine) {
     for (const OpSpec& s : spec_.ops) add_op(s);
     find_low_rank();
-    for (std::size_t i = 0; i < spec_.params.size(); ++i) {
-        const ParamSpec& s = spec_.params[i];
-        bool formed =
-            std::none_of(ops_.begin(), ops_.end(), [&](const Op& op) { return op.low_rank && op.w == int(i); });
-        bool dense = s.active && formed;
-        Param p{};
-        p.size = s.size;
-        p.offset = dense ? view_.parameters : -1;
-        p.sum = s.active ? view_.sums : -1;
-        p.rate = s.rate;
-        p.elementwise = s.elementwise;
-        p.adapts = s.adapts && dense;
-        p.o = s.o;
-        p.c = s.c;
-        p.taps = s.taps;
-        p.packed = s.taps ? packed(s.size) : -1;
-        p.rate_packed = s.taps && s.elementwise ? packed(s.size) : -1;
-        params_.push_back(p);
-        if (dense) view_.parameters += s.size;
-        if (s.active) view_.sums += s.size;
-    }
+    for (std::size_t i = 0; i < spec_.params.size(); ++i) add_param(int(i));
     find_low_rank_terms();
     find_sample_tiles();
     fuse_steps();
@@ -92,7 +72,32 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     do {
         place_buffers(lockstep);
     } while (used_ * machine_.scalar_bytes > kWorkspaceBytes && lockstep-- > 1);
+    fill_view();
+}
 
+void Layout::add_param(int index) {
+    const ParamSpec& s = spec_.params[index];
+    bool formed = std::none_of(ops_.begin(), ops_.end(), [&](const Op& op) { return op.low_rank && op.w == index; });
+    bool dense = s.active && formed;
+    Param p{};
+    p.size = s.size;
+    p.offset = dense ? view_.parameters : -1;
+    p.sum = s.active ? view_.sums : -1;
+    p.rate = s.rate;
+    p.elementwise = s.elementwise;
+    p.adapts = s.adapts && dense;
+    p.o = s.o;
+    p.c = s.c;
+    p.taps = s.taps;
+    p.packed = s.taps ? packed(s.size) : -1;
+    p.rate_packed = s.taps && s.elementwise ? packed(s.size) : -1;
+    params_.push_back(p);
+    if (dense) view_.parameters += s.size;
+    if (s.active) view_.sums += s.size;
+}
+
+// What a view points to is final by now.
+void Layout::fill_view() {
     view_.tasks = spec_.tasks;
     view_.ops = ops_.data();
     view_.n_ops = int(ops_.size());
@@ -154,60 +159,71 @@ void Layout::find_low_rank() {
 
 // Follows the program once to learn which terms every low-rank slot consists of at each instruction.
 void Layout::find_low_rank_terms() {
-    if (std::none_of(ops_.begin(), ops_.end(), [](const Op& op) { return op.low_rank; })) {
-        // no lists: over K steps they would hold K² terms
-        for (Instr& in : spec_.code)
-            if (in.code == Code::hvp) in.hvp = hvps_++;
-        return;
+    for (Instr& in : spec_.code)
+        if (in.code == Code::hvp) in.hvp = hvps_++;
+    // else no lists: over K steps they would hold K² terms
+    if (std::none_of(ops_.begin(), ops_.end(), [](const Op& op) { return op.low_rank; })) return;
+    std::vector<Terms> slots(spec_.slots);
+    terms_.reserve(2 * spec_.code.size());
+    for (Instr& in : spec_.code) {
+        keep_terms(in, slots);
+        follow(in, slots);
     }
-    std::vector<std::vector<LowRankTerm>> slots(spec_.slots);
-    auto freeze = [&](const std::vector<LowRankTerm>& list) {
+}
+
+// The terms that an instruction reads.
+void Layout::keep_terms(Instr& in, const std::vector<Terms>& slots) {
+    auto keep = [&](const Terms& list) {
         terms_.push_back(list);
         return LowRankTerms{terms_.back().data(), int(terms_.back().size())};
     };
-    terms_.reserve(2 * spec_.code.size());
-    for (Instr& in : spec_.code) {
-        switch (in.code) {
-            case Code::forward:
-                in.theta_terms = freeze(slots[in.theta]);
-                break;
-            case Code::backward:
-                in.theta_terms = freeze(slots[in.theta]);
-                if (in.out >= 0) slots[in.out] = {{Origin::gradient, in.tape, -1, 1, false}};
-                break;
-            case Code::update: {
-                std::vector<LowRankTerm> following = slots[in.theta];
-                for (LowRankTerm f : slots[in.gradient]) following.push_back({f.origin, f.tape, f.hvp, -f.sign, true});
-                slots[in.out] = std::move(following);
-                break;
-            }
-            case Code::scale:
-                slots[in.out] = slots[in.vector];
-                for (LowRankTerm& f : slots[in.out]) f.rate = true;
-                break;
-            case Code::hvp:
-                in.hvp = hvps_++;
-                in.theta_terms = freeze(slots[in.theta]);
-                in.vector_terms = freeze(slots[in.vector]);
-                slots[in.out] = {{Origin::tangent_delta, in.tape, in.hvp, 1, false},
-                                 {Origin::tangent_input, in.tape, in.hvp, 1, false}};
-                break;
-            case Code::subtract:
-                for (LowRankTerm f : slots[in.vector])
-                    slots[in.out].push_back({f.origin, f.tape, f.hvp, -f.sign, f.rate});
-                break;
-            case Code::accumulate:
-                in.theta_terms = freeze(slots[in.vector]);
-                break;
-            case Code::load:
-            case Code::support_loss:
-            case Code::query_loss:
-            case Code::cotangent:
-            case Code::rate_gradient:
-            case Code::store_parameters:
-            case Code::store_outputs:
-                break;  // nothing is factored where these are read
+    bool network = in.code == Code::forward || in.code == Code::backward || in.code == Code::hvp;
+    if (network) in.theta_terms = keep(slots[in.theta]);
+    if (in.code == Code::hvp) in.vector_terms = keep(slots[in.vector]);
+    if (in.code == Code::accumulate) in.theta_terms = keep(slots[in.vector]);
+}
+
+namespace {
+
+void subtract(const std::vector<LowRankTerm>& from, bool scaled, std::vector<LowRankTerm>& to) {
+    for (const LowRankTerm& f : from) to.push_back({f.origin, f.tape, f.hvp, -f.sign, scaled || f.rate});
+}
+
+}  // namespace
+
+// The terms that an instruction's slot consists of behind it.
+void Layout::follow(const Instr& in, std::vector<Terms>& slots) {
+    switch (in.code) {
+        case Code::backward:
+            if (in.out >= 0) slots[in.out] = {{Origin::gradient, in.tape, -1, 1, false}};
+            break;
+        case Code::update: {
+            Terms following = slots[in.theta];
+            subtract(slots[in.gradient], true, following);
+            slots[in.out] = std::move(following);
+            break;
         }
+        case Code::scale:
+            slots[in.out] = slots[in.vector];
+            for (LowRankTerm& f : slots[in.out]) f.rate = true;
+            break;
+        case Code::hvp:
+            slots[in.out] = {{Origin::tangent_delta, in.tape, in.hvp, 1, false},
+                             {Origin::tangent_input, in.tape, in.hvp, 1, false}};
+            break;
+        case Code::subtract:
+            subtract(slots[in.vector], false, slots[in.out]);
+            break;
+        case Code::load:
+        case Code::forward:
+        case Code::support_loss:
+        case Code::query_loss:
+        case Code::cotangent:
+        case Code::rate_gradient:
+        case Code::accumulate:
+        case Code::store_parameters:
+        case Code::store_outputs:
+            break;  // these write no slot of terms
     }
 }
 
@@ -281,22 +297,14 @@ std::vector<bool> Layout::passed_on() const {
 void Layout::fuse_steps() {
     if (!steps_fuse()) return;
     const std::vector<Instr>& code = spec_.code;
-    auto is = [&](std::size_t i, Code wanted) { return i < code.size() && code[i].code == wanted; };
-    bool one_rate = spec_.rates.size() == 1 && spec_.rates[0].size == 1;
     const std::vector<bool> passed = passed_on();
-    auto fades = [&](int slot) { return slot >= 0 && passed[std::size_t(slot)]; };
     std::vector<Instr> fused;
     for (std::size_t i = 0; i < code.size(); ++i) {
         Instr in = code[i];
-        bool steps = in.code == Code::backward && is(i + 1, Code::update) && code[i + 1].gradient == in.out &&
-                     code[i + 1].theta == in.theta && fades(in.out);
-        bool product = in.code == Code::scale && is(i + 1, Code::hvp) && code[i + 1].vector == in.out &&
-                       is(i + 2, Code::subtract) && code[i + 2].vector == code[i + 1].out &&
-                       code[i + 2].out == in.vector && fades(in.out) && fades(code[i + 1].out) && one_rate;
-        if (steps && (sample_tiles_[0] == 1 || code[i + 1].out != in.theta)) {
+        if (is_step(i, passed) && (sample_tiles_[0] == 1 || code[i + 1].out != in.theta)) {
             in.step = code[++i].out;
             in.out = -1;
-        } else if (product) {
+        } else if (is_adjoint_step(i, passed)) {
             bool last = is(i + 3, Code::accumulate) && code[i + 3].vector == in.vector;
             if (last || sample_tiles_[0] == 1) {
                 int adjoint = in.vector;
@@ -315,6 +323,24 @@ void Layout::fuse_steps() {
     spec_.code = std::move(fused);
 }
 
+bool Layout::is(std::size_t i, Code wanted) const { return i < spec_.code.size() && spec_.code[i].code == wanted; }
+
+// Whether a gradient is made at i for the step behind it alone. `passed`: see passed_on().
+bool Layout::is_step(std::size_t i, const std::vector<bool>& passed) const {
+    if (!is(i, Code::backward) || !is(i + 1, Code::update)) return false;
+    const Instr &in = spec_.code[i], &update = spec_.code[i + 1];
+    return update.gradient == in.out && update.theta == in.theta && in.out >= 0 && passed[std::size_t(in.out)];
+}
+
+// Whether λ ← λ − H (αλ) begins at i, with one α for all.
+bool Layout::is_adjoint_step(std::size_t i, const std::vector<bool>& passed) const {
+    bool one_rate = spec_.rates.size() == 1 && spec_.rates[0].size == 1;
+    if (!one_rate || !is(i, Code::scale) || !is(i + 1, Code::hvp) || !is(i + 2, Code::subtract)) return false;
+    const Instr &scale = spec_.code[i], &hvp = spec_.code[i + 1], &subtract = spec_.code[i + 2];
+    return hvp.vector == scale.out && subtract.vector == hvp.out && subtract.out == scale.vector &&
+           passed[std::size_t(scale.out)] && passed[std::size_t(hvp.out)];
+}
+
 // Which slots the program still names.
 void Layout::find_slots() {
     used_slots_.assign(spec_.slots, false);
@@ -328,17 +354,7 @@ void Layout::find_flags() {
     std::size_t buffers = spec_.features.size();
     std::vector<bool> has_tangent(buffers), needs_grad(buffers, spec_.input_gradients), written(buffers);
     std::vector<bool> parameter_written(params_.size());
-    for (Op& op : ops_) {
-        for (int p : {op.w, op.b}) {
-            if (p < 0) continue;
-            has_tangent[op.out] = has_tangent[op.out] || (spec_.params[p].adapts && spec_.params[p].active);
-            needs_grad[op.out] = needs_grad[op.out] || spec_.params[p].active;
-        }
-        for (int j = 0; j < op.n_in; ++j) {
-            has_tangent[op.out] = has_tangent[op.out] || has_tangent[op.in[j]];
-            needs_grad[op.out] = needs_grad[op.out] || needs_grad[op.in[j]];
-        }
-    }
+    find_dependence(has_tangent, needs_grad);
     auto first_write = [](std::vector<bool>& seen, int index) {
         bool first = index >= 0 && !seen[index];
         if (index >= 0) seen[index] = true;
@@ -361,6 +377,21 @@ void Layout::find_flags() {
         op->b_first = first_write(parameter_written, op->b);
     }
     view_.has_tangent = has_tangent[spec_.out];
+}
+
+// Per buffer: whether it depends on a parameter that adapts, and on anything whose gradient is wanted.
+void Layout::find_dependence(std::vector<bool>& has_tangent, std::vector<bool>& needs_grad) const {
+    for (const Op& op : ops_) {
+        for (int p : {op.w, op.b}) {
+            if (p < 0) continue;
+            has_tangent[op.out] = has_tangent[op.out] || (spec_.params[p].adapts && spec_.params[p].active);
+            needs_grad[op.out] = needs_grad[op.out] || spec_.params[p].active;
+        }
+        for (int j = 0; j < op.n_in; ++j) {
+            has_tangent[op.out] = has_tangent[op.out] || has_tangent[op.in[j]];
+            needs_grad[op.out] = needs_grad[op.out] || needs_grad[op.in[j]];
+        }
+    }
 }
 
 // Convolutions whose norm follows at once: the two work through the samples together, while they are in cache.

@@ -52,6 +52,15 @@ void conv_gradients(const Op& op, bool add, long N, const S* x, const S* dy, Per
     }
 }
 
+void conv_backward_values(const Op& op, const Instr& in, const TapeView& tape, const S* dy, S* dx) const {
+    bool adapted_only = tape.batch == 0;
+    PerTask<S> gw = gradient(in.out, op.w, adapted_only), gb = gradient(in.out, op.b, adapted_only);
+    PerTask<const S> w = weight(in.theta, op.w);
+    long N = samples(tape);
+    if (dx) conv_deltas(op, op.delta_first[0], N, dy, w, nullptr, w, dx);
+    conv_gradients(op, false, N, value(tape, op.in[0]), dy, gw, gb);
+}
+
 // Of samples [begin, end) of one task.
 void conv_weight_gradient(const Convolution& c, bool add, long begin, long end, const S* x, const S* dy, S* to) const {
     long rows = call_.team > 1 ? 4 * kLatticeRows : kLatticeRows;

@@ -188,6 +188,16 @@ void linear_gradients(const Op& op, long N, const S* dy, const S* x, const S* dz
     }
 }
 
+void linear_backward(const Op& op, const Instr& in, const TapeView& tape, const S* dy, S* dx) {
+    long N = samples(tape);
+    bool adapted_only = tape.batch == 0;
+    if (dx) linear_transposed_product(op, N, {dy, weight(in.theta, op.w)}, {}, !op.delta_first[0], dx);
+    if (dx && op.low_rank) add_transposed_product(op, in.theta_terms, N, dy, dx);
+    linear_gradients(op, N, dy, value(tape, op.in[0]), nullptr, nullptr,
+                     gradient_or_step(in, op.w, adapted_only, op.w_first),
+                     gradient_or_step(in, op.b, adapted_only, op.b_first));
+}
+
 void linear_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, S* ty) {
     long N = samples(tape);
     PerTask<const S> w = weight(in.theta, op.w), v = direction(in.vector, op.w), vb = direction(in.vector, op.b);

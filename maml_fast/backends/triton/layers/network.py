@@ -187,18 +187,21 @@ class Network:
         self.features.append(self.graph.features(op.output))
         return False
 
-    def _layers(self, ops: list[Op], input_gradients: bool) -> list[Layer]:
+    def _dependence(self, ops: list[Op], input_gradients: bool) -> tuple[list[bool], list[bool]]:
+        """Per buffer: whether it has a tangent, and whether its delta is wanted."""
         has_tangent = [False] * len(self.features)
         needs_grad = [input_gradients] + [False] * (len(self.features) - 1)
         for op in ops:
-            sources = tuple(self.buffers[i] for i in op.inputs)
-            out = self.buffers[op.output]
-            has_tangent[out] = any(p in self.flat.adapting_set for p in op.parameters) or any(
-                has_tangent[i] for i in sources
+            sources, out = [self.buffers[i] for i in op.inputs], self.buffers[op.output]
+            adapts, active = (
+                any(p in chosen for p in op.parameters) for chosen in (self.flat.adapting_set, self.flat.active_set)
             )
-            needs_grad[out] = any(p in self.flat.active_set for p in op.parameters) or any(
-                needs_grad[i] for i in sources
-            )
+            has_tangent[out] = adapts or any(has_tangent[i] for i in sources)
+            needs_grad[out] = active or any(needs_grad[i] for i in sources)
+        return has_tangent, needs_grad
+
+    def _layers(self, ops: list[Op], input_gradients: bool) -> list[Layer]:
+        has_tangent, needs_grad = self._dependence(ops, input_gradients)
         written: set[tuple[str, int]] = set()
 
         def first(kind: str, index: int | None) -> bool:
