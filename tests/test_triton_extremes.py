@@ -6,13 +6,16 @@ import interpreted
 import pytest
 import torch
 from extremes import ACTIVATIONS, assert_derivatives, derivatives, points
-from maml_fast.backends.triton.activation import activation
 from test_activations import measured, network
 from test_losses_at_extremes import assert_like_the_reference, at_kinks, ruled_out
 
 from maml_fast.backends import dispatch
-from maml_fast.backends.triton import TritonBackend, launch, workspace
+from maml_fast.backends.triton import TritonBackend
+from maml_fast.backends.triton.kernels import launch
+from maml_fast.backends.triton.kernels.activation import activation
+from maml_fast.backends.triton.memory import Memory
 from maml_fast.graph.graph import ACTIVATIONS as KINDS
+from maml_fast.graph.model import Model
 from maml_fast.graph.trace import trace
 
 TOLERANCE = 2e-6
@@ -24,16 +27,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide b
 def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setitem(dispatch.BACKENDS, "triton-wide", TritonBackend("wide"))
-    interpreted.poison(monkeypatch, workspace.Workspace)
+    interpreted.poison(monkeypatch, Memory)
 
 
 @pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name not in COMPOSED])
 def test_kernel(name: str) -> None:
     """f, f' and f'' as `activate` gives them to every kernel."""
     layer, x = ACTIVATIONS[name](), points(torch.float32)
-    graph, _ = trace(layer, (1,))
+    graph, _ = trace(Model(layer), (2,), (3,), torch.float32, False)
     assert graph is not None
-    (op,) = graph.ops
+    (op,) = graph.live_ops()
     parameters = (*(op.attributes[attribute] for attribute in KINDS[op.kind]), 0.0, 0.0)[:2]
     found = (torch.empty_like(x), torch.empty_like(x), torch.empty_like(x))
     activation(launch.run, (op.kind, *parameters), x, *found)
