@@ -71,7 +71,7 @@ Interval met(const Axis& a, long tap) {
     return outputs;
 }
 
-// Neighbours merge into one segment: the next tap's inputs stand right behind, and so do its weights.
+// Neighbours merge into one segment: the next tap's inputs follow at once, and so do its weights.
 void append(std::vector<Segment>& segments, Segment next, bool merge) {
     if (merge && !segments.empty()) {
         Segment& last = segments.back();
@@ -88,7 +88,7 @@ struct Side {
     long width, channels;
 };
 
-// The taps of a region in the order in which their weights stand; `rows` of the weights belong to each.
+// The taps of a region in the order of their weights; `rows` of the weights belong to each.
 std::vector<Segment> segments_of(const Run& y, const Run& x, const Side& from, const Window& w, long groups, long rows,
                                  bool flipped) {
     std::vector<Segment> segments;

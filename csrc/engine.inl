@@ -123,7 +123,7 @@ class Engine {
         return {ws_ + plan_.slots[slot] + p.offset, plan_.parameters};
     }
 
-    // Where the inner loop's direction for a parameter stands; absent where it does not adapt.
+    // Where the inner loop's direction for a parameter is; absent where it does not adapt.
     PerTask<const S> direction(int slot, int param) const {
         if (param < 0 || !plan_.params[param].adapts) return {nullptr, 0};
         return {ws_ + plan_.slots[slot] + plan_.params[param].offset, plan_.parameters};

@@ -1,4 +1,4 @@
-// Where every buffer of a plan stands.
+// Where every buffer of a plan is.
 #include <algorithm>
 
 #include "layout.h"
@@ -24,7 +24,7 @@ long statistics(const Op& op, long n) {
 
 }  // namespace
 
-// Weights that all tasks share, in the order that products read, packed once a call.
+// Weights that all tasks share, in the order that products read, packed once per call.
 void Layout::place_panels() {
     bool backward = spec_.reverse || spec_.samples[0] > 0;
     for (Op& op : ops_) {

@@ -222,7 +222,7 @@ def normed_129() -> nn.Module:
         (small("conv-alone"), "layer conv has no instruction in the resident kernel"),
         (
             replace(small("batchnorm"), query=1025),
-            "BatchNorm over 1025 rows a task, more than the resident kernel's 1024",
+            "BatchNorm over 1025 rows per task, more than the resident kernel's 1024",
         ),
         (replace(small("loss-cross-entropy"), network=lambda: nn.Linear(4, 33)), "cross_entropy over 33 classes"),
         (

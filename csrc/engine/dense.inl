@@ -83,7 +83,7 @@ void accumulate_low_rank(const Op& op, LowRankTerms terms) {
     if (waiting.rows > 0) WeightGradient<S>{waiting, {}, to}(op, gemm_scratch());
 }
 
-// ---- products with weights that stand somewhere ------------------------------------------------
+// ---- products with weights, shared or a task's own ---------------------------------------------
 
 // Rows of a block's tasks and the weights that multiply them; absent where x is null.
 struct Operand {
@@ -91,7 +91,7 @@ struct Operand {
     PerTask<const S> w{};
 };
 
-// Where a task's own weights stand in panels: for all its sample tiles, or for one product.
+// Where a task's own weights are in panels: for all its sample tiles, or for one product.
 S* own_panels(const Op& op, int place) const {
     return (op.own_panels < 0 ? scratch() : ws_ + op.own_panels) + place * panels_size(op, lanes<S>);
 }
@@ -128,7 +128,7 @@ void linear_transposed_product(const Op& op, long N, const Operand& dy, const Op
     });
 }
 
-// y (+)= p's and q's products + bias for `rows` rows a task; term(p, b, place) is one task's product.
+// y (+)= p's and q's products + bias for `rows` rows per task; term(p, b, place) is one task's product.
 template <class F>
 void multiply(long rows, long width, const Operand& p, const Operand& q, PerTask<const S> bias, bool add, S* y,
               F term) const {

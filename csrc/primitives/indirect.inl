@@ -1,4 +1,4 @@
-// C[row] = (C[row] | bias | 0) + Σ_segments A[row + a …] B[b …], where the rows of A and C stand anywhere: a product
+// C[row] = (C[row] | bias | 0) + Σ_segments A[row + a …] B[b …], where the rows of A and C are anywhere: a product
 // that never gathers its operands.
 
 // One operand pair of a product: the source rows, and the weights (row-major, `ld` apart).

@@ -35,7 +35,7 @@ RULES = {
     "range": "slots and tapes are numbered within the program's own",
     "shared": "slot 0 holds θ_0, which all tasks share: nothing writes it",
     "undefined": "slots are read after they are written, tapes after a forward pass filled them",
-    "kind": "parameters stand where parameters are expected, gradients and other directions where those are",
+    "kind": "parameters are where parameters are expected, gradients and other directions where those are",
     "role": "a tape records the batch that the instruction works on",
     "stale": "a backward pass or Hessian-vector product has the θ of the tape's forward pass",
     "seed": "a backward pass follows a loss or a cotangent, which filled the output's delta",

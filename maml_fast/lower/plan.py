@@ -45,7 +45,7 @@ class Plan:
     """Shapes, dtype, device, model and algorithm of one call.
 
     Attributes:
-        tasks: T. support, query: samples a task (0 where the mode has none).
+        tasks: T. support, query: samples per task (0 where the mode has none).
         in_shape: shape of one sample.
         target: shape and dtype of one sample's target, where the mode has any.
         dtype: of the parameters. in_dtype: of the inputs, which may be indices.

@@ -216,7 +216,7 @@ class Conv:
     Weights and their directions are (T, filters·taps·channels of a group), biases (T, filters).
 
     Args:
-        channels, filters: of all groups. part: room for `scratch` numbers a task.
+        channels, filters: of all groups. part: space for `scratch` elements per task.
     """
 
     def __init__(
@@ -365,7 +365,7 @@ def split(rows: int) -> tuple[int, int]:
 
 
 def scratch(rows: int, weights: int, filters: int) -> int:
-    """Numbers a task needs for the parts of the weight gradient."""
+    """Elements per task for the parts of the weight gradient."""
     splits = split(rows)[0]
     return splits * (weights + filters) if splits > 1 else 0
 

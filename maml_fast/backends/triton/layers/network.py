@@ -91,7 +91,7 @@ class Flat:
         return self.total
 
     def slice(self, parameter: int) -> slice:
-        """Where the parameter's numbers stand."""
+        """Where the parameter's elements are."""
         return slice(self.offsets[parameter], self.offsets[parameter] + self.sizes[parameter])
 
     def view(self, vectors: Tensor, parameter: int) -> Tensor:
@@ -109,7 +109,7 @@ class Network:
         fused: whether activations and pools are part of the norms before them.
 
     Attributes:
-        features: per buffer, the numbers a sample has. Buffer 0 is the input.
+        features: per buffer, the elements of a sample. Buffer 0 is the input.
         out: the buffer that the network returns. out_has_tangent: whether it depends on adapting parameters.
         tails: per value, the operation that makes it and, before it, those that are part of the same layer.
         after, before: per linear layer or convolution, by its index, the activation whose forward functions ride on its

@@ -96,7 +96,7 @@ class Executor:
     # ---- where things are ----------------------------------------------------------------------
 
     def _mine(self, x: Tensor | None) -> Tensor:
-        """The chunk's part of an array of all tasks, one row a task."""
+        """The chunk's part of an array of all tasks, one row per task."""
         assert x is not None
         return x[self.first : self.first + self.tasks].flatten(1)
 
