@@ -183,7 +183,7 @@ def test_small_networks_are_resident(name: str, variant: str) -> None:
     ("name", "said"),
     [("tanh", "variant resident"), ("conv-alone", "variant wide"),
      ("conv-alone", "not resident: layer conv has no instruction in the resident kernel"),
-     ("omniglot-mlp", "not resident: layer linear has 15052800 multiplications a task, more than 131072")],
+     ("omniglot-mlp", "not resident: layer linear has 15052800 multiplications per task, more than 131072")],
 )  # fmt: skip
 def test_explains_the_variant(name: str, said: str) -> None:
     problem = cases.select([name])[0].build(torch.float32)
