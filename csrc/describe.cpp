@@ -24,16 +24,22 @@ py::dict operation(const Op& op) {
     d["parameters"] = std::vector<int>{op.w, op.b};
     d["low_rank"] = op.low_rank;
     d["behind_conv"] = op.behind_conv;
-    d["rooms"] = op.rooms;
+    d["own_panels"] = op.own_panels;
     return d;
 }
 
 py::dict instruction(const Instr& in) {
-    const std::pair<const char*, int> operands[] = {
-        {"slot", in.slot},         {"theta", in.theta},        {"out", in.out},
-        {"gradient", in.gradient}, {"vector", in.vector},      {"adjoint", in.adjoint},
-        {"tape", in.tape},         {"batch", in.batch},        {"step", in.step},
-        {"together", in.together}, {"stretches", in.stretches}};
+    const std::pair<const char*, int> operands[] = {{"slot", in.slot},
+                                                    {"theta", in.theta},
+                                                    {"out", in.out},
+                                                    {"gradient", in.gradient},
+                                                    {"vector", in.vector},
+                                                    {"adjoint", in.adjoint},
+                                                    {"tape", in.tape},
+                                                    {"batch", in.batch},
+                                                    {"step", in.step},
+                                                    {"group_size", in.group_size},
+                                                    {"sample_tiles", in.sample_tiles}};
     py::dict d;
     d["code"] = name_of(in.code);
     for (const auto& [name, value] : operands) d[name] = value;
@@ -43,7 +49,7 @@ py::dict instruction(const Instr& in) {
     return d;
 }
 
-// Offsets by name, as they are in the first stretch of samples.
+// Offsets by name, as they are in the first sample tile.
 template <class View>
 py::dict places(const PlanView& plan, const View& view, long buffers) {
     py::dict d;

@@ -21,7 +21,7 @@
 #include "layers/layer_norm.inl"
 #include "layers/linear.inl"
 #include "layers/losses.inl"
-#include "layers/pool.inl"
+#include "layers/pooling.inl"
 #include "layers/rearrange.inl"
 // clang-format on
 
@@ -46,9 +46,9 @@ class Engine {
             long begin = round * count / rounds, end = (round + 1) * count / rounds;
             t0_ = first + begin;
             B_ = end - begin;
-            for (const Instr* in = plan_.code; in < plan_.code + plan_.n_code; in += in->together)
-                for (stretch_ = 0; stretch_ < in->stretches; ++stretch_)
-                    for (int i = 0; i < in->together; ++i) timed(in[i]);
+            for (const Instr* in = plan_.code; in < plan_.code + plan_.n_code; in += in->group_size)
+                for (sample_tile_ = 0; sample_tile_ < in->sample_tiles; ++sample_tile_)
+                    for (int i = 0; i < in->group_size; ++i) timed(in[i]);
         }
     }
 
@@ -95,8 +95,8 @@ class Engine {
 
     // ---- where things are --------------------------------------------------------------------
 
-    const TapeView& view(int tape) const { return plan_.tapes[tape][stretch_]; }
-    bool starts(bool first_writer) const { return first_writer && stretch_ == 0; }
+    const TapeView& view(int tape) const { return plan_.tapes[tape][sample_tile_]; }
+    bool starts(bool first_writer) const { return first_writer && sample_tile_ == 0; }
 
     static long samples(const TapeView& tape) { return tape.samples; }
     long per_task(const TapeView& tape, int buffer) const { return tape.samples * plan_.features[buffer]; }
@@ -123,7 +123,7 @@ class Engine {
         return {ws_ + plan_.slots[slot] + p.offset, plan_.parameters};
     }
 
-    // Where the inner loop's direction for a parameter stands; absent where it does not adapt.
+    // Where the inner loop's direction for a parameter is; absent where it does not adapt.
     PerTask<const S> direction(int slot, int param) const {
         if (param < 0 || !plan_.params[param].adapts) return {nullptr, 0};
         return {ws_ + plan_.slots[slot] + plan_.params[param].offset, plan_.parameters};
@@ -140,64 +140,48 @@ class Engine {
     // ---- the network -------------------------------------------------------------------------
 
     void forward(const Instr& in) {
-        int slot = in.theta;
         const TapeView& tape = view(in.tape);
-        long N = samples(tape);
         for (int i = 0; i < plan_.n_ops; ++i) {
-            const Op& op = plan_.ops[i];
-            const S* x = value(tape, op.in[0]);
-            S* y = output(tape, op.out);
-            long size = per_task(tape, op.out);
-            S *aux1 = at(tape.aux1[i]), *aux2 = at(tape.aux2[i]);
-            switch (op.kind) {
-                case OpKind::linear:
-                    linear_values(op, slot, in.theta_factors, N, x, y);
-                    break;
-                case OpKind::activation:
-                    activation_forward<S>(op, B_ * size, x, y, aux1, aux2);
-                    break;
-                case OpKind::affine: {
-                    S f = S(op.f0), c = S(op.f1);
-                    put(true, y, B_ * size, [=](long j) { return f * x[j] + c; });
-                    break;
-                }
-                case OpKind::add: {
-                    const S* z = value(tape, op.in[1]);
-                    S f = S(op.f0);
-                    put(true, y, B_ * size, [=](long j) { return x[j] + f * z[j]; });
-                    break;
-                }
-                case OpKind::cat:
-                    join(op, N, y, [&](int b) { return value(tape, b); });
-                    break;
-                case OpKind::conv:
-                    if (pairs_with_norm(i)) {
-                        ++i;
-                        conv_norm_forward(op, plan_.ops[i], i, slot, tape);
-                    } else {
-                        conv_values(op, slot, N, x, y);
-                    }
-                    break;
-                case OpKind::max_pool:
-                    each_samples(B_ * N, [=, &op](long first, long last) {
-                        max_pool_forward(op.window, op.width, first, last, x, y, aux1);
-                    });
-                    break;
-                case OpKind::layer_norm:
-                    layer_norm_values(op, slot, N, size, x, y, aux1, aux2);
-                    break;
-                case OpKind::batch_norm:
-                case OpKind::running_norm:
-                case OpKind::group_norm:
-                    norm_forward(op, i, slot, tape);
-                    break;
-                case OpKind::avg_pool:
-                case OpKind::transpose:
-                case OpKind::pad:
-                case OpKind::upsample:
-                    moved(op, N, x, y);
-                    break;
+            if (pairs_with_norm(i)) {
+                ++i;
+                conv_norm_forward(plan_.ops[i - 1], plan_.ops[i], i, in.theta, tape);
+            } else {
+                forward_layer(in, tape, i);
             }
+        }
+    }
+
+    void forward_layer(const Instr& in, const TapeView& tape, int i) {
+        const Op& op = plan_.ops[i];
+        const S* x = value(tape, op.in[0]);
+        S *y = output(tape, op.out), *aux1 = at(tape.aux1[i]), *aux2 = at(tape.aux2[i]);
+        long N = samples(tape), size = per_task(tape, op.out);
+        switch (op.kind) {
+            case OpKind::linear:
+                return linear_values(op, in.theta, in.theta_terms, N, x, y);
+            case OpKind::activation:
+                return activation_forward<S>(op, B_ * size, x, y, aux1, aux2);
+            case OpKind::affine:
+                return affine_values(op, B_ * size, x, y);
+            case OpKind::add:
+                return add_values(op, B_ * size, x, value(tape, op.in[1]), y);
+            case OpKind::cat:
+                return join(op, N, y, [&](int j) { return value(tape, op.in[j]); });
+            case OpKind::conv:
+                return conv_values(op, in.theta, N, x, y);
+            case OpKind::max_pool:
+                return max_pool_values(op, N, x, y, aux1);
+            case OpKind::layer_norm:
+                return layer_norm_values(op, in.theta, N, size, x, y, aux1, aux2);
+            case OpKind::batch_norm:
+            case OpKind::running_norm:
+            case OpKind::group_norm:
+                return norm_forward(op, i, in.theta, tape);
+            case OpKind::avg_pool:
+            case OpKind::transpose:
+            case OpKind::pad:
+            case OpKind::upsample:
+                return linear_map(op, N, x, y);
         }
     }
 
@@ -206,86 +190,66 @@ class Engine {
     // The delta of an input; null where it is not wanted.
     S* input_delta(const TapeView& tape, const Op& op, int j, bool inputs) const {
         int buffer = op.in[j];
-        if (!op.wants_delta[j]) return nullptr;
+        if (!op.needs_grad[j]) return nullptr;
         if (tape.value[buffer] >= 0) return ws_ + tape.delta[buffer];
         return inputs ? static_cast<S*>(call_.dx[tape.batch]) + place(tape, plan_.features[buffer]) : nullptr;
     }
 
     void backward(const Instr& in) {
-        int slot = in.theta, out = in.out;
-        bool inputs = in.inputs;
         const TapeView& tape = view(in.tape);
-        long N = samples(tape);
-        bool adapted_only = tape.batch == 0;
         for (int i = plan_.n_ops - 1; i >= 0; --i) {
             const Op& op = plan_.ops[i];
-            if (!op.out_wants_delta) continue;
-            const S* dy = ws_ + tape.delta[op.out];
-            long size = B_ * per_task(tape, op.out);
-            S* dx = input_delta(tape, op, 0, inputs);
-            bool first = op.delta_first[0];
-            switch (op.kind) {
-                case OpKind::linear: {
-                    if (dx) linear_transposed_product(op, N, {dy, weight(slot, op.w)}, {}, !first, dx);
-                    if (dx && op.low_rank) add_transposed_product(op, in.theta_factors, N, dy, dx);
-                    linear_gradients(op, N, dy, value(tape, op.in[0]), nullptr, nullptr,
-                                     gradient_or_step(in, op.w, adapted_only, op.w_first),
-                                     gradient_or_step(in, op.b, adapted_only, op.b_first));
-                    break;
-                }
-                case OpKind::activation:
-                    if (dx)
-                        activation_backward<S>(op, first, size, value(tape, op.out), ws_ + tape.aux1[i], dy, dx,
-                                               at(tape.aux2[i]));
-                    break;
-                case OpKind::affine: {
-                    S f = S(op.f0);
-                    if (dx) put(first, dx, size, [=](long j) { return f * dy[j]; });
-                    break;
-                }
-                case OpKind::add:
-                    for (int j = 0; j < 2; ++j) {
-                        S f = j ? S(op.f0) : S(1);
-                        if (S* dj = input_delta(tape, op, j, inputs))
-                            put(op.delta_first[j], dj, size, [=](long k) { return f * dy[k]; });
-                    }
-                    break;
-                case OpKind::cat:
-                    for (int j = 0; j < op.n_in; ++j)
-                        if (S* dj = input_delta(tape, op, j, inputs)) split(op, j, op.delta_first[j], N, dy, dj);
-                    break;
-                case OpKind::conv: {
-                    PerTask<S> gw = gradient(out, op.w, adapted_only), gb = gradient(out, op.b, adapted_only);
-                    PerTask<const S> w = weight(slot, op.w);
-                    if (dx) conv_deltas(op, first, N, dy, w, nullptr, w, dx);
-                    conv_gradients(op, false, N, value(tape, op.in[0]), dy, gw, gb);
-                    break;
-                }
-                case OpKind::max_pool:
-                    if (dx) max_pool_deltas(op, first, N, ws_ + tape.aux1[i], dy, dx);
-                    break;
-                case OpKind::layer_norm:
-                    layer_norm_deltas(op, i, slot, tape, out, adapted_only, dy, dx);
-                    break;
-                case OpKind::batch_norm:
-                case OpKind::running_norm:
-                case OpKind::group_norm:
-                    if (dx && i > 0 && pairs_with_norm(i - 1)) {
-                        const Op& conv = plan_.ops[i - 1];
-                        conv_norm_backward(conv, op, i, slot, tape, out, adapted_only, dx,
-                                           input_delta(tape, conv, 0, inputs));
-                        --i;
-                    } else {
-                        norm_backward(op, i, slot, tape, out, adapted_only, dy, dx);
-                    }
-                    break;
-                case OpKind::avg_pool:
-                case OpKind::transpose:
-                case OpKind::pad:
-                case OpKind::upsample:
-                    if (dx) moved_back(op, first, N, dy, dx);
-                    break;
+            if (!op.out_needs_grad) continue;
+            S* dx = input_delta(tape, op, 0, in.inputs);
+            if (dx && i > 0 && pairs_with_norm(i - 1)) {
+                const Op& conv = plan_.ops[i - 1];
+                conv_norm_backward(conv, op, i, in.theta, tape, in.out, tape.batch == 0, dx,
+                                   input_delta(tape, conv, 0, in.inputs));
+                --i;
+            } else {
+                backward_layer(in, tape, i, dx);
             }
+        }
+    }
+
+    void backward_layer(const Instr& in, const TapeView& tape, int i, S* dx) {
+        const Op& op = plan_.ops[i];
+        const S* dy = ws_ + tape.delta[op.out];
+        long N = samples(tape), size = B_ * per_task(tape, op.out);
+        bool adapted_only = tape.batch == 0, first = op.delta_first[0];
+        auto delta = [&](int j) { return input_delta(tape, op, j, in.inputs); };
+        switch (op.kind) {
+            case OpKind::linear:
+                return linear_backward(op, in, tape, dy, dx);
+            case OpKind::activation:
+                if (dx)
+                    activation_backward<S>(op, first, size, value(tape, op.out), ws_ + tape.aux1[i], dy, dx,
+                                           at(tape.aux2[i]));
+                return;
+            case OpKind::affine:
+                if (dx) scaled(op.f0, first, size, dy, dx);
+                return;
+            case OpKind::add:
+                return add_deltas(op, size, dy, delta);
+            case OpKind::cat:
+                return split_all(op, N, dy, delta);
+            case OpKind::conv:
+                return conv_backward_values(op, in, tape, dy, dx);
+            case OpKind::max_pool:
+                if (dx) max_pool_deltas(op, first, N, ws_ + tape.aux1[i], dy, dx);
+                return;
+            case OpKind::layer_norm:
+                return layer_norm_deltas(op, i, in.theta, tape, in.out, adapted_only, dy, dx);
+            case OpKind::batch_norm:
+            case OpKind::running_norm:
+            case OpKind::group_norm:
+                return norm_backward(op, i, in.theta, tape, in.out, adapted_only, dy, dx);
+            case OpKind::avg_pool:
+            case OpKind::transpose:
+            case OpKind::pad:
+            case OpKind::upsample:
+                if (dx) transposed_linear_map(op, first, N, dy, dx);
+                return;
         }
     }
 
@@ -293,14 +257,14 @@ class Engine {
 
     void hvp(const Instr& in) {
         const TapeView& tape = view(in.tape);
-        if (!plan_.moves) {
+        if (!plan_.has_tangent) {
             if (!in.scaled) fill(ws_ + plan_.slots[in.out], B_ * plan_.parameters, S(0));
             return;
         }
         tangents_ = plan_.tangents[in.hvp];
-        forward_tangent(in, tape);
+        for (int i = 0; i < plan_.n_ops; ++i) forward_tangent(in, tape, i);
         loss_tangent(tape);
-        backward_tangent(in, tape);
+        for (int i = plan_.n_ops - 1; i >= 0; --i) backward_tangent(in, tape, i);
         if (!in.inputs) return;
         const S* ex = ws_ + tangents_.delta[0];
         S* dx = static_cast<S*>(call_.dx[0]) + place(tape, plan_.features[0]);
@@ -310,75 +274,42 @@ class Engine {
 
     S* tangent(const Op& op, int j) const { return op.has_tangent[j] ? ws_ + tangents_.value[op.in[j]] : nullptr; }
 
-    void forward_tangent(const Instr& in, const TapeView& tape) {
-        int slot = in.theta, vector = in.vector;
-        long N = samples(tape);
-        for (int i = 0; i < plan_.n_ops; ++i) {
-            const Op& op = plan_.ops[i];
-            if (!op.out_has_tangent) {
-                clear_tangent_aux(op, i, tape);
-                continue;
-            }
-            S* ty = ws_ + tangents_.value[op.out];
-            const S* tx = tangent(op, 0);
-            long size = B_ * per_task(tape, op.out);
-            switch (op.kind) {
-                case OpKind::linear:
-                    linear_tangent(op, in, tape, tx, ty);
-                    break;
-                case OpKind::activation:
-                    activation_tangent<S>(size, ws_ + tape.aux1[i], tx, ty);
-                    break;
-                case OpKind::affine: {
-                    S f = S(op.f0);
-                    put(true, ty, size, [=](long j) { return f * tx[j]; });
-                    break;
-                }
-                case OpKind::add: {
-                    const S* tz = tangent(op, 1);
-                    S f = S(op.f0);
-                    if (tx && tz)
-                        put(true, ty, size, [=](long j) { return tx[j] + f * tz[j]; });
-                    else if (tx)
-                        copy(tx, ty, size);
-                    else
-                        put(true, ty, size, [=](long j) { return f * tz[j]; });
-                    break;
-                }
-                case OpKind::cat: {
-                    int j = 0;
-                    join(op, N, ty, [&](int) { return tangent(op, j++); });
-                    break;
-                }
-                case OpKind::conv:
-                    conv_tangent(op, in, tape, tx, ty);
-                    break;
-                case OpKind::max_pool: {
-                    const S* where = ws_ + tape.aux1[i];
-                    each_samples(B_ * N, [=, &op](long first, long last) {
-                        max_pool_tangent(op.window, op.width, first, last, where, tx, ty);
-                    });
-                    break;
-                }
-                case OpKind::layer_norm:
-                    layer_norm_tangents(op, i, slot, vector, tape, tx, ty);
-                    break;
-                case OpKind::batch_norm:
-                case OpKind::running_norm:
-                case OpKind::group_norm:
-                    norm_tangent(op, i, slot, vector, tape, ty);
-                    break;
-                case OpKind::avg_pool:
-                case OpKind::transpose:
-                case OpKind::pad:
-                case OpKind::upsample:
-                    moved(op, N, tx, ty);
-                    break;
-            }
+    void forward_tangent(const Instr& in, const TapeView& tape, int i) {
+        const Op& op = plan_.ops[i];
+        if (!op.out_has_tangent) return clear_tangent_aux(op, i, tape);
+        S* ty = ws_ + tangents_.value[op.out];
+        const S* tx = tangent(op, 0);
+        long N = samples(tape), size = B_ * per_task(tape, op.out);
+        switch (op.kind) {
+            case OpKind::linear:
+                return linear_tangent(op, in, tape, tx, ty);
+            case OpKind::activation:
+                return activation_tangent<S>(size, ws_ + tape.aux1[i], tx, ty);
+            case OpKind::affine:
+                return scaled(op.f0, true, size, tx, ty);
+            case OpKind::add:
+                return add_tangents(op, size, tx, tangent(op, 1), ty);
+            case OpKind::cat:
+                return join(op, N, ty, [&](int j) { return tangent(op, j); });
+            case OpKind::conv:
+                return conv_tangent(op, in, tape, tx, ty);
+            case OpKind::max_pool:
+                return max_pool_tangents(op, N, ws_ + tape.aux1[i], tx, ty);
+            case OpKind::layer_norm:
+                return layer_norm_tangents(op, i, in.theta, in.vector, tape, tx, ty);
+            case OpKind::batch_norm:
+            case OpKind::running_norm:
+            case OpKind::group_norm:
+                return norm_tangent(op, i, in.theta, in.vector, tape, ty);
+            case OpKind::avg_pool:
+            case OpKind::transpose:
+            case OpKind::pad:
+            case OpKind::upsample:
+                return linear_map(op, N, tx, ty);
         }
     }
 
-    // The backward tangent of a norm reads these even where nothing upstream moves.
+    // The backward tangent of a norm reads these even where nothing upstream has a tangent.
     void clear_tangent_aux(const Op& op, int i, const TapeView& tape) {
         if (tangents_.aux1[i] >= 0) fill(ws_ + tangents_.aux1[i], B_ * per_task(tape, op.out), S(0));
         if (tangents_.aux2[i] < 0) return;
@@ -390,68 +321,48 @@ class Engine {
 
     // The tangent of an input's delta; null where it is not wanted.
     S* input_tangent_delta(const TapeView& tape, const Op& op, int j, bool inputs) const {
-        if (!op.wants_delta[j] || (tape.value[op.in[j]] < 0 && !inputs)) return nullptr;
+        if (!op.needs_grad[j] || (tape.value[op.in[j]] < 0 && !inputs)) return nullptr;
         return ws_ + tangents_.delta[op.in[j]];
     }
 
-    void backward_tangent(const Instr& in, const TapeView& tape) {
-        int slot = in.theta, vector = in.vector, out = in.out;
-        bool inputs = in.inputs;
-        long N = samples(tape);
-        for (int i = plan_.n_ops - 1; i >= 0; --i) {
-            const Op& op = plan_.ops[i];
-            if (!op.out_wants_delta) continue;
-            const S *dy = ws_ + tape.delta[op.out], *ey = ws_ + tangents_.delta[op.out];
-            long size = B_ * per_task(tape, op.out);
-            S* ex = input_tangent_delta(tape, op, 0, inputs);
-            const S* tx = tangent(op, 0);
-            bool first = op.delta_first[0];
-            switch (op.kind) {
-                case OpKind::linear:
-                    linear_backward_tangent(op, in, tape, tx, dy, ey, ex);
-                    break;
-                case OpKind::activation:
-                    if (ex)
-                        activation_backward_tangent<S>(first, size, ws_ + tape.aux1[i], at(tape.aux2[i]), tx, ey, ex);
-                    break;
-                case OpKind::affine: {
-                    S f = S(op.f0);
-                    if (ex) put(first, ex, size, [=](long j) { return f * ey[j]; });
-                    break;
-                }
-                case OpKind::add:
-                    for (int j = 0; j < 2; ++j) {
-                        S f = j ? S(op.f0) : S(1);
-                        if (S* ej = input_tangent_delta(tape, op, j, inputs))
-                            put(op.delta_first[j], ej, size, [=](long k) { return f * ey[k]; });
-                    }
-                    break;
-                case OpKind::cat:
-                    for (int j = 0; j < op.n_in; ++j)
-                        if (S* ej = input_tangent_delta(tape, op, j, inputs))
-                            split(op, j, op.delta_first[j], N, ey, ej);
-                    break;
-                case OpKind::conv:
-                    conv_backward_tangent(op, in, tape, tx, dy, ey, ex);
-                    break;
-                case OpKind::max_pool:
-                    if (ex) max_pool_deltas(op, first, N, ws_ + tape.aux1[i], ey, ex);
-                    break;
-                case OpKind::layer_norm:
-                    layer_norm_tangent_deltas(op, i, slot, vector, tape, out, dy, ey, ex);
-                    break;
-                case OpKind::batch_norm:
-                case OpKind::running_norm:
-                case OpKind::group_norm:
-                    norm_backward_tangent(op, i, slot, vector, tape, out, dy, ey, ex);
-                    break;
-                case OpKind::avg_pool:
-                case OpKind::transpose:
-                case OpKind::pad:
-                case OpKind::upsample:
-                    if (ex) moved_back(op, first, N, ey, ex);
-                    break;
-            }
+    void backward_tangent(const Instr& in, const TapeView& tape, int i) {
+        const Op& op = plan_.ops[i];
+        if (!op.out_needs_grad) return;
+        const S *dy = ws_ + tape.delta[op.out], *ey = ws_ + tangents_.delta[op.out], *tx = tangent(op, 0);
+        S* ex = input_tangent_delta(tape, op, 0, in.inputs);
+        long N = samples(tape), size = B_ * per_task(tape, op.out);
+        bool first = op.delta_first[0];
+        auto delta = [&](int j) { return input_tangent_delta(tape, op, j, in.inputs); };
+        switch (op.kind) {
+            case OpKind::linear:
+                return linear_backward_tangent(op, in, tape, tx, dy, ey, ex);
+            case OpKind::activation:
+                if (ex) activation_backward_tangent<S>(first, size, ws_ + tape.aux1[i], at(tape.aux2[i]), tx, ey, ex);
+                return;
+            case OpKind::affine:
+                if (ex) scaled(op.f0, first, size, ey, ex);
+                return;
+            case OpKind::add:
+                return add_deltas(op, size, ey, delta);
+            case OpKind::cat:
+                return split_all(op, N, ey, delta);
+            case OpKind::conv:
+                return conv_backward_tangent(op, in, tape, tx, dy, ey, ex);
+            case OpKind::max_pool:
+                if (ex) max_pool_deltas(op, first, N, ws_ + tape.aux1[i], ey, ex);
+                return;
+            case OpKind::layer_norm:
+                return layer_norm_tangent_deltas(op, i, in.theta, in.vector, tape, in.out, dy, ey, ex);
+            case OpKind::batch_norm:
+            case OpKind::running_norm:
+            case OpKind::group_norm:
+                return norm_backward_tangent(op, i, in.theta, in.vector, tape, in.out, dy, ey, ex);
+            case OpKind::avg_pool:
+            case OpKind::transpose:
+            case OpKind::pad:
+            case OpKind::upsample:
+                if (ex) transposed_linear_map(op, first, N, ey, ex);
+                return;
         }
     }
 
@@ -466,7 +377,8 @@ class Engine {
 #include "engine/convolutions.inl"
 #include "engine/norms.inl"
 #include "engine/layer_norms.inl"
-#include "engine/moves.inl"
+#include "engine/linear_maps.inl"
+#include "engine/sums.inl"
 #include "engine/losses.inl"
 #include "engine/vectors.inl"
     // clang-format on
@@ -477,7 +389,7 @@ class Engine {
     S* ws_;
     S* partial_;
     long t0_ = 0, B_ = 0;
-    int stretch_ = 0;
+    int sample_tile_ = 0;
     TangentView tangents_{};  // of the Hessian-vector product under way
 };
 
@@ -492,7 +404,7 @@ void pack_op(const PlanView& plan, const Call& call, int index, S* arena) {
         return;
     }
     const Param& p = plan.params[op.w];
-    if (op.pack_backward >= 0) conv_weights_turned(p.o, p.c, p.taps, w, arena + op.pack_backward);
+    if (op.pack_backward >= 0) conv_weights_flipped(p.o, p.c, p.taps, w, arena + op.pack_backward);
     if (!op.packs) return;
     conv_weights_inward(p.o, p.c, p.taps, w, arena + p.packed);
     if (p.rate_packed >= 0)

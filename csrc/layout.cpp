@@ -8,8 +8,8 @@ namespace {
 
 constexpr long kWorkspaceBytes = 384 << 10;  // what tasks in lockstep may take: most of a private cache
 constexpr long kLockstep = 8;
-constexpr long kStretchBytes = 1 << 20;       // what a stretch of samples may take beside its tape
-constexpr long kStretchRows = 96;             // rows from which products run at full speed
+constexpr long kSampleTileBytes = 1 << 20;    // what a sample tile may take beside its tape
+constexpr long kSampleTileRows = 96;          // rows from which products run at full speed
 constexpr long kLargeModel = 1 << 16;         // parameters from which fewer partial sums are cheaper
 constexpr long kFewBlocks = 4, kBlocks = 16;  // partial sums a call is cut into, whatever the number of threads
 constexpr double kBlockWork = 4e6;            // multiply-adds below which a block costs more than it shares out
@@ -53,29 +53,9 @@ void Layout::add_op(const OpSpec& s) {
 Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), machine_(machine) {
     for (const OpSpec& s : spec_.ops) add_op(s);
     find_low_rank();
-    for (std::size_t i = 0; i < spec_.params.size(); ++i) {
-        const ParamSpec& s = spec_.params[i];
-        bool formed =
-            std::none_of(ops_.begin(), ops_.end(), [&](const Op& op) { return op.low_rank && op.w == int(i); });
-        bool dense = s.active && formed;
-        Param p{};
-        p.size = s.size;
-        p.offset = dense ? view_.parameters : -1;
-        p.sum = s.active ? view_.sums : -1;
-        p.rate = s.rate;
-        p.elementwise = s.elementwise;
-        p.adapts = s.adapts && dense;
-        p.o = s.o;
-        p.c = s.c;
-        p.taps = s.taps;
-        p.packed = s.taps ? packed(s.size) : -1;
-        p.rate_packed = s.taps && s.elementwise ? packed(s.size) : -1;
-        params_.push_back(p);
-        if (dense) view_.parameters += s.size;
-        if (s.active) view_.sums += s.size;
-    }
-    find_factors();
-    find_stretches();
+    for (std::size_t i = 0; i < spec_.params.size(); ++i) add_param(int(i));
+    find_low_rank_terms();
+    find_sample_tiles();
     fuse_steps();
     find_groups();
     find_slots();
@@ -88,11 +68,36 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     find_pairs();
     place_panels();
     view_.blocks = blocks();
-    long lockstep = stretched() ? 1 : std::min((spec_.tasks + view_.blocks - 1) / view_.blocks, kLockstep);
+    long lockstep = tiled() ? 1 : std::min((spec_.tasks + view_.blocks - 1) / view_.blocks, kLockstep);
     do {
         place_buffers(lockstep);
     } while (used_ * machine_.scalar_bytes > kWorkspaceBytes && lockstep-- > 1);
+    fill_view();
+}
 
+void Layout::add_param(int index) {
+    const ParamSpec& s = spec_.params[index];
+    bool formed = std::none_of(ops_.begin(), ops_.end(), [&](const Op& op) { return op.low_rank && op.w == index; });
+    bool dense = s.active && formed;
+    Param p{};
+    p.size = s.size;
+    p.offset = dense ? view_.parameters : -1;
+    p.sum = s.active ? view_.sums : -1;
+    p.rate = s.rate;
+    p.elementwise = s.elementwise;
+    p.adapts = s.adapts && dense;
+    p.o = s.o;
+    p.c = s.c;
+    p.taps = s.taps;
+    p.packed = s.taps ? packed(s.size) : -1;
+    p.rate_packed = s.taps && s.elementwise ? packed(s.size) : -1;
+    params_.push_back(p);
+    if (dense) view_.parameters += s.size;
+    if (s.active) view_.sums += s.size;
+}
+
+// What a view points to is final by now.
+void Layout::fill_view() {
     view_.tasks = spec_.tasks;
     view_.ops = ops_.data();
     view_.n_ops = int(ops_.size());
@@ -154,96 +159,108 @@ void Layout::find_low_rank() {
 }
 
 // Follows the program once to learn which terms every low-rank slot consists of at each instruction.
-void Layout::find_factors() {
-    if (std::none_of(ops_.begin(), ops_.end(), [](const Op& op) { return op.low_rank; })) {
-        // no lists: over K steps they would hold K² terms
-        for (Instr& in : spec_.code)
-            if (in.code == Code::hvp) in.hvp = hvps_++;
-        return;
-    }
-    std::vector<std::vector<Factor>> slots(spec_.slots);
-    auto freeze = [&](const std::vector<Factor>& list) {
-        factors_.push_back(list);
-        return Factors{factors_.back().data(), int(factors_.back().size())};
-    };
-    factors_.reserve(2 * spec_.code.size());
+void Layout::find_low_rank_terms() {
+    for (Instr& in : spec_.code)
+        if (in.code == Code::hvp) in.hvp = hvps_++;
+    // else no lists: over K steps they would hold K² terms
+    if (std::none_of(ops_.begin(), ops_.end(), [](const Op& op) { return op.low_rank; })) return;
+    std::vector<Terms> slots(spec_.slots);
+    terms_.reserve(2 * spec_.code.size());
     for (Instr& in : spec_.code) {
-        switch (in.code) {
-            case Code::forward:
-                in.theta_factors = freeze(slots[in.theta]);
-                break;
-            case Code::backward:
-                in.theta_factors = freeze(slots[in.theta]);
-                if (in.out >= 0) slots[in.out] = {{Term::gradient, in.tape, -1, 1, false}};
-                break;
-            case Code::update: {
-                std::vector<Factor> following = slots[in.theta];
-                for (Factor f : slots[in.gradient]) following.push_back({f.term, f.tape, f.hvp, -f.sign, true});
-                slots[in.out] = std::move(following);
-                break;
-            }
-            case Code::scale:
-                slots[in.out] = slots[in.vector];
-                for (Factor& f : slots[in.out]) f.rate = true;
-                break;
-            case Code::hvp:
-                in.hvp = hvps_++;
-                in.theta_factors = freeze(slots[in.theta]);
-                in.vector_factors = freeze(slots[in.vector]);
-                slots[in.out] = {{Term::tangent_delta, in.tape, in.hvp, 1, false},
-                                 {Term::tangent_input, in.tape, in.hvp, 1, false}};
-                break;
-            case Code::subtract:
-                for (Factor f : slots[in.vector]) slots[in.out].push_back({f.term, f.tape, f.hvp, -f.sign, f.rate});
-                break;
-            case Code::accumulate:
-                in.theta_factors = freeze(slots[in.vector]);
-                break;
-            case Code::load:
-            case Code::support_loss:
-            case Code::query_loss:
-            case Code::cotangent:
-            case Code::rate_gradient:
-            case Code::store_parameters:
-            case Code::store_outputs:
-                break;  // nothing is factored where these are read
-        }
+        keep_terms(in, slots);
+        follow(in, slots);
     }
 }
 
-// Samples of a task that do not fit into a private cache go through the network in stretches.
-void Layout::find_stretches() {
+// The terms that an instruction reads.
+void Layout::keep_terms(Instr& in, const std::vector<Terms>& slots) {
+    auto keep = [&](const Terms& list) {
+        terms_.push_back(list);
+        return LowRankTerms{terms_.back().data(), int(terms_.back().size())};
+    };
+    bool network = in.code == Code::forward || in.code == Code::backward || in.code == Code::hvp;
+    if (network) in.theta_terms = keep(slots[in.theta]);
+    if (in.code == Code::hvp) in.vector_terms = keep(slots[in.vector]);
+    if (in.code == Code::accumulate) in.theta_terms = keep(slots[in.vector]);
+}
+
+namespace {
+
+void subtract(const std::vector<LowRankTerm>& from, bool scaled, std::vector<LowRankTerm>& to) {
+    for (const LowRankTerm& f : from) to.push_back({f.origin, f.tape, f.hvp, -f.sign, scaled || f.rate});
+}
+
+}  // namespace
+
+// The terms that an instruction's slot consists of behind it.
+void Layout::follow(const Instr& in, std::vector<Terms>& slots) {
+    switch (in.code) {
+        case Code::backward:
+            if (in.out >= 0) slots[in.out] = {{Origin::gradient, in.tape, -1, 1, false}};
+            break;
+        case Code::update: {
+            Terms following = slots[in.theta];
+            subtract(slots[in.gradient], true, following);
+            slots[in.out] = std::move(following);
+            break;
+        }
+        case Code::scale:
+            slots[in.out] = slots[in.vector];
+            for (LowRankTerm& f : slots[in.out]) f.rate = true;
+            break;
+        case Code::hvp:
+            slots[in.out] = {{Origin::tangent_delta, in.tape, in.hvp, 1, false},
+                             {Origin::tangent_input, in.tape, in.hvp, 1, false}};
+            break;
+        case Code::subtract:
+            subtract(slots[in.vector], false, slots[in.out]);
+            break;
+        case Code::load:
+        case Code::forward:
+        case Code::support_loss:
+        case Code::query_loss:
+        case Code::cotangent:
+        case Code::rate_gradient:
+        case Code::accumulate:
+        case Code::store_parameters:
+        case Code::store_outputs:
+            break;  // these write no slot of terms
+    }
+}
+
+// Samples of a task that do not fit into a private cache go through the network in sample tiles.
+void Layout::find_sample_tiles() {
     if (ops_.empty() || !std::all_of(ops_.begin(), ops_.end(), goes_by_sample)) return;
     long features = 0, rows = 1;
     for (std::size_t v = 1; v < spec_.features.size(); ++v) features += spec_.features[v];
     for (const Op& op : ops_) rows = std::max(rows, op.rows);
     long bytes = 4 * features * machine_.scalar_bytes;  // values, deltas and the tangents of both
-    long length = std::max(kStretchBytes / bytes, (kStretchRows + rows - 1) / rows);
-    for (int batch = 0; batch < 2; ++batch) stretches_[batch] = std::max(1L, spec_.samples[batch] / length);
+    long length = std::max(kSampleTileBytes / bytes, (kSampleTileRows + rows - 1) / rows);
+    for (int batch = 0; batch < 2; ++batch) sample_tiles_[batch] = std::max(1L, spec_.samples[batch] / length);
 }
 
-// What goes through a stretch of samples before the next stretch begins, and what a later group reads of a tape.
+// What goes through a sample tile before the next begins, and what a later group reads of a tape.
 void Layout::find_groups() {
     reread_.assign(spec_.tapes.size(), Reread::nothing);
-    for (std::size_t i = 0; i < spec_.code.size(); i += std::size_t(spec_.code[i].together)) {
+    for (std::size_t i = 0; i < spec_.code.size(); i += std::size_t(spec_.code[i].group_size)) {
         Instr& in = spec_.code[i];
-        in.together = in.stretches = 1;
+        in.group_size = in.sample_tiles = 1;
         int tape = in.tape;
         if (tape < 0) continue;
-        in.stretches = int(stretches_[spec_.tapes[tape]]);
+        in.sample_tiles = int(sample_tiles_[spec_.tapes[tape]]);
         auto follows = [&](std::size_t j) {
             return j < spec_.code.size() && spec_.code[j].tape == tape && spec_.code[j].code != Code::forward;
         };
-        while (follows(i + std::size_t(in.together))) ++in.together;
+        while (follows(i + std::size_t(in.group_size))) ++in.group_size;
         if (in.code == Code::forward) continue;
-        bool products = std::all_of(&in, &in + in.together, [](const Instr& j) { return j.code == Code::hvp; });
+        bool products = std::all_of(&in, &in + in.group_size, [](const Instr& j) { return j.code == Code::hvp; });
         reread_[tape] = std::max(reread_[tape], products ? Reread::curvature : Reread::everything);
     }
 }
 
 // Whether Hessian-vector products read a buffer's value or delta. Those of linear layers read the values that they take
 // in and the deltas of what they give out, activations and sums neither, other layers all that they touch.
-bool Layout::curves(int buffer, bool delta) const {
+bool Layout::read_by_hvp(int buffer, bool delta) const {
     bool last = buffer == spec_.out && !delta;  // the loss reads it
     return last || std::any_of(ops_.begin(), ops_.end(), [&](const Op& op) {
                bool takes = std::count(op.in, op.in + op.n_in, buffer) > 0, gives = op.out == buffer;
@@ -277,28 +294,20 @@ std::vector<bool> Layout::passed_on() const {
 
 // Gradients that only feed a step are added to the parameters where the product ends. With one rate for all, so are
 // Hessian-vector products to the adjoint, H(−αλ) = −α Hλ, and the last of them to the sum over tasks. Not in place
-// where there are several stretches: the next one still reads the parameters and the adjoint.
+// where there are several sample tiles: the next one still reads the parameters and the adjoint.
 void Layout::fuse_steps() {
     if (!steps_fuse()) return;
     const std::vector<Instr>& code = spec_.code;
-    auto is = [&](std::size_t i, Code wanted) { return i < code.size() && code[i].code == wanted; };
-    bool one_rate = spec_.rates.size() == 1 && spec_.rates[0].size == 1;
     const std::vector<bool> passed = passed_on();
-    auto fades = [&](int slot) { return slot >= 0 && passed[std::size_t(slot)]; };
     std::vector<Instr> fused;
     for (std::size_t i = 0; i < code.size(); ++i) {
         Instr in = code[i];
-        bool steps = in.code == Code::backward && is(i + 1, Code::update) && code[i + 1].gradient == in.out &&
-                     code[i + 1].theta == in.theta && fades(in.out);
-        bool product = in.code == Code::scale && is(i + 1, Code::hvp) && code[i + 1].vector == in.out &&
-                       is(i + 2, Code::subtract) && code[i + 2].vector == code[i + 1].out &&
-                       code[i + 2].out == in.vector && fades(in.out) && fades(code[i + 1].out) && one_rate;
-        if (steps && (stretches_[0] == 1 || code[i + 1].out != in.theta)) {
+        if (is_step(i, passed) && (sample_tiles_[0] == 1 || code[i + 1].out != in.theta)) {
             in.step = code[++i].out;
             in.out = -1;
-        } else if (product) {
+        } else if (is_adjoint_step(i, passed)) {
             bool last = is(i + 3, Code::accumulate) && code[i + 3].vector == in.vector;
-            if (last || stretches_[0] == 1) {
+            if (last || sample_tiles_[0] == 1) {
                 int adjoint = in.vector;
                 in = code[i + 1];
                 in.vector = in.out = adjoint;
@@ -315,6 +324,24 @@ void Layout::fuse_steps() {
     spec_.code = std::move(fused);
 }
 
+bool Layout::is(std::size_t i, Code wanted) const { return i < spec_.code.size() && spec_.code[i].code == wanted; }
+
+// Whether a gradient is made at i for the step behind it alone. `passed`: see passed_on().
+bool Layout::is_step(std::size_t i, const std::vector<bool>& passed) const {
+    if (!is(i, Code::backward) || !is(i + 1, Code::update)) return false;
+    const Instr &in = spec_.code[i], &update = spec_.code[i + 1];
+    return update.gradient == in.out && update.theta == in.theta && in.out >= 0 && passed[std::size_t(in.out)];
+}
+
+// Whether λ ← λ − H (αλ) begins at i, with one α for all.
+bool Layout::is_adjoint_step(std::size_t i, const std::vector<bool>& passed) const {
+    bool one_rate = spec_.rates.size() == 1 && spec_.rates[0].size == 1;
+    if (!one_rate || !is(i, Code::scale) || !is(i + 1, Code::hvp) || !is(i + 2, Code::subtract)) return false;
+    const Instr &scale = spec_.code[i], &hvp = spec_.code[i + 1], &subtract = spec_.code[i + 2];
+    return hvp.vector == scale.out && subtract.vector == hvp.out && subtract.out == scale.vector &&
+           passed[std::size_t(scale.out)] && passed[std::size_t(hvp.out)];
+}
+
 // Which slots the program still names.
 void Layout::find_slots() {
     used_slots_.assign(spec_.slots, false);
@@ -326,19 +353,9 @@ void Layout::find_slots() {
 // Static facts of the reverse sweep: what depends on parameters, and who is first to write a sum.
 void Layout::find_flags() {
     std::size_t buffers = spec_.features.size();
-    std::vector<bool> moves(buffers), wanted(buffers, spec_.input_gradients), written(buffers);
+    std::vector<bool> has_tangent(buffers), needs_grad(buffers, spec_.input_gradients), written(buffers);
     std::vector<bool> parameter_written(params_.size());
-    for (Op& op : ops_) {
-        for (int p : {op.w, op.b}) {
-            if (p < 0) continue;
-            moves[op.out] = moves[op.out] || (spec_.params[p].adapts && spec_.params[p].active);
-            wanted[op.out] = wanted[op.out] || spec_.params[p].active;
-        }
-        for (int j = 0; j < op.n_in; ++j) {
-            moves[op.out] = moves[op.out] || moves[op.in[j]];
-            wanted[op.out] = wanted[op.out] || wanted[op.in[j]];
-        }
-    }
+    find_dependence(has_tangent, needs_grad);
     auto first_write = [](std::vector<bool>& seen, int index) {
         bool first = index >= 0 && !seen[index];
         if (index >= 0) seen[index] = true;
@@ -349,18 +366,33 @@ void Layout::find_flags() {
         bool* flags = flags_.back().get();
         for (int j = 0; j < op->n_in; ++j) {
             flags[j] = first_write(written, op->in[j]);
-            flags[op->n_in + j] = wanted[op->in[j]];
-            flags[2 * op->n_in + j] = moves[op->in[j]];
+            flags[op->n_in + j] = needs_grad[op->in[j]];
+            flags[2 * op->n_in + j] = has_tangent[op->in[j]];
         }
         op->delta_first = flags;
-        op->wants_delta = flags + op->n_in;
+        op->needs_grad = flags + op->n_in;
         op->has_tangent = flags + 2 * op->n_in;
-        op->out_has_tangent = moves[op->out];
-        op->out_wants_delta = wanted[op->out];
+        op->out_has_tangent = has_tangent[op->out];
+        op->out_needs_grad = needs_grad[op->out];
         op->w_first = first_write(parameter_written, op->w);
         op->b_first = first_write(parameter_written, op->b);
     }
-    view_.moves = moves[spec_.out];
+    view_.has_tangent = has_tangent[spec_.out];
+}
+
+// Per buffer: whether it depends on a parameter that adapts, and on anything whose gradient is wanted.
+void Layout::find_dependence(std::vector<bool>& has_tangent, std::vector<bool>& needs_grad) const {
+    for (const Op& op : ops_) {
+        for (int p : {op.w, op.b}) {
+            if (p < 0) continue;
+            has_tangent[op.out] = has_tangent[op.out] || (spec_.params[p].adapts && spec_.params[p].active);
+            needs_grad[op.out] = needs_grad[op.out] || spec_.params[p].active;
+        }
+        for (int j = 0; j < op.n_in; ++j) {
+            has_tangent[op.out] = has_tangent[op.out] || has_tangent[op.in[j]];
+            needs_grad[op.out] = needs_grad[op.out] || needs_grad[op.in[j]];
+        }
+    }
 }
 
 // Convolutions whose norm follows at once: the two work through the samples together, while they are in cache.

@@ -1,4 +1,4 @@
-// From a plan's description to offsets: which buffers exist, where they stand, who writes them first.
+// From a plan's description to offsets: which buffers exist, where they are, who writes them first.
 #pragma once
 
 #include <memory>
@@ -13,7 +13,7 @@ struct Machine {
     long lanes, gemm_depth, scalar_bytes;
 };
 
-// What later groups of instructions than the one that fills a tape read of it.
+// What is read of a tape by instructions after the group that fills it.
 enum class Reread { nothing, curvature, everything };
 
 class Layout {
@@ -22,30 +22,55 @@ class Layout {
     const PlanView& view() const { return view_; }
 
   private:
+    using Terms = std::vector<LowRankTerm>;
+
+    // Offsets of one tape's buffers, and which of them a later group of instructions reads.
+    struct TapePlaces {
+        int batch = 0;
+        bool lasts = false;  // any: then auxiliaries and probabilities do
+        std::vector<bool> value_lasts, delta_lasts;
+        std::vector<long> value, delta, aux1, aux2;
+        long loss = -1;
+    };
+
     void add_op(const OpSpec& spec);
+    void add_param(int index);
+    void fill_view();
     double work() const;
     long blocks() const;
     void find_low_rank();
-    void find_factors();
-    void find_stretches();
+    void find_low_rank_terms();
+    void keep_terms(Instr& in, const std::vector<Terms>& slots);
+    static void follow(const Instr& in, std::vector<Terms>& slots);
+    void find_sample_tiles();
     void find_groups();
-    bool curves(int buffer, bool delta) const;
+    bool read_by_hvp(int buffer, bool delta) const;
     bool steps_fuse() const;
     std::vector<bool> passed_on() const;
     void fuse_steps();
+    bool is(std::size_t i, Code wanted) const;
+    bool is_step(std::size_t i, const std::vector<bool>& passed) const;
+    bool is_adjoint_step(std::size_t i, const std::vector<bool>& passed) const;
     void find_slots();
     void find_flags();
+    void find_dependence(std::vector<bool>& has_tangent, std::vector<bool>& needs_grad) const;
     void find_pairs();
     void place_panels();
     void place_buffers(long lockstep);
     void place_tape(int index, long lockstep);
+    void find_lasting(int index, std::vector<bool>& values, std::vector<bool>& deltas) const;
+    TapePlaces places_of_tape(int index, long lockstep);
+    void place_auxiliaries(TapePlaces& tape, long lockstep, long n);
+    TapeView view_of_tile(const TapePlaces& tape, long tile);
     void place_tangents(long lockstep);
-    void place_rooms();
+    void place_own_panels();
     long* table(std::size_t n);
     long take(long size);
-    bool stretched() const { return stretches_[0] > 1 || stretches_[1] > 1; }
-    long stretch_begin(int batch, long stretch) const { return stretch * spec_.samples[batch] / stretches_[batch]; }
-    long longest(int batch) const { return (spec_.samples[batch] + stretches_[batch] - 1) / stretches_[batch]; }
+    bool tiled() const { return sample_tiles_[0] > 1 || sample_tiles_[1] > 1; }
+    long tile_begin(int batch, long tile) const { return tile * spec_.samples[batch] / sample_tiles_[batch]; }
+    long longest_tile(int batch) const {
+        return (spec_.samples[batch] + sample_tiles_[batch] - 1) / sample_tiles_[batch];
+    }
     long packed(long size);
     long scratch_size(long lockstep) const;
     long norm_scratch_size() const;
@@ -59,10 +84,10 @@ class Layout {
     std::vector<std::unique_ptr<bool[]>> flags_;
     std::vector<Param> params_;
     std::vector<std::unique_ptr<ConvolutionTables>> convolutions_;
-    std::vector<std::vector<Factor>> factors_;
+    std::vector<Terms> terms_;
     std::vector<TangentView> tangents_;
     int hvps_ = 0;
-    long stretches_[2] = {1, 1};                         // per batch
+    long sample_tiles_[2] = {1, 1};                      // per batch
     std::vector<Reread> reread_;                         // per tape
     std::vector<long> passing_values_, passing_deltas_;  // per buffer: where all tapes keep what none rereads, or -1
     std::vector<std::vector<TapeView>> tapes_;

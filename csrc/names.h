@@ -43,7 +43,7 @@
     X(l1)                   \
     X(huber)
 
-// Instructions and their operands: slots, tapes and flags, as in maml_fast/program.py.
+// Instructions and their operands: slots, tapes and flags, as in maml_fast/algorithms/program.py.
 #define MAML_FAST_INSTRUCTIONS(X)                \
     X(load, slot)                                \
     X(forward, theta, batch, tape)               \

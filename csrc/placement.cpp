@@ -1,4 +1,4 @@
-// Where every buffer of a plan stands.
+// Where every buffer of a plan is.
 #include <algorithm>
 
 #include "layout.h"
@@ -24,11 +24,11 @@ long statistics(const Op& op, long n) {
 
 }  // namespace
 
-// Weights that all tasks share, in the order that products read, packed once a call.
+// Weights that all tasks share, in the order that products read, packed once per call.
 void Layout::place_panels() {
     bool backward = spec_.reverse || spec_.samples[0] > 0;
     for (Op& op : ops_) {
-        op.pack_forward = op.pack_backward = op.rooms = -1;
+        op.pack_forward = op.pack_backward = op.own_panels = -1;
         if (op.kind == OpKind::linear) {
             if (!is_thin(op)) op.pack_forward = packed(packed_size(op.width, op.out_width, machine_.lanes));
             if (backward) op.pack_backward = packed(packed_size(op.out_width, op.width, machine_.lanes));
@@ -56,7 +56,7 @@ long Layout::scratch_size(long lockstep) const {
         if (op.kind == OpKind::layer_norm) size = std::max(size, 4 * op.width);
         if (op.kind == OpKind::conv) size = std::max(size, 2 * params_[op.w].size + kSlack);
         if (op.kind != OpKind::linear) continue;
-        size = std::max(size, kProducts * room_size(op, machine_.lanes));
+        size = std::max(size, kProducts * panels_size(op, machine_.lanes));
         if (!op.low_rank) continue;
         long rows = samples * op.rows, widest = std::max(op.width, op.out_width);
         size = std::max(size, packed_size(widest, rows, machine_.lanes) + rows * rows);
@@ -96,7 +96,7 @@ void Layout::place_tangents(long lockstep) {
     std::vector<bool> lives_on(buffers);
     for (const Op& op : ops_)
         if (op.low_rank) lives_on[op.in[0]] = lives_on[op.out] = true;
-    long n = longest(0);
+    long n = longest_tile(0);
     tangents_.clear();
     for (int h = 0; h < hvps_; ++h) {
         long *value = table(buffers), *delta = table(buffers), *aux1 = table(ops_.size()), *aux2 = table(ops_.size());
@@ -117,71 +117,90 @@ void Layout::place_tangents(long lockstep) {
     }
 }
 
-// A buffer that only its own group reads holds one stretch, and all tapes share it; any other holds all samples, and a
-// view of a stretch begins at its first.
+// A buffer that only its own group reads holds one sample tile, and all tapes share it; any other holds all samples,
+// and a view of a tile begins at its first.
 void Layout::place_tape(int index, long lockstep) {
-    int batch = spec_.tapes[index];
-    std::size_t buffers = spec_.features.size();
-    bool everything = reread_[index] == Reread::everything,
-         curvature = everything || reread_[index] == Reread::curvature;
-    bool softmax = spec_.loss == LossKind::cross_entropy;
-    std::vector<bool> value_lasts(buffers, everything), delta_lasts(buffers, everything);
-    for (std::size_t v = 1; curvature && v < buffers; ++v) {
-        value_lasts[v] = value_lasts[v] || curves(int(v), false);
-        delta_lasts[v] = delta_lasts[v] || curves(int(v), true);
+    const TapePlaces t = places_of_tape(index, lockstep);
+    std::vector<TapeView>& views = tapes_.emplace_back();
+    for (long tile = 0; tile < sample_tiles_[t.batch]; ++tile) views.push_back(view_of_tile(t, tile));
+}
+
+// Which of a tape's values and deltas a later group reads.
+void Layout::find_lasting(int index, std::vector<bool>& values, std::vector<bool>& deltas) const {
+    const bool everything = reread_[index] == Reread::everything, nothing = reread_[index] == Reread::nothing;
+    values.assign(spec_.features.size(), everything);
+    deltas.assign(spec_.features.size(), everything);
+    for (std::size_t v = 1; !nothing && v < values.size(); ++v) {
+        values[v] = values[v] || read_by_hvp(int(v), false);
+        deltas[v] = deltas[v] || read_by_hvp(int(v), true);
     }
     for (const Op& op : ops_)
-        if (op.low_rank) value_lasts[op.in[0]] = delta_lasts[op.out] = true;
+        if (op.low_rank) values[op.in[0]] = deltas[op.out] = true;
+}
 
-    long n = curvature ? spec_.samples[batch] : longest(batch);
-    std::vector<long> value(buffers, -1), delta(buffers, -1), aux1(ops_.size(), -1), aux2(ops_.size(), -1);
+Layout::TapePlaces Layout::places_of_tape(int index, long lockstep) {
+    const std::size_t buffers = spec_.features.size();
+    TapePlaces t;
+    t.batch = spec_.tapes[index];
+    t.lasts = reread_[index] != Reread::nothing;
+    find_lasting(index, t.value_lasts, t.delta_lasts);
     auto place = [&](bool lasts, long& passing, long features) {
-        if (lasts) return take(lockstep * spec_.samples[batch] * features);
-        if (passing < 0) passing = take(lockstep * std::max(longest(0), longest(1)) * features);
+        if (lasts) return take(lockstep * spec_.samples[t.batch] * features);
+        if (passing < 0) passing = take(lockstep * std::max(longest_tile(0), longest_tile(1)) * features);
         return passing;
     };
+    t.value.assign(buffers, -1);
+    t.delta.assign(buffers, -1);
     for (std::size_t v = 1; v < buffers; ++v) {
-        value[v] = place(value_lasts[v], passing_values_[v], spec_.features[v]);
-        delta[v] = place(delta_lasts[v], passing_deltas_[v], spec_.features[v]);
+        t.value[v] = place(t.value_lasts[v], passing_values_[v], spec_.features[v]);
+        t.delta[v] = place(t.delta_lasts[v], passing_deltas_[v], spec_.features[v]);
     }
+    const long n = t.lasts ? spec_.samples[t.batch] : longest_tile(t.batch);
+    place_auxiliaries(t, lockstep, n);
+    if (spec_.loss == LossKind::cross_entropy) t.loss = take(lockstep * n * spec_.features[spec_.out]);
+    return t;
+}
+
+// What layers keep beside values and deltas, of n samples.
+void Layout::place_auxiliaries(TapePlaces& t, long lockstep, long n) {
+    t.aux1.assign(ops_.size(), -1);
+    t.aux2.assign(ops_.size(), -1);
     for (std::size_t i = 0; i < ops_.size(); ++i) {
         const Op& op = ops_[i];
         long size = lockstep * n * spec_.features[op.out];
-        bool curved = batch == 0 && spec_.second_order && !is_piecewise_linear(op.act);
-        if (op.kind == OpKind::activation && (batch == 0 || spec_.reverse)) aux1[i] = take(size);
-        if (op.kind == OpKind::activation && curved) aux2[i] = take(size);
-        if (op.kind == OpKind::layer_norm || op.kind == OpKind::max_pool) aux1[i] = take(size);
-        if (is_pooled(op)) aux1[i] = take(2 * size);
-        if (op.kind == OpKind::layer_norm || is_channel_norm(op.kind)) aux2[i] = take(lockstep * statistics(op, n));
-    }
-    long loss = softmax ? take(lockstep * n * spec_.features[spec_.out]) : -1;
-
-    std::vector<TapeView>& views = tapes_.emplace_back();
-    for (long s = 0; s < stretches_[batch]; ++s) {
-        long first = stretch_begin(batch, s), count = stretch_begin(batch, s + 1) - first;
-        auto shift = [&](bool lasts, long offset, int buffer) {
-            return offset < 0 || !lasts ? offset : offset + first * spec_.features[buffer];
-        };
-        long *values = table(buffers), *deltas = table(buffers), *aux1s = table(ops_.size()),
-             *aux2s = table(ops_.size());
-        for (std::size_t v = 0; v < buffers; ++v) {
-            values[v] = shift(value_lasts[v], value[v], int(v));
-            deltas[v] = shift(delta_lasts[v], delta[v], int(v));
-        }
-        for (std::size_t i = 0; i < ops_.size(); ++i) {
-            aux1s[i] = shift(curvature, aux1[i], ops_[i].out);
-            aux2s[i] = shift(curvature, aux2[i], ops_[i].out);
-        }
-        views.push_back({values, deltas, aux1s, aux2s, shift(curvature, loss, spec_.out), batch, first, count});
+        bool curved = t.batch == 0 && spec_.second_order && !is_piecewise_linear(op.act);
+        if (op.kind == OpKind::activation && (t.batch == 0 || spec_.reverse)) t.aux1[i] = take(size);
+        if (op.kind == OpKind::activation && curved) t.aux2[i] = take(size);
+        if (op.kind == OpKind::layer_norm || op.kind == OpKind::max_pool) t.aux1[i] = take(size);
+        if (is_pooled(op)) t.aux1[i] = take(2 * size);
+        if (op.kind == OpKind::layer_norm || is_channel_norm(op.kind)) t.aux2[i] = take(lockstep * statistics(op, n));
     }
 }
 
-// A task's own weights in panels serve all stretches.
-void Layout::place_rooms() {
+TapeView Layout::view_of_tile(const TapePlaces& t, long tile) {
+    const long first = tile_begin(t.batch, tile), count = tile_begin(t.batch, tile + 1) - first;
+    auto shift = [&](bool lasts, long offset, int buffer) {
+        return offset < 0 || !lasts ? offset : offset + first * spec_.features[buffer];
+    };
+    const std::size_t buffers = spec_.features.size();
+    long *value = table(buffers), *delta = table(buffers), *aux1 = table(ops_.size()), *aux2 = table(ops_.size());
+    for (std::size_t v = 0; v < buffers; ++v) {
+        value[v] = shift(t.value_lasts[v], t.value[v], int(v));
+        delta[v] = shift(t.delta_lasts[v], t.delta[v], int(v));
+    }
+    for (std::size_t i = 0; i < ops_.size(); ++i) {
+        aux1[i] = shift(t.lasts, t.aux1[i], ops_[i].out);
+        aux2[i] = shift(t.lasts, t.aux2[i], ops_[i].out);
+    }
+    return {value, delta, aux1, aux2, shift(t.lasts, t.loss, spec_.out), t.batch, first, count};
+}
+
+// A task's own weights in panels serve all sample tiles.
+void Layout::place_own_panels() {
     for (Op& op : ops_)
-        op.rooms = op.kind == OpKind::linear && !is_thin(op) && stretched()
-                       ? take(kRooms * room_size(op, machine_.lanes))
-                       : -1;
+        op.own_panels = op.kind == OpKind::linear && !is_thin(op) && tiled()
+                            ? take(kPanelSets * panels_size(op, machine_.lanes))
+                            : -1;
 }
 
 void Layout::place_buffers(long lockstep) {
@@ -195,7 +214,7 @@ void Layout::place_buffers(long lockstep) {
     for (std::size_t t = 0; t < spec_.tapes.size(); ++t) place_tape(int(t), lockstep);
     for (const auto& views : tapes_) tape_views_.push_back(views.data());
     place_tangents(lockstep);
-    place_rooms();
+    place_own_panels();
     slots_.assign(spec_.slots, -1);
     for (int s = 1; s < spec_.slots; ++s)
         if (used_slots_[s]) slots_[s] = take(lockstep * view_.parameters);

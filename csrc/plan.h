@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "conv_regions.h"
 #include "names.h"
-#include "spatial.h"
 
 namespace maml_fast {
 
@@ -18,7 +18,7 @@ struct Param {
     long offset;       // in a slot; -1 where the parameter has no gradient or its layer is low-rank
     long sum;          // in the sum over tasks; -1 where the parameter has no gradient
     int rate;          // index of its learning rate; -1 where it does not adapt
-    bool elementwise;  // the rate has one number per element
+    bool elementwise;  // the rate is one per element
     bool adapts;
     // A convolution's weights: (o, c, taps) in the caller's memory, (taps, c, o) everywhere else; 0 for other
     // parameters.
@@ -48,39 +48,40 @@ struct Op {
     bool bias_cancels;        // a bias that the batch norm behind it takes out again: its gradient is zero
     bool w_first, b_first;    // first to write the parameter's gradient in a reverse sweep
     const bool* delta_first;  // per input: first to write that input's delta
-    const bool* wants_delta;  // per input
+    const bool* needs_grad;   // per input
     const bool* has_tangent;  // per input
     bool out_has_tangent;
-    bool out_wants_delta;
+    bool out_needs_grad;
     bool low_rank;      // the adapted weight is never formed: W_k = W_0 + Σ_r c_r P_rᵀ Q_r
     long pack_forward;  // offset of the shared weight's panels, or -1
     long pack_backward;
-    long rooms;  // for a task's own weights in panels, which all stretches of samples read; or -1
+    long own_panels;  // for a task's own weights in panels, which all sample tiles read; or -1
 };
 
-// A linear layer whose weight is a single row or column, which stands in memory as its transpose does.
+// A linear layer whose weight is a single row or column, whose transpose looks the same in memory.
 inline bool is_thin(const Op& op) { return op.width == 1 || op.out_width == 1; }
 
 // A term c Pᵀ Q of a low-rank weight. P holds a layer's output deltas and Q its inputs, of `tape`;
 // or one of them is replaced by its tangent of Hessian-vector product `hvp`.
-enum class Term : int { gradient, tangent_delta, tangent_input };
+enum class Origin : int { gradient, tangent_delta, tangent_input };
 
-struct Factor {
-    Term term;
+struct LowRankTerm {
+    Origin origin;
     int tape, hvp;
     int sign;
     bool rate;  // times the learning rate
 };
 
-struct Factors {
-    const Factor* p;
+struct LowRankTerms {
+    const LowRankTerm* p;
     int n;
 };
 
-constexpr int kSums = -2;  // in place of a slot: the sum over tasks
-constexpr int kRooms = 4;  // of an operation: the transposes and the weights of two products
+constexpr int kSums = -2;      // in place of a slot: the sum over tasks
+constexpr int kPanelSets = 4;  // of an operation: the transposes and the weights of two products
 
-// One instruction of a program (see maml_fast/program.py). Operands that it does not have are -1: slots, and a tape.
+// One instruction of a program (see maml_fast/algorithms/program.py). Operands that it does not have are -1: slots, and
+// a tape.
 struct Instr {
     Code code{};
     int slot = -1, theta = -1, out = -1, gradient = -1, vector = -1, adjoint = -1;
@@ -91,13 +92,13 @@ struct Instr {
     int hvp = -1;         // which tangents a Hessian-vector product writes
     int step = -1;        // a backward pass: the slot for θ − α ∘ gradient, which takes the gradient's place; or -1
     bool scaled = false;  // a Hessian-vector product: what it adds to its slot is −α times it
-    int together = 1;     // this many instructions from this one on run for one stretch of samples after the other
-    int stretches = 1;
-    Factors theta_factors{nullptr, 0};   // low-rank part of θ (of a sum's vector)
-    Factors vector_factors{nullptr, 0};  // of the direction
+    int group_size = 1;   // this many instructions from this one on run for one sample tile after the other
+    int sample_tiles = 1;
+    LowRankTerms theta_terms{nullptr, 0};   // low-rank part of θ (of a sum's vector)
+    LowRankTerms vector_terms{nullptr, 0};  // of the direction
 };
 
-// Offsets of one tape's buffers for a stretch of its samples; -1 where absent (or, for the input, the caller's memory).
+// Offsets of one tape's buffers for a tile of its samples; -1 where absent (or, for the input, the caller's memory).
 struct TapeView {
     const long* value;  // per buffer: activations
     const long* delta;  // per buffer
@@ -121,31 +122,31 @@ struct PlanView {
     long tasks;
     const Op* ops;
     int n_ops;
-    const long* features;  // per buffer: numbers a sample has
+    const long* features;  // per buffer: elements per sample
     int out;
     const Param* params;
     int n_params;
     const Instr* code;
     int n_code;
-    const TapeView* const* tapes;  // per tape: a view of each stretch
+    const TapeView* const* tapes;  // per tape: a view of each sample tile
     const TangentView* tangents;
     const long* slots;        // offset of each slot
     const long* rate_offset;  // per rate: offset in the rate gradient
     long samples[2];          // support, query
-    long parameters;          // numbers in a slot
-    long sums;                // numbers in the sum over tasks of parameter gradients
-    long rates;               // numbers in the rate gradient, which stands behind them
+    long parameters;          // elements of a slot
+    long sums;                // elements of the sum over tasks of parameter gradients
+    long rates;               // elements of the rate gradient, which follows them
     long scratch;             // offset of the scratch for packed weights
     long norm_scratch;        // and for channel norms and sums over rows
     long gemm_scratch;
-    long workspace;  // numbers a thread needs
-    long packed;     // numbers in the shared panels
+    long workspace;  // elements per thread
+    long packed;     // elements of the shared panels
     long lockstep;   // tasks a thread works on at once
     long blocks;     // of tasks, whose gradients are summed before the ordered reduction
     LossKind loss;
     double loss_parameter;
     double loss_factor[2];  // per batch
-    bool moves;  // the output depends on a parameter that adapts
+    bool has_tangent;       // the output depends on a parameter that adapts
 };
 
 // The caller's memory for one call; element type is the plan's scalar unless said otherwise.
@@ -177,9 +178,9 @@ struct Call {
 // The kernels of one instruction set for one scalar type.
 template <class S>
 struct KernelsOf {
-    long lanes;       // numbers a vector register holds
+    long lanes;       // elements of a vector register
     long gemm_depth;  // rows of B that a GEMM packs at once
-    // Packs op's shared weight into `arena`, once a call.
+    // Packs op's shared weight into `arena`, once per call.
     void (*pack)(const PlanView&, const Call&, int op, S* arena);
     // Runs the program for tasks [first, first + count); adds their gradients to `partial`.
     void (*block)(const PlanView&, const Call&, const S* arena, S* workspace, S* partial, long first, long count);
@@ -197,9 +198,9 @@ const KernelsOf<double>& kernels_avx512(double);
 inline long panel_width(long columns, long j, long lanes) { return columns - j > lanes ? 2 * lanes : lanes; }
 
 constexpr long kNormChunk = 256;  // rows summed apart before their sums are: small errors, the same for any threads
-constexpr int kNormArrays = 12;   // numbers a channel that a channel norm's loops read
+constexpr int kNormArrays = 12;   // elements per channel that a channel norm's loops read
 
-// Numbers of scratch for a channel norm over `rows` rows: its arrays and the chunks' sums.
+// Elements of scratch for a channel norm over `rows` rows: its arrays and the chunks' sums.
 inline long norm_scratch(long channels, long rows) {
     return channels * (kNormArrays + 4 * ((rows + kNormChunk - 1) / kNormChunk));
 }
@@ -207,14 +208,14 @@ inline long norm_scratch(long channels, long rows) {
 constexpr int kProducts = 2;  // products that are added up in one pass
 constexpr int kPanels = 2;    // panels that a tile may span
 
-// Numbers a packed matrix takes: full double-width panels and a last one padded to one or two vectors.
+// Elements of a packed matrix: full double-width panels and a last one padded to one or two vectors.
 inline long packed_size(long rows, long columns, long lanes) {
     long full = columns / (2 * lanes) * (2 * lanes);
     return rows * (full + (full < columns ? panel_width(columns, full, lanes) : 0));
 }
 
-// Numbers of a linear layer's weight in panels, transposed or not.
-inline long room_size(const Op& op, long lanes) {
+// Elements of a linear layer's weight in panels, transposed or not.
+inline long panels_size(const Op& op, long lanes) {
     long transposed = packed_size(op.width, op.out_width, lanes), plain = packed_size(op.out_width, op.width, lanes);
     return transposed > plain ? transposed : plain;
 }

@@ -10,7 +10,7 @@
 #include <numeric>
 #include <thread>
 
-#include "pool.h"
+#include "thread_pool.h"
 
 namespace maml_fast {
 
@@ -68,7 +68,7 @@ struct Job {
     std::atomic<long> nanoseconds{0};  // that the threads took together
 
     void work(int worker) {
-        const auto start = Pool::Clock::now();
+        const auto start = ThreadPool::Clock::now();
         S *workspace = memory.workspaces[worker].get(), *partial = memory.partials[worker].get();
         Call own = call;
         if (own.clock) own.spent += std::ptrdiff_t(worker) * plan.n_code;
@@ -78,7 +78,7 @@ struct Job {
             kernels.block(plan, own, memory.arena.get(), workspace, partial, first, last - first);
             add_in_order(block, partial);
         }
-        nanoseconds += std::chrono::nanoseconds(Pool::Clock::now() - start).count();
+        nanoseconds += std::chrono::nanoseconds(ThreadPool::Clock::now() - start).count();
     }
 
     // Blocks are claimed in order by running threads, so whoever is waited for is on the way.
@@ -208,13 +208,14 @@ void Runner<S>::pack(const Call& call, S* arena) {
     const PlanView& plan = layout_.view();
     PackJob<S> job{kernels_, plan, call, arena};
     if (plan.packed < kParallelPack) return job.work();
-    Pool::instance().run(call.threads, [](void* c, int) { static_cast<PackJob<S>*>(c)->work(); }, &job);
+    ThreadPool::instance().run(call.threads, [](void* c, int) { static_cast<PackJob<S>*>(c)->work(); }, &job);
 }
 
 template <class S>
 void Runner<S>::summon(int threads) {
     const long known = one_thread_.load(std::memory_order_relaxed);
-    Pool::instance().summon(threads, known ? std::chrono::nanoseconds(known) : Pool::Clock::duration::max());
+    ThreadPool::instance().summon(threads,
+                                  known ? std::chrono::nanoseconds(known) : ThreadPool::Clock::duration::max());
 }
 
 // Other programs make a call longer, nothing makes it shorter: the least is believed at once, more little by little.
@@ -230,11 +231,11 @@ void Runner<S>::run(Call& call, Times* times) {
     const PlanView& plan = layout_.view();
     Stopwatch watch(times != nullptr);
     long blocks = plan.blocks;
-    if (call.threads > 1) call.threads = std::min(call.threads, Pool::processors());
+    if (call.threads > 1) call.threads = std::min(call.threads, ThreadPool::processors());
     bool shared = call.tasks < call.threads;  // too few tasks: the threads share each of them
     call.team = shared ? call.threads : 1;
     call.parallel = [](int threads, void (*fn)(void*, int), void* context) {
-        Pool::instance().run(threads, fn, context);
+        ThreadPool::instance().run(threads, fn, context);
     };
     if (shared) call.threads = 1;
     if (call.threads > blocks) call.threads = int(blocks);
@@ -251,7 +252,7 @@ void Runner<S>::run(Call& call, Times* times) {
         call.spent = spent.data();
     }
     Job<S> job{kernels_, plan, call, *memory, blocks, call.gradients ? plan.sums + plan.rates : 0};
-    Pool::instance().run(call.threads, [](void* c, int worker) { static_cast<Job<S>*>(c)->work(worker); }, &job);
+    ThreadPool::instance().run(call.threads, [](void* c, int worker) { static_cast<Job<S>*>(c)->work(worker); }, &job);
     if (times) share_out(spent, std::size_t(plan.n_code), watch.lap(), *times);
     learn(job.nanoseconds);
     if (call.gradients) reduce(call, memory->total.get());
@@ -262,7 +263,7 @@ void Runner<S>::run(Call& call, Times* times) {
 
 // Numbers in the order of the kernels to the caller's order, which differs for convolutions.
 template <class S>
-void hand_over(const Param& p, const S* from, bool add, S* to) {
+void unpack_gradients(const Param& p, const S* from, bool add, S* to) {
     if (!p.taps) {
         for (long i = 0; i < p.size; ++i) to[i] = add ? to[i] + from[i] : from[i];
         return;
@@ -275,7 +276,7 @@ void hand_over(const Param& p, const S* from, bool add, S* to) {
             }
 }
 
-// Hands the sums over tasks to the caller's gradient tensors.
+// Unpacks the sums over tasks into the caller's gradient tensors.
 template <class S>
 void Runner<S>::reduce(const Call& call, const S* total) {
     const PlanView& plan = layout_.view();
@@ -283,7 +284,7 @@ void Runner<S>::reduce(const Call& call, const S* total) {
         S* to = static_cast<S*>(call.gradients[p]);
         const Param& param = plan.params[p];
         if (!to || param.sum < 0) continue;
-        hand_over(param, total + param.sum, call.add, to);
+        unpack_gradients(param, total + param.sum, call.add, to);
     }
     S* rates = static_cast<S*>(call.rate_gradient);
     if (!rates) return;
@@ -292,7 +293,7 @@ void Runner<S>::reduce(const Call& call, const S* total) {
         const Param& param = plan.params[p];
         if (!param.taps || !param.elementwise) continue;
         long offset = plan.rate_offset[param.rate];
-        hand_over(param, total + plan.sums + offset, false, rates + offset);
+        unpack_gradients(param, total + plan.sums + offset, false, rates + offset);
     }
 }
 

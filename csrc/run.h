@@ -20,7 +20,7 @@ struct Times {
     std::int64_t sums = 0;
 };
 
-// Memory of one call, reused by the next: shared panels, a workspace and a partial sum a thread.
+// Memory of one call, reused by the next: shared panels, and a workspace and a partial sum per thread.
 template <class S>
 struct Memory;
 

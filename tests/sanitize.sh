@@ -20,8 +20,8 @@ declare -A begins=([address]=__asan_init [thread]=__tsan_init)
 cmake -S . -B "$build/core" -G Ninja --log-level=NOTICE -DMAML_FAST_SANITIZE="${flags[$kind]}" -DMAML_FAST_TESTS=ON \
     -DCMAKE_CXX_COMPILER=g++ -DPYBIND11_FINDPYTHON=ON -DPython_EXECUTABLE="$(command -v python)" \
     -Dpybind11_DIR="$(python -c 'import pybind11; print(pybind11.get_cmake_dir())')"
-targets=(pool_test _core)
-if [[ $kind == thread && $# == 0 ]]; then targets=(pool_test); fi
+targets=(thread_pool_test _core)
+if [[ $kind == thread && $# == 0 ]]; then targets=(thread_pool_test); fi
 cmake --build "$build/core" --target "${targets[@]}"
 
 # No detect_stack_use_after_return: its frames are aligned to 32 bytes, and stores of 64 to them crash.
@@ -30,7 +30,7 @@ export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1:detect_stack
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export TSAN_OPTIONS=halt_on_error=1:abort_on_error=1:suppressions=$root/tests/tsan.supp
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-"$build/core/pool_test" 1000
+"$build/core/thread_pool_test" 1000
 if ((${#targets[@]} == 1)); then exit 0; fi
 cp "$build"/core/_core*.so "$site/maml_fast/"
 

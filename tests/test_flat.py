@@ -363,7 +363,7 @@ def test_parameters_that_left_the_vector_are_named(way: str) -> None:
     optimizers = mf.FlatAdam(flat), torch.optim.SGD([flat.flat], lr=0.1)
     MOVES[way](model)
     for optimizer in optimizers:
-        with pytest.raises(RuntimeError, match=r"parameter 'body.weight' no longer stands in the vector"):
+        with pytest.raises(RuntimeError, match=r"parameter 'body.weight' is no longer in the vector"):
             optimizer.step()
 
 

@@ -12,7 +12,7 @@ from maml_fast.cases import SMALL, Case, Problem, select
 
 BACKEND = "cpu" if cpu.info()["built"] else "vmap"
 # large ones take long, and somewhere in them there is a kink beside every entry that is moved
-LARGE = ("size-17", "size-6", "size-wide", "low-rank", "stretches", "siren", "batchnorm-deep", "resnet12")
+LARGE = ("size-17", "size-6", "size-wide", "low-rank", "sample-tiles", "siren", "batchnorm-deep", "resnet12")
 CASES = [c for c in SMALL if not c.name.startswith(LARGE)]
 FEW = select(
     ["tanh", "batchnorm", "layernorm", "residual", "tied", "rate-per_element", "loss-cross-entropy", "adapts-head",

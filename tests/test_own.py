@@ -96,7 +96,7 @@ def loss(plan: Plan, result: Result) -> None:
 
 
 def outputs(plan: Plan, result: Result) -> None:
-    if plan.mode is Mode.LOGITS:
+    if plan.mode is Mode.QUERY_OUTPUTS:
         result.outputs[0, 0] += 1e-3
 
 
@@ -106,7 +106,7 @@ def inputs(plan: Plan, result: Result) -> None:
 
 
 def crash(plan: Plan, result: Result) -> None:
-    if plan.mode is Mode.LOGITS:
+    if plan.mode is Mode.QUERY_OUTPUTS:
         raise ZeroDivisionError("no luck")
 
 

@@ -204,7 +204,7 @@ BROKEN: list[tuple[str, str, Callable[[], Program]]] = [
     ("dead", "a gradient overwritten before it is read", lambda: twice(Backward)),
     ("goal", "another mode's program", lambda: maml.emit(Wanted(Mode.LOSS))),
     ("goal", "no meta-gradient", lambda: maml.emit(Wanted(Mode.ADAPT))),
-    ("goal", "a cotangent for a loss", lambda: maml.emit(Wanted(Mode.PULLBACK))),
+    ("goal", "a cotangent for a loss", lambda: maml.emit(Wanted(Mode.VJP))),
     ("goal", "fewer steps", lambda: maml.emit(Wanted(steps=1))),
     ("goal", "the other order", lambda: maml.emit(Wanted(first_order=True))),
     ("goal", "rates that want no gradient", lambda: maml.emit(Wanted(needs=Needs((True,), (True,), False, False)))),

@@ -48,7 +48,7 @@ def batch(tasks: int = 3, support: int = 5, query: int = 4, dtype: torch.dtype =
 
 def gradient_of(index: int, factor: float = 1.001) -> Spoil:
     def spoil(plan: Plan, result: Result) -> None:
-        if plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK) and result.parameters[index] is not None:
+        if plan.mode in (Mode.META_GRADIENT, Mode.VJP) and result.parameters[index] is not None:
             result.parameters[index] *= factor
 
     return spoil

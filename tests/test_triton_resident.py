@@ -183,7 +183,7 @@ def test_small_networks_are_resident(name: str, variant: str) -> None:
     ("name", "said"),
     [("tanh", "variant resident"), ("conv-alone", "variant wide"),
      ("conv-alone", "not resident: layer conv has no instruction in the resident kernel"),
-     ("omniglot-mlp", "not resident: layer linear has 15052800 multiplications a task, more than 131072")],
+     ("omniglot-mlp", "not resident: layer linear has 15052800 multiplications per task, more than 131072")],
 )  # fmt: skip
 def test_explains_the_variant(name: str, said: str) -> None:
     problem = cases.select([name])[0].build(torch.float32)
@@ -222,7 +222,7 @@ def normed_129() -> nn.Module:
         (small("conv-alone"), "layer conv has no instruction in the resident kernel"),
         (
             replace(small("batchnorm"), query=1025),
-            "BatchNorm over 1025 rows a task, more than the resident kernel's 1024",
+            "BatchNorm over 1025 rows per task, more than the resident kernel's 1024",
         ),
         (replace(small("loss-cross-entropy"), network=lambda: nn.Linear(4, 33)), "cross_entropy over 33 classes"),
         (

@@ -78,7 +78,7 @@ def test_right_backends_pass(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("mistake", ["slightly", "zero", "nan"])
-@pytest.mark.parametrize("mode", [Mode.META_GRADIENT, Mode.ADAPT, Mode.LOGITS, Mode.APPLY])
+@pytest.mark.parametrize("mode", [Mode.META_GRADIENT, Mode.ADAPT, Mode.QUERY_OUTPUTS, Mode.APPLY])
 def test_mistakes_fail(
     mode: Mode, mistake: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,16 +16,16 @@ void conv_products(const Op& op, long N, const S* x, PerTask<const S> w, const S
         Pair<S> one = pair(x, w), two = pair(x2, v);
         const S* bb = bias.of(b);
         S* yb = y + b * N * c.out_size();
-        each_piece(N, c.window.oh * c.window.ow, c.group_outputs(),
-                   [=, &c](const Piece& piece) { conv_forward(c, one, two, bb, false, piece, yb); });
+        each_share(N, c.window.oh * c.window.ow, c.group_outputs(),
+                   [=, &c](const Share& share) { conv_forward(c, one, two, bb, false, share, yb); });
     }
 }
 
-// The turned weights of task b: shared ones are packed already.
-const S* turned(const Op& op, PerTask<const S> w, long b, S* memory) const {
+// The flipped weights of task b: shared ones are packed already.
+const S* flipped(const Op& op, PerTask<const S> w, long b, S* memory) const {
     const Param& p = plan_.params[op.w];
     if (w.stride == 0) return arena_ + op.pack_backward;
-    turn_weights(p.o, p.c, p.taps, w.of(b), memory);
+    flip_weights(p.o, p.c, p.taps, w.of(b), memory);
     return memory;
 }
 
@@ -35,11 +35,11 @@ void conv_deltas(const Op& op, bool first_writer, long N, const S* dy, PerTask<c
     const Convolution& c = *op.conv;
     long size = N * c.out_size();
     for (long b = 0; b < B_; ++b) {
-        Pair<S> one{dy + b * size, turned(op, w, b, scratch())}, two{nullptr, nullptr};
-        if (dy2) two = {dy2 + b * size, turned(op, v, b, scratch() + plan_.params[op.w].size)};
+        Pair<S> one{dy + b * size, flipped(op, w, b, scratch())}, two{nullptr, nullptr};
+        if (dy2) two = {dy2 + b * size, flipped(op, v, b, scratch() + plan_.params[op.w].size)};
         S* to = dx + b * N * c.in_size();
-        each_piece(N, c.window.h * c.window.w, c.group_channels(),
-                   [=, &c](const Piece& piece) { conv_backward(c, one, two, !first_writer, piece, to); });
+        each_share(N, c.window.h * c.window.w, c.group_channels(),
+                   [=, &c](const Share& share) { conv_backward(c, one, two, !first_writer, share, to); });
     }
 }
 
@@ -52,10 +52,19 @@ void conv_gradients(const Op& op, bool add, long N, const S* x, const S* dy, Per
     }
 }
 
+void conv_backward_values(const Op& op, const Instr& in, const TapeView& tape, const S* dy, S* dx) const {
+    bool adapted_only = tape.batch == 0;
+    PerTask<S> gw = gradient(in.out, op.w, adapted_only), gb = gradient(in.out, op.b, adapted_only);
+    PerTask<const S> w = weight(in.theta, op.w);
+    long N = samples(tape);
+    if (dx) conv_deltas(op, op.delta_first[0], N, dy, w, nullptr, w, dx);
+    conv_gradients(op, false, N, value(tape, op.in[0]), dy, gw, gb);
+}
+
 // Of samples [begin, end) of one task.
 void conv_weight_gradient(const Convolution& c, bool add, long begin, long end, const S* x, const S* dy, S* to) const {
     long rows = call_.team > 1 ? 4 * kLatticeRows : kLatticeRows;
-    each_stretch(c, begin, end, rows, [&](long first, long last, long top, long bottom) {
+    each_position_tile(c, begin, end, rows, [&](long first, long last, long top, long bottom) {
         bool sum = add;
         each(gradient_tiles(c),
              [=, &c](long i) { conv_gradient_tile(c, i, first, last, top, bottom, x, dy, sum, to); });
@@ -94,7 +103,7 @@ void conv_norm_forward(const Op& conv, const Op& norm, int i, int slot, const Ta
         S* z = output(tape, conv.out) + b * N * c.out_size();
         long chunks = 0;
         each_cached(N, c.out_size(), [&](long first, long last) {
-            conv_forward(c, one, none, bias.of(b), false, Piece{first, last, 0, c.group_outputs()}, z);
+            conv_forward(c, one, none, bias.of(b), false, Share{first, last, 0, c.group_outputs()}, z);
             if (n.constant) return;
             long whole = last == N ? ceil_div(n.rows(), kNormChunk) : last * positions / kNormChunk;
             for (; chunks < whole; ++chunks) chunk_moments(n, z, chunks, partial);
@@ -118,11 +127,11 @@ void conv_norm_backward(const Op& conv, const Op& norm, int i, int slot, const T
                 *x = value(tape, conv.in[0]) + b * N * c.in_size();
         S *d = dz + b * n.rows() * n.C, *to = dx ? dx + b * N * c.in_size() : nullptr;
         norm_sums_of(norm, slot, n, t, b, out, adapted_only, true, dy);
-        Pair<S> one{d, dx ? turned(conv, weight(slot, conv.w), b, scratch()) : nullptr}, none{nullptr, nullptr};
+        Pair<S> one{d, dx ? flipped(conv, weight(slot, conv.w), b, scratch()) : nullptr}, none{nullptr, nullptr};
         bool add = !conv.w_first;
         each_cached(N, c.out_size(), [&](long first, long last) {
             norm_deltas_of(n, t, true, first * positions, last * positions, dy, d);
-            if (dx) conv_backward(c, one, none, !conv.delta_first[0], Piece{first, last, 0, c.group_channels()}, to);
+            if (dx) conv_backward(c, one, none, !conv.delta_first[0], Share{first, last, 0, c.group_channels()}, to);
             if (gw) conv_weight_gradient(c, add, first, last, x, d, gw.of(b));
             add = true;
         });

@@ -1,6 +1,6 @@
 // Part of Engine: linear layers, whose adapted weights may stay factored.
 
-void linear_values(const Op& op, int slot, Factors theta, long N, const S* x, S* y) {
+void linear_values(const Op& op, int slot, LowRankTerms theta, long N, const S* x, S* y) {
     PerTask<const S> bias = weight(slot, op.b);
     bool spread_bias = op.low_rank && bias.stride != 0;
     if (spread_bias) spread(N * op.rows, op.out_width, bias, y);
@@ -10,32 +10,36 @@ void linear_values(const Op& op, int slot, Factors theta, long N, const S* x, S*
 
 // ---- low-rank weights: W = W_0 + Σ_r c_r P_rᵀ Q_r -----------------------------------------
 
-const S* deltas(const Op& op, const Factor& f) const {
-    if (f.term == Term::tangent_delta) return ws_ + plan_.tangents[f.hvp].delta[op.out];
+const S* deltas(const Op& op, const LowRankTerm& f) const {
+    if (f.origin == Origin::tangent_delta) return ws_ + plan_.tangents[f.hvp].delta[op.out];
     return ws_ + view(f.tape).delta[op.out];
 }
-const S* inputs(const Op& op, const Factor& f) const {
-    if (f.term == Term::tangent_input) return ws_ + plan_.tangents[f.hvp].value[op.in[0]];
+const S* inputs(const Op& op, const LowRankTerm& f) const {
+    if (f.origin == Origin::tangent_input) return ws_ + plan_.tangents[f.hvp].value[op.in[0]];
     return value(view(f.tape), op.in[0]);
 }
 // A layer without a tangent at its input has no such term.
-bool absent(const Op& op, const Factor& f) const { return f.term == Term::tangent_input && !op.has_tangent[0]; }
+bool absent(const Op& op, const LowRankTerm& f) const {
+    return f.origin == Origin::tangent_input && !op.has_tangent[0];
+}
 
-S coefficient(const Op& op, const Factor& f) const { return S(f.sign) * (f.rate ? *rate(plan_.params[op.w]) : S(1)); }
+S coefficient(const Op& op, const LowRankTerm& f) const {
+    return S(f.sign) * (f.rate ? *rate(plan_.params[op.w]) : S(1));
+}
 
 // y += x (Σ_r c_r P_rᵀ Q_r)ᵀ = Σ_r c_r (x Q_rᵀ) P_r.
-void add_product(const Op& op, Factors factors, long N, const S* x, S* y) {
-    for (int r = 0; r < factors.n; ++r) {
-        const Factor& f = factors.p[r];
+void add_product(const Op& op, LowRankTerms terms, long N, const S* x, S* y) {
+    for (int r = 0; r < terms.n; ++r) {
+        const LowRankTerm& f = terms.p[r];
         if (absent(op, f)) continue;
         add_term(op, f, N, op.width, op.out_width, x, inputs(op, f), deltas(op, f), true, y);
     }
 }
 
 // dx += dy (Σ_r c_r P_rᵀ Q_r) = Σ_r c_r (dy P_rᵀ) Q_r.
-void add_transposed_product(const Op& op, Factors factors, long N, const S* dy, S* dx) {
-    for (int r = 0; r < factors.n; ++r) {
-        const Factor& f = factors.p[r];
+void add_transposed_product(const Op& op, LowRankTerms terms, long N, const S* dy, S* dx) {
+    for (int r = 0; r < terms.n; ++r) {
+        const LowRankTerm& f = terms.p[r];
         if (absent(op, f)) continue;
         bool owned = view(f.tape).value[op.in[0]] >= 0;
         add_term(op, f, N, op.out_width, op.width, dy, deltas(op, f), inputs(op, f), owned, dx);
@@ -43,8 +47,8 @@ void add_transposed_product(const Op& op, Factors factors, long N, const S* dy, 
 }
 
 // y += c (x qᵀ) p for every task. `owned`: p lies in the workspace.
-void add_term(const Op& op, const Factor& f, long N, long I, long O, const S* x, const S* q, const S* p, bool owned,
-              S* y) {
+void add_term(const Op& op, const LowRankTerm& f, long N, long I, long O, const S* x, const S* q, const S* p,
+              bool owned, S* y) {
     long rows = N * op.rows, rank = samples(view(f.tape)) * op.rows;
     S c = coefficient(op, f);
     for (long b = 0; b < B_; ++b)
@@ -53,20 +57,20 @@ void add_term(const Op& op, const Factor& f, long N, long I, long O, const S* x,
 }
 
 // Σ_tasks P_rᵀ Q_r into the sum: products over the rows of all tasks of the block, two at a time.
-void accumulate_low_rank(const Op& op, Factors factors) {
-    S *sum = partial_ + plan_.params[op.w].sum, *room = scratch();
+void accumulate_low_rank(const Op& op, LowRankTerms terms) {
+    S *sum = partial_ + plan_.params[op.w].sum, *free = scratch();
     const Result<S> to{sum, op.width, sum, nullptr};
     Outer<S> waiting;
-    for (int r = 0; r < factors.n; ++r) {
-        const Factor& f = factors.p[r];
+    for (int r = 0; r < terms.n; ++r) {
+        const LowRankTerm& f = terms.p[r];
         if (absent(op, f)) continue;
         Outer<S> next{B_ * samples(view(f.tape)) * op.rows, deltas(op, f), inputs(op, f)};
         if (f.sign < 0) {
             const S* p = next.dy;
             long size = next.rows * op.out_width;
-            put(true, room, size, [=](long i) { return -p[i]; });
-            next.dy = room;
-            room += size;
+            put(true, free, size, [=](long i) { return -p[i]; });
+            next.dy = free;
+            free += size;
         }
         if (waiting.rows == 0) {
             waiting = next;
@@ -74,12 +78,12 @@ void accumulate_low_rank(const Op& op, Factors factors) {
         }
         WeightGradient<S>{waiting, next, to}(op, gemm_scratch());
         waiting = {};
-        room = scratch();
+        free = scratch();
     }
     if (waiting.rows > 0) WeightGradient<S>{waiting, {}, to}(op, gemm_scratch());
 }
 
-// ---- products with weights that stand somewhere ------------------------------------------------
+// ---- products with weights, shared or a task's own ---------------------------------------------
 
 // Rows of a block's tasks and the weights that multiply them; absent where x is null.
 struct Operand {
@@ -87,26 +91,26 @@ struct Operand {
     PerTask<const S> w{};
 };
 
-// Where a task's own weights stand in panels: for all stretches of its samples, or for one product.
-S* room(const Op& op, int place) const {
-    return (op.rooms < 0 ? scratch() : ws_ + op.rooms) + place * room_size(op, lanes<S>);
+// Where a task's own weights are in panels: for all its sample tiles, or for one product.
+S* own_panels(const Op& op, int place) const {
+    return (op.own_panels < 0 ? scratch() : ws_ + op.own_panels) + place * panels_size(op, lanes<S>);
 }
 
 // Wᵀ for task b. What all tasks share was packed before the call began, unless it is thin.
 Right<S> transposed_weight(const Op& op, const PerTask<const S>& w, long b, int place) const {
     if (is_thin(op)) return {w.of(b), op.out_width, false, false};
     if (w.stride == 0) return {arena_ + op.pack_forward, op.width, true, true};
-    S* panels = room(op, place);
-    if (stretch_ == 0) pack_transposed(op.width, op.out_width, w.of(b), panels);
+    S* panels = own_panels(op, place);
+    if (sample_tile_ == 0) pack_transposed(op.width, op.out_width, w.of(b), panels);
     return {panels, op.width, true, true};
 }
 
 // W for task b; in place where it is read once.
 Right<S> plain_weight(const Op& op, const PerTask<const S>& w, long b, int place) const {
     if (w.stride == 0) return {arena_ + op.pack_backward, op.out_width, true, true};
-    if (op.rooms < 0) return {w.of(b), op.width, false, false};
-    S* panels = room(op, kProducts + place);
-    if (stretch_ == 0) pack(op.out_width, op.width, w.of(b), op.width, panels);
+    if (op.own_panels < 0) return {w.of(b), op.width, false, false};
+    S* panels = own_panels(op, kProducts + place);
+    if (sample_tile_ == 0) pack(op.out_width, op.width, w.of(b), op.width, panels);
     return {panels, op.out_width, true, true};
 }
 
@@ -124,7 +128,7 @@ void linear_transposed_product(const Op& op, long N, const Operand& dy, const Op
     });
 }
 
-// y (+)= p's and q's products + bias for `rows` rows a task; term(p, b, place) is one task's product.
+// y (+)= p's and q's products + bias for `rows` rows per task; term(p, b, place) is one task's product.
 template <class F>
 void multiply(long rows, long width, const Operand& p, const Operand& q, PerTask<const S> bias, bool add, S* y,
               F term) const {
@@ -156,7 +160,7 @@ Destination gradient_or_step(const Instr& in, int param, bool adapted_only, bool
     if (in.step < 0) return added(gradient(in.out, param, adapted_only), starts(first));
     PerTask<S> to = gradient(in.step, param, adapted_only);
     S scale = to ? -*rate(plan_.params[param]) : S(1);
-    return stretch_ == 0 ? Destination{to, weight(in.theta, param), scale} : added(to, false, scale);
+    return sample_tile_ == 0 ? Destination{to, weight(in.theta, param), scale} : added(to, false, scale);
 }
 
 // Of a Hessian-vector product.
@@ -184,6 +188,16 @@ void linear_gradients(const Op& op, long N, const S* dy, const S* x, const S* dz
     }
 }
 
+void linear_backward(const Op& op, const Instr& in, const TapeView& tape, const S* dy, S* dx) {
+    long N = samples(tape);
+    bool adapted_only = tape.batch == 0;
+    if (dx) linear_transposed_product(op, N, {dy, weight(in.theta, op.w)}, {}, !op.delta_first[0], dx);
+    if (dx && op.low_rank) add_transposed_product(op, in.theta_terms, N, dy, dx);
+    linear_gradients(op, N, dy, value(tape, op.in[0]), nullptr, nullptr,
+                     gradient_or_step(in, op.w, adapted_only, op.w_first),
+                     gradient_or_step(in, op.b, adapted_only, op.b_first));
+}
+
 void linear_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, S* ty) {
     long N = samples(tape);
     PerTask<const S> w = weight(in.theta, op.w), v = direction(in.vector, op.w), vb = direction(in.vector, op.b);
@@ -191,8 +205,8 @@ void linear_tangent(const Op& op, const Instr& in, const TapeView& tape, const S
     if (op.low_rank || (!tx && !v)) {
         vb ? spread(N * op.rows, op.out_width, vb, ty) : fill(ty, B_ * per_task(tape, op.out), S(0));
         if (tx) linear_product(op, N, {tx, w}, {}, {}, true, ty);
-        if (tx && op.low_rank) add_product(op, in.theta_factors, N, tx, ty);
-        if (op.low_rank) add_product(op, in.vector_factors, N, x, ty);
+        if (tx && op.low_rank) add_product(op, in.theta_terms, N, tx, ty);
+        if (op.low_rank) add_product(op, in.vector_terms, N, x, ty);
     } else if (tx) {
         linear_product(op, N, {tx, w}, v ? Operand{x, v} : Operand{}, vb, false, ty);
     } else {
@@ -213,8 +227,8 @@ void linear_backward_tangent(const Op& op, const Instr& in, const TapeView& tape
     if (ex) {
         linear_transposed_product(op, N, {ey, weight(in.theta, op.w)}, v ? Operand{dy, v} : Operand{},
                                   !op.delta_first[0], ex);
-        if (op.low_rank) add_transposed_product(op, in.theta_factors, N, ey, ex);
-        if (op.low_rank) add_transposed_product(op, in.vector_factors, N, dy, ex);
+        if (op.low_rank) add_transposed_product(op, in.theta_terms, N, ey, ex);
+        if (op.low_rank) add_transposed_product(op, in.vector_terms, N, dy, ex);
     }
     linear_gradients(op, N, ey, value(tape, op.in[0]), dy, tx, curvature(in, op.w, op.w_first),
                      curvature(in, op.b, op.b_first));

@@ -19,22 +19,22 @@ void each(long n, F f, long fewest = 2) const {
     call_.parallel(call_.team, work, &job);
 }
 
-// f(first, last) over n in a few pieces, or in one where nobody shares them.
+// f(first, last) over n in a few shares, or in one where nobody shares them.
 template <class F>
 void each_samples(long n, F f) const {
-    long pieces = call_.team > 1 ? least(n, 4L * call_.team) : least(n, 1L);
-    each(pieces, [=](long i) { f(i * n / pieces, (i + 1) * n / pieces); });
+    long shares = call_.team > 1 ? least(n, 4L * call_.team) : least(n, 1L);
+    each(shares, [=](long i) { f(i * n / shares, (i + 1) * n / shares); });
 }
 
-// A convolution's result in pieces: of samples where they have rows enough for full tiles, and of panels.
+// A convolution's result in shares: of samples where they have rows enough for full tiles, and of panels.
 template <class F>
-void each_piece(long N, long positions, long columns, F f) const {
-    if (call_.team <= 1) return f(Piece{0, N, 0, columns});
+void each_share(long N, long positions, long columns, F f) const {
+    if (call_.team <= 1) return f(Share{0, N, 0, columns});
     constexpr long kRows = 512, kColumns = kWidest * lanes<S>;
-    long pieces = least(least(N, 4L * call_.team), 1 + N * positions / kRows), panels = ceil_div(columns, kColumns);
-    each(pieces * panels, [=](long i) {
-        long piece = i / panels, panel = i % panels;
-        f(Piece{piece * N / pieces, (piece + 1) * N / pieces, panel * kColumns,
+    long shares = least(least(N, 4L * call_.team), 1 + N * positions / kRows), panels = ceil_div(columns, kColumns);
+    each(shares * panels, [=](long i) {
+        long share = i / panels, panel = i % panels;
+        f(Share{share * N / shares, (share + 1) * N / shares, panel * kColumns,
                 least((panel + 1) * kColumns, columns)});
     });
 }

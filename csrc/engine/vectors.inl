@@ -55,7 +55,7 @@ void accumulate(const Instr& in) {
     for (int p = 0; p < plan_.n_params; ++p)
         if (const Param& param = plan_.params[p]; param.offset >= 0) add(param.offset, param.sum, param.size);
     for (int i = 0; i < plan_.n_ops; ++i)
-        if (plan_.ops[i].low_rank) accumulate_low_rank(plan_.ops[i], in.theta_factors);
+        if (plan_.ops[i].low_rank) accumulate_low_rank(plan_.ops[i], in.theta_terms);
 }
 
 void rate_gradient(int grad, int adjoint) {

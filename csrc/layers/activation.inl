@@ -70,7 +70,7 @@ MAML_FAST_INLINED Point<S> activate(S x, S p0, S p1) {
 }
 
 template <Act A>
-constexpr bool kCurvesByValue = is_piecewise_linear(A) || A == Act::tanh || A == Act::sigmoid || A == Act::sine;
+constexpr bool kSecondFromOutput = is_piecewise_linear(A) || A == Act::tanh || A == Act::sigmoid || A == Act::sine;
 
 // f'' from y and f'.
 template <Act A, class S>
@@ -86,7 +86,7 @@ inline void activation_map(long n, S p0, S p1, const S* __restrict x, S* __restr
                            S* __restrict d2) {
     if (!d1) {
         for (long i = 0; i < n; ++i) y[i] = activate<A>(x[i], p0, p1).y;
-    } else if (!d2 || kCurvesByValue<A>) {
+    } else if (!d2 || kSecondFromOutput<A>) {
         for (long i = 0; i < n; ++i) {
             Point<S> p = activate<A>(x[i], p0, p1);
             y[i] = p.y;
@@ -169,7 +169,7 @@ template <Act A, class S>
 inline void curved_backward(bool first, long n, S p0, const S* __restrict y, const S* __restrict d1,
                             const S* __restrict dy, S* __restrict dx, S* __restrict curvature) {
     put(first, dx, n, [=](long i) {
-        if constexpr (kCurvesByValue<A>)
+        if constexpr (kSecondFromOutput<A>)
             curvature[i] = second_derivative<A>(y[i], d1[i], p0) * dy[i];
         else
             curvature[i] *= dy[i];

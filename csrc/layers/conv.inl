@@ -1,6 +1,6 @@
-// y[p] = Σ_taps W[tap] x[p·stride + tap] + b, channels last; weights are (tap, channel in, channel out) here, "turned"
+// y[p] = Σ_taps W[tap] x[p·stride + tap] + b, channels last; weights are (tap, channel in, channel out) here, "flipped"
 // ones (tap from last to first, channel out, channel in).
-//   δx = turned conv of δy      ∇W[tap] = Σ_p x[p·stride + tap]ᵀ δy[p]      ∇b = Σ_p δy[p]
+//   δx = flipped conv of δy      ∇W[tap] = Σ_p x[p·stride + tap]ᵀ δy[p]      ∇b = Σ_p δy[p]
 //   ẏ  = W * ẋ + V * x + v_b      δ̇x = Wᵀ * δ̇y + Vᵀ * δy      ∇W˙ = xᵀ δ̇y + ẋᵀ δy
 
 // (o, c, tap) as PyTorch has them into (tap, c, o), and back.
@@ -18,17 +18,17 @@ void conv_weights_outward(long O, long C, long T, const S* from, S* to) {
             for (long t = 0; t < T; ++t) to[(o * C + c) * T + t] = from[(t * C + c) * O + o];
 }
 
-// (o, c, tap) as PyTorch has them, turned: (tap from last to first, o, c).
+// (o, c, tap) as PyTorch has them, flipped: (tap from last to first, o, c).
 template <class S>
-void conv_weights_turned(long O, long C, long T, const S* from, S* to) {
+void conv_weights_flipped(long O, long C, long T, const S* from, S* to) {
     for (long o = 0; o < O; ++o)
         for (long c = 0; c < C; ++c)
             for (long t = 0; t < T; ++t) to[((T - 1 - t) * O + o) * C + c] = from[(o * C + c) * T + t];
 }
 
-// (tap, c, o) turned: every tap's matrix transposed, in blocks that stay in registers.
+// (tap, c, o) flipped: every tap's matrix transposed, in blocks that stay in registers.
 template <class S>
-void turn_weights(long O, long C, long T, const S* from, S* to) {
+void flip_weights(long O, long C, long T, const S* from, S* to) {
     constexpr long L = lanes<S>;
     for (long t = 0; t < T; ++t) {
         const S* in = from + t * C * O;
@@ -46,20 +46,20 @@ void turn_weights(long O, long C, long T, const S* from, S* to) {
 }
 
 // The part of a product that one thread computes: samples [first, last), columns [begin, end) of a group.
-struct Piece {
+struct Share {
     long first, last, begin, end;
 };
 
 // The products of all regions for samples [first, last); `p` lacks the segments. `from_size`, `to_size`: numbers a
 // sample.
 template <class S>
-void conv_regions(const Region* regions, int n_regions, Indirect<S> p, const Piece& piece, long from_size, long to_size,
+void conv_regions(const Region* regions, int n_regions, Indirect<S> p, const Share& share, long from_size, long to_size,
                   S* y) {
     for (int i = 0; i < n_regions; ++i) {
         const Region& g = regions[i];
         p.segments = g.segments;
         p.n = g.n;
-        long total = (piece.last - piece.first) * g.ny * g.nx, n = piece.first, jy = 0, jx = 0;
+        long total = (share.last - share.first) * g.ny * g.nx, n = share.first, jy = 0, jx = 0;
         long tiles = ceil_div(total, kTileRows), low = tiles ? total / tiles : 0, higher = total - low * tiles;
         for (long t = 0; t < tiles; ++t) {
             int rows = int(low + (t < higher));
@@ -72,30 +72,30 @@ void conv_regions(const Region* regions, int n_regions, Indirect<S> p, const Pie
                     if (++jy == g.ny) jy = 0, ++n;
                 }
             }
-            indirect_rows(p, rows, from, to, y, piece.begin, piece.end);
+            indirect_rows(p, rows, from, to, y, share.begin, share.end);
         }
     }
 }
 
 // y (+)= W * x [+ V * x'] + bias.
 template <class S>
-void conv_forward(const Convolution& c, Pair<S> one, Pair<S> two, const S* bias, bool add, const Piece& piece, S* y) {
+void conv_forward(const Convolution& c, Pair<S> one, Pair<S> two, const S* bias, bool add, const Share& share, S* y) {
     for (long g = 0; g < c.groups; ++g) {
         long in = g * c.group_channels(), out = g * c.group_outputs();
         auto of_group = [&](Pair<S> p) { return p.a ? Pair<S>{p.a + in, p.b + out} : p; };
         Indirect<S> p{{of_group(one), of_group(two)}, nullptr, 0, c.outputs, add, bias ? bias + out : nullptr};
-        conv_regions(c.forward, c.n_forward, p, piece, c.in_size(), c.out_size(), y + out);
+        conv_regions(c.forward, c.n_forward, p, share, c.in_size(), c.out_size(), y + out);
     }
 }
 
-// δx (+)= Wᵀ * δy [+ Vᵀ * δy'], with turned weights.
+// δx (+)= Wᵀ * δy [+ Vᵀ * δy'], with flipped weights.
 template <class S>
-void conv_backward(const Convolution& c, Pair<S> one, Pair<S> two, bool add, const Piece& piece, S* dx) {
+void conv_backward(const Convolution& c, Pair<S> one, Pair<S> two, bool add, const Share& share, S* dx) {
     for (long g = 0; g < c.groups; ++g) {
         long in = g * c.group_channels(), out = g * c.group_outputs();
         auto of_group = [&](Pair<S> p) { return p.a ? Pair<S>{p.a + out, p.b + out * c.group_channels()} : p; };
         Indirect<S> p{{of_group(one), of_group(two)}, nullptr, 0, c.group_channels(), add, nullptr};
-        conv_regions(c.backward, c.n_backward, p, piece, c.out_size(), c.in_size(), dx + in);
+        conv_regions(c.backward, c.n_backward, p, share, c.out_size(), c.in_size(), dx + in);
     }
 }
 
@@ -140,9 +140,9 @@ void conv_gradient_tile(const Convolution& c, long index, long first, long last,
                  c.group_outputs());
 }
 
-// Calls f(first, last, top, bottom) for stretches of samples [begin, end) with about `rows` positions each.
+// Calls f(first, last, top, bottom) for tiles of samples [begin, end) with about `rows` positions each.
 template <class F>
-void each_stretch(const Convolution& c, long begin, long end, long rows, F f) {
+void each_position_tile(const Convolution& c, long begin, long end, long rows, F f) {
     long positions = c.window.oh * c.window.ow;
     if (positions <= rows) {
         long step = rows / positions;

@@ -35,8 +35,8 @@ struct WeightGradient {
             return gemm<S>(O, I, product(one), product(two), to, scratch);
         }
         // a narrow input would waste vector lanes: there the transpose is computed
-        auto turned = [=](const Outer<S>& t) { return Product<S>{t.rows, {t.x, 1, I}, {t.dy, O, false, true}}; };
-        const Product<S> p = turned(one), q = turned(two);
+        auto swapped = [=](const Outer<S>& t) { return Product<S>{t.rows, {t.x, 1, I}, {t.dy, O, false, true}}; };
+        const Product<S> p = swapped(one), q = swapped(two);
         if (I == 1) return gemm<S>(I, O, p, q, {to.p, O, to.source, nullptr, to.scale}, scratch);
         S* transposed = scratch;
         gemm<S>(I, O, p, q, {transposed, O, nullptr, nullptr}, scratch + I * O);

@@ -2,7 +2,7 @@
 
 template <class S>
 struct Norm {
-    long C, groups;  // groups 0: channels stand for themselves
+    long C, groups;  // groups 0: each channel has its own
     long samples;    // of a set
     long h, w, oh, ow, kh, kw;
     bool constant;
@@ -14,7 +14,7 @@ struct Norm {
     long share() const { return groups ? C / groups : 1; }
 };
 
-// What a set's loops read, one number a channel each; behind them stand partial sums.
+// What a set's loops read, one element per channel each; partial sums follow.
 enum NormArray { kW, kB, kVw, kVb, kQ, kP, kTq, kTp, kSumD, kSumDx, kSumE, kSumTx };
 static_assert(kSumTx + 1 == kNormArrays, "plan.h sizes the scratch");
 

@@ -53,7 +53,7 @@ struct Rows {
 
 // What two neighbouring panels of C are made from, or one, where tiles are narrow or no other is left.
 template <class S>
-struct Strip {
+struct TileOperands {
     long depth;
     const S* a;
     long rs, cs;
@@ -64,9 +64,9 @@ struct Strip {
 // of the next tile where rows are contiguous, this tile's numbers of some products later where columns are.
 constexpr long kAhead = 8;
 
-// MR rows by NV vectors of C in registers, from row `top` of the strips on. Edge: fewer columns than NV vectors hold.
+// MR rows by NV vectors of C in registers, from row `top` of the operands on. Edge: fewer columns than NV vectors hold.
 template <class S, int MR, int NV, bool Edge>
-__attribute__((noinline)) void tile(const Strip<S>* strips, long top, const Result<S>& c, long columns) {
+__attribute__((noinline)) void tile(const TileOperands<S>* operands, long top, const Result<S>& c, long columns) {
     constexpr long L = lanes<S>;
     const EdgeOf<S> edge(columns - (NV - 1) * L);  // only the last vector is ragged
     auto read = [&](const S* p, int v) { return Edge && v == NV - 1 ? load_edge(p + v * L, edge) : load(p + v * L); };
@@ -85,8 +85,8 @@ __attribute__((noinline)) void tile(const Strip<S>* strips, long top, const Resu
             for (int r = 0; r < MR; ++r) acc[r][v] = start;
         }
     }
-    for (int t = 0; t < kProducts && strips[t].depth > 0; ++t) {
-        const auto& [depth, start, rs, cs, from] = strips[t];
+    for (int t = 0; t < kProducts && operands[t].depth > 0; ++t) {
+        const auto& [depth, start, rs, cs, from] = operands[t];
         // one pointer for three rows: a and two offsets that addresses can hold
         constexpr int kPointers = (MR + 2) / 3;
         const S *a[kPointers], *b = from[0].p, *next = from[1].p;
@@ -130,7 +130,7 @@ __attribute__((noinline)) void tile(const Strip<S>* strips, long top, const Resu
 }
 
 template <class S>
-using Tile = void (*)(const Strip<S>*, long, const Result<S>&, long);
+using Tile = void (*)(const TileOperands<S>*, long, const Result<S>&, long);
 
 // Tiles by height: tiles<S, NV, Edge>[rows - 1].
 template <class S, int NV, bool Edge, int... MR>
@@ -141,14 +141,14 @@ inline Tile<S> pick(unsigned rows, Heights<MR...>) {
 
 // All rows of C for the columns of NV vectors, in tiles of nearly equal height.
 template <class S, int NV, bool Edge>
-inline void column_block(long M, const Strip<S>* strips, const Result<S>& c, long columns) {
+inline void column_block(long M, const TileOperands<S>* operands, const Result<S>& c, long columns) {
     constexpr HeightsTo<tile_rows(NV)> heights;
-    if (M <= tile_rows(NV)) return pick<S, NV, Edge>(unsigned(M), heights)(strips, 0, c, columns);
+    if (M <= tile_rows(NV)) return pick<S, NV, Edge>(unsigned(M), heights)(operands, 0, c, columns);
     unsigned tiles = (unsigned(M) + tile_rows(NV) - 1) / tile_rows(NV);
     unsigned low = unsigned(M) / tiles, higher = unsigned(M) - low * tiles;
     for (unsigned i = 0, done = 0; i < tiles; ++i) {
         unsigned rows = low + (i < higher);
-        pick<S, NV, Edge>(rows, heights)(strips, done, c.at(done, 0), columns);
+        pick<S, NV, Edge>(rows, heights)(operands, done, c.at(done, 0), columns);
         done += rows;
     }
 }
@@ -254,24 +254,24 @@ inline void panels(long M, long N, const Product<S>& p, const Product<S>& q, con
         long widths[2] = {panel_width(N, j, L), 0};
         if (kWide && j + widths[0] < N) widths[1] = panel_width(N, j + widths[0], L);
         long width = widths[0] + widths[1], columns = least(width, N - j);
-        Strip<S> strips[kProducts] = {};
+        TileOperands<S> operands[kProducts] = {};
         for (int t = 0; t < kProducts && terms[t]->depth > 0; ++t) {
             const Product<S>& term = *terms[t];
-            S* room = scratch + t * kBlockDepth * kPanels * 2 * L;
-            strips[t] = {term.depth, term.a.p, term.a.rs, term.a.cs, {}};
-            strips[t].b[0] = rows_of(term, j, least(columns, widths[0]), widths[0], many, room);
+            S* copy = scratch + t * kBlockDepth * kPanels * 2 * L;
+            operands[t] = {term.depth, term.a.p, term.a.rs, term.a.cs, {}};
+            operands[t].b[0] = rows_of(term, j, least(columns, widths[0]), widths[0], many, copy);
             if (widths[1])
-                strips[t].b[1] =
-                    rows_of(term, j + widths[0], columns - widths[0], widths[1], many, room + kBlockDepth * widths[0]);
+                operands[t].b[1] =
+                    rows_of(term, j + widths[0], columns - widths[0], widths[1], many, copy + kBlockDepth * widths[0]);
         }
         by_width<S>(columns, [&](auto vectors, auto ragged) {
-            column_block<S, vectors.value, ragged.value>(M, strips, c.at(0, j), columns);
+            column_block<S, vectors.value, ragged.value>(M, operands, c.at(0, j), columns);
         });
         j += width;
     }
 }
 
-// f(first, last) for 0 … n in nearly equal pieces of at most `most`.
+// f(first, last) for 0 … n in nearly equal blocks of at most `most`.
 template <class F>
 inline void each_block(long n, long most, F f) {
     for (long i = 0, blocks = ceil_div(n, most); i < blocks; ++i) f(i * n / blocks, (i + 1) * n / blocks);

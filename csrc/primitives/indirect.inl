@@ -1,4 +1,4 @@
-// C[row] = (C[row] | bias | 0) + Σ_segments A[row + a …] B[b …], where the rows of A and C stand anywhere: a product
+// C[row] = (C[row] | bias | 0) + Σ_segments A[row + a …] B[b …], where the rows of A and C are anywhere: a product
 // that never gathers its operands.
 
 // One operand pair of a product: the source rows, and the weights (row-major, `ld` apart).
@@ -77,10 +77,10 @@ template <class S, class F>
 inline void each_tile(int rows, long first, long last, F f) {
     for (long j = first, columns; j < last; j += columns) {
         columns = least(last - j, kWidest * lanes<S>);
-        int highest = tile_rows(int(ceil_div(columns, lanes<S>))), pieces = (rows + highest - 1) / highest;
-        for (int i = 0; i < pieces; ++i) {
-            int top = i * rows / pieces;
-            f(j, columns, top, (i + 1) * rows / pieces - top);
+        int highest = tile_rows(int(ceil_div(columns, lanes<S>))), tiles = (rows + highest - 1) / highest;
+        for (int i = 0; i < tiles; ++i) {
+            int top = i * rows / tiles;
+            f(j, columns, top, (i + 1) * rows / tiles - top);
         }
     }
 }

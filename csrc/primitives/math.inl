@@ -13,7 +13,7 @@ MAML_FAST_INLINED std::int32_t as_bits(float f) {
     return bits;
 }
 
-// Adding 1.5·2²³ rounds to an integer, which then stands in the low mantissa bits.
+// Adding 1.5·2²³ rounds to an integer, which is then in the low mantissa bits.
 constexpr float kRound = 12582912.0f;
 
 constexpr float kLeastExponent = -87.0f, kLargestExponent = 88.37f, kInfinity = __builtin_inff();
@@ -102,7 +102,7 @@ MAML_FAST_INLINED float erf_(float x) {
     return m < 1.0f ? near * x : with_sign(far, x);
 }
 
-// sin and cos for |x| ≤ kLargeAngle: x = q π/2 + r with π/2 in four exact pieces.
+// sin and cos for |x| ≤ kLargeAngle: x = q π/2 + r with π/2 in four exact terms.
 constexpr float kLargeAngle = 8192.0f;
 
 MAML_FAST_INLINED void sincos_(float x, float& sine, float& cosine) {

@@ -37,7 +37,7 @@ inline void put(bool first, S* __restrict to, long n, F value) {
 template <class S>
 inline void column_sums(long rows, long columns, const S* m, const S* from, S scale, S* to) {
     constexpr long L = lanes<S>, kAbreast = 4;
-    auto strip = [=](long first, auto read, auto write) {
+    auto few_vectors = [=](long first, auto read, auto write) {
         vec<S> sum[kAbreast] = {};
         for (long r = 0; r < rows; ++r)
             for (long v = 0; v < kAbreast; ++v) sum[v] += read(m + r * columns + first, v);
@@ -46,13 +46,13 @@ inline void column_sums(long rows, long columns, const S* m, const S* from, S sc
     };
     long done = 0;
     for (; done + kAbreast * L <= columns; done += kAbreast * L)
-        strip(
+        few_vectors(
             done, [](const S* p, long v) { return load(p + v * L); },
             [](S* p, long v, vec<S> x) { store(p + v * L, x); });
     if constexpr (kMaskedEdges<S>) {
         auto edge = [=](long v) { return EdgeOf<S>(columns - done - v * L); };
         if (done < columns)
-            strip(
+            few_vectors(
                 done, [=](const S* p, long v) { return load_edge(p + v * L, edge(v)); },
                 [=](S* p, long v, vec<S> x) { store_edge(p + v * L, x, edge(v)); });
         return;

@@ -14,15 +14,15 @@ class Mode(enum.Enum):
 
     LOSS = "loss"  # query losses (T,)
     META_GRADIENT = "meta_gradient"  # Σ_t w_t L_t and its gradient
-    LOGITS = "logits"  # query outputs (T, Nq, *out)
-    PULLBACK = "pullback"  # the gradient of ⟨c, query outputs⟩ for a given cotangent c
+    QUERY_OUTPUTS = "query_outputs"  # query outputs (T, Nq, *out)
+    VJP = "vjp"  # the gradient of ⟨c, query outputs⟩ for a given cotangent c
     ADAPT = "adapt"  # adapted parameters, each (T, *shape)
     APPLY = "apply"  # outputs of given per-task parameters
 
     @property
     def differentiates(self) -> bool:
         """Whether a gradient is wanted."""
-        return self in (Mode.META_GRADIENT, Mode.PULLBACK)
+        return self in (Mode.META_GRADIENT, Mode.VJP)
 
     __hash__ = object.__hash__  # Enum's own is Python, and hashed in every call
 

@@ -46,7 +46,7 @@ class _Emitter:
         self.slots = 1
         self.tapes: list[Batch] = []
         self.steps = goal.inner.steps if any(goal.adapts) else 0
-        self.reverse = goal.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
+        self.reverse = goal.mode in (Mode.META_GRADIENT, Mode.VJP)
         self.second_order = self.reverse and not goal.inner.first_order
         self.rate_gradients = self.reverse and any(goal.needs.rates)
         self.save = save or not self.second_order
@@ -99,11 +99,11 @@ class _Emitter:
     def _query(self, thetas: list[int]) -> None:
         goal, tape = self.goal, self._tape(Batch.QUERY)
         self.code.append(Forward(thetas[-1], Batch.QUERY, tape))
-        if goal.mode is Mode.LOGITS or goal.needs.outputs:
+        if goal.mode is Mode.QUERY_OUTPUTS or goal.needs.outputs:
             self.code.append(StoreOutputs(tape))
-        if goal.mode is Mode.PULLBACK:
+        if goal.mode is Mode.VJP:
             self.code.append(Cotangent(tape))
-        elif goal.mode is not Mode.LOGITS:
+        elif goal.mode is not Mode.QUERY_OUTPUTS:
             self.code.append(QueryLoss(tape, seed=self.reverse))
         if self.reverse:
             adjoint = self._slot()

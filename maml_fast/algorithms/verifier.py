@@ -35,7 +35,7 @@ RULES = {
     "range": "slots and tapes are numbered within the program's own",
     "shared": "slot 0 holds θ_0, which all tasks share: nothing writes it",
     "undefined": "slots are read after they are written, tapes after a forward pass filled them",
-    "kind": "parameters stand where parameters are expected, gradients and other directions where those are",
+    "kind": "parameters are where parameters are expected, gradients and other directions where those are",
     "role": "a tape records the batch that the instruction works on",
     "stale": "a backward pass or Hessian-vector product has the θ of the tape's forward pass",
     "seed": "a backward pass follows a loss or a cotangent, which filled the output's delta",
@@ -276,8 +276,8 @@ class _Verifier:
 _RESULTS: dict[Mode, tuple[type[Instruction], ...]] = {
     Mode.LOSS: (QueryLoss,),
     Mode.META_GRADIENT: (QueryLoss, Accumulate),
-    Mode.LOGITS: (StoreOutputs,),
-    Mode.PULLBACK: (Cotangent, Accumulate),
+    Mode.QUERY_OUTPUTS: (StoreOutputs,),
+    Mode.VJP: (Cotangent, Accumulate),
     Mode.ADAPT: (StoreParameters,),
     Mode.APPLY: (Load, StoreOutputs),
 }
@@ -286,7 +286,7 @@ _MAY = {Mode.META_GRADIENT: (StoreOutputs,)}
 
 
 def _check_goal(program: Program, goal: Goal) -> None:
-    reverse = goal.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
+    reverse = goal.mode in (Mode.META_GRADIENT, Mode.VJP)
     steps = goal.inner.steps if any(goal.adapts) and goal.mode is not Mode.APPLY else 0
     second_order = reverse and not goal.inner.first_order
 

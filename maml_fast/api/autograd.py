@@ -46,13 +46,13 @@ def loss_and_result(prepared: Prepared) -> tuple[Tensor, Result]:
 def query_outputs(preparer: Preparer, x_s: Data, y_s: Data, x_q: Data) -> Any:
     """The query outputs; see `MAML.forward`."""
     if torch.is_grad_enabled():
-        prepared = preparer.prepare(Mode.PULLBACK, x_s, y_s, x_q)
+        prepared = preparer.prepare(Mode.VJP, x_s, y_s, x_q)
         leaves = prepared.tensors.leaves()
         if any(leaf.requires_grad for leaf in leaves):
             form: list[Any] = []
-            values = _Later.apply(preparer, prepared, Mode.LOGITS, form, *leaves)
+            values = _Later.apply(preparer, prepared, Mode.QUERY_OUTPUTS, form, *leaves)
             return structure.replaced(form[0], values if isinstance(values, tuple) else (values,))
-    return preparer.prepare(Mode.LOGITS, x_s, y_s, x_q).run().outputs
+    return preparer.prepare(Mode.QUERY_OUTPUTS, x_s, y_s, x_q).run().outputs
 
 
 def weighted(preparer: Preparer, prepared: Prepared, reduction: str) -> Prepared:

@@ -416,7 +416,7 @@ _task_losses.register_autograd(_pull_losses, setup_context=_keep_losses)
 def _query_outputs(
     leaves: list[Tensor], y_s: Tensor, own: Tensor, needs: list[bool], handle: int, state: int
 ) -> tuple[Tensor, Tensor]:
-    result, witness = _forward(_prepare(Mode.LOGITS, leaves, y_s, None, needs, handle, state), needs)
+    result, witness = _forward(_prepare(Mode.QUERY_OUTPUTS, leaves, y_s, None, needs, handle, state), needs)
     return _single(result.outputs).contiguous(), witness
 
 
@@ -443,7 +443,7 @@ def _(
 def _pullback(
     leaves: list[Tensor], y_s: Tensor, cotangent: Tensor, witness: Tensor, needs: list[bool], handle: int, state: int
 ) -> list[Tensor]:
-    prepared = _prepare(Mode.PULLBACK, leaves, y_s, None, needs, handle, state)
+    prepared = _prepare(Mode.VJP, leaves, y_s, None, needs, handle, state)
     plan = prepared.call.plan
     if plan.out_shape is not None:
         _check_upstream("cotangent", cotangent, (plan.tasks, plan.query, *plan.out_shape), leaves[0])

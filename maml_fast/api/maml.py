@@ -278,7 +278,7 @@ class MAML(nn.Module):
             return compiled.outside(self.explain, x_s, y_s, x_q, y_q, level)
         if level not in ("backend", "program"):
             raise ValueError(f"level: expected 'backend' or 'program', got {level!r}")
-        mode = Mode.META_GRADIENT if y_q is not None else Mode.LOGITS
+        mode = Mode.META_GRADIENT if y_q is not None else Mode.QUERY_OUTPUTS
         choice = self._prepare(mode, x_s, y_s, x_q, y_q).call.choice
         return choice.program() if level == "program" else str(choice)
 

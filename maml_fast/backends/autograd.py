@@ -41,7 +41,7 @@ def differentiate(
         fresh = _fresh_leaves(plan, tensors)
         if plan.mode is Mode.LOSS:
             return Result(losses=losses(plan, fresh)[0].detach())
-        if plan.mode is Mode.LOGITS:
+        if plan.mode is Mode.QUERY_OUTPUTS:
             return Result(outputs=_detached(query_outputs(plan, fresh)))
         if plan.mode is Mode.ADAPT:
             return Result(adapted=[p.detach() for p in adapt(plan, fresh)])

@@ -15,7 +15,7 @@ _Function = Callable[..., Any]
 
 
 class Composed(TorchFunctionMode):
-    """Evaluates some functions by what stands in the tables below, or refuses them by name.
+    """Evaluates some functions by the tables below, or refuses them by name.
 
     Args:
         batched: whether tasks run under torch.func.vmap.
@@ -68,7 +68,7 @@ def _functional(norm: _Function) -> _Function:
 
 
 def _builtin(norm: _Function) -> _Function:
-    """For torch.batch_norm and torch.instance_norm, whose arguments stand in another order."""
+    """For torch.batch_norm and torch.instance_norm, whose arguments are in another order."""
 
     def then_affine(input: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         return _over_channels(norm(input, None, None, *args, **kwargs), weight, bias)

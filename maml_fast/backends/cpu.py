@@ -206,7 +206,7 @@ class _Call:
         self.new_gradients = self._gradient_makers(plan, graph.used_parameters())
         spec = _Spec(plan, graph).as_dict()
         self.core = _core.Plan(spec, plan.dtype == torch.float64, _core.choose())
-        self.reverse = plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
+        self.reverse = plan.mode in (Mode.META_GRADIENT, Mode.VJP)
         self.rates_wanted = self.reverse and any(plan.needs.rates)
         self.rate_sizes = [math.prod(s) for s in plan.rates.shapes]
 
@@ -224,7 +224,7 @@ class _Call:
             result.losses = like.new_empty(plan.tasks)
         elif plan.mode is Mode.ADAPT:
             result.adapted = [like.new_empty(plan.tasks, *s) for s in plan.model.shapes]
-        if plan.needs.outputs or plan.mode in (Mode.LOGITS, Mode.APPLY):
+        if plan.needs.outputs or plan.mode in (Mode.QUERY_OUTPUTS, Mode.APPLY):
             result.outputs = self.new_outputs()
         rate_gradient = None
         if self.reverse:
@@ -318,14 +318,11 @@ class _Spec:
         return op.kind == "reshape"
 
     def _op(self, op: Op) -> dict[str, Any]:
-        shape, attributes = self.graph.shapes[op.output], op.attributes
         self.buffer[op.output] = len(self.features)
-        self.features.append(math.prod(shape))
+        self.features.append(math.prod(self.graph.shapes[op.output]))
         weight, bias = (*op.parameters, None, None)[:2]
-        kind = {"spatial_mean": "avg_pool"}.get(op.kind, "activation" if op.kind in ACTIVATIONS else op.kind)
-        in_shape = self.graph.shapes[op.inputs[0]]
-        spec = {
-            "kind": kind,
+        return {
+            "kind": {"spatial_mean": "avg_pool"}.get(op.kind, "activation" if op.kind in ACTIVATIONS else op.kind),
             "inputs": [self.buffer[i] for i in op.inputs],
             "out": self.buffer[op.output],
             "w": -1 if weight is None else weight,
@@ -336,34 +333,46 @@ class _Spec:
             "width": 0,
             "out_width": 0,
             "groups": 1,
-            "f0": attributes.get("eps", 0.0),
+            "f0": op.attributes.get("eps", 0.0),
             "f1": 0.0,
+            **self._of_kind(op),
         }
+
+    def _of_kind(self, op: Op) -> dict[str, Any]:
+        """What the core is told of an operation of this kind: sizes, attributes, constants."""
+        in_shape, shape, attributes = self.graph.shapes[op.inputs[0]], self.graph.shapes[op.output], op.attributes
         if op.kind == "linear":
-            spec |= {"rows": math.prod(shape[:-1]), "width": in_shape[-1], "out_width": shape[-1]}
-        elif op.kind in ACTIVATIONS:
+            return {"rows": math.prod(shape[:-1]), "width": in_shape[-1], "out_width": shape[-1]}
+        if op.kind in ACTIVATIONS:
             values = [attributes[name] for name in ACTIVATIONS[op.kind]]
-            spec |= {"act": op.kind} | dict(zip(("f0", "f1"), values, strict=False))
-        elif op.kind == "layer_norm":
+            return {"act": op.kind} | dict(zip(("f0", "f1"), values, strict=False))
+        if op.kind == "layer_norm":
             width = int(attributes["size"])
-            spec |= {"rows": math.prod(shape) // width, "width": width}
-        elif op.kind in NORMS:
+            return {"rows": math.prod(shape) // width, "width": width}
+        if op.kind in NORMS:
             window = _window(in_shape, shape, {"kernel": attributes["pool"]} if "pool" in attributes else {})
-            spec |= {"width": shape[-1], "f1": attributes.get("slope", 1.0), "window": window}
-            spec |= {"groups": attributes.get("groups", 1)}
-            spec |= dict(zip(("c0", "c1"), map(self.constants.index, op.constants), strict=False))
-        elif op.kind in ("conv", "max_pool", "avg_pool", "spatial_mean", "pad", "upsample"):
-            spec |= {"width": in_shape[-1], "out_width": shape[-1], "groups": attributes.get("groups", 1)}
-            spec |= {"window": _window(in_shape, shape, attributes), "f0": float(attributes.get("include_pad", 0))}
-        elif op.kind == "transpose":
-            spec |= {"rows": attributes["rows"], "width": attributes["columns"]}
-        elif op.kind == "affine":
-            spec |= {"f0": attributes["factor"], "f1": attributes["shift"]}
-        elif op.kind == "add":
-            spec |= {"f0": attributes["alpha"]}
-        elif op.kind == "cat":
-            spec |= {"rows": int(attributes["outer"])}
-        return spec
+            sizes = {"width": shape[-1], "f1": attributes.get("slope", 1.0), "window": window}
+            constants = zip(("c0", "c1"), map(self.constants.index, op.constants), strict=False)
+            return {**sizes, "groups": attributes.get("groups", 1), **dict(constants)}
+        if op.kind in ("conv", "max_pool", "avg_pool", "spatial_mean", "pad", "upsample"):
+            sizes = {"width": in_shape[-1], "out_width": shape[-1], "groups": attributes.get("groups", 1)}
+            window = _window(in_shape, shape, attributes)
+            return {**sizes, "window": window, "f0": float(attributes.get("include_pad", 0))}
+        return self._of_arrangement(op)
+
+    def _of_arrangement(self, op: Op) -> dict[str, Any]:
+        attributes = op.attributes
+        match op.kind:
+            case "transpose":
+                return {"rows": attributes["rows"], "width": attributes["columns"]}
+            case "affine":
+                return {"f0": attributes["factor"], "f1": attributes["shift"]}
+            case "add":
+                return {"f0": attributes["alpha"]}
+            case "cat":
+                return {"rows": int(attributes["outer"])}
+            case _:
+                return {}
 
     def _conv_dims(self, parameter: int, shape: Shape) -> tuple[int, int, int]:
         """(out, in, taps) of a convolution's weights, zeros for other parameters."""
@@ -373,7 +382,7 @@ class _Spec:
         plan, graph = self.plan, self.graph
         used, loss = graph.used_parameters(), plan.loss
         loads = plan.mode is Mode.APPLY
-        reverse = plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
+        reverse = plan.mode in (Mode.META_GRADIENT, Mode.VJP)
         program = plan.program
         return {
             "ops": self.ops,

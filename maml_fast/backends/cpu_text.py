@@ -44,7 +44,7 @@ def instructions(described: Described, kinds: Mapping[str, type[Instruction]]) -
     for d in described["code"]:
         instruction = _instruction(d, kinds[d["code"]])
         batch = "" if d["tape"] < 0 else f" {Batch(described['tapes'][d['tape']]['batch'])}"
-        tiles = f", by {d['stretches']} sample tiles" if d["stretches"] > 1 else ""
+        tiles = f", by {d['sample_tiles']} sample tiles" if d["sample_tiles"] > 1 else ""
         yield f"{d['code']}{'' if 'loss' in d['code'] else batch}", _line(d, instruction, printer) + tiles
 
 
@@ -110,7 +110,7 @@ def _places(described: Described) -> Iterator[tuple[str, str, int]]:
         for part, offset in _parts(tangents, described["ops"]):
             names.setdefault(offset, (f"tangents{h}", part))
     for op in described["ops"]:
-        names.setdefault(op["rooms"], ("weights in panels", f"b{op['out']}"))
+        names.setdefault(op["own_panels"], ("weights in panels", f"b{op['out']}"))
     # from the last on: what takes nothing has the place of what follows
     for part, offset in zip(("panels", "norms", "products"), reversed(described["scratch"]), strict=True):
         names.setdefault(offset, ("scratch", part))

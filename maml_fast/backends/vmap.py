@@ -172,7 +172,7 @@ def _rehearse(plan: Plan, device: torch.device) -> None:
         learned=[p.detach().to(device) for p in plan.objective.learned.parameters()],
         adapted=[p.expand(2, *p.shape) for p in parameters],
     )
-    if plan.mode is Mode.PULLBACK:
-        outputs = VmapBackend().run(replace(small, mode=Mode.LOGITS), tensors).outputs
+    if plan.mode is Mode.VJP:
+        outputs = VmapBackend().run(replace(small, mode=Mode.QUERY_OUTPUTS), tensors).outputs
         tensors.cotangents = [torch.ones_like(v) for v in structure.tensors(outputs)]
     VmapBackend().run(small, tensors)

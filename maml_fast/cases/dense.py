@@ -259,9 +259,9 @@ def _sizes() -> list[Case]:
         Case("batchnorm-steps", _batch_normed, (4,), (3,), "cross_entropy", support=7, query=6, steps=3),
         Case("batchnorm-deep", _batch_normed_twice, (17,), (5,), "cross_entropy", support=10, query=15),
         Case("low-rank", lambda: mlp(100, 64, 5), (100,), (5,), "cross_entropy", support=5, query=50),
-        sized("stretches", (3, 300, 300, 2), 2, 230, 415),
+        sized("sample-tiles", (3, 300, 300, 2), 2, 230, 415),
         Case(
-            "stretches-residual",
+            "sample-tiles-residual",
             lambda: Residual(300),
             (4,),
             (3,),

@@ -30,7 +30,7 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "hardswish": (),
     "mish": (),
 }
-"""Layers that take every number by itself, and their attributes in the order in which kernels take them."""
+"""Layers that take every element by itself, and their attributes in the order in which kernels take them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Op:
     """One layer: `output = kind(inputs; parameters, attributes)`.
 
     Attributes:
-        kind: the layer's name, as the emitters in `trace/` write it.
+        kind: the layer's name, as the emitters in `operations/` write it.
         inputs, output: indices of values in `Graph.shapes`.
         parameters: indices into `Model.names`; None for an absent bias or weight.
         attributes: numbers that belong to the layer, such as `eps`; what belongs to each
@@ -90,7 +90,7 @@ class Graph:
     loss: LossOp | None = None
 
     def features(self, value: int) -> int:
-        """Numbers a sample has in this value."""
+        """Elements of this value per sample."""
         return math.prod(self.shapes[value])
 
     def used_parameters(self) -> set[int]:

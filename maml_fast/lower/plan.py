@@ -48,9 +48,9 @@ class Plan:
     """Shapes, dtype, device, model and algorithm of one call.
 
     Attributes:
-        tasks: T. support, query: samples a task (0 where the mode has none).
+        tasks: T. support, query: samples per task (0 where the mode has none).
         data: one task's `"x_s"`, `"y_s"`, `"x_q"`, `"y_q"`, those that the mode has: stand-ins (N, *shape) without
-            numbers in the person's structure.
+            elements in the person's structure.
         dtype: of the parameters.
         tape_bytes: how much memory a thread may spend on saved activations.
         threads: of the C++ core; None for PyTorch's number.

@@ -94,7 +94,7 @@ class FlatAdam(Optimizer):
             ValueError: the vector is complete.
         """
         if self.param_groups:
-            raise ValueError("FlatAdam: expected one parameter group; one vector stands behind its parameters")
+            raise ValueError("FlatAdam: expected one parameter group; one vector is behind its parameters")
         self.param_groups.append({"params": list(param_group["params"]), **self.defaults})
 
     def zero_grad(self, set_to_none: bool = True) -> None:

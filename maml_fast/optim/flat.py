@@ -80,16 +80,16 @@ class FlatParameters:
             self.gradient.zero_()
 
     def collect(self) -> list[int]:
-        """Copy gradients that stand elsewhere into the vector; the indices of the parameters without one.
+        """Copy gradients that are elsewhere into the vector; the indices of the parameters without one.
 
         Raises:
-            RuntimeError: a parameter no longer stands in the vector, or its gradient is sparse.
+            RuntimeError: a parameter is no longer in the vector, or its gradient is sparse.
         """
         missing = []
         for i, (p, view, address) in enumerate(zip(self.parameters, self._gradients, self._addresses, strict=True)):
             if p.data_ptr() != address:
                 raise RuntimeError(
-                    f"FlatParameters: parameter {self.names[i]!r} no longer stands in the vector: the module was "
+                    f"FlatParameters: parameter {self.names[i]!r} is no longer in the vector: the module was "
                     "moved, copied or assigned to since; make FlatParameters and its optimizer again"
                 )
             gradient = p.grad

@@ -67,7 +67,7 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
             reasons.append(f"layer {op.kind} has one parameter as both weight and bias")
         sizes = [graph.features(v) for v in (*op.inputs, op.output)]
         if max(plan.support, plan.query) * max(sizes) >= _MOST_NUMBERS:
-            reasons.append(f"layer {op.kind} has 2³¹ numbers a task or more")
+            reasons.append(f"layer {op.kind} has 2³¹ elements per task or more")
     filters = {p for op in graph.live_ops() if op.kind == "conv" for p in op.parameters[:1]}
     if any(p in filters for op in graph.live_ops() if op.kind != "conv" for p in op.parameters):
         reasons.append("a convolution shares its weight with another kind of layer")
@@ -90,7 +90,7 @@ def why_not_resident(plan: Plan, graph: Graph) -> list[str]:
             reasons.append(f"LayerNorm over {width} features, more than the resident kernel's {MOST_FEATURES}")
         rows = _samples(plan) * math.prod(graph.shapes[op.output][1:])
         if op.kind in ("batch_norm", "running_norm") and rows > SPAN:
-            reasons.append(f"BatchNorm over {rows} rows a task, more than the resident kernel's {SPAN}")
+            reasons.append(f"BatchNorm over {rows} rows per task, more than the resident kernel's {SPAN}")
     classes = graph.features(graph.output)
     if plan.loss.takes_labels and classes > MOST_CLASSES:
         reasons.append(f"cross_entropy over {classes} classes, more than the resident kernel's {MOST_CLASSES}")
@@ -98,15 +98,15 @@ def why_not_resident(plan: Plan, graph: Graph) -> list[str]:
 
 
 def too_large(plan: Plan, graph: Graph) -> list[str]:
-    """Reasons why launches for all tasks are likely faster than one program a task; unverified on hardware."""
+    """Reasons why launches for all tasks are likely faster than one program per task; unverified on hardware."""
     reasons = []
     for op in graph.live_ops():
         numbers = _samples(plan) * max(graph.features(v) for v in (*op.inputs, op.output))
         if numbers > _SMALL_VALUE:
-            reasons.append(f"layer {op.kind} has {numbers} numbers a task, more than {_SMALL_VALUE}")
+            reasons.append(f"layer {op.kind} has {numbers} elements per task, more than {_SMALL_VALUE}")
         work = _samples(plan) * graph.features(op.output) * graph.shapes[op.inputs[0]][-1]
         if op.kind == "linear" and work > _SMALL_PRODUCT:
-            reasons.append(f"layer linear has {work} multiplications a task, more than {_SMALL_PRODUCT}")
+            reasons.append(f"layer linear has {work} multiplications per task, more than {_SMALL_PRODUCT}")
     return list(dict.fromkeys(reasons))
 
 

@@ -52,6 +52,65 @@ def _expm1(x):
 
 
 @triton.jit
+def _elu(x, p0, p1):
+    t = p1 * tl.where(x > 0, 0.0, x)
+    slope = p0 * p1 * tl.exp(t)
+    return tl.where(x < 0, p0 * _expm1(t), x), tl.where(x > 0, 1.0, slope), tl.where(x >= 0, 0.0, p1 * slope)
+
+
+@triton.jit
+def _gelu(x):
+    cdf = 0.5 * (1.0 + tl.erf(x * 0.70710678118654752440))
+    pdf = 0.39894228040143267794 * tl.exp(-0.5 * x * x)
+    return x * cdf, cdf + x * pdf, 2.0 * pdf - x * pdf * x
+
+
+@triton.jit
+def _gelu_tanh(x):
+    z = tl.where(x > 32.0, 32.0, tl.where(x < -32.0, -32.0, x))  # where t has long been ±1
+    s = z * z
+    u = 0.79788456080286535588 * z * (1.0 + 0.044715 * s)
+    u1 = 0.79788456080286535588 * (1.0 + 0.134145 * s)
+    u2 = 0.79788456080286535588 * 0.26829 * z
+    t = _tanh(u)
+    r = 1.0 - t * t
+    return (
+        0.5 * x * (1.0 + t),
+        0.5 * (1.0 + t + x * r * u1),
+        r * u1 + 0.5 * x * r * (u2 - 2.0 * t * u1 * u1),
+    )
+
+
+@triton.jit
+def _softplus(x, p0, p1):
+    t = p0 * x
+    linear = t > p1
+    s = sigmoid(t)
+    y = (tl.maximum(t, 0.0) + log1p_unit(tl.exp(-tl.abs(t)))) / p0
+    return tl.where(linear, x, y), tl.where(linear, 1.0, s), tl.where(t >= p1, 0.0, p0 * s * (1.0 - s))
+
+
+@triton.jit
+def _hardswish(x):
+    low, high = x <= -3.0, x >= 3.0
+    y = tl.where(high, x, x * tl.where(low, 0.0, x + 3.0) / 6.0)
+    d1 = tl.where(low, 0.0, tl.where(high, 1.0, x / 3.0 + 0.5))
+    return y, d1, tl.where((x > -3.0) & (x < 3.0), 1.0 / 3.0, 0.0)
+
+
+@triton.jit
+def _mish(x):
+    """With t = tanh(log(1 + eˣ)) and its distance from 1, without either's cancellation."""
+    e = tl.exp(tl.where(x > 40.0, 40.0, x))
+    n = e * (e + 2.0)
+    near = tl.where(x > 40.0, 0.0, 2.0 / (n + 2.0))
+    t = n / (n + 2.0)
+    s = sigmoid(x)
+    dt = s * near * (1.0 + t)
+    return x * t, t + x * dt, 2.0 * dt + x * dt * (1.0 - s - 2.0 * t * s)
+
+
+@triton.jit
 def activate(x, p0, p1, act, DYNAMIC: tl.constexpr):
     """f(x), f'(x), f''(x) of the activation `act`: its name, or if DYNAMIC its place in `NAMES`."""
     if DYNAMIC:
@@ -80,26 +139,11 @@ def _named(x, p0, p1, ACT: tl.constexpr):
     elif ACT == "leaky_relu":
         return tl.where(x > 0, x, p0 * x), tl.where(x > 0, 1.0, p0), tl.zeros_like(x)
     elif ACT == "elu":
-        t = p1 * tl.where(x > 0, 0.0, x)
-        slope = p0 * p1 * tl.exp(t)
-        return tl.where(x < 0, p0 * _expm1(t), x), tl.where(x > 0, 1.0, slope), tl.where(x >= 0, 0.0, p1 * slope)
+        return _elu(x, p0, p1)
     elif ACT == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(x * 0.70710678118654752440))
-        pdf = 0.39894228040143267794 * tl.exp(-0.5 * x * x)
-        return x * cdf, cdf + x * pdf, 2.0 * pdf - x * pdf * x
+        return _gelu(x)
     elif ACT == "gelu_tanh":
-        z = tl.where(x > 32.0, 32.0, tl.where(x < -32.0, -32.0, x))  # where t has long been ±1
-        s = z * z
-        u = 0.79788456080286535588 * z * (1.0 + 0.044715 * s)
-        u1 = 0.79788456080286535588 * (1.0 + 0.134145 * s)
-        u2 = 0.79788456080286535588 * 0.26829 * z
-        t = _tanh(u)
-        r = 1.0 - t * t
-        return (
-            0.5 * x * (1.0 + t),
-            0.5 * (1.0 + t + x * r * u1),
-            r * u1 + 0.5 * x * r * (u2 - 2.0 * t * u1 * u1),
-        )
+        return _gelu_tanh(x)
     elif ACT == "silu":
         s = sigmoid(x)
         r = s * (1.0 - s)
@@ -113,27 +157,14 @@ def _named(x, p0, p1, ACT: tl.constexpr):
         r = s * (1.0 - s)
         return s, r, r * (1.0 - 2.0 * s)
     elif ACT == "softplus":
-        t = p0 * x
-        linear = t > p1
-        s = sigmoid(t)
-        y = (tl.maximum(t, 0.0) + log1p_unit(tl.exp(-tl.abs(t)))) / p0
-        return tl.where(linear, x, y), tl.where(linear, 1.0, s), tl.where(t >= p1, 0.0, p0 * s * (1.0 - s))
+        return _softplus(x, p0, p1)
     elif ACT == "clamp":
         y = tl.where(x < p0, p0, tl.where(x > p1, p1, x))
         return y, tl.where((x <= p0) | (x >= p1), 0.0, 1.0), tl.zeros_like(x)
     elif ACT == "hardswish":
-        low, high = x <= -3.0, x >= 3.0
-        y = tl.where(high, x, x * tl.where(low, 0.0, x + 3.0) / 6.0)
-        d1 = tl.where(low, 0.0, tl.where(high, 1.0, x / 3.0 + 0.5))
-        return y, d1, tl.where((x > -3.0) & (x < 3.0), 1.0 / 3.0, 0.0)
-    elif ACT == "mish":  # t = tanh(log(1 + eˣ)) and its distance from 1, without either's cancellation
-        e = tl.exp(tl.where(x > 40.0, 40.0, x))
-        n = e * (e + 2.0)
-        near = tl.where(x > 40.0, 0.0, 2.0 / (n + 2.0))
-        t = n / (n + 2.0)
-        s = sigmoid(x)
-        dt = s * near * (1.0 + t)
-        return x * t, t + x * dt, 2.0 * dt + x * dt * (1.0 - s - 2.0 * t * s)
+        return _hardswish(x)
+    elif ACT == "mish":
+        return _mish(x)
     else:
         tl.static_assert(ACT == "sine")
         y = tl.sin(p0 * x)

@@ -525,7 +525,7 @@ def backward_tangent_kernel(
 
 
 def scratch(rows: int, channels: int) -> int:
-    """Numbers a task needs for the sums of its spans."""
+    """Elements per task for the sums of its spans."""
     spans = blocks(rows, _span(rows))
     return 4 * spans * channels if spans > 1 else 0
 
@@ -541,7 +541,7 @@ class ChannelNorm:
         batch: batch statistics rather than given ones.
         act: the activation after the norm, and its two parameters.
         pool: height and width of the image, of the pooled image, and of the windows; None for no pool.
-        part: room for `scratch` numbers a task.
+        part: space for `scratch` elements per task.
     """
 
     def __init__(

@@ -54,6 +54,15 @@ def _phase(phase, shift, step, taps, STRIDE: tl.constexpr, PERIOD: tl.constexpr)
         return first, count, (phase + shift + step * first) // STRIDE, step * PERIOD // STRIDE
 
 
+@triton.jit
+def _tile(rows, columns, BM: tl.constexpr, BN: tl.constexpr):
+    """This program's rows and columns of a product, its column tile, and which of those with the same tile it is."""
+    across, down = tl.cdiv(columns, BN), tl.cdiv(rows, BM)
+    n_tile = tl.program_id(0) % across
+    rest = tl.program_id(0) // across
+    return rest % down * BM + tl.arange(0, BM), n_tile * BN + tl.arange(0, BN), n_tile, rest // down
+
+
 @triton.jit(do_not_specialize=[*_SIZES, "bias_t", "b_group"])
 def conv_kernel(
     a, b, a2, b2, bias, c, slope, curvature, gain, raw, u, v, w,
@@ -66,17 +75,10 @@ def conv_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """With strides the rows are those of one phase."""
-    across = tl.cdiv(columns, BN)
-    down = tl.cdiv(rows, BM)
-    n_tile = tl.program_id(0) % across
-    rest = tl.program_id(0) // across
-    m_tile = rest % down
-    rest = rest // down
+    rm, rn, _, rest = _tile(rows, columns, BM, BN)
     phase = rest % (STRIDE_H * STRIDE_W)
     rest = rest // (STRIDE_H * STRIDE_W)
     group, t = rest % groups, (rest // groups).to(tl.int64)
-    rm = m_tile * BM + tl.arange(0, BM)
-    rn = n_tile * BN + tl.arange(0, BN)
     phase_h, phase_w = phase // STRIDE_W, phase % STRIDE_W
     height, width = tl.cdiv(out_h, STRIDE_H), tl.cdiv(out_w, STRIDE_W)
     column = rm % width
@@ -132,17 +134,10 @@ def weight_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     columns = taps * depth
-    across = tl.cdiv(columns, BN)
-    down = tl.cdiv(filters, BM)
-    n_tile = tl.program_id(0) % across
-    rest = tl.program_id(0) // across
-    m_tile = rest % down
-    rest = rest // down
+    rm, rn, n_tile, rest = _tile(filters, columns, BM, BN)
     group = rest % groups
     rest = rest // groups
     split, t = rest % splits, (rest // splits).to(tl.int64)
-    rm = m_tile * BM + tl.arange(0, BM)
-    rn = n_tile * BN + tl.arange(0, BN)
     tap = rn // depth
     channels = depth * groups
     channel = group * depth + rn % depth
@@ -221,7 +216,7 @@ class Conv:
     Weights and their directions are (T, filters·taps·channels of a group), biases (T, filters).
 
     Args:
-        channels, filters: of all groups. part: room for `scratch` numbers a task.
+        channels, filters: of all groups. part: space for `scratch` elements per task.
     """
 
     def __init__(
@@ -321,14 +316,9 @@ class Conv:
         o, dy2_x2 = self.window, pair or (None, None)
         rows = self.samples * math.prod(o.target)
         splits, span = split(rows)
-        numbers = gw.shape[1]
         outs, strides = (gw, gb), (gw.stride(0), 0, task(gb), 0)
         if splits > 1:
-            assert self.part is not None
-            part = self.part.flatten()
-            whole, whole_b = self.tasks * splits * numbers, self.tasks * splits * self.filters * self.groups
-            partial = part[:whole].view(self.tasks, splits, numbers)
-            partial_b = None if gb is None else part[whole : whole + whole_b].view(self.tasks, splits, -1)
+            partial, partial_b = self._partial(splits, gw.shape[1], gb is not None)
             outs, strides = (partial, partial_b), (*_two(partial), *_two(partial_b))
         own = adds if splits == 1 else (False, False)
         step_tensors, step_numbers = step_arguments(*steps if splits == 1 else (None, None))
@@ -345,6 +335,14 @@ class Conv:
             sum_rows(self.launch, gw, partial, add=adds[0], step=steps[0])
             if gb is not None and partial_b is not None:
                 sum_rows(self.launch, gb, partial_b, add=adds[1], step=steps[1])
+
+    def _partial(self, splits: int, numbers: int, bias: bool) -> tuple[Tensor, Tensor | None]:
+        """Where every part's sums go: weights (T, parts, numbers) and biases (T, parts, filters)."""
+        assert self.part is not None
+        part = self.part.flatten()
+        whole, whole_b = self.tasks * splits * numbers, self.tasks * splits * self.filters * self.groups
+        partial = part[:whole].view(self.tasks, splits, numbers)
+        return partial, part[whole : whole + whole_b].view(self.tasks, splits, -1) if bias else None
 
     def _start(
         self,
@@ -367,7 +365,7 @@ def split(rows: int) -> tuple[int, int]:
 
 
 def scratch(rows: int, weights: int, filters: int) -> int:
-    """Numbers a task needs for the parts of the weight gradient."""
+    """Elements per task for the parts of the weight gradient."""
     splits = split(rows)[0]
     return splits * (weights + filters) if splits > 1 else 0
 

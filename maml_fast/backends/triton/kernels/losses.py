@@ -147,7 +147,7 @@ def cross_entropy_task(
         # Comparing rather than indexing: a label out of range reads nothing out of bounds.
         q = smoothing / classes + tl.where(label[:, None] == rc[None, :], 1.0 - smoothing, 0.0)
         # A class ruled out has z = −∞.
-        expected = tl.sum(tl.where(inside & (q != 0.0), q * v, 0.0), axis=1)
+        expected = tl.sum(q * tl.where(inside & (q != 0.0), v, 0.0), axis=1)
         total += tl.where(in_n, log_sum - expected, 0.0)
         if dz is not None and given(dz, DYNAMIC):
             tl.store(dz + at, scale * (p - q), mask=inside)

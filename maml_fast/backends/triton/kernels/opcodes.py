@@ -1,4 +1,4 @@
-"""The machine's instructions: their numbers, and what stands in their rows; see `kernels/resident_interpreter.py`."""
+"""The interpreter's instructions: their numbers, and what is in their rows; see `kernels/resident_interpreter.py`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TRANSPOSE = tl.constexpr(21)
 
 @dataclass(frozen=True)
 class Form:
-    """An instruction's row: its opcode, and which of a wide kernel's arguments stand in it, in order."""
+    """An instruction's row: its opcode, and which of a wide kernel's arguments are in it, in order."""
 
     opcode: int
     operands: tuple[str, ...]

@@ -1,7 +1,7 @@
-"""Operands that a kernel may do without: known when compiling (wide kernels) or only when running (the machine).
+"""Operands that a kernel may do without: known when compiling (wide kernels) or only when running (resident).
 
 What both run is one device function with a constant DYNAMIC. Without it an absent operand is None and costs nothing;
-with it an absent operand is the null pointer, and flags and codes are numbers read from the machine's table.
+with it an absent operand is the null pointer, and flags and codes are numbers read from the interpreter's table.
 """
 
 from __future__ import annotations

@@ -31,14 +31,14 @@ def _place(i, c, h, w):
 
 @triton.jit
 def _tap(q, j, stride, padding, dilation, size):
-    """Where the window's tap stands, and whether inside."""
+    """Where the window's tap is, and whether inside."""
     at = q * stride - padding + j * dilation
     return at, (at >= 0) & (at < size)
 
 
 @triton.jit
 def _window(p, j, stride, padding, dilation, size):
-    """The window whose tap j stands at p, and whether there is one."""
+    """The window whose tap j is at p, and whether there is one."""
     at = p + padding - j * dilation
     q = at // stride
     return q, (at >= 0) & (q * stride == at) & (q < size)

@@ -6,7 +6,7 @@ integers (sizes, strides, flags, codes) and float32 numbers. Opcodes are the wid
 do through the same device functions. Nothing here knows a network: everything but the tiles and the precision of
 products is read from the table, so that there is one kernel to compile.
 
-What one instruction writes the next may read with other threads: a barrier stands between them.
+What one instruction writes the next may read with other threads: a barrier is between them.
 The norms' opcodes are functions that are called, not inlined: Triton's time to compile one function grows with the
 square of its loads and stores.
 """

@@ -1,6 +1,6 @@
 """What the norms that keep x̂ and r (LayerNorm, GroupNorm) share: y = f(z), z = w x̂ + b, and their launches.
 
-Behind them stands an activation f or none; with d = f'(z) δy and d˙ = f'(z) δ̇y + f''(z) ż δy their formulas are those
+After them is an activation f or none; with d = f'(z) δy and d˙ = f'(z) δ̇y + f''(z) ż δy their formulas are those
 without f.
 """
 

@@ -1,6 +1,6 @@
 """The Program's arithmetic on slots: parameter-sized vectors of all tasks, in one launch each.
 
-Index legend: t task, i element of the flat vector. α_i stands at rates[rate_at[i]].
+Index legend: t task, i element of the flat vector. α_i is rates[rate_at[i]].
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Step:
 
     Attributes:
         theta: (T, size). rates: all of them; None for α = 1.
-        rate_at: (size,) int32, where α stands. each: whether every number has its own, not all the first's.
+        rate_at: (size,) int32, where α is. each: whether every element has its own, not all the first's.
     """
 
     theta: Tensor

@@ -19,7 +19,7 @@ from .passes import Pass
 class Linear(Kind):
     """y[t, r, o] = Σ_i x[t, r, i] w[t, o, i] + b[t, o], r over samples and leading dimensions.
 
-    The products do an activation's work too where one stands next to them: see `epilogues.py`.
+    The products do an activation's work too where one is next to them: see `epilogues.py`.
     """
 
     def forward(self, p: Pass) -> None:

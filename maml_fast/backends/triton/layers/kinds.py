@@ -40,7 +40,7 @@ class Kind:
         raise NotImplementedError
 
     def aux(self, layer: Layer, samples: int, differentiated: bool, curved: bool) -> Sizes:
-        """Numbers a task that `forward` keeps, by the index for `Pass.aux`.
+        """Elements per task that `forward` keeps, by the index for `Pass.aux`.
 
         Args:
             differentiated: `backward` follows. curved: so do the tangents.
@@ -48,11 +48,11 @@ class Kind:
         return {}
 
     def tangent_aux(self, layer: Layer, samples: int) -> Sizes:
-        """Numbers a task that `tangent` keeps, by the index for `Pass.tangent_aux`."""
+        """Elements per task that `tangent` keeps, by the index for `Pass.tangent_aux`."""
         return {}
 
     def scratch(self, layer: Layer, samples: int) -> int:
-        """Numbers a task that one function needs for itself."""
+        """Elements per task that one function needs for itself."""
         return 0
 
 

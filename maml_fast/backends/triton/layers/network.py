@@ -32,9 +32,9 @@ class Layer:
         activation: what is applied to the output, and its two parameters.
         pool: the windows of the max-pool behind that, which is part of the layer.
         first: per input, whether this layer is the first to write that input's delta.
-        wants: per input, whether its delta is wanted. moves: per input, whether it has a tangent.
+        needs_grad: per input, whether its delta is wanted. has_tangent: per input, whether it has a tangent.
         first_weight, first_bias: whether this layer is the first to write that gradient.
-        output_wants, output_moves: the same of the output.
+        output_needs_grad, output_has_tangent: the same of the output.
     """
 
     index: int
@@ -50,12 +50,12 @@ class Layer:
     activation: tuple[str, float, float]
     pool: tuple[int, ...] | None
     first: tuple[bool, ...]
-    wants: tuple[bool, ...]
-    moves: tuple[bool, ...]
+    needs_grad: tuple[bool, ...]
+    has_tangent: tuple[bool, ...]
     first_weight: bool
     first_bias: bool
-    output_wants: bool
-    output_moves: bool
+    output_needs_grad: bool
+    output_has_tangent: bool
 
 
 class Flat:
@@ -91,7 +91,7 @@ class Flat:
         return self.total
 
     def slice(self, parameter: int) -> slice:
-        """Where the parameter's numbers stand."""
+        """Where the parameter's elements are."""
         return slice(self.offsets[parameter], self.offsets[parameter] + self.sizes[parameter])
 
     def view(self, vectors: Tensor, parameter: int) -> Tensor:
@@ -109,8 +109,8 @@ class Network:
         fused: whether activations and pools are part of the norms before them.
 
     Attributes:
-        features: per buffer, the numbers a sample has. Buffer 0 is the input.
-        out: the buffer that the network returns. out_moves: whether it depends on adapting parameters.
+        features: per buffer, the elements of a sample. Buffer 0 is the input.
+        out: the buffer that the network returns. out_has_tangent: whether it depends on adapting parameters.
         tails: per value, the operation that makes it and, before it, those that are part of the same layer.
         after, before: per linear layer or convolution, by its index, the activation whose forward functions ride on its
             own, and the one whose backward functions do.
@@ -126,7 +126,7 @@ class Network:
         ops = [op for op in self._with_tails(graph, fused) if not self._name(op)]
         self.out = self.buffers[graph.output]
         self.layers = self._layers(ops, plan.needs.x_s or plan.needs.x_q)
-        self.out_moves = any(layer.output_moves for layer in self.layers if layer.output == self.out)
+        self.out_has_tangent = any(layer.output_has_tangent for layer in self.layers if layer.output == self.out)
         self.after, self.before = self._fused_activations()
         self.constants = list(dict.fromkeys(name for op in ops for name in op.constants))
 
@@ -163,8 +163,10 @@ class Network:
 
     def _multiplies(self, layer: Layer) -> bool:
         """Whether products make the layer's output and its tangent."""
-        only_bias_moves = layer.output_moves and not layer.moves[0] and layer.weight not in self.flat.adapting_set
-        return layer.kind == "linear" or (layer.kind == "conv" and not only_bias_moves)
+        only_bias_has_tangent = (
+            layer.output_has_tangent and not layer.has_tangent[0] and layer.weight not in self.flat.adapting_set
+        )
+        return layer.kind == "linear" or (layer.kind == "conv" and not only_bias_has_tangent)
 
     def _activation(self, op: Op) -> tuple[str, float, float]:
         act = next((one for one in self.tails[op.output] if _activates(one)), None)
@@ -185,14 +187,21 @@ class Network:
         self.features.append(self.graph.features(op.output))
         return False
 
-    def _layers(self, ops: list[Op], input_gradients: bool) -> list[Layer]:
-        moves = [False] * len(self.features)
-        wants = [input_gradients] + [False] * (len(self.features) - 1)
+    def _dependence(self, ops: list[Op], input_gradients: bool) -> tuple[list[bool], list[bool]]:
+        """Per buffer: whether it has a tangent, and whether its delta is wanted."""
+        has_tangent = [False] * len(self.features)
+        needs_grad = [input_gradients] + [False] * (len(self.features) - 1)
         for op in ops:
-            sources = tuple(self.buffers[i] for i in op.inputs)
-            out = self.buffers[op.output]
-            moves[out] = any(p in self.flat.adapting_set for p in op.parameters) or any(moves[i] for i in sources)
-            wants[out] = any(p in self.flat.active_set for p in op.parameters) or any(wants[i] for i in sources)
+            sources, out = [self.buffers[i] for i in op.inputs], self.buffers[op.output]
+            adapts, active = (
+                any(p in chosen for p in op.parameters) for chosen in (self.flat.adapting_set, self.flat.active_set)
+            )
+            has_tangent[out] = adapts or any(has_tangent[i] for i in sources)
+            needs_grad[out] = active or any(needs_grad[i] for i in sources)
+        return has_tangent, needs_grad
+
+    def _layers(self, ops: list[Op], input_gradients: bool) -> list[Layer]:
+        has_tangent, needs_grad = self._dependence(ops, input_gradients)
         written: set[tuple[str, int]] = set()
 
         def first(kind: str, index: int | None) -> bool:
@@ -220,12 +229,12 @@ class Network:
                     activation=self._activation(op),
                     pool=self._pool(op),
                     first=tuple(first("delta", i) for i in sources),
-                    wants=tuple(wants[i] for i in sources),
-                    moves=tuple(moves[i] for i in sources),
+                    needs_grad=tuple(needs_grad[i] for i in sources),
+                    has_tangent=tuple(has_tangent[i] for i in sources),
                     first_weight=first("parameter", weight),
                     first_bias=first("parameter", bias),
-                    output_wants=wants[out],
-                    output_moves=moves[out],
+                    output_needs_grad=needs_grad[out],
+                    output_has_tangent=has_tangent[out],
                 )
             )
         return layers[::-1]

@@ -90,7 +90,7 @@ class _OwnStatistics(Kind):
         self._sums(p, (p.w(), p.b(), None, None), None, None)
 
     def tangent(self, p: Pass) -> None:
-        ty, weights = p.ty() if p.layer.output_moves else None, (p.w(), p.b(), p.vw(), p.vb())
+        ty, weights = p.ty() if p.layer.output_has_tangent else None, (p.w(), p.b(), p.vw(), p.vb())
         self.kernels(p).tangent(p.both_aux(), p.tx(0), weights, ty, p.tangent_aux())
 
     def backward_tangent(self, p: Pass) -> None:

@@ -73,7 +73,7 @@ class Pass:
     def curvature_terms(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """An activation's f'', ẋ and δy, whose product belongs to δ̇x; None where it is 0."""
         curvature = self.aux(1)
-        if curvature is None or not self.layer.moves[0]:
+        if curvature is None or not self.layer.has_tangent[0]:
             return None
         return curvature, self._sure("tangent", self.layer.inputs[0]), self.dy()
 
@@ -94,12 +94,12 @@ class Pass:
 
     def dx(self, j: int) -> Tensor | None:
         buffer = self.layer.inputs[j]
-        if not self.layer.wants[j]:
+        if not self.layer.needs_grad[j]:
             return None
         return self.dx_batch if buffer == 0 else self._sure("delta", self.tape, buffer)
 
     def tx(self, j: int) -> Tensor | None:
-        return self._sure("tangent", self.layer.inputs[j]) if self.layer.moves[j] else None
+        return self._sure("tangent", self.layer.inputs[j]) if self.layer.has_tangent[j] else None
 
     def ty(self) -> Tensor:
         return self._sure("tangent", self.layer.output)
@@ -109,7 +109,7 @@ class Pass:
 
     def ex(self, j: int) -> Tensor | None:
         buffer = self.layer.inputs[j]
-        if not self.layer.wants[j] or (buffer == 0 and self.dx_batch is None):
+        if not self.layer.needs_grad[j] or (buffer == 0 and self.dx_batch is None):
             return None
         return self._sure("tangent_delta", buffer)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ....graph.graph import ACTIVATIONS
 from .dense import Activation, Add, Affine, Cat, Linear, Transpose
+from .image_layers import AvgPool, Convolution, MaxPool, SpatialMean, Upsample
 from .kinds import Kind
 from .norms import BatchNorm, ImageNorm, RowNorm
-from .spatial import AvgPool, Convolution, MaxPool, SpatialMean, Upsample
 
 KINDS: dict[str, Kind] = {
     "linear": Linear(),

@@ -1,4 +1,4 @@
-"""Launches for one task, written down as rows of the machine's table instead of being started."""
+"""Launches for one task, written down as rows of the interpreter's table instead of being started."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Buffers:
     def __init__(self, plan: Plan, network: Network, device: torch.device) -> None:
         self.plan, self.network = plan, network
         flat, graph, t = network.flat, network.graph, plan.tasks
-        reverse = plan.mode in (Mode.META_GRADIENT, Mode.PULLBACK)
+        reverse = plan.mode in (Mode.META_GRADIENT, Mode.VJP)
 
         def numbers(*shape: int, wanted: bool = True) -> Tensor | None:
             return torch.zeros(shape, dtype=torch.float32, device=device) if wanted else None
@@ -45,11 +45,11 @@ class Buffers:
             Batch.QUERY: numbers(t, plan.query, *plan.in_shape, wanted=reverse and plan.needs.x_q),
         }
         self.weights = numbers(t, wanted=plan.mode is Mode.META_GRADIENT)
-        self.cotangent = numbers(*outputs, wanted=plan.mode is Mode.PULLBACK)
+        self.cotangent = numbers(*outputs, wanted=plan.mode is Mode.VJP)
         self.given = numbers(t, flat.adapting, wanted=plan.mode is Mode.APPLY)
         self.adapted = numbers(t, flat.total, wanted=plan.mode is Mode.ADAPT)
         self.losses = numbers(t, wanted=plan.mode in (Mode.LOSS, Mode.META_GRADIENT))
-        self.outputs = numbers(*outputs, wanted=plan.needs.outputs or plan.mode in (Mode.LOGITS, Mode.APPLY))
+        self.outputs = numbers(*outputs, wanted=plan.needs.outputs or plan.mode in (Mode.QUERY_OUTPUTS, Mode.APPLY))
         self.gradient = numbers(flat.trainable, wanted=reverse)
         self._place_rates(device, reverse and any(plan.needs.rates))
 

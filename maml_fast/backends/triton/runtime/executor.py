@@ -96,7 +96,7 @@ class Executor:
     # ---- where things are ----------------------------------------------------------------------
 
     def _mine(self, x: Tensor | None) -> Tensor:
-        """The chunk's part of an array of all tasks, one row a task."""
+        """The chunk's part of an array of all tasks, one row per task."""
         assert x is not None
         return x[self.first : self.first + self.tasks].flatten(1)
 
@@ -216,11 +216,11 @@ class Executor:
             taken=self._taken,
         )
         for layer in reversed(self.network.layers):
-            if layer.output_wants:
+            if layer.output_needs_grad:
                 KINDS[layer.kind].backward(p.of(layer))
 
     def hvp(self, i: Hvp) -> None:
-        if not self.network.out_moves:
+        if not self.network.out_has_tangent:
             if self.direct is None:
                 copy_rows(self.launch, self._slot(i.out), None)
             return
@@ -232,14 +232,14 @@ class Executor:
             taken=self._taken,
         )
         for layer in self.network.layers:
-            if layer.output_moves or KINDS[layer.kind].always_tangent:
+            if layer.output_has_tangent or KINDS[layer.kind].always_tangent:
                 KINDS[layer.kind].tangent(p.of(layer))
         out, y = self.network.out, self._mine(self.buffers.y[Batch.SUPPORT])
         tz, ez = p.view("tangent", out), p.view("tangent_delta", out)
         assert tz is not None and ez is not None
         self._loss(Batch.SUPPORT).tangent(p.value(out), y, tz, ez)
         for layer in reversed(self.network.layers):
-            if layer.output_wants:
+            if layer.output_needs_grad:
                 KINDS[layer.kind].backward_tangent(p.of(layer))
         ex = p.view("tangent_delta", 0)
         if p.dx_batch is not None and ex is not None:

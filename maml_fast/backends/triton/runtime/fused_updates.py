@@ -34,7 +34,7 @@ class Direct:
 
 
 def direct(network: Network, program: Program) -> dict[int, Direct]:
-    """By the place of the instruction that makes the gradient; the one that subtracts it stands behind it."""
+    """By the place of the instruction that makes the gradient; the one that subtracts it follows."""
     code = program.instructions
     pairs = enumerate(pairwise(code))
     found = {at: one for at, pair in pairs if (one := _pair(network, *pair)) is not None}

@@ -42,7 +42,7 @@ def _tape(network: Network, tape: int, samples: int, differentiated: bool, curve
         size = samples * network.features[layer.output]
         if layer.index not in network.after:
             yield ("value", tape, layer.output), size
-        wanted = layer.output_wants or layer.output == network.out
+        wanted = layer.output_needs_grad or layer.output == network.out
         if differentiated and wanted and (layer.index not in backwards or (curved and _needs_second_derivative(layer))):
             yield ("delta", tape, layer.output), size
         for which, numbers in KINDS[layer.kind].aux(layer, samples, differentiated, curved).items():

@@ -1,4 +1,4 @@
-#include "spatial.h"
+#include "conv_regions.h"
 
 namespace maml_fast {
 
@@ -71,7 +71,7 @@ Interval met(const Axis& a, long tap) {
     return outputs;
 }
 
-// Neighbours merge into one segment: the next tap's inputs stand right behind, and so do its weights.
+// Neighbours merge into one segment: the next tap's inputs follow at once, and so do its weights.
 void append(std::vector<Segment>& segments, Segment next, bool merge) {
     if (merge && !segments.empty()) {
         Segment& last = segments.back();
@@ -88,14 +88,14 @@ struct Side {
     long width, channels;
 };
 
-// The taps of a region in the order in which their weights stand; `rows` of the weights belong to each.
+// The taps of a region in the order of their weights; `rows` of the weights belong to each.
 std::vector<Segment> segments_of(const Run& y, const Run& x, const Side& from, const Window& w, long groups, long rows,
-                                 bool turned) {
+                                 bool flipped) {
     std::vector<Segment> segments;
     long across = long(x.taps.size()), taps = long(y.taps.size()) * across;
     for (long i = 0; i < taps; ++i) {
-        long t = turned ? taps - 1 - i : i, p = t / across, q = t % across;
-        long tap = y.taps[p] * w.kw + x.taps[q], place = turned ? w.kh * w.kw - 1 - tap : tap;
+        long t = flipped ? taps - 1 - i : i, p = t / across, q = t % across;
+        long tap = y.taps[p] * w.kw + x.taps[q], place = flipped ? w.kh * w.kw - 1 - tap : tap;
         append(segments, {(y.from[p] * from.width + x.from[q]) * from.channels, place * rows, from.channels / groups},
                groups == 1);
     }

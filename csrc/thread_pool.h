@@ -29,25 +29,25 @@ namespace maml_fast {
 //
 // They take over the caller's floating-point mode (flush-to-zero, rounding): results do not depend on who computed
 // what. A forked child starts with an empty pool of its own.
-class Pool {
+class ThreadPool {
   public:
     using Function = void (*)(void* context, int worker);
     using Clock = std::chrono::steady_clock;
 
-    static Pool& instance();
+    static ThreadPool& instance();
     // Processors that this process may use: more threads would only take each other's place.
     static int processors();
 
     void summon(int threads, Clock::duration expected);
     void run(int threads, Function fn, void* context);
 
-    Pool(const Pool&) = delete;
-    Pool& operator=(const Pool&) = delete;
+    ThreadPool(const ThreadPool&) = delete;
+    ThreadPool& operator=(const ThreadPool&) = delete;
 
   private:
     struct Lifetime;
 
-    Pool() = default;
+    ThreadPool() = default;
     void grow(int helpers);
     int awake() const;
     void wake(int helpers);

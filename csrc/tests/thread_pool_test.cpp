@@ -1,6 +1,6 @@
-// Stress test of the thread pool, without Python: pool_test [rounds] [threads].
+// Stress test of the thread pool, without Python: thread_pool_test [rounds] [threads].
 // Exits with 1 at the first wrong count; prints the latencies of `threads` threads where that is given.
-#include "../pool.h"
+#include "../thread_pool.h"
 
 #include <sys/wait.h>
 #include <unistd.h>
@@ -18,13 +18,13 @@
 
 namespace {
 
-using maml_fast::Pool;
-using Clock = Pool::Clock;
+using maml_fast::ThreadPool;
+using Clock = ThreadPool::Clock;
 using namespace std::chrono_literals;
 
 void check(bool good, const char* what) {
     if (good) return;
-    std::fprintf(stderr, "pool_test: failed: %s\n", what);
+    std::fprintf(stderr, "thread_pool_test: failed: %s\n", what);
     std::fflush(stderr);
     std::_Exit(1);
 }
@@ -57,8 +57,8 @@ void take_blocks(void* context, int worker) {
 void run(int threads, int blocks, bool nested, Clock::duration expected) {
     Job job(blocks, threads);
     job.nested = nested;
-    Pool::instance().summon(threads, expected);
-    Pool::instance().run(threads, take_blocks, &job);
+    ThreadPool::instance().summon(threads, expected);
+    ThreadPool::instance().run(threads, take_blocks, &job);
     check(std::all_of(job.done.begin(), job.done.end(), [](int n) { return n == 1; }), "every block exactly once");
     check(std::all_of(job.seen.begin(), job.seen.end(), [](int n) { return n <= 1; }), "every worker at most once");
     check(job.seen[0] == 1, "the caller takes part");
@@ -113,8 +113,8 @@ void floating_point_mode() {
     for (const unsigned flush : {0x8000u, 0u}) {
         Modes modes;
         _mm_setcsr((before & ~0x8000u) | flush);
-        Pool::instance().summon(2, long_call);
-        Pool::instance().run(2, report_mode, &modes);
+        ThreadPool::instance().summon(2, long_call);
+        ThreadPool::instance().run(2, report_mode, &modes);
         check(modes.flushing == (flush != 0 ? 2 : 0), "helpers take over the caller's floating-point mode");
     }
     _mm_setcsr(before);
@@ -135,15 +135,15 @@ void stay(void* context, int worker) {
 bool helped(Clock::duration expected, Clock::duration length) {
     Company company;
     company.until = Clock::now() + length;
-    Pool::instance().summon(2, expected);
-    Pool::instance().run(2, stay, &company);
+    ThreadPool::instance().summon(2, expected);
+    ThreadPool::instance().run(2, stay, &company);
     return company.helped;
 }
 
 // A short call after a pause is the caller's alone, and so is the next, which wakes a helper for those that follow
 // closely; a long one is shared at once.
 void short_calls() {
-    if (Pool::processors() < 2) return;
+    if (ThreadPool::processors() < 2) return;
     int firsts = 0, followers = 0;  // on a busy machine a helper may take long to fall asleep
     for (int i = 0; i < 50; ++i) {
         std::this_thread::sleep_for(20ms);
@@ -163,7 +163,7 @@ void short_calls() {
         std::this_thread::sleep_for(20ms);
         Company company;
         company.until = Clock::now() + 20ms;
-        Pool::instance().run(2, stay, &company);
+        ThreadPool::instance().run(2, stay, &company);
         late = company.helped;
     }
 }
@@ -184,7 +184,7 @@ void meet(void* context, int) {
 void nothing(void*, int) {}
 
 // Median and 99th percentile of a call that does nothing, and of one that waits until all threads have come.
-void latency(const char* label, int threads, Pool::Function fn, int gap_us, int rounds) {
+void latency(const char* label, int threads, ThreadPool::Function fn, int gap_us, int rounds) {
     std::vector<double> us;
     for (int i = 0; i < rounds; ++i) {
         if (gap_us >= 1000) {
@@ -195,8 +195,8 @@ void latency(const char* label, int threads, Pool::Function fn, int gap_us, int 
         }
         Meeting meeting{threads};
         const auto start = Clock::now();
-        Pool::instance().summon(threads, long_call);
-        Pool::instance().run(threads, fn, &meeting);
+        ThreadPool::instance().summon(threads, long_call);
+        ThreadPool::instance().run(threads, fn, &meeting);
         us.push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
     }
     std::sort(us.begin(), us.end());
@@ -243,6 +243,6 @@ int main(int argc, char** argv) {
         latency("all threads meet, asleep", threads, meet, 1000, 500);
         latency("empty, asleep", threads, nothing, 1000, 500);
     }
-    std::puts("pool_test: ok");
+    std::puts("thread_pool_test: ok");
     return 0;
 }

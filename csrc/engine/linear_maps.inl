@@ -1,6 +1,6 @@
-// Part of Engine: layers that move or average numbers. They are linear, so their tangents are themselves.
+// Part of Engine: layers that rearrange or average values. They are linear, so their tangents are themselves.
 
-void moved(const Op& op, long N, const S* x, S* y) const {
+void linear_map(const Op& op, long N, const S* x, S* y) const {
     if (op.kind == OpKind::transpose) return transpose_samples(true, B_ * N, op.rows, op.width, x, y);
     each_samples(B_ * N, [=, &op](long first, long last) {
         if (op.kind == OpKind::pad) pad_forward(op.window, op.width, first, last, x, y);
@@ -9,7 +9,7 @@ void moved(const Op& op, long N, const S* x, S* y) const {
     });
 }
 
-void moved_back(const Op& op, bool first_writer, long N, const S* dy, S* dx) const {
+void transposed_linear_map(const Op& op, bool first_writer, long N, const S* dy, S* dx) const {
     if (op.kind == OpKind::transpose) return transpose_samples(first_writer, B_ * N, op.width, op.rows, dy, dx);
     long size = plan_.features[op.in[0]];
     each_samples(B_ * N, [=, &op](long first, long last) {
@@ -20,6 +20,17 @@ void moved_back(const Op& op, bool first_writer, long N, const S* dy, S* dx) con
     });
 }
 
+void max_pool_values(const Op& op, long N, const S* x, S* y, S* where) const {
+    each_samples(B_ * N,
+                 [=, &op](long first, long last) { max_pool_forward(op.window, op.width, first, last, x, y, where); });
+}
+
+// Where the maxima are, a max-pool is linear.
+void max_pool_tangents(const Op& op, long N, const S* where, const S* tx, S* ty) const {
+    each_samples(
+        B_ * N, [=, &op](long first, long last) { max_pool_tangent(op.window, op.width, first, last, where, tx, ty); });
+}
+
 void max_pool_deltas(const Op& op, bool first_writer, long N, const S* where, const S* dy, S* dx) const {
     long size = plan_.features[op.in[0]];
     each_samples(B_ * N, [=, &op](long first, long last) {
@@ -28,13 +39,13 @@ void max_pool_deltas(const Op& op, bool first_writer, long N, const S* where, co
     });
 }
 
-// Concatenates the inputs' runs of features, `op.rows` runs a sample.
+// Concatenates the inputs' runs of features, `op.rows` runs per sample; input(j) may be null, for zeros.
 template <class F>
 void join(const Op& op, long N, S* y, F input) {
     long runs = B_ * N * op.rows, stride = plan_.features[op.out] / op.rows, offset = 0;
     for (int j = 0; j < op.n_in; ++j) {
         long run = plan_.features[op.in[j]] / op.rows;
-        const S* x = input(op.in[j]);
+        const S* x = input(j);
         for (long r = 0; r < runs; ++r) {
             if (x)
                 copy(x + r * run, y + r * stride + offset, run);
@@ -54,4 +65,11 @@ void split(const Op& op, int j, bool first, long N, const S* dy, S* dx) {
         const S* from = dy + r * stride + offset;
         put(first, dx + r * run, run, [=](long i) { return from[i]; });
     }
+}
+
+// The same for all inputs; delta(j) is where the j-th one's goes, null where none is wanted.
+template <class F>
+void split_all(const Op& op, long N, const S* dy, F delta) {
+    for (int j = 0; j < op.n_in; ++j)
+        if (S* dj = delta(j)) split(op, j, op.delta_first[j], N, dy, dj);
 }

@@ -1,5 +1,5 @@
-// Where the numbers of a convolution meet, worked out once a plan. Everything is channels last: a sample is
-// (y, x, channel), an offset counts numbers inside a sample.
+// Where the elements of a convolution meet, worked out once per plan. Everything is channels last: a sample is
+// (y, x, channel), an offset counts elements inside a sample.
 #pragma once
 
 #include <list>
@@ -13,7 +13,7 @@ struct Window {
     long kh, kw, sh, sw, ph, pw, dh, dw;
 };
 
-// A run of taps whose inputs are neighbours in memory: `depth` numbers from `a` on meet `depth` rows of the
+// A run of taps whose inputs are neighbours in memory: `depth` elements from `a` on meet `depth` rows of the
 // weights from row `b` on.
 struct Segment {
     long a, b, depth;
@@ -35,7 +35,7 @@ struct Convolution {
     long channels, outputs, groups;  // channels in and out, over all groups
     const Region *forward, *backward;
     int n_forward, n_backward;
-    // One region a tap of the kernel: the positions where it meets the input (weight gradient; no segments).
+    // One region per tap of the kernel: the positions where it meets the input (weight gradient; no segments).
     const Region* taps;
     bool one_lattice;  // all taps meet it everywhere: without padding
 
@@ -46,7 +46,7 @@ struct Convolution {
     long out_size() const { return window.oh * window.ow * outputs; }
 };
 
-// Owns a convolution's tables. The backward product's weights are stored with the kernel turned around.
+// Owns a convolution's tables. The backward product's weights are stored with the kernel flipped.
 class ConvolutionTables {
   public:
     ConvolutionTables(const Window& window, long channels, long outputs, long groups);

@@ -1,4 +1,4 @@
-#include "pool.h"
+#include "thread_pool.h"
 
 #include <pthread.h>
 #if defined(__linux__)
@@ -94,28 +94,28 @@ class SignalsBlocked {
     sigset_t before_;
 };
 
-alignas(Pool) unsigned char storage[sizeof(Pool)];
+alignas(ThreadPool) unsigned char storage[sizeof(ThreadPool)];
 
-Pool& stored() { return *std::launder(reinterpret_cast<Pool*>(storage)); }
+ThreadPool& stored() { return *std::launder(reinterpret_cast<ThreadPool*>(storage)); }
 
 }  // namespace
 
 // The pool itself is never destroyed: a daemon thread may still be inside run() while the process exits.
-struct Pool::Lifetime {
+struct ThreadPool::Lifetime {
     Lifetime() {
-        new (storage) Pool;
+        new (storage) ThreadPool;
         // The child has none of the threads, and the locks may have been held: forget everything.
-        pthread_atfork(nullptr, nullptr, [] { new (storage) Pool; });
+        pthread_atfork(nullptr, nullptr, [] { new (storage) ThreadPool; });
     }
     ~Lifetime() { stored().shut_down(); }
 };
 
-Pool& Pool::instance() {
+ThreadPool& ThreadPool::instance() {
     static Lifetime lifetime;
     return stored();
 }
 
-int Pool::processors() {
+int ThreadPool::processors() {
 #if defined(__linux__)
     cpu_set_t allowed;
     if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
@@ -123,7 +123,7 @@ int Pool::processors() {
     return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
-void Pool::summon(int threads, Clock::duration expected) {
+void ThreadPool::summon(int threads, Clock::duration expected) {
     if (threads <= 1) return;
     const bool is_long = expected >= long_call;
     const auto ended = Clock::time_point(Clock::duration(ended_.load(std::memory_order_relaxed)));
@@ -138,7 +138,7 @@ void Pool::summon(int threads, Clock::duration expected) {
     busy_.store(false, std::memory_order_release);
 }
 
-void Pool::run(int threads, Function fn, void* context) {
+void ThreadPool::run(int threads, Function fn, void* context) {
     const int helpers = std::min(threads - 1, helpers_.load(std::memory_order_relaxed));
     if (helpers <= 0 || busy_.load(std::memory_order_relaxed) || busy_.exchange(true, std::memory_order_acquire)) {
         fn(context, 0);
@@ -171,21 +171,23 @@ void Pool::run(int threads, Function fn, void* context) {
 }
 
 // A system that gives no more threads leaves us with fewer helpers.
-void Pool::grow(int helpers) {
+void ThreadPool::grow(int helpers) {
     if (static_cast<int>(workers_.size()) >= helpers) return;
     const SignalsBlocked blocked;
     try {
         workers_.reserve(static_cast<std::size_t>(helpers));
-        while (static_cast<int>(workers_.size()) < helpers) workers_.emplace_back(&Pool::work, this);
+        while (static_cast<int>(workers_.size()) < helpers) workers_.emplace_back(&ThreadPool::work, this);
     } catch (const std::system_error&) {
     } catch (const std::bad_alloc&) {
     }
     helpers_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
 }
 
-int Pool::awake() const { return helpers_.load(std::memory_order_relaxed) - asleep_.load(std::memory_order_relaxed); }
+int ThreadPool::awake() const {
+    return helpers_.load(std::memory_order_relaxed) - asleep_.load(std::memory_order_relaxed);
+}
 
-void Pool::wake(int helpers) {
+void ThreadPool::wake(int helpers) {
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         helpers = std::min(helpers, asleep_.load(std::memory_order_relaxed));
@@ -195,7 +197,7 @@ void Pool::wake(int helpers) {
     for (int i = 0; i < helpers; ++i) summoned_.notify_one();
 }
 
-bool Pool::join_job() {
+bool ThreadPool::join_job() {
     std::uint64_t offer = offer_.load(std::memory_order_relaxed);
     if ((offer & wanted_mask) == 0 || !stand_apart()) return false;
     if (!offer_.compare_exchange_strong(offer, offer - 1, std::memory_order_acquire, std::memory_order_relaxed)) {
@@ -207,7 +209,7 @@ bool Pool::join_job() {
     return true;
 }
 
-bool Pool::sleep() {
+bool ThreadPool::sleep() {
     std::unique_lock<std::mutex> lock(mutex_);
     asleep_.fetch_add(1, std::memory_order_relaxed);
     summoned_.wait(lock, [this] { return stopping_.load(std::memory_order_relaxed) || woken_ > 0; });
@@ -217,20 +219,20 @@ bool Pool::sleep() {
 }
 
 // On another processor than the caller.
-bool Pool::stand_apart() const {
+bool ThreadPool::stand_apart() const {
     const int taken = processor_.load(std::memory_order_relaxed);
     return taken < 0 || processor() != taken || move_from(taken);
 }
 
 // A helper that wakes up in a short call would only come late and with cold caches: it waits for the next.
-Pool::Clock::time_point Pool::begin_waiting(std::uint32_t& barred) const {
+ThreadPool::Clock::time_point ThreadPool::begin_waiting(std::uint32_t& barred) const {
     barred = call_.load(std::memory_order_relaxed);
     if (!long_.load(std::memory_order_relaxed)) return Clock::now() + long_call;
     --barred;
     return Clock::now();
 }
 
-void Pool::work() {
+void ThreadPool::work() {
     std::uint32_t barred;
     auto idle_since = begin_waiting(barred);
     for (int pauses = 1;; ++pauses) {
@@ -249,7 +251,7 @@ void Pool::work() {
 }
 
 // busy_ stays taken: whoever still calls works alone. A job that outlasts the wait is left to the process's end.
-void Pool::shut_down() {
+void ThreadPool::shut_down() {
     for (int waits = 0; busy_.exchange(true, std::memory_order_acquire); ++waits) {
         if (waits == 1000) return;
         std::this_thread::sleep_for(std::chrono::milliseconds(1));

@@ -23,13 +23,20 @@ def build(sources: list[Path], program: Path, *flags: str) -> subprocess.Complet
 
 
 def stress(tmp_path: Path, *flags: str, rounds: int) -> None:
-    program = tmp_path / "pool_test"
-    built = build([CSRC / "pool.cpp", CSRC / "tests" / "pool_test.cpp"], program, "-Wall", "-Wextra", "-Werror", *flags)
+    program = tmp_path / "thread_pool_test"
+    built = build(
+        [CSRC / "thread_pool.cpp", CSRC / "tests" / "thread_pool_test.cpp"],
+        program,
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        *flags,
+    )
     assert built.returncode == 0, built.stderr
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
     ran = subprocess.run([program, str(rounds)], env=environment, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr
-    assert "pool_test: ok" in ran.stdout
+    assert "thread_pool_test: ok" in ran.stdout
 
 
 def test_stress(tmp_path: Path) -> None:
