@@ -276,6 +276,8 @@ std::vector<std::string> available_names() {
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Task-batched kernels for meta-learning.";
     bind_guard(m);
+    m.def("existing_gradients", &existing_gradients, py::arg("parameters"));
+    py::class_<Kinds>(m, "Kinds").def(py::init<const py::list&>()).def("same", &Kinds::same);
     py::class_<Plan>(m, "Plan")
         .def(py::init<const py::dict&, bool, const std::string&>(), py::arg("spec"), py::arg("float64"), py::arg("isa"))
         .def("run", &Plan::run)

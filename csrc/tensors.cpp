@@ -14,7 +14,7 @@ namespace {
 struct Torch {
     const dlpack::ExchangeApi* api;
     PyTypeObject* tensor;
-    PyObject *untyped_storage, *nbytes, *storage_offset, *contiguous, *is_neg, *resolve_neg;
+    PyObject *untyped_storage, *nbytes, *storage_offset, *contiguous, *is_neg, *resolve_neg, *requires_grad, *grad;
 } torch;
 
 [[noreturn]] void refuse(const Expected& e, const std::string& what) { throw py::value_error(e.name + ": " + what); }
@@ -146,6 +146,71 @@ void* Tensors::made(py::handle tensor, const Expected& e) const {
     return t.data;
 }
 
+namespace {
+
+std::uint32_t number_of(dlpack::Type t) { return std::uint32_t(t.kind) << 24 | std::uint32_t(t.bits) << 16 | t.lanes; }
+
+bool is_true(PyObject* value) {
+    if (!value) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(value).ptr() == Py_True;
+}
+
+bool is_followed(py::handle tensor) { return is_true(PyObject_GetAttr(tensor.ptr(), torch.requires_grad)); }
+bool is_negated(py::handle tensor) { return call(tensor, torch.is_neg).ptr() == Py_True; }
+
+}  // namespace
+
+Kinds::Kinds(const py::list& tensors) {
+    for (py::handle tensor : tensors) {
+        dlpack::Tensor t;
+        if (torch.api->view(tensor.ptr(), &t) != 0) throw py::error_already_set();
+        kinds_.push_back({t.device,
+                          t.device_index,
+                          number_of(t.type),
+                          is_followed(tensor),
+                          is_negated(tensor),
+                          {t.shape, t.shape + t.dimensions}});
+    }
+}
+
+bool Kinds::same(const py::list& tensors) const {
+    if (tensors.size() != kinds_.size()) return false;
+    for (std::size_t i = 0; i < kinds_.size(); ++i) {
+        const Kind& kind = kinds_[i];
+        py::handle tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(i));
+        dlpack::Tensor t;
+        if (!PyObject_TypeCheck(tensor.ptr(), torch.tensor)) return false;
+        if (torch.api->view(tensor.ptr(), &t) != 0) {
+            PyErr_Clear();
+            return false;
+        }
+        if (t.device != kind.device || t.device_index != kind.device_index || number_of(t.type) != kind.type ||
+            !std::equal(t.shape, t.shape + t.dimensions, kind.shape.begin(), kind.shape.end()) ||
+            is_followed(tensor) != kind.follows || is_negated(tensor) != kind.negated)
+            return false;
+    }
+    return true;
+}
+
+py::list existing_gradients(const py::list& parameters) {
+    py::list found;
+    for (py::handle parameter : parameters) {
+        py::object gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter.ptr(), torch.grad));
+        dlpack::Tensor p, g;
+        if (!gradient) throw py::error_already_set();
+        if (gradient.is_none()) return py::list();
+        if (torch.api->view(parameter.ptr(), &p) != 0 || torch.api->view(gradient.ptr(), &g) != 0) {
+            PyErr_Clear();
+            return py::list();
+        }
+        if (number_of(g.type) != number_of(p.type) || g.device != p.device || !is_contiguous(g) ||
+            !std::equal(g.shape, g.shape + g.dimensions, p.shape, p.shape + p.dimensions) || is_negated(gradient))
+            return py::list();
+        found.append(std::move(gradient));
+    }
+    return found;
+}
+
 void find_torch() {
     py::object tensor = py::module_::import("torch").attr("Tensor");
     py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
@@ -161,7 +226,9 @@ void find_torch() {
              PyUnicode_InternFromString("storage_offset"),
              PyUnicode_InternFromString("contiguous"),
              PyUnicode_InternFromString("is_neg"),
-             PyUnicode_InternFromString("resolve_neg")};
+             PyUnicode_InternFromString("resolve_neg"),
+             PyUnicode_InternFromString("requires_grad"),
+             PyUnicode_InternFromString("grad")};
 }
 
 void check_labels(const Expected& e, const void* labels, long classes) {

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <vector>
 
 #include "signature.h"
@@ -26,6 +27,28 @@ class Tensors {
 
     std::vector<pybind11::object> copies_;
 };
+
+// Everything about tensors but their elements: type, device, shape, whether autograd follows them and whether PyTorch
+// has yet to negate them. Asked at every call, where Python would take ten times as long.
+class Kinds {
+  public:
+    explicit Kinds(const pybind11::list& tensors);
+    // Whether these are as those were; false also where one cannot be looked at.
+    bool same(const pybind11::list& tensors) const;
+
+  private:
+    struct Kind {
+        std::int32_t device, device_index;
+        std::uint32_t type;
+        bool follows, negated;
+        std::vector<std::int64_t> shape;
+    };
+
+    std::vector<Kind> kinds_;
+};
+
+// The parameters' gradients if each has one of its own type and shape to which a kernel can add; otherwise nothing.
+pybind11::list existing_gradients(const pybind11::list& parameters);
 
 // Finds PyTorch's functions. Throws ImportError where this PyTorch has none.
 void find_torch();

@@ -95,3 +95,13 @@ class Guard:
 
     def __init__(self, shelves: list[tuple[Any, tuple[Any, ...], tuple[Any, ...], bool]]) -> None: ...
     def check(self) -> bool: ...
+
+class Kinds:
+    """Types, devices, shapes, `requires_grad` and `is_neg` of tensors, at one moment."""
+
+    def __init__(self, tensors: list[Tensor]) -> None: ...
+    def same(self, tensors: list[Tensor]) -> bool:
+        """Whether these are as those were; False also where one cannot be looked at."""
+
+def existing_gradients(parameters: list[Tensor]) -> list[Tensor]:
+    """Their gradients, if each has a contiguous one of its own type and shape; otherwise none."""

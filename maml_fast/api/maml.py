@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, Literal, overload
 
@@ -230,15 +230,14 @@ class MAML(nn.Module):
         tensors = prepared.tensors
         leaves = tensors.leaves()
         tensors.weights = self._preparer.weights(prepared.call.plan, reduction)
-        if any(v.grad_fn is not None for v in leaves[len(tensors.parameters) :]):  # a module's parameters are leaves
+        if any([v.grad_fn is not None for v in leaves[len(tensors.parameters) :]]):  # a module's parameters are leaves
             with torch.enable_grad():
                 loss, result = autograd.loss_and_result(prepared)
                 loss.backward()
             return _loss_of(result, outputs)
-        if prepared.call.choice.backend.accumulates:
-            tensors.into = _existing_gradients(tensors.parameters)
-            if tensors.into:
-                increment_version(tensors.into)  # what autograd saved of them is no more
+        tensors.into = prepared.call.choice.backend.into(tensors.parameters)
+        if tensors.into:
+            increment_version(tensors.into)  # what autograd saved of them is no more
         result = prepared.run()
         for leaf, gradient in zip(leaves, result.gradients(), strict=True):
             if gradient is not None:
@@ -296,14 +295,3 @@ class MAML(nn.Module):
 def _loss_of(result: Result, outputs: bool) -> Tensor | tuple[Tensor, Any]:
     assert result.objective is not None
     return (result.objective, result.outputs) if outputs else result.objective
-
-
-def _existing_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The parameters' gradients, if all have one that a kernel can add to in place."""
-    gradients = []
-    for p in parameters:
-        g = p.grad
-        if g is None or g.dtype != p.dtype or g.shape != p.shape or not g.is_contiguous():
-            return []
-        gradients.append(g)
-    return gradients

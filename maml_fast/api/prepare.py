@@ -265,7 +265,8 @@ class Preparer:
         if call is None and not batches.is_plain(batch):
             batch = x_s, y_s, x_q, y_q = batches.taken(*batch)
             about = batches.key(batch)
-            key = (mode, state, about, first.dtype, first.device, self.model.guards.state, learnable, outputs)
+            states = self.model.guards.state, self.objective.guards.state
+            key = (mode, state, about, first.dtype, first.device, *states, learnable, outputs)
             call = None if about is None else self._plans.get(key)
         new = call is None
         start = perf_counter() if new else 0.0
@@ -296,13 +297,14 @@ class Preparer:
         with lock:
             refuse_nested(self.objective.modules)
             guards, of_loss = self.model.guards, self.objective.guards
-            same = guards.hold() and of_loss.hold() and not self.model.refrozen()
-            if not same or self.objective.learned.restructured():
+            parameters = self.model.as_they_were() if guards.hold() and of_loss.hold() else None
+            if parameters is None or self.objective.learned.restructured():
                 self._follow_model()
-            elif guards.moving or of_loss.moving:
+                return self.model.parameters()
+            if guards.moving or of_loss.moving:
                 guards.settle()
                 of_loss.settle()
-            return self.model.parameters()
+            return parameters
 
     def _keep(self, key: Any, call: Call) -> None:
         self._plans.pop(key, None)

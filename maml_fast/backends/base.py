@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
+
+from torch import Tensor
 
 from ..lower.plan import Plan, Result, Tensors
 
@@ -21,14 +24,12 @@ class Backend(Protocol):
     Attributes:
         name: what the user writes in `backend=`.
         fused: whether it runs all tasks in fused kernels of this package.
-        accumulates: whether it can add to existing gradients (`Tensors.into`).
         records: whether a call whose weights or cotangent are not known yet returns values that remember how they
             came about (`Result.pull`).
     """
 
     name: str
     fused: bool
-    accumulates: bool
     records: bool = False
 
     def why_not(self, plan: Plan) -> list[str]:
@@ -41,6 +42,10 @@ class Backend(Protocol):
     def describe(self, plan: Plan) -> str:
         """What it made of a plan that it can run: its kernel calls and their memory; empty where it has none."""
         return ""
+
+    def into(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The gradients that all parameters have, if it can add to these in place (`Tensors.into`); otherwise none."""
+        return ()
 
     def held_bytes(self, plan: Plan) -> int:
         """Memory that it keeps for the plan's next call."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any, get_args
@@ -117,7 +117,6 @@ class CpuBackend(Backend):
 
     name = "cpu"
     fused = True
-    accumulates = True
 
     def why_not(self, plan: Plan) -> list[str]:
         reasons = [] if _core is not None else [_WHY_NO_CORE]
@@ -133,6 +132,9 @@ class CpuBackend(Backend):
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
         return _call_of(plan)(plan, tensors)
+
+    def into(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        return _core.existing_gradients(list(parameters))
 
     def held_bytes(self, plan: Plan) -> int:
         return int(_call_of(plan).core.bytes(_threads(plan))) if "cpu" in plan.state else 0

@@ -30,7 +30,6 @@ class ReferenceBackend(Backend):
 
     name = "reference"
     fused = False
-    accumulates = False
     records = True
 
     def why_not(self, plan: Plan) -> list[str]:

@@ -30,7 +30,6 @@ class VmapBackend(Backend):
 
     name = "vmap"
     fused = False
-    accumulates = False
     records = True
 
     def why_not(self, plan: Plan) -> list[str]:

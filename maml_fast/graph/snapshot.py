@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -11,6 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .stand_ins import lock, refuse_nested
+
+try:
+    from .._core import Kinds
+except ImportError:
+    Kinds = None  # type: ignore[assignment,misc]
 
 
 class Snapshot:
@@ -57,6 +62,7 @@ class Snapshot:
             self._held = list(chain.from_iterable(self._values))
             self._ties = _ties(self._held)
             self._kinds = _kinds(named.values())
+            self._same_kinds = _quick_comparison(list(named.values()))
         self.names = tuple(named)
         self.shapes = tuple(tuple(p.shape) for p in named.values())
         self.trainable = tuple(p.requires_grad for p in named.values())
@@ -83,18 +89,21 @@ class Snapshot:
                 if _ties(held) != self._ties:
                     return True
                 self._held = held
-            return self.refrozen()
+            return self.as_they_were() is None
 
     def _layout(self) -> tuple[list[int], list[str]]:
         """How many submodules and parameters every module has, and their names: made at every call, so in C."""
         return list(map(len, self._tables)), list(chain.from_iterable(self._tables))
 
-    def refrozen(self) -> bool:
-        """Whether a parameter was frozen, or its memory replaced by that of another kind."""
+    def as_they_were(self) -> list[nn.Parameter] | None:
+        """The current parameters; None if one was frozen, or its memory replaced by that of another kind."""
         try:
-            return _kinds(self.parameters()) != self._kinds
+            parameters = [owner[key] for owner, key in self.slots]
+            if self._same_kinds is not None and self._same_kinds(parameters):
+                return parameters
+            return parameters if _kinds(parameters) == self._kinds else None
         except (KeyError, AttributeError):
-            return True
+            return None
 
     def buffers(self) -> dict[str, Tensor]:
         """Every buffer once, under its first name."""
@@ -124,6 +133,16 @@ def _ties(held: Iterable[Any]) -> list[int]:
 
 def _kinds(parameters: Iterable[Tensor]) -> list[tuple[bool, torch.Size, torch.dtype, torch.device, bool]]:
     return [(p.requires_grad, p.shape, p.dtype, p.device, p.is_neg()) for p in parameters]
+
+
+def _quick_comparison(parameters: list[Tensor]) -> Callable[[list[Any]], bool] | None:
+    """The core's, which looks at tensors with memory of their own alone."""
+    if Kinds is None:
+        return None
+    try:
+        return Kinds(parameters).same
+    except (RuntimeError, TypeError, BufferError, ValueError):
+        return None
 
 
 def common_dtype(parameters: Sequence[Tensor]) -> torch.dtype:

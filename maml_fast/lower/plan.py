@@ -177,8 +177,8 @@ class Tensors:
         cotangents: in its place where the model returns several: one for each, None for zeros.
         learned: the loss's own parameters, in `Objective.learned` order.
         adapted: per-task parameters for `Mode.APPLY`, each (T, *shape).
-        into: contiguous gradients of all parameters, to which a backend whose `accumulates` is set
-            adds instead of returning new ones.
+        into: contiguous gradients of all parameters, to which a backend adds that has found them by `into`,
+            instead of returning new ones.
     """
 
     parameters: Sequence[Tensor]

@@ -34,7 +34,6 @@ class TritonBackend(Backend):
     """
 
     fused = True
-    accumulates = False
 
     def __init__(self, forced: str | None = None, budget: int | None = None) -> None:
         self.name = f"triton-{forced}" if forced else "triton"
