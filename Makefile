@@ -1,6 +1,6 @@
 # make train      watch a meta-training run; needs python3 >= 3.10 with venv and a C++ compiler, makes everything else
 # make test       the core suite, in the same virtual environment
-# make test-all   also the GPU kernels: compiled ahead of time, and in Triton's interpreter
+# make test-all   every test; also the GPU kernels: compiled ahead of time, and in Triton's interpreter
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/sinusoid
@@ -12,6 +12,7 @@ parallel := -n auto --maxprocesses 4 --maxschedchunk 1
 compiled := tests/test_triton_aot.py
 interpreted := tests/test_triton_interpreter.py tests/test_triton_resident.py
 also_interpreted := tests/test_triton_tuning.py tests/test_triton_extremes.py
+without_gpu := $(addprefix --ignore=,$(compiled) $(interpreted) $(also_interpreted))
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .PHONY: train test test-all test-oldest-triton bench core lint types sanitize format clean
@@ -21,9 +22,10 @@ train: core
 	$(bin)/maml-fast train sinusoid --out $(RUN)
 
 test: core $(VENV)/.test
-	$(pytest) $(or $(PYTEST),$(parallel) $(addprefix --ignore=,$(compiled) $(interpreted) $(also_interpreted)))
+	$(pytest) $(or $(PYTEST),$(parallel) -m "not exhaustive" $(without_gpu))
 
-test-all: test
+test-all: core $(VENV)/.test
+	$(pytest) $(parallel) $(without_gpu)
 	$(pytest) $(parallel) $(compiled) $(interpreted) $(also_interpreted)
 	TRITON_INTERPRET=1 $(pytest) $(parallel) $(interpreted) $(also_interpreted)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -15,8 +16,40 @@ settings.register_profile("maml_fast", deadline=None, derandomize=True, database
 settings.load_profile("maml_fast")
 
 
+EXHAUSTIVE = re.compile(
+    "|".join(
+        [
+            # the core suite holds the core in float64 and vmap, both to second order, against the reference
+            r"test_matches_the_reference\[(cpu-float32|.*-first\])",
+            r"test_changes_between_forward_and_backward\[.*-(vmap|reference)\]",
+            r"test_the_gradient_is_the_forwards\[.*-(vmap|reference)\]",
+            r"test_any_parameters_adapt_with_any_rates\[.*-first\]",
+            r"test_same_bits_for_any_number_of_threads\[(float64.*|.*baseline)\]",
+            r"test_random(_image)?_networks_match_the_reference\[vmap\]",
+            r"test_mistakes_are_named\[gradient",
+            r"test_a_line_per_plan_and_call\[(vmap|reference)\]",
+            r"test_a_second_derivative\[.*-(vmap|reference)\]",
+            # a training run, a wait for a time limit, or a compiler of its own
+            r"test_resuming_gives_the_same_bits\[small_omniglot\]",
+            r"test_omniglot_learns_validates_and_keeps_the_best",
+            r"test_omniglot_equals_the_authors_resizing",
+            r"test_outcomes\[.*it took more than",
+            r"test_verify_command.*test_ctrl_c_says_how_to_go_on",
+            r"test_ctrl_c_leaves_no_process\[(bench|verify)",
+            r"test_stress_under_sanitizer",
+            r"test_a_pytorch_without_inductors_allocator",
+            r"test_inductor|test_compiled_peer",
+        ]
+    )
+)
+"""What `make test` leaves to `make test-all`: combinations whose parts the others have, and what takes long."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first: pytest-xdist's workers then share what is left."""
+    for item in items:
+        if EXHAUSTIVE.search(item.nodeid):
+            item.add_marker("exhaustive")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

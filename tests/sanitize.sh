@@ -54,4 +54,4 @@ if (($# == 0)); then
 fi
 # --capture=sys: a sanitizer's last words go to file descriptor 2 and would be lost in pytest's capture of it.
 exec python -P -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider --capture=sys \
-    -m "not slow and not no_sanitizer" "$@"
+    -m "not slow and not no_sanitizer and not exhaustive" "$@"

@@ -230,7 +230,7 @@ class MAML(nn.Module):
         tensors = prepared.tensors
         leaves = tensors.leaves()
         tensors.weights = self._preparer.weights(prepared.call.plan, reduction)
-        if any([v.grad_fn is not None for v in leaves[len(tensors.parameters) :]]):  # a module's parameters are leaves
+        if any(v.grad_fn is not None for v in leaves[len(tensors.parameters) :]):  # a module's parameters are leaves
             with torch.enable_grad():
                 loss, result = autograd.loss_and_result(prepared)
                 loss.backward()
