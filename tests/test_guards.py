@@ -286,6 +286,34 @@ def test_states_met_before_find_their_plans_again(core: Any) -> None:
     assert len(list(maml._preparer.plans())) == 2
 
 
+class Logged(Net):
+    """A network with methods that forward does not call."""
+
+    history: list[float] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__(lambda m, x: m.hidden(x) * ARGS.inner.scale)
+
+    def training_step(self) -> None:
+        self.history.append(SCALE)
+        print(ARGS.logged, SCALER.scale, OTHER.SCALE)
+
+
+def test_what_only_other_methods_look_up_changes_nothing(core: Any) -> None:
+    model = Logged()
+    maml = mf.MAML(model, 0.3)
+    before, _ = call(maml)
+    for i in range(20):
+        ARGS.logged = SCALER.scale = OTHER.SCALE = float(i)
+        globals()["SCALE"] = float(i)
+        model.history.append(i)
+        assert call(maml)[0] == before
+    assert len(list(maml._preparer.plans())) == 1
+    assert backend_of(maml) == "cpu"
+    ARGS.inner.scale = 0.5
+    assert call(maml)[0] != before
+
+
 def test_what_forward_does_not_read_changes_nothing(core: Any) -> None:
     model = Net(lambda m, x: m.hidden(x))
     maml = mf.MAML(model, 0.3)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .lookups import ABSENT, Lookups, Unguardable, is_library, slots, unwrapped
-from .state import STRUCTURE, Held, class_entries, freeze
+from .state import STRUCTURE, Held, class_entries, freeze, looked_up
 from .watch import Watched
 
 try:
@@ -46,6 +46,7 @@ class Guards:
         self._known: dict[Hashable, int] = {}
         self._numbers = itertools.count()
         self._new_in_a_row = 0
+        self._code: _Code | None = None
         self.moving = False
         self.refusal = ""
         self.state = -1
@@ -96,8 +97,18 @@ class Guards:
         for name, module in self._modules:
             for attribute, value in self._guarded(module):
                 parts.append((name, attribute, self._frozen(name, attribute, value)))
-            parts.append((name, "class", _class_picture(type(module))))
-        return tuple(parts)
+        return (*parts, *self._current_code().picture)
+
+    def _current_code(self) -> _Code:
+        """What the code of forward looks up; looked for again only where some of it has changed."""
+        roots = [f for _, m in self._modules for _, v in self._guarded(m) for f in _functions_of(v)]
+        if self._code is None or not self._code.holds(roots):
+            try:
+                self._code = _Code(roots, {type(m) for _, m in self._modules})
+            except Unguardable:
+                self.refusal = f"the code of {self._called} looks up too much to be compared at every call"
+                self._code = _Code([], set())
+        return self._code
 
     def _frozen(self, name: str, attribute: str, value: Any) -> Hashable:
         try:
@@ -113,7 +124,7 @@ class Guards:
         before = {(n, a): v for n, a, v in last}
         for name, attribute, value in picture:
             if before.get((name, attribute)) != value:
-                return self._name(name, attribute)
+                return self._name(name, attribute) if isinstance(name, str) else f"what the code finds as {attribute!r}"
         return f"the Python state of {self._called}"
 
     def _name(self, module: str, attribute: str) -> str:
@@ -139,12 +150,54 @@ class Guards:
                 _shelve(value, shelves, slow)
             tables = [d for d in map(attributes.get, _FOLLOWED) if d is not None]  # empty ones may gain something
             shelves += [(d, tuple(d), tuple(d.values()), False) for d in tables]
-            _shelve_class(type(module), shelves, slow)
+        if self._code is not None:
+            shelves += self._code.shelves
+            slow += self._code.slow
         self._shelves = merged = _merged(shelves)
-        check = Guard(merged).check if Guard is not None else _Slow(merged).check
-        if not slow:
-            return check
-        return lambda: check() and all(_frozen(value) == picture for value, picture in slow)
+        return _check(merged, slow)
+
+
+class _Code:
+    """What the functions of a module tree look up, beginning with every forward.
+
+    Args:
+        roots: functions that modules hold as attributes. classes: of the modules.
+
+    Attributes:
+        picture: a row (holder, name, frozen value) per lookup.
+        shelves, slow: to be compared at every call, by identity and by value.
+    """
+
+    def __init__(self, roots: list[types.FunctionType], classes: set[type]) -> None:
+        own = sorted((c for c in classes if not is_library(c.__module__)), key=id)
+        reached = Lookups(roots, own, ("forward", "__call__"))
+        self._roots = list(map(id, roots))
+        self.picture = tuple((where, name, _frozen(value)) for (where, name), value in _rows(reached))
+        self.shelves: list[Any] = []
+        self.slow: list[tuple[Any, Hashable]] = []
+        _shelve_lookups(reached, self.shelves, self.slow, 0)
+        self._check = _check(_merged(self.shelves), self.slow)
+
+    def holds(self, roots: list[types.FunctionType]) -> bool:
+        return list(map(id, roots)) == self._roots and self._check()
+
+
+def _rows(reached: Lookups) -> Iterator[tuple[Any, Any]]:
+    for key, value in looked_up(reached):
+        yield (key if isinstance(key, tuple) else (key, "code")), value
+
+
+def _functions_of(value: Any) -> Iterator[types.FunctionType]:
+    """The functions that an attribute is or holds, as hooks are held."""
+    for v in value.values() if isinstance(value, dict) else (value,):
+        yield from (f for f in unwrapped(v) if isinstance(f, types.FunctionType))
+
+
+def _check(shelves: list[Any], slow: list[tuple[Any, Hashable]]) -> Any:
+    check = Guard(shelves).check if Guard is not None else _Slow(shelves).check
+    if not slow:
+        return check
+    return lambda: check() and all(_frozen(value) == picture for value, picture in slow)
 
 
 _ALWAYS = frozenset(
@@ -157,10 +210,6 @@ def _frozen(value: Any) -> Hashable:
         return freeze(value)
     except Unguardable:
         return Held("object", id(value), value)
-
-
-def _class_picture(own: type) -> Hashable:
-    return tuple((read.name, _frozen(read.value)) for read in class_entries(own))
 
 
 _FIXED = (int, float, str, Tensor, nn.Module, type, types.BuiltinFunctionType, types.ModuleType, types.EllipsisType)
@@ -198,9 +247,13 @@ def _shelve_function(function: types.FunctionType, shelves: list[Any], slow: lis
     if is_library(function.__module__):
         return
     try:
-        reached = Lookups(function)
+        reached = Lookups([function])
     except Unguardable:  # its picture says so
         return
+    _shelve_lookups(reached, shelves, slow, depth)
+
+
+def _shelve_lookups(reached: Lookups, shelves: list[Any], slow: list[Any], depth: int) -> None:
     for holder, name, value in reached.reads():
         if isinstance(holder, types.CellType):
             shelves.append((holder, (), (value,), False))

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 _MOST = 1000  # functions and objects that may be reached
+_DYNAMIC = frozenset(("getattr", "vars", "__dict__", "__getattribute__", "eval", "exec"))  # by names not in the code
 
 
 ABSENT = ...
@@ -36,7 +37,11 @@ class Read(NamedTuple):
 
 
 class Lookups:
-    """What a function and all that it reaches by name looks up.
+    """What functions and all that they reach by name look up.
+
+    Args:
+        functions: where to begin.
+        classes: those of the objects that the functions get as arguments. names: looked up in them by others.
 
     Attributes:
         functions, objects: those of a person's own that were reached; what libraries hold does not change.
@@ -45,11 +50,14 @@ class Lookups:
         Unguardable: more than 1000 were reached.
     """
 
-    def __init__(self, function: types.FunctionType) -> None:
+    def __init__(
+        self, functions: Iterable[types.FunctionType], classes: Iterable[type] = (), names: Iterable[str] = ()
+    ) -> None:
         self.functions: dict[int, types.FunctionType] = {}
-        self.objects: dict[int, Any] = {}
-        self._names: set[str] = set()
-        self._reach(function)
+        self.objects: dict[int, Any] = {id(c): c for c in classes}
+        self._names = set(names)
+        for function in functions:
+            self._reach(function)
         before = (0, 0, 0)
         while (now := (len(self.functions), len(self.objects), len(self._names))) != before:
             before = now
@@ -62,8 +70,11 @@ class Lookups:
         """Every lookup, as far as there is something to be found."""
         for function in self.functions.values():
             yield from _reads_of_function(function)
+        named = None if self._names & _DYNAMIC else self._names
         for held in self.objects.values():
-            yield from entries(list(holders(held)), self._names)
+            for read in entries(list(holders(held)), named if isinstance(held, type) else self._names):
+                if read.name in self._names or not read.name.startswith("__"):
+                    yield read
 
     def follows(self, value: Any) -> bool:
         """Whether what the value holds is among the reads."""

@@ -112,9 +112,12 @@ def class_entries(own: type) -> Iterator[Read]:
 def _function_parts(function: types.FunctionType) -> Iterator[tuple[Hashable, Any]]:
     """What a function and all that it reaches look up, each once."""
     yield "code", Held("code", id(function.__code__), function.__code__)
-    if is_library(function.__module__):
-        return
-    reached = Lookups(function)
+    if not is_library(function.__module__):
+        yield from looked_up(Lookups([function]))
+
+
+def looked_up(reached: Lookups) -> Iterator[tuple[Hashable, Any]]:
+    """The code of all functions, and what stands under every name."""
     for called in reached.functions.values():
         yield id(called), Held("code", id(called.__code__), called.__code__)
     for read in reached.reads():
