@@ -400,9 +400,8 @@ class Preparer:
 
     def objective_of(self, loss: losses.Loss) -> Objective:
         """Made once for each loss: the numbers of its guards' states must not come again."""
-        if loss not in self._objectives:
-            self._objectives[loss] = Objective(self.model, loss)
-        return self._objectives[loss]
+        found = self._objectives.get(loss)
+        return found or self._objectives.setdefault(loss, Objective(self.model, loss))
 
     def _make_plan(self, mode: Mode, settings: Settings, rates: Rates, needs: Needs, batch: Mapping[str, Data]) -> Plan:
         x_s, x_q = (structure.tensors(batch.get(name)) for name in ("x_s", "x_q"))

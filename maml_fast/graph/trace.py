@@ -13,6 +13,7 @@ from .decode import decode
 from .graph import Graph, Shape, Untraceable
 from .model import Model
 from .objective import Objective
+from .stand_ins import lock
 from .watch import watching
 
 Traced = tuple[Graph | None, list[str]]
@@ -88,13 +89,14 @@ def _trace(
         if model.guards.refusal:
             raise Untraceable(model.guards.refusal)
         _refuse_backward_hooks(model)
-        with watching(objective.watched(criterion is not None)) as watched:
-            captured = capture(model, samples, in_shape, dtype, x_grad, criterion)
-        for guards in (model.guards, objective.guards):
-            if not guards.hold():
-                guards.put_back()
-                raise Untraceable("forward or loss changes lists or tables that it reads")
-            guards.learn(watched)
+        with lock:  # also afterwards: another thread's stand-ins are no change of state
+            with watching(objective.watched(criterion is not None)) as watched:
+                captured = capture(model, samples, in_shape, dtype, x_grad, criterion)
+            for guards in (model.guards, objective.guards):
+                if not guards.hold():
+                    guards.put_back()
+                    raise Untraceable("forward or loss changes lists or tables that it reads")
+                guards.learn(watched)
         return decode(captured, samples, in_shape), []
     except Untraceable as error:
         return None, [str(error)]
