@@ -8,8 +8,9 @@ namespace py = pybind11;
 
 namespace {
 
-// A dict, list, class or closure cell, and the objects that it must hold. A list or dict is compared whole and in order
-// (an Ellipsis stands for anything); with `some`, only the named entries of a dict (an Ellipsis: there is none).
+// A dict, list, class or closure cell, and the objects that it must hold; or a function, and its code and defaults. A
+// list or dict is compared whole and in order (an Ellipsis stands for anything); with `some`, only the named entries of
+// a dict (an Ellipsis: there is none).
 struct Shelf {
     py::object container;
     py::tuple keys;
@@ -43,9 +44,18 @@ bool holds_items(PyObject* list, PyObject* values) {
     return true;
 }
 
+bool holds_function(PyObject* function, PyObject* values) {
+    PyObject* found[] = {PyFunction_GET_CODE(function), PyFunction_GET_DEFAULTS(function),
+                         PyFunction_GET_KW_DEFAULTS(function)};
+    for (Py_ssize_t i = 0; i < 3; ++i)
+        if ((found[i] ? found[i] : Py_None) != PyTuple_GET_ITEM(values, i)) return false;
+    return true;
+}
+
 bool holds(const Shelf& s) {
     PyObject *c = s.container.ptr(), *keys = s.keys.ptr(), *values = s.values.ptr();
     if (PyList_Check(c)) return holds_items(c, values);
+    if (PyFunction_Check(c)) return holds_function(c, values);
     if (PyCell_Check(c)) return PyCell_GET(c) == PyTuple_GET_ITEM(values, 0);
     if (PyType_Check(c)) return holds_some(reinterpret_cast<PyTypeObject*>(c)->tp_dict, keys, values);
     return s.some ? holds_some(c, keys, values) : holds_all(c, keys, values);
@@ -59,8 +69,9 @@ class Guard {
             PyObject* c = container.ptr();
             bool single = PyCell_Check(c) && values.size() == 1;
             bool keyed = (PyDict_Check(c) || PyType_Check(c)) && keys.size() == values.size();
-            if (!PyList_Check(c) && !single && !keyed)
-                throw py::type_error("guard: expected dicts, lists, classes or cells");
+            bool function = PyFunction_Check(c) && values.size() == 3;
+            if (!PyList_Check(c) && !single && !keyed && !function)
+                throw py::type_error("guard: expected dicts, lists, classes, cells or functions");
             shelves_.push_back({container, keys, values, some});
         }
     }

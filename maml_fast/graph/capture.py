@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .graph import Untraceable
+from .lookups import is_library
 from .losses import Loss
 from .model import Model
 
@@ -58,6 +60,7 @@ class Captured:
         output: what forward returned.
         constants: real tensors that the calls read beside these, by the `id` of their stand-ins.
         y, loss: the stand-in of the targets, and what the loss returned, where it was captured too.
+        of_forward: how many of the calls are forward's; the others are the loss's.
     """
 
     calls: tuple[AtenCall, ...]
@@ -68,6 +71,7 @@ class Captured:
     constants: Mapping[int, Tensor]
     y: Tensor | None = None
     loss: Any = None
+    of_forward: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,9 +112,11 @@ def capture(
     known = (*parameters, *buffers.values(), x, *([] if y is None else [y]))
     recorder, loss = Recorder({id(t) for t in known}, _describe(parameters, buffers, model)), None
     try:
-        with _plain_pytorch(), META, recorder, model.standing_in(model.named(parameters), buffers):
+        standing_in = model.standing_in(model.named(parameters), buffers)
+        with _plain_pytorch(), META, recorder, standing_in, Questions(recorder):
             # in-place operations refuse leaves that require grad, which a person's input is none of
             output = model.module(x.clone() if x_grad else x)
+            of_forward = len(recorder.calls)
             if criterion is not None and y is not None:
                 loss = criterion.loss(output, y)
     except Exception as error:  # whatever forward raises is the reason
@@ -119,7 +125,7 @@ def capture(
         raise recorder.refusal
     if x.requires_grad != x_grad:
         raise Untraceable("forward calls requires_grad_ on its input")
-    return Captured(tuple(recorder.calls), parameters, buffers, x, output, recorder.constants, y, loss)
+    return Captured(tuple(recorder.calls), parameters, buffers, x, output, recorder.constants, y, loss, of_forward)
 
 
 @contextmanager
@@ -180,6 +186,8 @@ class Recorder(TorchDispatchMode):
                 return 1.0
             self.refusal = Untraceable(f"forward reads the value of {self._describe(args[0])} ({name})")
             raise self.refusal
+        if self.refusal is None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            self.refusal = Untraceable("forward sets saved_tensors_hooks, which fused kernels would not call")
         args, kwargs = self._abstract(args), self._abstract(kwargs or {})
         output = func(*args, **kwargs)
         outputs = tuple(output) if isinstance(output, tuple | list) else (output,)
@@ -202,6 +210,30 @@ class Recorder(TorchDispatchMode):
             stand_in = self._stand_ins[id(tensor)] = _stand_in(tensor)
             self.constants[id(stand_in)] = tensor
         return self._stand_ins[id(tensor)]
+
+
+class Questions(TorchFunctionMode):
+    """Refuses code that asks a tensor for what stand-ins answer differently, also where it swallows the exception."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(func.__self__, "__name__", "")
+        asked = name in _ANSWERS and not is_library(sys._getframe(1).f_globals.get("__name__"))
+        if (asked or name in _NUMBERS) and self._recorder.refusal is None:
+            self._recorder.refusal = Untraceable(f"forward asks a tensor for {name}, of which a stand-in has another")
+        return func(*args, **(kwargs or {}))
+
+
+_NUMBERS = frozenset(("tolist", "numpy", "__array__", "data_ptr", "__repr__", "__format__"))
+_ANSWERS = frozenset(
+    ("device", "is_cpu", "is_cuda", "is_meta", "is_leaf", "untyped_storage", "storage", "is_contiguous", "stride",
+     "grad", "grad_fn", "_version", "get_device", "type")
+)  # fmt: skip
 
 
 def _called_by_batch_norm() -> bool:

@@ -58,7 +58,7 @@ def decode(captured: Captured, samples: int, in_shape: Shape) -> Graph:
 class _Decoder:
     def __init__(self, captured: Captured, samples: int, in_shape: Shape) -> None:
         self.captured = captured
-        self.builder = GraphBuilder(samples, in_shape)
+        self.builder = GraphBuilder(samples, in_shape, (*captured.parameters, captured.x)[0].dtype)
         self.bound: dict[int, _Bound] = {}
         self.writes: dict[int, int] = {}
         self.made_by: dict[int, AtenCall] = {}
@@ -68,14 +68,14 @@ class _Decoder:
         for name, b in captured.buffers.items():
             self._bind(b, Constant(name, tuple(b.shape)))
         if captured.y is not None:
-            self._bind(captured.y, Target(tuple(captured.y.shape)))
+            self._bind(captured.y, Target(tuple(captured.y.shape), captured.y.dtype))
 
     def graph(self) -> Graph:
-        for call in self.captured.calls:
+        for call in self.captured.calls[: self.captured.of_forward]:
             self._call(call)
-        self._refuse_tensor_hooks()
         if self.captured.loss is not None:
             return self._graph_with_loss()
+        self._refuse_tensor_hooks()
         value = self._returned()
         return self._graph(value, value.shape, None)
 
@@ -95,15 +95,18 @@ class _Decoder:
         return meaning
 
     def _graph_with_loss(self) -> Graph:
-        loss = self.captured.loss
+        loss, returned = self.captured.loss, None
+        with suppress(Untraceable):
+            returned = self._returned()  # before the loss writes it
+        for call in self.captured.calls[self.captured.of_forward :]:
+            self._call(call)
+        self._refuse_tensor_hooks()
         meaning = self._read(loss) if isinstance(loss, Tensor) else None
         if not isinstance(meaning, Losses) or meaning.shape != ():
             raise Untraceable(f"it is not a factor times one of {', '.join(NAMES)}")
         taken, found = meaning.of, replace(meaning.loss, factors=(meaning.factor,))
-        with suppress(Untraceable):
-            returned = self._returned()
-            if self._elements(returned) == self._elements(taken):
-                return self._graph(returned, returned.shape, found)
+        if returned is not None and self._elements(returned) == self._elements(taken):
+            return self._graph(returned, returned.shape, found)
         return self._graph(taken, None, found)
 
     def _elements(self, value: Value) -> int:

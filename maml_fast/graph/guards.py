@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .lookups import ABSENT, Lookups, Unguardable, is_library, slots, unwrapped
+from .lookups import ABSENT, Lookups, Unguardable, holders, is_library, slots, unwrapped
 from .state import STRUCTURE, Held, class_entries, freeze, looked_up
 from .watch import Watched
 
@@ -41,7 +41,7 @@ class Guards:
 
     def __init__(self, module: nn.Module, called: str = "the model") -> None:
         self._called = called
-        self._modules = list(module.named_modules())
+        self._module = module
         self._read: dict[int, set[str]] = {}
         self._known: dict[Hashable, int] = {}
         self._numbers = itertools.count()
@@ -54,6 +54,8 @@ class Guards:
 
     def refresh(self) -> None:
         """Number the state as it is now."""
+        self._modules = list(_modules_of(self._module))
+        self._owned = {id(m) for m in self._module.modules()}
         picture = self._picture()
         self.moving = picture not in self._known
         if self.moving:
@@ -84,7 +86,9 @@ class Guards:
 
     def _guarded(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
         """The attributes of a module that count: all of a PyTorch layer's, of others those that were read."""
-        read = None if is_library(type(module).__module__) else self._read.get(id(module), set())
+        read: set[str] | None = self._read.get(id(module), set())
+        if is_library(type(module).__module__) or id(module) not in self._owned:
+            read = None
         if self.refusal:
             read = set()
         everything = read is None or "__dict__" in read
@@ -97,6 +101,8 @@ class Guards:
         for name, module in self._modules:
             for attribute, value in self._guarded(module):
                 parts.append((name, attribute, self._frozen(name, attribute, value)))
+            held = [(k, None if b is None else (b.shape, b.dtype)) for k, b in module._buffers.items()]
+            parts.append((name, "buffers", tuple(held)))
         return (*parts, *self._current_code().picture)
 
     def _current_code(self) -> _Code:
@@ -157,6 +163,29 @@ class Guards:
         return _check(merged, slow)
 
 
+def _modules_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Its submodules, and those that its attributes hold in lists and tables, whose attributes are not watched."""
+    seen: set[int] = set()
+    todo: list[tuple[str, nn.Module]] = [*module.named_modules()]
+    while todo:
+        name, found = todo.pop(0)
+        if id(found) not in seen:
+            seen.add(id(found))
+            yield name, found
+            for attribute, value in vars(found).items():
+                if attribute not in STRUCTURE and isinstance(value, list | tuple | dict):
+                    held = _modules_in(value, 3)
+                    todo += [(f"{name}.{attribute}".lstrip("."), inner) for m in held for inner in m.modules()]
+
+
+def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth and isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(part, depth - 1)
+
+
 class _Code:
     """What the functions of a module tree look up, beginning with every forward.
 
@@ -172,7 +201,7 @@ class _Code:
         own = sorted((c for c in classes if not is_library(c.__module__)), key=id)
         reached = Lookups(roots, own, ("forward", "__call__"))
         self._roots = list(map(id, roots))
-        self.picture = tuple((where, name, _frozen(value)) for (where, name), value in _rows(reached))
+        self.picture = tuple((where, name, freeze(value)) for (where, name), value in _rows(reached))
         self.shelves: list[Any] = []
         self.slow: list[tuple[Any, Hashable]] = []
         _shelve_lookups(reached, self.shelves, self.slow, 0)
@@ -257,11 +286,18 @@ def _shelve_lookups(reached: Lookups, shelves: list[Any], slow: list[Any], depth
     for holder, name, value in reached.reads():
         if isinstance(holder, types.CellType):
             shelves.append((holder, (), (value,), False))
-        elif not isinstance(holder, types.FunctionType):
+        elif isinstance(holder, types.FunctionType):
+            looks, attributes = (holder.__code__, holder.__defaults__, holder.__kwdefaults__), vars(holder)
+            shelves.append((holder, (), looks, False))
+            shelves.append((attributes, tuple(attributes), tuple(attributes.values()), False))
+        else:
             shelves.append((holder, (name,), (value,), True))
         for part in unwrapped(value):
             if not reached.follows(part):
                 _shelve(part, shelves, slow, depth + 1)
+    for held in reached.objects.values():  # a name that is missing may be added, and be found before its class's
+        if not isinstance(held, type | types.ModuleType):
+            shelves += [(h, tuple(h), (...,) * len(h), False) for h in holders(held) if isinstance(h, dict)]
 
 
 def _shelve_class(own: type, shelves: list[Any], slow: list[Any]) -> None:
@@ -295,6 +331,9 @@ class _Slow:
             return len(container) == len(values) and all(a is b for a, b in zip(container, values, strict=True))
         if isinstance(container, types.CellType):
             return container.cell_contents is values[0]
+        if isinstance(container, types.FunctionType):
+            found = container.__code__, container.__defaults__, container.__kwdefaults__
+            return all(a is b for a, b in zip(found, values, strict=True))
         held = vars(container) if isinstance(container, type) else container
         if not some and len(held) != len(values):
             return False

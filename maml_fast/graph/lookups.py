@@ -7,17 +7,23 @@ anywhere in the code reached counts.
 
 from __future__ import annotations
 
+import argparse
+import dis
 import functools
+import os
 import sys
 import types
 from collections.abc import Iterable, Iterator, Set
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
+_STANDARD = os.path.dirname(os.__file__)
 _MOST = 1000  # functions and objects that may be reached
-_DYNAMIC = frozenset(("getattr", "vars", "__dict__", "__getattribute__", "eval", "exec"))  # by names not in the code
+_DYNAMIC = frozenset(("getattr", "vars", "__dict__", "__getattribute__", "attrgetter", "methodcaller"))
+# what these read is not in the code
+_BLIND = frozenset(("eval", "exec", "globals", "locals", "__import__", "import_module"))
 
 
 ABSENT = ...
@@ -63,6 +69,8 @@ class Lookups:
             before = now
             for read in list(self.reads()):
                 self._reach(read.value)
+            if self._names & _BLIND:
+                raise Unguardable
             if len(self.functions) + len(self.objects) > _MOST:
                 raise Unguardable
 
@@ -70,10 +78,11 @@ class Lookups:
         """Every lookup, as far as there is something to be found."""
         for function in self.functions.values():
             yield from _reads_of_function(function)
-        named = None if self._names & _DYNAMIC else self._names
+        dynamic = bool(self._names & _DYNAMIC)
         for held in self.objects.values():
-            for read in entries(list(holders(held)), named if isinstance(held, type) else self._names):
-                if read.name in self._names or not read.name.startswith("__"):
+            everything = dynamic or _is_librarys_object(held)  # of which no code that names attributes is walked
+            for read in entries(list(holders(held)), None if everything else self._names | _special(held)):
+                if read.name in self._names or not read.name.startswith("__") or _is_special(read, held):
                     yield read
 
     def follows(self, value: Any) -> bool:
@@ -86,8 +95,27 @@ class Lookups:
                 if id(part) not in self.functions and not is_library(part.__module__):
                     self.functions[id(part)] = part
                     self._names |= _names_in(part.__code__)
+            elif isinstance(part, nn.Module):
+                self.objects |= {id(m): m for m in part.modules()}
             elif any(True for _ in holders(part)):
                 self.objects.setdefault(id(part), part)
+
+
+def _is_librarys_object(held: Any) -> bool:
+    plain = type | types.ModuleType | types.SimpleNamespace | argparse.Namespace  # read by a person's code alone
+    return not isinstance(held, plain) and is_library(type(held).__module__)
+
+
+def _special(held: Any) -> set[str]:
+    """Methods that Python calls by itself, of a person's class; a module's `__init__` has run."""
+    own = held if isinstance(held, type) else type(held)
+    done = ("__init__",) if issubclass(own, nn.Module) else ()
+    found = {n for base in own.__mro__ if not is_library(base.__module__) for n in vars(base)}
+    return {n for n in found if n.startswith("__") and n.endswith("__") and n not in done and n != "__dict__"}
+
+
+def _is_special(read: Read, held: Any) -> bool:
+    return read.name in _special(held) and isinstance(read.value, types.FunctionType)
 
 
 def unwrapped(value: Any) -> Iterator[Any]:
@@ -147,12 +175,24 @@ def entries(where: list[Any], named: Set[str] | None = None) -> Iterator[Read]:
 
 def _reads_of_function(function: types.FunctionType) -> Iterator[Read]:
     yield Read(function, "defaults", (function.__defaults__, function.__kwdefaults__))
+    for name, value in vars(function).items():
+        yield Read(vars(function), name, value)
+    for name in sorted(_imported_in(function.__code__) & sys.modules.keys()):
+        yield Read(sys.modules, name, sys.modules[name])
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # not assigned yet
             yield Read(cell, name, cell.cell_contents)
     held = function.__globals__
     for name in sorted(_names_in(function.__code__) & held.keys()):
         yield Read(held, name, held[name])
+
+
+@functools.lru_cache(maxsize=4096)
+def _imported_in(code: types.CodeType) -> frozenset[str]:
+    """Modules that the code imports when it runs."""
+    inside = [_imported_in(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    own = [i.argval for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME"]
+    return frozenset(own).union(*inside)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -166,7 +206,7 @@ def _names_in(code: types.CodeType) -> frozenset[str]:
 def is_library(module: str | None) -> bool:
     """Whether a class or function belongs to PyTorch, to this package, to Python itself or to an installed package."""
     root = (module or "").split(".")[0]
-    if root in ("torch", "numpy", "maml_fast") or root in sys.stdlib_module_names:
-        return root != "__main__"
     file = getattr(sys.modules.get(root), "__file__", None) or ""
-    return "site-packages" in file or "dist-packages" in file
+    if root in sys.stdlib_module_names:
+        return not file or file.startswith(_STANDARD)  # a person's file may have such a name
+    return root in ("torch", "numpy", "maml_fast") or "site-packages" in file or "dist-packages" in file

@@ -119,5 +119,5 @@ def _is_guarded(function: Any) -> bool:
     if isinstance(function, functools.partial):
         return _is_guarded(function.func)
     if isinstance(function, types.MethodType):
-        return isinstance(function.__self__, nn.Module | type)
+        return isinstance(function.__self__, nn.Module)
     return isinstance(function, nn.Module | types.FunctionType | types.BuiltinFunctionType)

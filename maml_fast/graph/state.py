@@ -6,8 +6,11 @@ hold; anything else by identity.
 
 from __future__ import annotations
 
+import array
 import random
 import types
+import weakref
+from collections import deque
 from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
@@ -67,8 +70,12 @@ def _parts(value: Any) -> Iterator[tuple[Hashable, Any]]:
     """What a container or object holds."""
     if isinstance(value, dict):
         yield from ((_key(k), v) for k, v in value.items())
-    elif isinstance(value, tuple | list):
+    elif isinstance(value, tuple | list | deque | bytearray | array.array):
         yield from enumerate(value)
+    elif isinstance(value, types.MappingProxyType):
+        yield from ((_key(k), v) for k, v in value.items())
+    elif isinstance(value, weakref.ref):
+        yield "referent", value()
     elif isinstance(value, set | frozenset):
         yield from ((_key(v), None) for v in value)
     elif isinstance(value, np.ndarray):
@@ -81,7 +88,7 @@ def _parts(value: Any) -> Iterator[tuple[Hashable, Any]]:
         yield "state", repr(value.bit_generator.state)
     elif isinstance(value, types.MethodType):
         yield "function", value.__func__
-        yield "self", Held("object", id(value.__self__), value.__self__)
+        yield "self", value.__self__
     elif isinstance(value, types.FunctionType):
         yield from _function_parts(value)
     elif (parts := list(unwrapped(value))) != [value]:

@@ -59,6 +59,9 @@ def _common(objective: Objective, batches: Batches, in_shape: Shape, dtype: torc
         return None, ["it goes on computing from the outputs, which are asked for too"]
     if any(_computed(g) != _computed(graphs[0]) for g in graphs):
         return None, ["what forward computes depends on the number of samples"]
+    kinds = {(g.loss.name, g.loss.parameter) for g in graphs if g.loss is not None}
+    if len(kinds) > 1:
+        return None, ["it differs between the numbers of samples"]
     first = next((g for g in graphs if g.loss is not None), graphs[0])
     return replace(first, loss=first.loss and replace(first.loss, factors=tuple(factors))), []
 

@@ -137,6 +137,8 @@ class Plan:
         graph = self.trace[0]
         if graph is None or not self.loss.takes_labels:
             return None
+        if graph.loss is not None:
+            return graph.features(graph.output)
         return next(iter(graph.shapes[graph.output]), None)
 
     @cached_property

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..graph import Untraceable
 from .builder import Emitter, GraphBuilder, Losses, Residual, Target, Value, number, rows
-from .losses import added, powered, residual
+from .losses import added, product, residual
 
 
 def scaled(t: GraphBuilder, x: Any, factor: float = 1.0, shift: float = 0.0) -> Any:
@@ -45,8 +45,8 @@ def _reversed_difference(t: GraphBuilder, a: Any, b: Any, alpha: float = 1.0) ->
 
 
 def _product(t: GraphBuilder, a: Any, b: Any) -> Any:
-    if isinstance(a, Residual) and a == b:
-        return powered(t, a, 2)
+    if isinstance(a, Residual) and isinstance(b, Residual):
+        return product(t, a, b)
     if isinstance(a, int | float):
         a, b = b, a
     return scaled(t, a, number(b, "a product of activations"))

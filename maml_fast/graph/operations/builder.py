@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..graph import Attribute, LossOp, Op, Shape, Untraceable
 
 Emitter = Callable[..., Any]
@@ -62,13 +64,15 @@ class Target:
     """A task's targets, perhaps in another shape with the same elements in the same order."""
 
     shape: Shape
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class Residual:
-    """An activation minus the targets, or the targets minus it."""
+    """sign · (activation − targets)."""
 
     of: Value
+    sign: int
 
 
 @dataclass(frozen=True)
@@ -94,26 +98,36 @@ class Losses:
 
 @dataclass(frozen=True)
 class Nowhere:
-    """A mask that no labels within range set."""
+    """A mask that no labels within range set.
+
+    Attributes:
+        shape: of the mask.
+    """
+
+    shape: Shape
 
 
 @dataclass(frozen=True)
 class Everywhere:
-    """A mask that all labels within range set, one per sample."""
+    """A mask that all labels within range set.
 
-    samples: int
+    Attributes:
+        shape: of the mask.
+    """
+
+    shape: Shape
 
 
 class GraphBuilder:
     """The operations so far; value 0 is the input.
 
     Attributes:
-        samples: the number of samples of the pass that is decoded.
+        samples: the number of samples of the pass that is decoded. dtype: of the parameters.
         ops: the operations, in order. shapes: per-sample shape of each value.
     """
 
-    def __init__(self, samples: int, in_shape: Shape) -> None:
-        self.samples = samples
+    def __init__(self, samples: int, in_shape: Shape, dtype: torch.dtype) -> None:
+        self.samples, self.dtype = samples, dtype
         self.ops: list[Op] = []
         self.shapes: list[Shape] = [in_shape]
         self._makers: dict[int, Op] = {}

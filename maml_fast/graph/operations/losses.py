@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ..graph import LossOp, Untraceable
 from .builder import Emitter, Everywhere, GraphBuilder, LogProbabilities, Losses, Nowhere, Residual, Target, Value
 
@@ -19,7 +21,15 @@ _NONE, _MEAN, _SUM = range(3)  # ATen's reductions
 
 def residual(t: GraphBuilder, a: Any, b: Any) -> Residual:
     """a − b where one is an activation and the other the targets."""
-    return Residual(_compared(t, a, b)[0])
+    return Residual(_compared(t, a, b)[0], -1 if isinstance(a, Target) else 1)
+
+
+def product(t: GraphBuilder, a: Residual, b: Residual) -> Losses:
+    """Of two differences of the same activation and targets: their square, or minus it."""
+    if a.of != b.of:
+        raise Untraceable("a product of activations has no fused kernel")
+    squares = _of_elements(t, a.of, LossOp("mse"))
+    return replace(squares, factor=float(a.sign * b.sign))
 
 
 def powered(t: GraphBuilder, x: Any, exponent: Any) -> Losses:
@@ -31,6 +41,8 @@ def powered(t: GraphBuilder, x: Any, exponent: Any) -> Losses:
 def reduced(x: Losses, dim: Sequence[int] | None, keepdim: bool, summed: bool) -> Losses:
     """The mean or the sum over some or all axes."""
     rank = len(x.shape)
+    if rank == 0:
+        return x
     dims = {d % rank for d in dim} if dim else set(range(rank))
     size = math.prod(x.shape[d] for d in dims)
     shape = tuple(1 if d in dims else n for d, n in enumerate(x.shape) if keepdim or d not in dims)
@@ -58,7 +70,7 @@ def added(a: Losses, b: Losses, alpha: float) -> Losses:
 
 def _sum(t: GraphBuilder, x: Any, dim: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Any:
     if isinstance(x, Everywhere):
-        return x.samples
+        return math.prod(x.shape)
     if isinstance(x, LogProbabilities) and not keepdim and dtype is None and [*(dim or ())] in ([1], [-1]):
         uniform = Losses(LossOp("cross_entropy", 1.0), x.of, (t.samples,))  # every class is as likely
         return replace(uniform, factor=-float(x.of.shape[0]))
@@ -100,7 +112,8 @@ def _log_softmax(t: GraphBuilder, x: Any, dim: int, half_to_float: bool = False)
 
 
 def _nll(t: GraphBuilder, x: Any, y: Any, weight: Any, reduction: int, ignore_index: int) -> tuple[Losses, None]:
-    if not isinstance(x, LogProbabilities) or not isinstance(y, Target) or y.shape != (t.samples,):
+    labels = isinstance(y, Target) and y.shape == (t.samples,) and y.dtype == torch.int64
+    if not isinstance(x, LogProbabilities) or not labels:
         raise Untraceable("nll_loss has a fused kernel only for log_softmax of an activation, and labels (samples,)")
     if weight is not None or ignore_index >= 0:
         raise Untraceable("cross entropy with weights of classes or ignore_index has no fused kernel")
@@ -125,6 +138,8 @@ def _compared(t: GraphBuilder, a: Any, b: Any) -> tuple[Value, Target]:
     z, y = (b, a) if isinstance(a, Target) else (a, b)
     if not isinstance(z, Value) or not isinstance(y, Target):
         raise Untraceable("a loss that does not compare an activation with the targets has no fused kernel")
+    if y.dtype != t.dtype:
+        raise Untraceable(f"a loss of {t.dtype} outputs and {y.dtype} targets has no fused kernel")
     if t.full_shape(z) != y.shape:
         raise Untraceable(
             f"a loss of outputs {t.full_shape(z)} and targets {y.shape}: broadcasting has no fused kernel"
@@ -134,19 +149,19 @@ def _compared(t: GraphBuilder, a: Any, b: Any) -> tuple[Value, Target]:
 
 def _equal(t: GraphBuilder, a: Any, b: Any) -> Nowhere:
     """Which labels are to be ignored: none, where labels below zero are refused."""
-    if isinstance(a, Target) and isinstance(b, int) and b < 0:
-        return Nowhere()
+    if isinstance(a, Target) and a.dtype == torch.int64 and isinstance(b, int) and b < 0:
+        return Nowhere(a.shape)
     raise Untraceable("a comparison has no fused kernel")
 
 
 def _complement(t: GraphBuilder, x: Any) -> Everywhere:
     if isinstance(x, Nowhere):
-        return Everywhere(t.samples)
+        return Everywhere(x.shape)
     raise Untraceable("bitwise_not has no fused kernel")
 
 
 def _masked_fill(t: GraphBuilder, x: Any, mask: Any, value: float) -> Any:
-    if isinstance(mask, Nowhere):
+    if isinstance(mask, Nowhere) and isinstance(x, Losses):
         return x
     raise Untraceable("masked_fill has no fused kernel")
 

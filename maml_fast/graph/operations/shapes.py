@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..graph import Untraceable
@@ -25,7 +26,7 @@ from .builder import (
 def reshaped(t: GraphBuilder, x: Any, size: Sequence[int]) -> Any:
     """The same numbers in row-major order: samples stay samples where the leading size is a multiple of theirs."""
     if isinstance(x, Target):
-        return Target(_without_minus_one(size, math.prod(x.shape)))
+        return replace(x, shape=_without_minus_one(size, math.prod(x.shape)))
     folded, x = isinstance(x, FoldedSamples), rows(x, "reshape")
     size = _without_minus_one(size, math.prod(t.full_shape(x)))
     if not folded and _folds(t, x, size):
