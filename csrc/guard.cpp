@@ -8,9 +8,9 @@ namespace py = pybind11;
 
 namespace {
 
-// A dict, list, class or closure cell, and the objects that it must hold; or a function, and its code and defaults. A
-// list or dict is compared whole and in order (an Ellipsis stands for anything); with `some`, only the named entries of
-// a dict (an Ellipsis: there is none).
+// A dict, list, class or closure cell, and the objects that it must hold; or a function, and its code and defaults; or
+// any other object, and its class. A list or dict is compared whole and in order (an Ellipsis stands for anything);
+// with `some`, only the named entries of a dict (an Ellipsis: there is none).
 struct Shelf {
     py::object container;
     py::tuple keys;
@@ -57,6 +57,8 @@ bool holds(const Shelf& s) {
     if (PyList_Check(c)) return holds_items(c, values);
     if (PyFunction_Check(c)) return holds_function(c, values);
     if (PyCell_Check(c)) return PyCell_GET(c) == PyTuple_GET_ITEM(values, 0);
+    if (!PyDict_Check(c) && !PyType_Check(c))
+        return reinterpret_cast<PyObject*>(Py_TYPE(c)) == PyTuple_GET_ITEM(values, 0);
     if (PyType_Check(c)) return holds_some(reinterpret_cast<PyTypeObject*>(c)->tp_dict, keys, values);
     return s.some ? holds_some(c, keys, values) : holds_all(c, keys, values);
 }
@@ -70,8 +72,9 @@ class Guard {
             bool single = PyCell_Check(c) && values.size() == 1;
             bool keyed = (PyDict_Check(c) || PyType_Check(c)) && keys.size() == values.size();
             bool function = PyFunction_Check(c) && values.size() == 3;
-            if (!PyList_Check(c) && !single && !keyed && !function)
-                throw py::type_error("guard: expected dicts, lists, classes, cells or functions");
+            bool other = keys.empty() && values.size() == 1 && !PyDict_Check(c) && !PyType_Check(c);
+            if (!PyList_Check(c) && !single && !keyed && !function && !other)
+                throw py::type_error("guard: expected dicts, lists, classes, cells, functions or other objects");
             shelves_.push_back({container, keys, values, some});
         }
     }

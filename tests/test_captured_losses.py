@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,8 @@ VALUES: dict[str, LossLike] = {
     "sum-per-sample": lambda z, y: (y - z).square().sum(-1).mean(),
     "product": lambda z, y: ((z - y) * (z - y)).sum() / len(y),
     "sum": lambda z, y: F.mse_loss(z, y, reduction="sum"),
+    "opposite-differences": lambda z, y: -((z - y) * (y - z)).mean(),
+    "scalar-reduced-again": lambda z, y: F.mse_loss(z, y).sum(-1).mean(),
     "in-two-parts": lambda z, y: F.mse_loss(z, y) + 0.5 * ((z - y) ** 2).mean(),
     "l1": lambda z, y: F.l1_loss(z, y),
     "abs": lambda z, y: (z - y).abs().mean(0).sum(),
@@ -74,9 +77,23 @@ DECLINED: dict[str, tuple[LossLike, str]] = {
     "of-a-constant": (lambda z, y: F.mse_loss(z, torch.zeros_like(y)), "zeros_like"),
     "weights": (lambda z, y: (torch.arange(3.0, dtype=z.dtype) * (z - y) ** 2).mean(), ""),
     "detached": (lambda z, y: F.mse_loss(z, y) + F.mse_loss(z.detach(), y), "without its gradient"),
+    "kind-by-samples": (lambda z, y: F.l1_loss(z, y) if len(y) == 5 else F.mse_loss(z, y), "differs between"),
+    "parameter-by-samples": (lambda z, y: F.huber_loss(z, y, delta=0.1 * len(y)), "differs between"),
+    "masked-targets": (lambda z, y: ((z - y) ** 2).masked_fill(y == -1, 0.0).mean(), "comparison"),
+    "other-targets": (lambda z, y: ((z - y.float()) ** 2).mean(), ""),
+    "asked-where-it-is": (lambda z, y: (2 if z.device.type == "cpu" else 1) * F.mse_loss(z, y), "asks a tensor"),
+    "swallowed-read": (lambda z, y: _swallowed(y) * F.mse_loss(z, y), "asks a tensor for numpy"),
     "mixed": (lambda z, y: F.mse_loss(z, y) + F.l1_loss(z, y), "different losses"),
     "wrong-gradient": (lambda z, y: (z - y).detach().square().mean() + 0 * z.sum(), ""),
 }  # fmt: skip
+
+
+def _swallowed(y: Tensor) -> float:
+    try:
+        return float(y.numpy().mean())
+    except Exception:
+        return 1.0
+
 
 NETWORK = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
@@ -244,3 +261,52 @@ def test_targets_of_another_type_are_left_to_pytorch(core: Any) -> None:
     loss: LossLike = lambda z, y: F.mse_loss(z, y.to(z.dtype))  # noqa: E731
     with pytest.raises(RuntimeError, match="_to_copy"):
         made(NETWORK, loss, "cpu")[0].explain(*single)
+
+
+def test_targets_of_whole_numbers_are_left_to_pytorch(core: Any) -> None:
+    x_s, _, x_q, _ = batch()
+    data = x_s, torch.randint(3, (2, 5, 3)), x_q, torch.randint(3, (2, 7, 3))
+    loss: LossLike = lambda z, y: ((z - y) ** 2).mean()  # noqa: E731
+    with pytest.raises(RuntimeError, match="int64 targets"):
+        made(NETWORK, loss, "cpu")[0].explain(*data)
+
+
+def test_outputs_that_a_loss_writes_are_returned_as_they_were(core: Any) -> None:
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        z.mul_(2)
+        return F.mse_loss(z, y)
+
+    data = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outputs = [made(NETWORK, loss, b)[0].backward(*data, outputs=True)[1] for b in ("auto", "reference")]
+    torch.testing.assert_close(*outputs)
+
+
+def test_classes_are_counted_over_flattened_outputs(core: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3))).double()
+    x_s, _, x_q, _ = batch()
+    data = x_s, torch.randint(6, (2, 5)), x_q, torch.randint(6, (2, 7))
+    loss: LossLike = lambda z, y: F.cross_entropy(z.flatten(1), y)  # noqa: E731
+    assert made(model, loss, "auto")[0].explain(*data).startswith("backend: cpu")
+    assert agree(results(model, loss, data, "auto"), results(model, loss, data, "reference"))
+
+
+@dataclass
+class Unhashable:
+    """A loss with an equality of its own."""
+
+    weight: float = 2.0
+
+    def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.weight * F.mse_loss(z, y)
+
+
+@pytest.mark.filterwarnings("ignore:maml_fast falls back")
+def test_losses_need_no_hash(core: Any) -> None:
+    loss, data = Unhashable(), batch()
+    maml = made(NETWORK, loss, "auto")[0]
+    before = maml.meta_loss(*data)
+    loss.weight = 4.0
+    torch.testing.assert_close(maml.meta_loss(*data), made(NETWORK, loss, "reference")[0].meta_loss(*data))
+    assert maml.meta_loss(*data) != before

@@ -6,6 +6,7 @@ import copy
 import functools
 import random
 import warnings
+from collections import UserDict, deque
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -57,6 +58,24 @@ OTHER = ModuleType("other")
 exec("SCALE = 1.0\ndef scaled(h): return h * SCALE", vars(OTHER))
 
 
+class Tabled:
+    """Settings behind square brackets."""
+
+    def __init__(self) -> None:
+        self.held = {"scale": 1.0}
+
+    def __getitem__(self, name: str) -> float:
+        return self.held[name]
+
+
+class Steeper(nn.LeakyReLU):
+    """A layer of another class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+LAYER, USERS, TABLED = nn.LeakyReLU(0.1), UserDict(scale=1.0), Tabled()
 THEIRS = OTHER.scaled
 
 
@@ -98,6 +117,8 @@ class Net(nn.Module):
         self.random, self.generator = random.Random(0), np.random.default_rng(0)
         self.features: Tensor | None = None
         self.scaler, self.slotted = Scaler(), Slotted()
+        self.acts, self.queue = [nn.LeakyReLU(0.1)], deque([1.0])
+        self.register_buffer("late", None)
         self.partial = functools.partial(torch.mul, other=2.0)
         self.partial_of_list = functools.partial(with_default, scale=[1.0])
 
@@ -161,6 +182,10 @@ def in_module(name: str, value: Any) -> Callable[[Net], None]:
 
 def _hook(model: Net) -> None:
     model.a.register_forward_hook(lambda module, args, output: output * 3)
+
+
+def _hook_on(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, args, output: output * 3)
 
 
 def _freeze(model: Net) -> None:
@@ -230,6 +255,18 @@ CHANGED: dict[str, tuple[Callable[[Net, Tensor], Tensor], Callable[[Net], None]]
         lambda m, x: m.partial_of_list(m.hidden(x)),
         lambda m: m.partial_of_list.keywords["scale"].__setitem__(0, 0.5),
     ),
+    "global-layer": (lambda m, x: LAYER(m.a(x)), of(LAYER, "negative_slope")),
+    "layer-in-list": (lambda m, x: m.acts[0](m.a(x)), lambda m: setattr(m.acts[0], "negative_slope", 0.5)),
+    "hook-of-layer-in-list": (lambda m, x: m.acts[0](m.a(x)), lambda m: _hook_on(m.acts[0])),
+    "library-object": (lambda m, x: m.hidden(x) * USERS["scale"], lambda m: USERS.update(scale=0.5)),
+    "buffer-appears": (lambda m, x: m.hidden(x) * (1.0 if m.late is None else 0.5), set_to("late", torch.ones(1))),
+    "dynamic-name": (lambda m, x: m.hidden(x) * getattr(ARGS, "sca" + "le"), of(ARGS, "scale")),
+    "attribute-appears": (lambda m, x: m.hidden(x) * (0.5 if hasattr(CONFIG, "flag") else 1.0), of(CONFIG, "flag")),
+    "subscripted-object": (lambda m, x: m.hidden(x) * TABLED["scale"], lambda m: TABLED.held.update(scale=0.5)),
+    "function-has-attribute": (lambda m, x: m.hidden(x) * by_arguments.scale, of(by_arguments, "scale")),
+    "defaults-replaced": (lambda m, x: with_default(m.hidden(x)), of(with_default, "__defaults__", ([0.5],))),
+    "deque": (lambda m, x: m.hidden(x) * m.queue[0], lambda m: m.queue.__setitem__(0, 0.5)),
+    "class-of-layer": (lambda m, x: m.act(m.a(x)), lambda m: setattr(m.act, "__class__", Steeper)),
     "closure": _closure(),
     "function-attribute": (lambda m, x: m.hidden(x), set_to("function", lambda m, x: torch.sin(m.a(x)))),
     "forward-of-instance": (lambda m, x: m.hidden(x), _new_forward),
@@ -246,6 +283,9 @@ CHANGED: dict[str, tuple[Callable[[Net, Tensor], Tensor], Callable[[Net], None]]
 }  # fmt: skip
 
 
+by_arguments.scale = 1.0  # type: ignore[attr-defined]
+
+
 @pytest.fixture(autouse=True)
 def _as_before() -> Any:
     hidden = Net.hidden
@@ -257,6 +297,10 @@ def _as_before() -> Any:
     for holder in (CONFIG, Smaller):
         if "scale" in vars(holder):
             del holder.scale
+    LAYER.negative_slope, by_arguments.scale = 0.1, 1.0  # type: ignore[attr-defined]
+    USERS["scale"] = TABLED.held["scale"] = 1.0
+    vars(CONFIG).pop("flag", None)
+    with_default.__defaults__ = ([1.0],)
     OTHER.SCALE, OTHER.scaled, with_default.__defaults__[0][0] = 1.0, THEIRS, 1.0
 
 

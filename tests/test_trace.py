@@ -242,7 +242,7 @@ DECLINED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "branch-on-data": (Function(_even), IMAGE, "reads the value of a tensor"),
     "buffer-as-number": (Function(lambda m, x: x * m.mean[0].item()), IMAGE, "reads the value of"),
     "buffer-as-list": (Function(lambda m, x: x * m.mean.tolist()[0]), IMAGE, "asks a tensor for tolist"),
-    "buffer-as-array": (Function(lambda m, x: x * float(m.mean.numpy()[0])), IMAGE, "asks a tensor for tolist"),
+    "buffer-as-array": (Function(lambda m, x: x * float(m.mean.numpy()[0])), IMAGE, "asks a tensor for numpy"),
     "refusal-swallowed": (*_of(_swallowed), "reads the value of"),
     "samples-as-number": (*_of(lambda m, x: linear(m, x) / x.size(0)), "depends on the number of samples"),
     "no-grad": (*_of(_without_gradient), "without its gradient"),

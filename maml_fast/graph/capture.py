@@ -22,7 +22,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .graph import Untraceable
+from .graph import ReadsValues, Untraceable
 from .lookups import is_library
 from .losses import Loss
 from .model import Model
@@ -184,7 +184,9 @@ class Recorder(TorchDispatchMode):
         if name in _READS:
             if _called_by_batch_norm():
                 return 1.0
-            self.refusal = Untraceable(f"forward reads the value of {self._describe(args[0])} ({name})")
+            what = self._describe(args[0])
+            kind = Untraceable if what.startswith("buffer") else ReadsValues
+            self.refusal = kind(f"forward reads the value of {what} ({name})")
             raise self.refusal
         if self.refusal is None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             self.refusal = Untraceable("forward sets saved_tensors_hooks, which fused kernels would not call")
@@ -194,6 +196,10 @@ class Recorder(TorchDispatchMode):
         outputs = tuple(t for t in outputs if isinstance(t, Tensor))
         self.calls.append(AtenCall(name, args, kwargs, outputs, _written(func, args, kwargs), torch.is_grad_enabled()))
         return output
+
+    def is_buffer(self, args: tuple[Any, ...]) -> bool:
+        """Whether the first argument is a buffer of the module."""
+        return self._describe(args[0]).startswith("buffer")
 
     def _abstract(self, value: Any) -> Any:
         """The same arguments with a stand-in for each real tensor."""
@@ -225,7 +231,9 @@ class Questions(TorchFunctionMode):
             name = getattr(func.__self__, "__name__", "")
         asked = name in _ANSWERS and not is_library(sys._getframe(1).f_globals.get("__name__"))
         if (asked or name in _NUMBERS) and self._recorder.refusal is None:
-            self._recorder.refusal = Untraceable(f"forward asks a tensor for {name}, of which a stand-in has another")
+            reads = name in ("tolist", "numpy", "__array__") and not self._recorder.is_buffer(args)
+            kind = ReadsValues if reads else Untraceable
+            self._recorder.refusal = kind(f"forward asks a tensor for {name}, of which a stand-in has another")
         return func(*args, **(kwargs or {}))
 
 

@@ -15,6 +15,10 @@ class Untraceable(Exception):
     """The module does something that cannot be captured or that no fused kernel knows; the message says what."""
 
 
+class ReadsValues(Untraceable):
+    """Forward reads elements that differ between tasks; where it swallows what is raised, nothing else would tell."""
+
+
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "relu": (),
     "leaky_relu": ("negative_slope",),

@@ -103,6 +103,8 @@ class Guards:
                 parts.append((name, attribute, self._frozen(name, attribute, value)))
             held = [(k, None if b is None else (b.shape, b.dtype)) for k, b in module._buffers.items()]
             parts.append((name, "buffers", tuple(held)))
+            parts.append((name, "class", Held("class", id(type(module)), type(module))))
+        parts += [("", name, freeze(hooks)) for name, hooks in _hooks_of_all()]
         return (*parts, *self._current_code().picture)
 
     def _current_code(self) -> _Code:
@@ -151,16 +153,23 @@ class Guards:
         for _, module in self._modules:
             guarded = dict(self._guarded(module))
             attributes = vars(module)
+            shelves.append((module, (), (type(module),), False))
             shelves.append((attributes, tuple(attributes), tuple(guarded.get(n, ...) for n in attributes), False))
             for value in guarded.values():
                 _shelve(value, shelves, slow)
             tables = [d for d in map(attributes.get, _FOLLOWED) if d is not None]  # empty ones may gain something
             shelves += [(d, tuple(d), tuple(d.values()), False) for d in tables]
+        shelves += [(hooks, tuple(hooks), tuple(hooks.values()), False) for _, hooks in _hooks_of_all()]
         if self._code is not None:
             shelves += self._code.shelves
             slow += self._code.slow
         self._shelves = merged = _merged(shelves)
         return _check(merged, slow)
+
+
+def _hooks_of_all() -> list[tuple[str, dict[Any, Any]]]:
+    """The hooks of all modules there are."""
+    return [(n, v) for n, v in vars(nn.modules.module).items() if n.startswith("_global_") and isinstance(v, dict)]
 
 
 def _modules_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -331,6 +340,8 @@ class _Slow:
             return len(container) == len(values) and all(a is b for a, b in zip(container, values, strict=True))
         if isinstance(container, types.CellType):
             return container.cell_contents is values[0]
+        if isinstance(container, nn.Module):
+            return type(container) is values[0]
         if isinstance(container, types.FunctionType):
             found = container.__code__, container.__defaults__, container.__kwdefaults__
             return all(a is b for a, b in zip(found, values, strict=True))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 _STANDARD = os.path.dirname(os.__file__)
 _MOST = 1000  # functions and objects that may be reached
-_DYNAMIC = frozenset(("getattr", "vars", "__dict__", "__getattribute__", "attrgetter", "methodcaller"))
+_DYNAMIC = frozenset(("getattr", "hasattr", "vars", "__dict__", "__getattribute__", "attrgetter", "methodcaller"))
 # what these read is not in the code
 _BLIND = frozenset(("eval", "exec", "globals", "locals", "__import__", "import_module"))
 
@@ -177,8 +177,8 @@ def _reads_of_function(function: types.FunctionType) -> Iterator[Read]:
     yield Read(function, "defaults", (function.__defaults__, function.__kwdefaults__))
     for name, value in vars(function).items():
         yield Read(vars(function), name, value)
-    for name in sorted(_imported_in(function.__code__) & sys.modules.keys()):
-        yield Read(sys.modules, name, sys.modules[name])
+    for name in sorted(_imported_in(function.__code__)):
+        yield Read(sys.modules, name, sys.modules.get(name, ABSENT))
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # not assigned yet
             yield Read(cell, name, cell.cell_contents)

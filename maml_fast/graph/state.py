@@ -112,7 +112,8 @@ def attributes(value: Any) -> Iterator[tuple[Hashable, Any]]:
 def class_entries(own: type) -> Iterator[Read]:
     """Plain values and functions of a person's own classes."""
     for read in entries(list(holders(own))):
-        if not read.name.startswith("__") or read.name == "__call__":
+        called = isinstance(read.value, types.FunctionType) and read.name != "__init__"
+        if not read.name.startswith("__") or called:
             yield read
 
 

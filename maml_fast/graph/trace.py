@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn.modules import module
 
 from .capture import Criterion, capture
 from .decode import decode
-from .graph import Graph, Shape, Untraceable
+from .graph import Graph, ReadsValues, Shape, Untraceable
 from .model import Model
 from .objective import Objective
 from .stand_ins import lock
@@ -102,10 +103,13 @@ def _trace(
                 guards.learn(watched)
         return decode(captured, samples, in_shape), []
     except Untraceable as error:
+        model.reads_values |= isinstance(error, ReadsValues)
         return None, [str(error)]
 
 
 def _refuse_backward_hooks(model: Model) -> None:
+    if module._global_backward_hooks or module._global_backward_pre_hooks:
+        raise Untraceable("all modules have backward hooks, which fused kernels would not call")
     for name, m in model.module.named_modules():
         if m._backward_hooks or m._backward_pre_hooks:
             raise Untraceable(f"layer {name!r} has backward hooks, which fused kernels would not call")
