@@ -186,6 +186,33 @@ def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Ten
 # ---- where second derivatives are taken --------------------------------------------------------
 
 
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Of one sample it is a batch norm.
+
+    PyTorch's second derivative of it is wrong by its own size where the gradient that comes in is channels last, as is
+    that of a convolution with such weights (seen in 2.13).
+    """
+    if use_input_stats and input.shape[0] == 1:
+        return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+    return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _builtin_instance_norm(
+    input: Tensor, weight: Any, bias: Any, mean: Any, var: Any, stats: bool, momentum: float, eps: float, *rest: Any
+) -> Tensor:
+    """For torch.instance_norm."""
+    return _instance_norm(input, mean, var, weight, bias, stats, momentum, eps)
+
+
 def _by_frequency(
     input: Tensor,
     weight: Tensor,
@@ -212,6 +239,8 @@ if hasattr(F, "linear_cross_entropy"):  # since 2.13
     _ALWAYS[F.linear_cross_entropy] = _linear_cross_entropy
 _TWICE: dict[_Function, _Function] = {
     F.embedding: _by_frequency,
+    F.instance_norm: _instance_norm,
+    torch.instance_norm: _builtin_instance_norm,
 }
 _BATCHED: dict[_Function, _Function] = {
     F.batch_norm: _functional(F.batch_norm),

@@ -42,7 +42,8 @@ def _all_reach_inside(n: int, count: int, kernel: int, stride: int, padding: int
 def _pool(t: GraphBuilder, kind: str, x: Value, space: Shape, numbers: dict[str, Any], **windows: Shape) -> Value:
     """A pool over images; over signals where PyTorch made images of one row of them."""
     signal = t.unreshaped(x)
-    if signal is None or (*signal.shape[:1], 1, *signal.shape[1:]) != x.shape:
+    one_row = windows.get("kernel", (1,))[0] == 1 and windows.get("padding", (0,))[0] == 0
+    if signal is None or not one_row or (*signal.shape[:1], 1, *signal.shape[1:]) != x.shape:
         return t.emit(kind, [x], (x.shape[0], *space), **{**windows, **numbers})
     of_signal = {name: sizes[1:] for name, sizes in windows.items()}
     pooled = t.emit(kind, [signal], (x.shape[0], *space[1:]), **{**of_signal, **numbers})
