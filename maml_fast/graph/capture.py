@@ -247,7 +247,7 @@ _ANSWERS = frozenset(
 def _called_by_batch_norm() -> bool:
     """Whether BatchNorm counts its batches (momentum=None): only the running statistics, thrown away, depend on it."""
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+    while frame is not None and frame.f_code.co_filename.startswith((_TORCH, __file__)):
         if frame.f_code is nn.modules.batchnorm._BatchNorm.forward.__code__:
             return True
         frame = frame.f_back

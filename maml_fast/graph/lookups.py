@@ -22,8 +22,10 @@ from torch import Tensor, nn
 _STANDARD = os.path.dirname(os.__file__)
 _MOST = 1000  # functions and objects that may be reached
 _DYNAMIC = frozenset(("getattr", "hasattr", "vars", "__dict__", "__getattribute__", "attrgetter", "methodcaller"))
+# their objects' state is of threads and records, and no number depends on it
+_NO_NUMBERS = frozenset(("threading", "logging", "queue", "multiprocessing", "concurrent", "asyncio"))
 # what these read is not in the code
-_BLIND = frozenset(("eval", "exec", "globals", "locals", "__import__", "import_module"))
+_BLIND = frozenset(("eval", "exec", "globals", "__import__", "import_module"))
 
 
 ABSENT = ...
@@ -67,8 +69,10 @@ class Lookups:
         before = (0, 0, 0)
         while (now := (len(self.functions), len(self.objects), len(self._names))) != before:
             before = now
+            of_libraries = self.holders_of_libraries()  # which hold so much that it is compared, and not followed
             for read in list(self.reads()):
-                self._reach(read.value)
+                if id(read.holder) not in of_libraries:
+                    self._reach(read.value)
             if self._names & _BLIND:
                 raise Unguardable
             if len(self.functions) + len(self.objects) > _MOST:
@@ -84,6 +88,10 @@ class Lookups:
             for read in entries(list(holders(held)), None if everything else self._names | _special(held)):
                 if read.name in self._names or not read.name.startswith("__") or _is_special(read, held):
                     yield read
+
+    def holders_of_libraries(self) -> set[int]:
+        """The ids of the dictionaries in which objects of libraries keep their attributes."""
+        return {id(h) for held in self.objects.values() if _is_librarys_object(held) for h in holders(held)}
 
     def follows(self, value: Any) -> bool:
         """Whether what the value holds is among the reads."""
@@ -103,7 +111,8 @@ class Lookups:
 
 def _is_librarys_object(held: Any) -> bool:
     plain = type | types.ModuleType | types.SimpleNamespace | argparse.Namespace  # read by a person's code alone
-    return not isinstance(held, plain) and is_library(type(held).__module__)
+    module = type(held).__module__
+    return not isinstance(held, plain) and module.split(".")[0] not in _NO_NUMBERS and is_library(module)
 
 
 def _special(held: Any) -> set[str]:

@@ -128,8 +128,19 @@ def looked_up(reached: Lookups) -> Iterator[tuple[Hashable, Any]]:
     """The code of all functions, and what stands under every name."""
     for called in reached.functions.values():
         yield id(called), Held("code", id(called.__code__), called.__code__)
+    of_libraries = reached.holders_of_libraries()
     for read in reached.reads():
-        yield (id(read.holder), read.name), _leaf(read.value, reached)
+        value = _leaf(read.value, reached)
+        yield (id(read.holder), read.name), _as_far(value) if id(read.holder) in of_libraries else value
+
+
+def _as_far(value: Any) -> Any:
+    """What a library's object holds, as far as it can be compared."""
+    try:
+        freeze(value)
+    except Unguardable:
+        return Held("object", id(value), value)
+    return value
 
 
 def _leaf(value: Any, reached: Lookups) -> Any:
