@@ -18,6 +18,7 @@ from ..graph.generators import unused
 from ..graph.leftovers import untouched
 from ..graph.losses import Loss
 from ..graph.objective import Objective, Point
+from ..graph.stand_ins import lock
 from ..graph.structure import Data
 from ..lower.plan import Plan, Result, Tensors
 from .autograd import differentiate
@@ -150,7 +151,7 @@ def _failure(plan: Plan) -> str:
 
 def _failure_on(plan: Plan, device: torch.device) -> str:
     try:
-        with plain(plan.device), untouched(plan.objective.modules), unused(plan.device):
+        with lock, plain(plan.device), untouched(plan.objective.modules), unused(plan.device):
             _rehearse(plan, device)
     except Exception as error:  # whatever the user's code raises is the reason
         return first_line(error)

@@ -48,7 +48,10 @@ class Held:
 
 @contextmanager
 def untouched(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Afterwards all attributes are those of before, whatever forward assigned: for calls that only look."""
+    """Afterwards all attributes are those of before, whatever forward assigned: for calls that only look.
+
+    The caller holds `stand_ins.lock`: what other threads put in for the time being is neither kept nor put back.
+    """
     before = [
         [(t, dict(t)) for t in (m.__dict__, m._parameters, m._buffers, m._modules)] + _containers(m) for m in modules
     ]

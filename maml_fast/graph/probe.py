@@ -16,6 +16,7 @@ from .generators import unused
 from .leftovers import tensors_in, untouched
 from .objective import Objective, Point
 from .sightings import Sightings
+from .stand_ins import lock
 from .structure import Data
 
 
@@ -51,7 +52,7 @@ def probe(objective: Objective, x: Data, y: Data | None = None) -> Probe:
     """
     objective.check_storages()
     device = structure.first(x).device
-    with plain(device), untouched(objective.modules), unused(device):
+    with lock, plain(device), untouched(objective.modules), unused(device):
         at = Point(
             _leaves(objective.model.parameters()),
             _leaves(objective.learned.parameters()),
