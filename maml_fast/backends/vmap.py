@@ -129,8 +129,7 @@ def _apply(plan: Plan, t: Tensors) -> Any:
 
 def _why_not(plan: Plan) -> str:
     """Why torch.func cannot batch the model, its loss or their derivatives; empty where it can."""
-    plan.trace  # noqa: B018  # its capture sees reads whose exceptions forward swallows
-    if plan.model.reads_values:
+    if plan.reads_values:
         return "torch.func.vmap cannot batch the model: forward or loss reads elements that differ between tasks"
     error = _failure(plan)
     if not error:

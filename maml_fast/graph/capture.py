@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +109,7 @@ def capture(
     buffers = {name: _stand_in(b) for name, b in model.module.named_buffers()}
     x = torch.empty((samples, *in_shape), dtype=dtype, device=META, requires_grad=x_grad)
     y = None if criterion is None else torch.empty((samples, *criterion.shape), dtype=criterion.dtype, device=META)
-    known = (*parameters, *buffers.values(), x, *([] if y is None else [y]))
-    recorder, loss = Recorder({id(t) for t in known}, _describe(parameters, buffers, model)), None
+    recorder, loss = Recorder(model.named(parameters), buffers), None
     try:
         standing_in = model.standing_in(model.named(parameters), buffers)
         with _plain_pytorch(), META, recorder, standing_in, Questions(recorder):
@@ -145,13 +144,6 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['(no text)'])[0]}"
 
 
-def _describe(parameters: Sequence[Tensor], buffers: Mapping[str, Tensor], model: Model) -> Callable[[Tensor], str]:
-    """What a person calls a tensor whose value forward reads."""
-    names = {id(t): f"parameter {n!r}" for n, t in zip(model.names, parameters, strict=True)}
-    names |= {id(t): f"buffer {n!r}" for n, t in buffers.items()}
-    return lambda tensor: names.get(id(tensor), "a tensor")
-
-
 _READS = frozenset(("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "_unique2", "unique_dim"))
 
 
@@ -162,14 +154,15 @@ class Recorder(TorchDispatchMode):
         refusal: why the pass cannot be captured, also where forward swallowed the exception.
     """
 
-    def __init__(self, known: set[int], describe: Callable[[Tensor], str]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.calls: list[AtenCall] = []
         self.constants: dict[int, Tensor] = {}
         self.refusal: Untraceable | None = None
         self._stand_ins: dict[int, Tensor] = {}
-        self._known = known
-        self._describe = describe
+        self._buffers = {id(t) for t in buffers.values()}
+        self._names = {id(t): f"parameter {n!r}" for n, t in parameters.items()}
+        self._names |= {id(t): f"buffer {n!r}" for n, t in buffers.items()}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -184,9 +177,8 @@ class Recorder(TorchDispatchMode):
         if name in _READS:
             if _called_by_batch_norm():
                 return 1.0
-            what = self._describe(args[0])
-            kind = Untraceable if what.startswith("buffer") else ReadsValues
-            self.refusal = kind(f"forward reads the value of {what} ({name})")
+            what = self._names.get(id(args[0]), "a tensor")
+            self.refusal = self.read_of(args[0])(f"forward reads the value of {what} ({name})")
             raise self.refusal
         if self.refusal is None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             self.refusal = Untraceable("forward sets saved_tensors_hooks, which fused kernels would not call")
@@ -197,9 +189,9 @@ class Recorder(TorchDispatchMode):
         self.calls.append(AtenCall(name, args, kwargs, outputs, _written(func, args, kwargs), torch.is_grad_enabled()))
         return output
 
-    def is_buffer(self, args: tuple[Any, ...]) -> bool:
-        """Whether the first argument is a buffer of the module."""
-        return self._describe(args[0]).startswith("buffer")
+    def read_of(self, tensor: Tensor) -> type[Untraceable]:
+        """What it is to read the elements of this tensor: those of buffers are the same for all tasks."""
+        return Untraceable if id(tensor) in self._buffers else ReadsValues
 
     def _abstract(self, value: Any) -> Any:
         """The same arguments with a stand-in for each real tensor."""
@@ -230,14 +222,14 @@ class Questions(TorchFunctionMode):
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
         asked = name in _ANSWERS and not is_library(sys._getframe(1).f_globals.get("__name__"))
-        if (asked or name in _NUMBERS) and self._recorder.refusal is None:
-            reads = name in ("tolist", "numpy", "__array__") and not self._recorder.is_buffer(args)
-            kind = ReadsValues if reads else Untraceable
+        if (asked or name in _ELEMENTS or name in _PLACE_AND_TEXT) and self._recorder.refusal is None:
+            kind = self._recorder.read_of(args[0]) if name in _ELEMENTS else Untraceable
             self._recorder.refusal = kind(f"forward asks a tensor for {name}, of which a stand-in has another")
         return func(*args, **(kwargs or {}))
 
 
-_NUMBERS = frozenset(("tolist", "numpy", "__array__", "data_ptr", "__repr__", "__format__"))
+_ELEMENTS = frozenset(("tolist", "numpy", "__array__"))
+_PLACE_AND_TEXT = frozenset(("data_ptr", "__repr__", "__format__"))
 _ANSWERS = frozenset(
     ("device", "is_cpu", "is_cuda", "is_meta", "is_leaf", "untyped_storage", "storage", "is_contiguous", "stride",
      "grad", "grad_fn", "_version", "get_device", "type")

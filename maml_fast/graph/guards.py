@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .leftovers import held_in, refill
 from .lookups import ABSENT, Lookups, Unguardable, holders, is_library, slots, unwrapped
 from .state import STRUCTURE, Held, class_entries, freeze, looked_up
 from .watch import Watched
@@ -142,10 +143,9 @@ class Guards:
         """Undo what was added to lists and tables, or taken from them, since the state was numbered."""
         for holder, names, values, some in self._shelves:
             if isinstance(holder, list):
-                holder[:] = values
+                refill(holder, values)
             elif isinstance(holder, dict) and not some and ... not in values:
-                holder.clear()
-                holder.update(zip(names, values, strict=True))
+                refill(holder, dict(zip(names, values, strict=True)))
 
     def _make_check(self) -> Any:
         shelves: list[tuple[Any, tuple[Any, ...], tuple[Any, ...], bool]] = []
@@ -183,16 +183,8 @@ def _modules_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, found
             for attribute, value in vars(found).items():
                 if attribute not in STRUCTURE and isinstance(value, list | tuple | dict):
-                    held = _modules_in(value, 3)
+                    held = held_in(value, nn.Module)
                     todo += [(f"{name}.{attribute}".lstrip("."), inner) for m in held for inner in m.modules()]
-
-
-def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
-    if isinstance(value, nn.Module):
-        yield value
-    elif depth and isinstance(value, list | tuple | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _modules_in(part, depth - 1)
 
 
 class _Code:
@@ -346,8 +338,6 @@ class _Slow:
             found = container.__code__, container.__defaults__, container.__kwdefaults__
             return all(a is b for a, b in zip(found, values, strict=True))
         held = vars(container) if isinstance(container, type) else container
-        if not some and len(held) != len(values):
-            return False
         if some:
             return all(held.get(k, ABSENT) is v for k, v in zip(keys, values, strict=True))
-        return all(v is ... or held.get(k) is v for k, v in zip(keys, values, strict=True))
+        return len(held) == len(values) and all(v is ... or held.get(k) is v for k, v in zip(keys, values, strict=True))

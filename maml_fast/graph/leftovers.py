@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # hooks, tables, the training flag
-_DEEPEST = 4  # of nested lists and dicts that are searched for tensors
+_DEEPEST = 4  # of nested containers that are searched
+_T = TypeVar("_T")
 
 
 class Held:
@@ -30,10 +32,10 @@ class Held:
         """
         for table, content in self._tables:
             new = {k: v for k, v in table.items() if k not in content and keep_new and _lasts(v)}
-            _refill(table, {**content, **new})
+            refill(table, {**content, **new})
         for container, content in self._containers:
             if _changed(container, content) and (_holds(content) or _passing(container, keep_new)):
-                _refill(container, content)
+                refill(container, content)
         attributes, before = self._attributes, self._before
         for key in [k for k, v in attributes.items() if v is not before.get(k, attributes)]:
             if key not in before:
@@ -60,33 +62,34 @@ def untouched(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module in before:
             for container, content in module:
-                if _changed(container, content):
-                    _refill(container, content)
+                refill(container, content)
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Lists and dicts among the plain attributes, and what they hold."""
+    """Lists, deques and dicts among the plain attributes, and what they hold."""
     return [
         (value, value.copy())
         for key, value in module.__dict__.items()
-        if isinstance(value, list | dict) and key not in _OF_EVERY_MODULE
+        if isinstance(value, list | deque | dict) and key not in _OF_EVERY_MODULE
     ]
 
 
 def _changed(container: Any, content: Any) -> bool:
     if len(container) != len(content):
         return True
-    if isinstance(container, list):
+    if not isinstance(container, dict):
         return any(a is not b for a, b in zip(container, content, strict=True))
     return any(a is not b or container[a] is not content[b] for a, b in zip(container, content, strict=True))
 
 
-def _refill(container: Any, content: Any) -> None:
-    if isinstance(container, list):
-        container[:] = content
-    elif _changed(container, content):
+def refill(container: Any, content: Any) -> None:
+    """Give a list, deque or dict this content, unless it has it."""
+    if _changed(container, content):
         container.clear()
-        container.update(content)
+        if isinstance(container, dict):
+            container.update(content)
+        else:
+            container.extend(content)
 
 
 def _passing(value: Any, keep_new: bool) -> bool:
@@ -103,12 +106,17 @@ def _holds(value: Any) -> bool:
     return any(True for _ in tensors_in(value))
 
 
-def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples and dicts; an RNN also holds weak references to its weights."""
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers."""
+    return held_in(value, Tensor)
+
+
+def held_in(value: Any, kind: type[_T], depth: int = 0) -> Iterator[_T]:
+    """What of one kind nested lists, tuples, deques and dicts hold; an RNN also has weak references to its weights."""
     if isinstance(value, weakref.ref):
         value = value()
-    if isinstance(value, Tensor):
+    if isinstance(value, kind):
         yield value
-    elif isinstance(value, list | tuple | dict) and depth < _DEEPEST:
+    elif isinstance(value, list | tuple | deque | dict) and depth < _DEEPEST:
         for v in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(v, depth + 1)
+            yield from held_in(v, kind, depth + 1)

@@ -73,9 +73,7 @@ class Lookups:
             for read in list(self.reads()):
                 if id(read.holder) not in of_libraries:
                     self._reach(read.value)
-            if self._names & _BLIND:
-                raise Unguardable
-            if len(self.functions) + len(self.objects) > _MOST:
+            if self._names & _BLIND or len(self.functions) + len(self.objects) > _MOST:
                 raise Unguardable
 
     def reads(self) -> Iterator[Read]:
@@ -85,8 +83,9 @@ class Lookups:
         dynamic = bool(self._names & _DYNAMIC)
         for held in self.objects.values():
             everything = dynamic or _is_librarys_object(held)  # of which no code that names attributes is walked
-            for read in entries(list(holders(held)), None if everything else self._names | _special(held)):
-                if read.name in self._names or not read.name.startswith("__") or _is_special(read, held):
+            named = self._names | _special(held)
+            for read in entries(list(holders(held)), None if everything else named):
+                if read.name in named or not read.name.startswith("__"):
                     yield read
 
     def holders_of_libraries(self) -> set[int]:
@@ -119,12 +118,8 @@ def _special(held: Any) -> set[str]:
     """Methods that Python calls by itself, of a person's class; a module's `__init__` has run."""
     own = held if isinstance(held, type) else type(held)
     done = ("__init__",) if issubclass(own, nn.Module) else ()
-    found = {n for base in own.__mro__ if not is_library(base.__module__) for n in vars(base)}
-    return {n for n in found if n.startswith("__") and n.endswith("__") and n not in done and n != "__dict__"}
-
-
-def _is_special(read: Read, held: Any) -> bool:
-    return read.name in _special(held) and isinstance(read.value, types.FunctionType)
+    found = [(n, v) for base in own.__mro__ if not is_library(base.__module__) for n, v in vars(base).items()]
+    return {n for n, v in found if n.startswith("__") and n not in done and isinstance(v, types.FunctionType)}
 
 
 def unwrapped(value: Any) -> Iterator[Any]:

@@ -68,12 +68,10 @@ def _has_identity(value: Any) -> bool:
 
 def _parts(value: Any) -> Iterator[tuple[Hashable, Any]]:
     """What a container or object holds."""
-    if isinstance(value, dict):
+    if isinstance(value, dict | types.MappingProxyType):
         yield from ((_key(k), v) for k, v in value.items())
     elif isinstance(value, tuple | list | deque | bytearray | array.array):
         yield from enumerate(value)
-    elif isinstance(value, types.MappingProxyType):
-        yield from ((_key(k), v) for k, v in value.items())
     elif isinstance(value, weakref.ref):
         yield "referent", value()
     elif isinstance(value, set | frozenset):
@@ -86,9 +84,6 @@ def _parts(value: Any) -> Iterator[tuple[Hashable, Any]]:
         yield "state", repr(value.getstate())
     elif isinstance(value, np.random.Generator):
         yield "state", repr(value.bit_generator.state)
-    elif isinstance(value, types.MethodType):
-        yield "function", value.__func__
-        yield "self", value.__self__
     elif isinstance(value, types.FunctionType):
         yield from _function_parts(value)
     elif (parts := list(unwrapped(value))) != [value]:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import random
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
-from operator import is_
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from .graph import Untraceable
+from .leftovers import untouched
 from .lookups import Unguardable, is_library
 from .stand_ins import lock
 from .state import STRUCTURE, freeze
-
-_LONGEST = 4096  # lists of which the contents are put back
 
 
 @dataclass
@@ -47,14 +43,12 @@ def watching(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Watched]:
     """
     named = list(modules)
     watched = Watched()
-    with lock, _untouched(named, watched), _spied(named, watched):
+    with lock, untouched([m for _, m in named]), _unchanged(named, watched), _spied(named, watched):
         yield watched
 
 
 @contextmanager
-def _untouched(named: list[tuple[str, nn.Module]], watched: Watched) -> Iterator[None]:
-    attributes = [(m, dict(vars(m))) for _, m in named]
-    contents = [(v, copy(v)) for _, before in attributes for n, v in before.items() if _may_change(n, v)]
+def _unchanged(named: list[tuple[str, nn.Module]], watched: Watched) -> Iterator[None]:
     pictures = {id(m): _pictures(m) for _, m in named}
     draws = _generators()
     try:
@@ -66,10 +60,6 @@ def _untouched(named: list[tuple[str, nn.Module]], watched: Watched) -> Iterator
     finally:
         random.setstate(draws[0])
         np.random.set_state(("MT19937", np.frombuffer(draws[1], np.uint32), *draws[2]))  # noqa: NPY002
-        for module, before in attributes:
-            _put_back(module, before)
-        for held, was in contents:
-            _refill(held, was)
 
 
 def _generators() -> tuple[Any, bytes, tuple[Any, ...]]:
@@ -77,34 +67,6 @@ def _generators() -> tuple[Any, bytes, tuple[Any, ...]]:
     # the global one is what forward may draw from
     _, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return random.getstate(), np.asarray(keys).tobytes(), tuple(rest)
-
-
-def _may_change(name: str, value: Any) -> bool:
-    return name not in STRUCTURE and type(value) in (list, dict, deque) and len(value) <= _LONGEST
-
-
-def _refill(held: Any, was: Any) -> None:
-    """Give a list or table back what it held, if that was changed."""
-    if len(held) == len(was) and all(map(is_, held, was)) and (not isinstance(held, dict) or _same_values(held, was)):
-        return
-    held.clear()
-    if isinstance(held, dict):
-        held.update(was)
-    else:
-        held.extend(was)
-
-
-def _same_values(held: dict[Any, Any], was: dict[Any, Any]) -> bool:
-    return all(map(is_, held.values(), was.values()))
-
-
-def _put_back(module: nn.Module, before: dict[str, Any]) -> None:
-    now = vars(module)
-    for name in [n for n in now if n not in before]:
-        del now[name]
-    for name, value in before.items():
-        if now.get(name) is not value:
-            now[name] = value
 
 
 def _pictures(module: nn.Module) -> dict[str, Any]:

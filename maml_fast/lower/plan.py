@@ -111,6 +111,12 @@ class Plan:
             return None, [f"{loss.why_not}: it goes on computing from the outputs, which are asked for too"]
         return graph, reasons
 
+    @property
+    def reads_values(self) -> bool:
+        """Whether forward or loss reads elements that differ between tasks, as far as a capture has found it to."""
+        _ = self.trace
+        return self.model.reads_values
+
     @cached_property
     def loss(self) -> LossOp:
         """The loss that fused kernels compute; where a mode needs none, any."""
