@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from masked import Masked
 from torch import Tensor, nn
 
 import maml_fast as mf
@@ -174,17 +175,6 @@ def test_gradients_added_in_place_are_noticed() -> None:
 
 
 # ---- random numbers ------------------------------------------------------------------------------
-
-
-class Masked(nn.Module):
-    """w · mask: the gradient of the outputs' sum by w is that sum over w."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w * F.dropout(torch.ones_like(x[:, :1]), 0.5, self.training)
 
 
 @pytest.mark.parametrize("backend", ["vmap", "reference"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from masked import Masked
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -341,17 +341,6 @@ def test_changes_between_forward_and_backward(change: str, call: str, backend: s
     else:
         with pytest.raises(RuntimeError, match=r"changed between|modified by an inplace operation"):
             value.backward()
-
-
-class Masked(nn.Module):
-    """w · mask: the gradient of the outputs' sum by w is that sum over w."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w * F.dropout(torch.ones_like(x[:, :1]), 0.5, self.training)
 
 
 @pytest.mark.parametrize("backend", ["vmap", "reference"])

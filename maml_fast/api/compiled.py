@@ -287,16 +287,7 @@ def _meta_loss(
 
 
 @_meta_loss.register_fake
-def _(
-    leaves: list[Tensor],
-    y_s: Tensor,
-    y_q: Tensor,
-    own: Tensor,
-    needs: list[bool],
-    handle: int,
-    state: int,
-    reduction: str,
-) -> list[Tensor]:
+def _(leaves: list[Tensor], y_s: Tensor, y_q: Tensor, own: Tensor, needs: list[bool], *names: Any) -> list[Tensor]:
     _refuse_forward_mode()
     return [leaves[0].new_empty(()), *_fake_gradients(leaves, needs)]
 
