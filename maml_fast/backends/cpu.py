@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..algorithms.goal import Mode
 from ..algorithms.program import Batch, Instruction, Load, RateGradient, StoreParameters, Update
+from ..cached import cached_property
 from ..graph.graph import ACTIVATIONS, Attribute, Graph, Op, Shape
-from ..graph.lazy import cached_property
 from ..graph.losses import NAMES
 from ..lower.fusion import NORMS
 from ..lower.plan import Plan, Result, Tensors

@@ -17,10 +17,10 @@ from ..api.maml import MAML
 from ..backends import dispatch
 from ..backends.agreement import error_over, judge, order_of, roundings, sizes_of
 from ..backends.randomness import states, undisturbed
+from ..cached import cached_property
 from ..graph import structure
 from ..graph.copies import cast, functions_in
 from ..graph.errors import first_line
-from ..graph.lazy import cached_property
 from ..graph.snapshot import common_device, common_dtype
 from ..graph.structure import Data
 from .observe import observe_calls

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..algorithms import maml
 from ..algorithms.goal import Inner, Mode, Needs
 from ..algorithms.program import Program
+from ..cached import cached_property
 from ..graph import structure
 from ..graph.capture import Criterion
 from ..graph.graph import Graph, LossOp
-from ..graph.lazy import cached_property
 from ..graph.model import Model
 from ..graph.objective import Objective
 from ..graph.trace import trace

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ....algorithms.program import Accumulate, Instruction, Program, RateGradient
-from ....graph.lazy import cached_property
+from ....cached import cached_property
 from ....lower.plan import Plan
 from ..kernels import vectors
 from ..kernels.elementwise import multiply
