@@ -26,7 +26,7 @@ from ..kernels.tiles import Product, Tile, candidates
 
 Timer = Callable[[Callable[[], None]], float]
 
-_SOURCES = ("activation.py", "conv.py", "gemm.py", "launch.py", "tiles.py")
+_KERNELS = Path(__file__).parents[1] / "kernels"
 
 
 def wanted(device: torch.device) -> bool:
@@ -114,7 +114,7 @@ def _time(launch: Launch, one: Product, tile: Tile, timer: Timer) -> float:
 def store(device: torch.device) -> Path:
     """The file for this device, in `MAML_FAST_CACHE` or the user's folder for caches."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "maml_fast")
-    source = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SOURCES)).hexdigest()
+    source = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_KERNELS.glob("*.py")))).hexdigest()
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
     folder = Path(os.environ.get("MAML_FAST_CACHE") or default)
     return folder / f"tiles-{gpu}-triton-{triton.__version__}-{source[:12]}.json"
