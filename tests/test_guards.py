@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
+import os
 import random
 import warnings
 from collections import UserDict, deque
@@ -81,6 +83,19 @@ THEIRS = OTHER.scaled
 
 def helper(h: Tensor) -> Tensor:
     return h * SCALE
+
+
+@functools.lru_cache
+def cached() -> float:
+    return SCALE
+
+
+def _clear(model: Net) -> None:
+    globals()["SCALE"] = 0.5
+    cached.cache_clear()
+
+
+IN_CONTEXT = contextvars.ContextVar("scale", default=1.0)
 
 
 def by_arguments(h: Tensor) -> Tensor:
@@ -265,6 +280,7 @@ CHANGED: dict[str, tuple[Callable[[Net, Tensor], Tensor], Callable[[Net], None]]
     "subscripted-object": (lambda m, x: m.hidden(x) * TABLED["scale"], lambda m: TABLED.held.update(scale=0.5)),
     "function-has-attribute": (lambda m, x: m.hidden(x) * by_arguments.scale, of(by_arguments, "scale")),
     "defaults-replaced": (lambda m, x: with_default(m.hidden(x)), of(with_default, "__defaults__", ([0.5],))),
+    "cached-function": (lambda m, x: m.hidden(x) * cached(), _clear),
     "deque": (lambda m, x: m.hidden(x) * m.queue[0], lambda m: m.queue.__setitem__(0, 0.5)),
     "class-of-layer": (lambda m, x: m.act(m.a(x)), lambda m: setattr(m.act, "__class__", Steeper)),
     "closure": _closure(),
@@ -356,6 +372,48 @@ def test_what_only_other_methods_look_up_changes_nothing(core: Any) -> None:
     assert backend_of(maml) == "cpu"
     ARGS.inner.scale = 0.5
     assert call(maml)[0] != before
+
+
+OUTSIDE: dict[str, tuple[Callable[[Net, Tensor], Tensor], Callable[[], Any], str]] = {
+    "environ": (
+        lambda m, x: m.hidden(x) * float(os.environ.get("SCALE", "1")),
+        lambda: os.environ.update(SCALE="0.5"),
+        "names 'environ'",
+    ),
+    "getenv": (
+        lambda m, x: m.hidden(x) * float(os.getenv("SCALE", "1")),
+        lambda: os.environ.update(SCALE="0.5"),
+        "names 'getenv'",
+    ),
+    "context-variable": (lambda m, x: m.hidden(x) * IN_CONTEXT.get(), lambda: IN_CONTEXT.set(0.5), "variable 'scale'"),
+    "default-dtype": (
+        lambda m, x: m.hidden(x) * torch.finfo(torch.get_default_dtype()).bits,
+        lambda: torch.set_default_dtype(torch.float64),
+        "names 'get_default_dtype'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "change", "reason"), OUTSIDE.values(), ids=OUTSIDE)
+def test_what_no_object_holds_is_not_captured(
+    function: Callable[[Net, Tensor], Tensor], change: Callable[[], Any], reason: str, core: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SCALE", "1")
+    maml, reference = (mf.MAML(Net(function), 0.3, backend=b) for b in ("auto", "reference"))
+    reference.load_state_dict(maml.state_dict())
+    before, _ = call(maml)
+    try:
+        change()
+        loss, gradient = call(maml)
+        wanted, exact = call(reference)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        IN_CONTEXT.set(1.0)
+    assert loss != before
+    assert abs(loss - wanted) <= 1e-12 * abs(wanted)
+    assert (gradient - exact).norm() <= 1e-11 * exact.norm()
+    assert reason in maml.explain(*batch())
 
 
 def test_what_forward_does_not_read_changes_nothing(core: Any) -> None:

@@ -114,18 +114,17 @@ class Guards:
         if self._code is None or not self._code.holds(roots):
             try:
                 self._code = _Code(roots, {type(m) for _, m in self._modules})
-            except Unguardable:
-                self.refusal = f"the code of {self._called} looks up too much to be compared at every call"
+            except Unguardable as reason:
+                self.refusal = f"the code of {self._called} {reason} cannot be compared at every call"
                 self._code = _Code([], set())
         return self._code
 
     def _frozen(self, name: str, attribute: str, value: Any) -> Hashable:
         try:
             return freeze(value)
-        except Unguardable:
-            self.refusal = (
-                f"{self._name(name, attribute)}, which forward reads, holds too much to be compared at every call"
-            )
+        except Unguardable as reason:
+            named = self._name(name, attribute)
+            self.refusal = f"{named}, which forward reads, {reason} cannot be compared at every call"
             return Held("object", id(value), value)
 
     def _what_changed(self, picture: Any) -> str:

@@ -8,6 +8,7 @@ anywhere in the code reached counts.
 from __future__ import annotations
 
 import argparse
+import contextvars
 import dis
 import functools
 import os
@@ -20,12 +21,15 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 _STANDARD = os.path.dirname(os.__file__)
+_CACHED = type(functools.lru_cache(len))
 _MOST = 1000  # functions and objects that may be reached
 _DYNAMIC = frozenset(("getattr", "hasattr", "vars", "__dict__", "__getattribute__", "attrgetter", "methodcaller"))
 # their objects' state is of threads and records, and no number depends on it
 _NO_NUMBERS = frozenset(("threading", "logging", "queue", "multiprocessing", "concurrent", "asyncio"))
-# what these read is not in the code
-_BLIND = frozenset(("eval", "exec", "globals", "__import__", "import_module"))
+# what these read is not in the code, or stands outside of every object: in the process, in PyTorch's settings
+_BLIND = frozenset(
+    ("eval", "exec", "globals", "__import__", "import_module", "environ", "environb", "getenv", "get_default_dtype")
+)
 
 
 ABSENT = ...
@@ -55,7 +59,7 @@ class Lookups:
         functions, objects: those of a person's own that were reached; what libraries hold does not change.
 
     Raises:
-        Unguardable: more than 1000 were reached.
+        Unguardable: more than 1000 were reached, or something whose value no object holds.
     """
 
     def __init__(
@@ -73,8 +77,10 @@ class Lookups:
             for read in list(self.reads()):
                 if id(read.holder) not in of_libraries:
                     self._reach(read.value)
-            if self._names & _BLIND or len(self.functions) + len(self.objects) > _MOST:
-                raise Unguardable
+            if blind := sorted(self._names & _BLIND):
+                raise Unguardable(f"names {blind[0]!r}, and what that gives")
+            if len(self.functions) + len(self.objects) > _MOST:
+                raise Unguardable(f"looks up more than {_MOST} objects, which")
 
     def reads(self) -> Iterator[Read]:
         """Every lookup, as far as there is something to be found."""
@@ -98,6 +104,8 @@ class Lookups:
 
     def _reach(self, value: Any) -> None:
         for part in unwrapped(value):
+            if isinstance(part, contextvars.ContextVar):
+                raise Unguardable(f"reads the context variable {part.name!r}, and what that gives")
             if isinstance(part, types.FunctionType):
                 if id(part) not in self.functions and not is_library(part.__module__):
                     self.functions[id(part)] = part
@@ -132,6 +140,8 @@ def unwrapped(value: Any) -> Iterator[Any]:
         yield value.__func__
     elif isinstance(value, functools.cached_property):
         yield value.func
+    elif isinstance(value, _CACHED):
+        yield value.__wrapped__
     elif isinstance(value, functools.partial | functools.partialmethod):
         yield from (value.func, *value.args, value.keywords)
     else:

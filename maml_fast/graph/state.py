@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .lookups import Lookups, Read, Unguardable, entries, holders, is_library, slots, unwrapped
 
 _DEEPEST, _LONGEST = 6, 4096
+_TOO_LONG = f"holds more than {_LONGEST} elements, which"
 
 _VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, np.generic, range)
 
@@ -55,10 +56,10 @@ def freeze(value: Any, depth: int = 0) -> Hashable:
     if isinstance(value, Tensor | nn.Module | type | types.BuiltinFunctionType | types.ModuleType | types.EllipsisType):
         return Held("object", id(value), value)
     if depth > _DEEPEST:
-        raise Unguardable
+        raise Unguardable(f"is nested more than {_DEEPEST} deep, which")
     parts = [(k, freeze(v, depth + 1)) for k, v in _parts(value)]
     if len(parts) > _LONGEST:
-        raise Unguardable
+        raise Unguardable(_TOO_LONG)
     return (Held(type(value).__name__, id(value), value) if _has_identity(value) else type(value), tuple(parts))
 
 
@@ -78,7 +79,7 @@ def _parts(value: Any) -> Iterator[tuple[Hashable, Any]]:
         yield from ((_key(v), None) for v in value)
     elif isinstance(value, np.ndarray):
         if value.size > _LONGEST:
-            raise Unguardable
+            raise Unguardable(_TOO_LONG)
         yield "array", (value.shape, str(value.dtype), value.tobytes())
     elif isinstance(value, random.Random):
         yield "state", repr(value.getstate())

@@ -86,8 +86,9 @@ def _refuse_state(name: str, module: nn.Module, watched: Watched, pictures: dict
     where = f"layer {name!r}" if name else "the model"
     if both := sorted(read & written):
         raise Untraceable(f"forward updates attribute {both[0]!r} of {where}, so that every call differs")
+    after = _pictures(module)
     for attribute, picture in pictures.items():
-        if attribute not in written and freeze(vars(module).get(attribute)) != picture:
+        if attribute not in written and after.get(attribute) != picture:
             raise Untraceable(f"forward changes attribute {attribute!r} of {where}")
 
 
