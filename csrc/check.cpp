@@ -47,6 +47,7 @@ class OpCheck {
 
     void run() const {
         buffers();
+        sample_axes();
         sizes();
         window();
         parameters();
@@ -61,9 +62,34 @@ class OpCheck {
         }
         require_index(where_, "output", op_.out, 1, spec_.features.size());
         require(!made_[op_.out], where_, "its output is written twice");
-        std::size_t inputs = op_.inputs.size();
-        bool counted = op_.kind == OpKind::cat ? inputs > 0 : inputs == (op_.kind == OpKind::add ? 2 : 1);
-        require(counted, where_, "wrong number of inputs");
+        const auto [fewest, most] = inputs();
+        require(op_.inputs.size() >= fewest && op_.inputs.size() <= most, where_, "wrong number of inputs");
+    }
+
+    // The fewest and the most inputs of this kind.
+    std::pair<std::size_t, std::size_t> inputs() const {
+        const OpKind kind = op_.kind;
+        if (kind == OpKind::parameter || kind == OpKind::constant) return {0, 0};
+        if (kind == OpKind::add || kind == OpKind::matmul) return {2, 2};
+        if (kind == OpKind::linear) return {1, 2};
+        if (kind == OpKind::pointwise) return {1, kMostOperands};
+        if (kind == OpKind::cat || kind == OpKind::linear_map) return {1, spec_.features.size()};
+        return {1, 1};
+    }
+
+    // Which buffers lack the sample axis: the output does where all inputs do, or a linear map has summed over it.
+    void sample_axes() const {
+        bool all = true;
+        for (int v : op_.inputs) all = all && spec_.once[v];
+        const bool out = spec_.once[op_.out], mixes = op_.kind == OpKind::pointwise || op_.kind == OpKind::matmul;
+        if (op_.kind == OpKind::linear_map) return;
+        require(out == all, where_, "its output and its inputs disagree about the sample axis");
+        const bool image = op_.kind == OpKind::conv || is_channel_norm(op_.kind);
+        require(!(image && all), where_, "it needs a sample axis");
+        for (std::size_t j = 1; j < op_.inputs.size() && !mixes; ++j) {
+            const bool once = spec_.once[op_.inputs[j]];
+            require(op_.kind == OpKind::linear ? once : once == all, where_, "an input has, or lacks, a sample axis");
+        }
     }
 
     void sizes() const {
@@ -81,16 +107,23 @@ class OpCheck {
 
     void parameters() const {
         bool conv = op_.kind == OpKind::conv, norm = op_.kind == OpKind::layer_norm || is_channel_norm(op_.kind);
-        bool weighted = conv || op_.kind == OpKind::linear;
+        bool weighted = conv || (op_.kind == OpKind::linear && op_.inputs.size() == 1), alone = is_alone();
         for (int p : {op_.w, op_.b}) require_index(where_, "parameter", p, -1, spec_.params.size());
-        require(weighted ? op_.w >= 0 : norm || (op_.w < 0 && op_.b < 0), where_, "wrong number of parameters");
+        bool biased = norm || (op_.kind == OpKind::linear && !weighted && op_.w < 0);
+        require(weighted || alone ? op_.w >= 0 : biased || (op_.w < 0 && op_.b < 0), where_,
+                "wrong number of parameters");
+        require(!alone || op_.b < 0, where_, "wrong number of parameters");
         if (op_.w >= 0) {
             require_equal(quoted(spec_.params[op_.w]), weight_size(), spec_.params[op_.w].size);
             require((spec_.params[op_.w].taps > 0) == conv, where_, "convolutions share no weights with other layers");
         }
         if (op_.b >= 0) {
-            require_equal(quoted(spec_.params[op_.b]), weighted ? op_.out_width : op_.width, spec_.params[op_.b].size);
+            require_equal(quoted(spec_.params[op_.b]), norm ? op_.width : op_.out_width, spec_.params[op_.b].size);
             require(spec_.params[op_.b].taps == 0, where_, "its bias is a convolution's weight");
+        }
+        if (op_.kind == OpKind::constant) {
+            require_index(where_, "constant", op_.c0, 0, spec_.constants.size());
+            return require_equal(spec_.constants[op_.c0].name, out(), spec_.constants[op_.c0].size);
         }
         bool constants = op_.kind == OpKind::running_norm;
         for (int c : {op_.c0, op_.c1}) {
@@ -99,7 +132,10 @@ class OpCheck {
         }
     }
 
+    bool is_alone() const { return op_.kind == OpKind::parameter; }
+
     long weight_size() const {
+        if (is_alone()) return out();
         if (op_.kind == OpKind::linear) return op_.width * op_.out_width;
         if (op_.kind != OpKind::conv) return op_.width;
         const ParamSpec& p = spec_.params[op_.w];
@@ -125,7 +161,23 @@ class OpCheck {
     void shapes() const {
         switch (op_.kind) {
             case OpKind::linear:
+                if (op_.inputs.size() == 2) require_equal(where_ + ", the weight", op_.width * op_.out_width, in(1));
                 return features(op_.rows * op_.width, op_.rows * op_.out_width);
+            case OpKind::parameter:
+            case OpKind::constant:
+                return;
+            case OpKind::pointwise:
+                return pointwise();
+            case OpKind::linear_map:
+                return boxes();
+            case OpKind::matmul:
+                require_equal(where_ + ", the second factor", op_.groups * op_.width * op_.out_width, in(1));
+                return features(op_.groups * op_.rows * op_.width, op_.groups * op_.rows * op_.out_width);
+            case OpKind::softmax:
+            case OpKind::log_softmax:
+                return features(op_.rows * op_.width, op_.rows * op_.width);
+            case OpKind::max:
+                return features(op_.rows * op_.width * op_.out_width, op_.rows * op_.out_width);
             case OpKind::layer_norm:
             case OpKind::transpose:
                 return features(op_.rows * op_.width, op_.rows * op_.width);
@@ -152,6 +204,73 @@ class OpCheck {
                 return images(op_.width == op_.out_width && g_.oh == g_.h + 2 * g_.ph && g_.ow == g_.w + 2 * g_.pw);
             case OpKind::upsample:
                 return images(op_.width == op_.out_width && g_.oh == g_.h * g_.sh && g_.ow == g_.w * g_.sw);
+        }
+    }
+
+    void pointwise() const {
+        const PointwiseSpec& p = op_.pointwise;
+        require(!p.sizes.empty() && p.sizes.size() <= kMostAxes, where_, "too few or too many axes");
+        require(p.strides.size() == op_.inputs.size(), where_, "not one list of strides for each operand");
+        double elements = 1;
+        for (long size : p.sizes) {
+            require(size > 0, where_, "an axis without elements");
+            elements *= double(size);
+        }
+        require(elements == double(out()), where_, "its axes do not make up its output");
+        for (std::size_t j = 0; j < p.strides.size(); ++j) {
+            require(p.strides[j].size() == p.sizes.size(), where_, "not one stride for each axis");
+            inside(p.sizes, p.strides[j], 0, in(j));
+        }
+        const std::size_t n = op_.inputs.size();
+        expression(p.value, 1);
+        expression(p.backward, n);
+        expression(p.tangent, 1);
+        expression(p.backward_tangent, n);
+    }
+
+    // Every step reads what is there: operands, constants, and registers that a step has written.
+    void expression(const ExpressionSpec& e, std::size_t outputs) const {
+        const int first = 2 * int(op_.inputs.size()) + 2, registers = first + int(e.constants.size());
+        require(e.registers >= 0 && e.registers < (1 << 12) && e.constants.size() < (1 << 12), where_,
+                "an expression of too many registers or constants");
+        std::vector<bool> known(std::size_t(registers + e.registers));
+        std::fill_n(known.begin(), registers, true);
+        auto read = [&](int place) {
+            require(place >= 0 && place < int(known.size()) && known[std::size_t(place)], where_,
+                    "a step reads a place that none has written");
+        };
+        for (const Step& step : e.steps) {
+            const std::size_t arity = fields_of(kPrimitives[int(step.primitive)]).size();
+            read(step.a);
+            if (arity > 1) read(step.b);
+            if (arity > 2) read(step.c);
+            require((arity > 1 || step.b == -1) && (arity > 2 || step.c == -1), where_,
+                    "a step has too many arguments");
+            require(step.out >= registers && step.out < int(known.size()), where_, "a step writes no register");
+            known[std::size_t(step.out)] = true;
+        }
+        require(e.outputs.size() == outputs, where_, "an expression has another number of results");
+        for (int place : e.outputs) read(place);
+    }
+
+    // Whether start + Σ i·stride stays within `most` elements.
+    template <class Sizes, class Strides>
+    void inside(const Sizes& sizes, const Strides& strides, long start, long most) const {
+        double low = double(start), high = double(start);
+        for (std::size_t axis = 0; axis < sizes.size(); ++axis) {
+            const double reach = double(strides[axis]) * double(sizes[axis] - 1);
+            (reach < 0 ? low : high) += reach;
+        }
+        require(low >= 0 && high < double(most), where_, "it reaches beyond a buffer");
+    }
+
+    void boxes() const {
+        for (const Box& box : op_.boxes) {
+            require_index(where_, "input of a box", box.input, 0, op_.inputs.size());
+            const std::vector<long> sizes(box.sizes, box.sizes + box.axes);
+            for (long size : sizes) require(size > 0, where_, "a box without elements");
+            inside(sizes, box.in_strides, box.in, in(std::size_t(box.input)));
+            inside(sizes, box.out_strides, box.out, out());
         }
     }
 
@@ -249,6 +368,7 @@ class CodeCheck {
 void check_sizes(const Spec& s) {
     require(s.tasks > 0 && s.samples[0] >= 0 && s.samples[1] >= 0, "sizes", "no tasks or a negative number of samples");
     require(!s.features.empty() && s.slots > 0, "sizes", "no buffers or no slots");
+    require(s.once.size() == s.features.size() && !s.once[0], "sizes", "not every buffer has or lacks a sample axis");
     require(std::size_t(s.slots) <= s.code.size() + 1, "sizes", "more slots than instructions fill");
     double sum = 1;
     for (long features : s.features) {
@@ -301,6 +421,7 @@ void check(const Spec& s) {
     check_convolved(s);
     require_index("output", "buffer", s.out, 1, s.features.size());
     require(made[s.out], "output", "no layer writes it");
+    require(!s.once[s.out], "output", "it has no sample axis");
     for (int batch : s.tapes) require_index("tapes", "batch", batch, 0, 2);
     for (const Instr& in : s.code) require_index("program", "batch", in.batch, 0, 2);
     for (std::size_t i = 0; i < s.code.size(); ++i) CodeCheck(s, i).run();

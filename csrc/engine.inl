@@ -17,12 +17,15 @@
 #include "layers/norm_windows.inl"
 #include "layers/channel_norm.inl"
 #include "layers/channel_norm_tangent.inl"
+#include "layers/boxes.inl"
 #include "layers/conv.inl"
+#include "layers/expression.inl"
 #include "layers/layer_norm.inl"
 #include "layers/linear.inl"
 #include "layers/losses.inl"
 #include "layers/pooling.inl"
 #include "layers/rearrange.inl"
+#include "layers/softmax.inl"
 // clang-format on
 
 // A parameter-sized piece of memory for every task of the block; stride 0 where they share it.
@@ -112,6 +115,11 @@ class Engine {
     }
     S* output(const TapeView& tape, int buffer) const { return ws_ + tape.value[buffer]; }
 
+    // What an operation without a sample axis sees of a tape: one sample.
+    TapeView one_sample(const TapeView& tape) const {
+        return {tape.value, tape.delta, tape.aux1, tape.aux2, tape.loss, tape.batch, 0, 1};
+    }
+
     S* at(long offset) const { return offset < 0 ? nullptr : ws_ + offset; }
 
     // θ_k of a parameter: the caller's own in slot 0 or where it does not adapt.
@@ -140,25 +148,25 @@ class Engine {
     // ---- the network -------------------------------------------------------------------------
 
     void forward(const Instr& in) {
-        const TapeView& tape = view(in.tape);
+        const TapeView tape = view(in.tape), one = one_sample(tape);
         for (int i = 0; i < plan_.n_ops; ++i) {
             if (pairs_with_norm(i)) {
                 ++i;
                 conv_norm_forward(plan_.ops[i - 1], plan_.ops[i], i, in.theta, tape);
             } else {
-                forward_layer(in, tape, i);
+                forward_layer(in, plan_.ops[i].once ? one : tape, i);
             }
         }
     }
 
     void forward_layer(const Instr& in, const TapeView& tape, int i) {
         const Op& op = plan_.ops[i];
-        const S* x = value(tape, op.in[0]);
+        const S* x = op.n_in ? value(tape, op.in[0]) : nullptr;
         S *y = output(tape, op.out), *aux1 = at(tape.aux1[i]), *aux2 = at(tape.aux2[i]);
         long N = samples(tape), size = per_task(tape, op.out);
         switch (op.kind) {
             case OpKind::linear:
-                return linear_values(op, in.theta, in.theta_terms, N, x, y);
+                return linear_values(op, in, tape, x, y);
             case OpKind::activation:
                 return activation_forward<S>(op, B_ * size, x, y, aux1, aux2);
             case OpKind::affine:
@@ -182,6 +190,22 @@ class Engine {
             case OpKind::pad:
             case OpKind::upsample:
                 return linear_map(op, N, x, y);
+            case OpKind::parameter:
+                return spread_parameter(weight(in.theta, op.w), size, y);
+            case OpKind::constant:
+                return spread_parameter({constant(op.c0), 0}, size, y);
+            case OpKind::pointwise:
+                return pointwise_forward(op, tape, y);
+            case OpKind::linear_map:
+                return map_values(op, tape, [&](int j) { return value(tape, op.in[j]); }, y);
+            case OpKind::matmul:
+                return matmul_forward(op, tape, y);
+            case OpKind::softmax:
+            case OpKind::log_softmax:
+                return each_row(
+                    op, tape, [&](long at) { softmax_row(op.kind == OpKind::log_softmax, op.width, x + at, y + at); });
+            case OpKind::max:
+                return max_over(B_ * N * op.rows, op.width, op.out_width, x, y, aux1);
         }
     }
 
@@ -196,18 +220,18 @@ class Engine {
     }
 
     void backward(const Instr& in) {
-        const TapeView& tape = view(in.tape);
+        const TapeView tape = view(in.tape), one = one_sample(tape);
         for (int i = plan_.n_ops - 1; i >= 0; --i) {
             const Op& op = plan_.ops[i];
             if (!op.out_needs_grad) continue;
-            S* dx = input_delta(tape, op, 0, in.inputs);
+            S* dx = op.n_in ? input_delta(tape, op, 0, in.inputs) : nullptr;
             if (dx && i > 0 && pairs_with_norm(i - 1)) {
                 const Op& conv = plan_.ops[i - 1];
                 conv_norm_backward(conv, op, i, in.theta, tape, in.out, tape.batch == 0, dx,
                                    input_delta(tape, conv, 0, in.inputs));
                 --i;
             } else {
-                backward_layer(in, tape, i, dx);
+                backward_layer(in, op.once ? one : tape, i, dx);
             }
         }
     }
@@ -216,11 +240,11 @@ class Engine {
         const Op& op = plan_.ops[i];
         const S* dy = ws_ + tape.delta[op.out];
         long N = samples(tape), size = B_ * per_task(tape, op.out);
-        bool adapted_only = tape.batch == 0, first = op.delta_first[0];
+        bool adapted_only = tape.batch == 0, first = op.n_in && op.delta_first[0];
         auto delta = [&](int j) { return input_delta(tape, op, j, in.inputs); };
         switch (op.kind) {
             case OpKind::linear:
-                return linear_backward(op, in, tape, dy, dx);
+                return linear_backward(op, in, tape, dy, dx, delta);
             case OpKind::activation:
                 if (dx)
                     activation_backward<S>(op, first, size, value(tape, op.out), ws_ + tape.aux1[i], dy, dx,
@@ -250,21 +274,42 @@ class Engine {
             case OpKind::upsample:
                 if (dx) transposed_linear_map(op, first, N, dy, dx);
                 return;
+            case OpKind::parameter:
+                return add_parameter_gradient(gradient(in.out, op.w, adapted_only), op.w_first, size / B_, dy);
+            case OpKind::constant:
+                return;
+            case OpKind::pointwise:
+                return pointwise_backward(op, tape, dy, delta);
+            case OpKind::linear_map:
+                return map_deltas(op, tape, dy, delta);
+            case OpKind::matmul:
+                return matmul_backward(op, tape, dy, delta);
+            case OpKind::softmax:
+            case OpKind::log_softmax:
+                if (dx)
+                    each_row(op, tape, [&](long at) {
+                        softmax_backward_row(op.kind == OpKind::log_softmax, first, op.width, value(tape, op.out) + at,
+                                             dy + at, dx + at);
+                    });
+                return;
+            case OpKind::max:
+                if (dx) max_over_backward(first, B_ * N * op.rows, op.width, op.out_width, ws_ + tape.aux1[i], dy, dx);
+                return;
         }
     }
 
     // ---- Hessian-vector product: the tangent of forward and backward ---------------------------
 
     void hvp(const Instr& in) {
-        const TapeView& tape = view(in.tape);
+        const TapeView tape = view(in.tape), one = one_sample(tape);
         if (!plan_.has_tangent) {
             if (!in.scaled) fill(ws_ + plan_.slots[in.out], B_ * plan_.parameters, S(0));
             return;
         }
         tangents_ = plan_.tangents[in.hvp];
-        for (int i = 0; i < plan_.n_ops; ++i) forward_tangent(in, tape, i);
+        for (int i = 0; i < plan_.n_ops; ++i) forward_tangent(in, plan_.ops[i].once ? one : tape, i);
         loss_tangent(tape);
-        for (int i = plan_.n_ops - 1; i >= 0; --i) backward_tangent(in, tape, i);
+        for (int i = plan_.n_ops - 1; i >= 0; --i) backward_tangent(in, plan_.ops[i].once ? one : tape, i);
         if (!in.inputs) return;
         const S* ex = ws_ + tangents_.delta[0];
         S* dx = static_cast<S*>(call_.dx[0]) + place(tape, plan_.features[0]);
@@ -278,7 +323,7 @@ class Engine {
         const Op& op = plan_.ops[i];
         if (!op.out_has_tangent) return clear_tangent_aux(op, i, tape);
         S* ty = ws_ + tangents_.value[op.out];
-        const S* tx = tangent(op, 0);
+        const S* tx = op.n_in ? tangent(op, 0) : nullptr;
         long N = samples(tape), size = B_ * per_task(tape, op.out);
         switch (op.kind) {
             case OpKind::linear:
@@ -306,6 +351,24 @@ class Engine {
             case OpKind::pad:
             case OpKind::upsample:
                 return linear_map(op, N, tx, ty);
+            case OpKind::parameter:
+                return spread_parameter(direction(in.vector, op.w), size / B_, ty);
+            case OpKind::constant:
+                return;
+            case OpKind::pointwise:
+                return pointwise_tangent(op, tape, ty);
+            case OpKind::linear_map:
+                return map_values(op, tape, [&](int j) { return tangent(op, j); }, ty);
+            case OpKind::matmul:
+                return matmul_tangent(op, tape, ty);
+            case OpKind::softmax:
+            case OpKind::log_softmax:
+                return each_row(op, tape, [&](long at) {
+                    softmax_tangent_row(op.kind == OpKind::log_softmax, op.width, value(tape, op.out) + at, tx + at,
+                                        ty + at);
+                });
+            case OpKind::max:
+                return max_over_tangent(B_ * N * op.rows, op.width, op.out_width, ws_ + tape.aux1[i], tx, ty);
         }
     }
 
@@ -328,14 +391,15 @@ class Engine {
     void backward_tangent(const Instr& in, const TapeView& tape, int i) {
         const Op& op = plan_.ops[i];
         if (!op.out_needs_grad) return;
-        const S *dy = ws_ + tape.delta[op.out], *ey = ws_ + tangents_.delta[op.out], *tx = tangent(op, 0);
-        S* ex = input_tangent_delta(tape, op, 0, in.inputs);
+        const S *dy = ws_ + tape.delta[op.out], *ey = ws_ + tangents_.delta[op.out],
+                *tx = op.n_in ? tangent(op, 0) : nullptr;
+        S* ex = op.n_in ? input_tangent_delta(tape, op, 0, in.inputs) : nullptr;
         long N = samples(tape), size = B_ * per_task(tape, op.out);
-        bool first = op.delta_first[0];
+        bool first = op.n_in && op.delta_first[0];
         auto delta = [&](int j) { return input_tangent_delta(tape, op, j, in.inputs); };
         switch (op.kind) {
             case OpKind::linear:
-                return linear_backward_tangent(op, in, tape, tx, dy, ey, ex);
+                return linear_backward_tangent(op, in, tape, tx, dy, ey, ex, delta);
             case OpKind::activation:
                 if (ex) activation_backward_tangent<S>(first, size, ws_ + tape.aux1[i], at(tape.aux2[i]), tx, ey, ex);
                 return;
@@ -363,6 +427,28 @@ class Engine {
             case OpKind::upsample:
                 if (ex) transposed_linear_map(op, first, N, ey, ex);
                 return;
+            case OpKind::parameter:
+                return add_parameter_gradient(gradient(in.out, op.w, false), op.w_first, size / B_, ey);
+            case OpKind::constant:
+                return;
+            case OpKind::pointwise:
+                return pointwise_backward_tangent(op, tape, dy, ey, delta);
+            case OpKind::linear_map:
+                return map_deltas(op, tape, ey, delta);
+            case OpKind::matmul:
+                return matmul_backward_tangent(op, tape, dy, ey, delta);
+            case OpKind::softmax:
+            case OpKind::log_softmax:
+                if (ex)
+                    each_row(op, tape, [&](long at) {
+                        const S* ty = op.out_has_tangent ? ws_ + tangents_.value[op.out] + at : nullptr;
+                        softmax_backward_tangent_row(op.kind == OpKind::log_softmax, first, op.width,
+                                                     value(tape, op.out) + at, ty, dy + at, ey + at, ex + at);
+                    });
+                return;
+            case OpKind::max:
+                if (ex) max_over_backward(first, B_ * N * op.rows, op.width, op.out_width, ws_ + tape.aux1[i], ey, ex);
+                return;
         }
     }
 
@@ -377,6 +463,7 @@ class Engine {
 #include "engine/convolutions.inl"
 #include "engine/norms.inl"
 #include "engine/layer_norms.inl"
+#include "engine/families.inl"
 #include "engine/linear_maps.inl"
 #include "engine/sums.inl"
 #include "engine/losses.inl"
@@ -396,7 +483,7 @@ class Engine {
 template <class S>
 void pack_op(const PlanView& plan, const Call& call, int index, S* arena) {
     const Op& op = plan.ops[index];
-    if (op.kind != OpKind::linear && op.kind != OpKind::conv) return;
+    if ((op.kind != OpKind::linear && op.kind != OpKind::conv) || op.w < 0) return;
     const S* w = static_cast<const S*>(call.params[op.w]);
     if (op.kind == OpKind::linear) {
         if (op.pack_forward >= 0) pack_transposed(op.width, op.out_width, w, arena + op.pack_forward);

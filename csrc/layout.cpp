@@ -20,7 +20,10 @@ bool is_plain(OpKind kind) {
 }
 
 // Whether an operation treats every sample by itself, and its parameters' gradients are products that add up.
-bool goes_by_sample(const Op& op) { return is_plain(op.kind) || (op.kind == OpKind::linear && !op.low_rank); }
+bool goes_by_sample(const Op& op) {
+    bool own_weight = op.kind == OpKind::linear && !op.low_rank && op.n_in == 1;
+    return !op.once && (is_plain(op.kind) || own_weight);
+}
 
 }  // namespace
 
@@ -42,7 +45,8 @@ void Layout::add_op(const OpSpec& s) {
     op.f0 = s.f0;
     op.f1 = s.f1;
     op.window = s.window;
-    op.packs = std::none_of(ops_.begin(), ops_.end(), [&](const Op& o) { return o.w == s.w; });
+    op.once = is_once(s) && std::all_of(s.inputs.begin(), s.inputs.end(), [&](int v) { return spec_.once[v]; });
+    op.packs = s.w >= 0 && std::none_of(ops_.begin(), ops_.end(), [&](const Op& o) { return o.w == s.w; });
     if (op.kind == OpKind::conv) {
         convolutions_.push_back(std::make_unique<ConvolutionTables>(op.window, s.width, s.out_width, s.groups));
         op.conv = &convolutions_.back()->view();
@@ -66,6 +70,7 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
 
     find_flags();
     find_pairs();
+    add_families();
     place_panels();
     view_.blocks = blocks();
     long lockstep = tiled() ? 1 : std::min((spec_.tasks + view_.blocks - 1) / view_.blocks, kLockstep);
@@ -102,6 +107,7 @@ void Layout::fill_view() {
     view_.ops = ops_.data();
     view_.n_ops = int(ops_.size());
     view_.features = spec_.features.data();
+    view_.once = once_.get();
     view_.out = spec_.out;
     view_.params = params_.data();
     view_.n_params = int(params_.size());
@@ -119,6 +125,7 @@ double Layout::work() const {
     double sample = 0, passes = 0;
     for (const Op& op : ops_) {
         if (op.kind == OpKind::linear) sample += double(op.rows * op.width * op.out_width);
+        if (op.kind == OpKind::matmul) sample += double(op.groups * op.rows * op.width * op.out_width);
         if (op.kind == OpKind::conv) sample += double(op.window.oh * op.window.ow) * double(spec_.params[op.w].size);
     }
     for (const Instr& in : spec_.code) {
@@ -147,7 +154,7 @@ void Layout::find_low_rank() {
     long steps =
         std::count_if(spec_.code.begin(), spec_.code.end(), [](const Instr& i) { return i.code == Code::update; });
     for (Op& op : ops_) {
-        if (op.kind != OpKind::linear) continue;
+        if (op.kind != OpKind::linear || op.w < 0 || op.once) continue;
         const ParamSpec& p = spec_.params[op.w];
         long uses = std::count_if(ops_.begin(), ops_.end(), [&](const Op& o) { return o.w == op.w || o.b == op.w; });
         if (!p.adapts || !p.active || p.elementwise || uses > 1) continue;
@@ -264,7 +271,7 @@ bool Layout::read_by_hvp(int buffer, bool delta) const {
     bool last = buffer == spec_.out && !delta;  // the loss reads it
     return last || std::any_of(ops_.begin(), ops_.end(), [&](const Op& op) {
                bool takes = std::count(op.in, op.in + op.n_in, buffer) > 0, gives = op.out == buffer;
-               if (op.kind == OpKind::linear) return delta ? gives : takes;
+               if (op.kind == OpKind::linear && op.n_in == 1) return delta ? gives : takes;
                return !is_plain(op.kind) && (takes || gives);
            });
 }
@@ -393,6 +400,22 @@ void Layout::find_dependence(std::vector<bool>& has_tangent, std::vector<bool>& 
             needs_grad[op.out] = needs_grad[op.out] || needs_grad[op.in[j]];
         }
     }
+}
+
+// What operations of families point to; of pointwise ones only the steps that the wanted deltas need.
+void Layout::add_families() {
+    for (std::size_t i = 0; i < ops_.size(); ++i) {
+        const OpSpec& s = spec_.ops[i];
+        if (s.kind == OpKind::pointwise) {
+            pointwise_.push_back(std::make_unique<PointwiseTables>(s, spec_.features, ops_[i].needs_grad));
+            ops_[i].pointwise = &pointwise_.back()->view();
+        } else if (s.kind == OpKind::linear_map) {
+            maps_.push_back(std::make_unique<LinearMapTables>(s, spec_.features));
+            ops_[i].map = &maps_.back()->view();
+        }
+    }
+    once_ = std::make_unique<bool[]>(spec_.once.size());
+    std::copy(spec_.once.begin(), spec_.once.end(), once_.get());
 }
 
 // Convolutions whose norm follows at once: the two work through the samples together, while they are in cache.

@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "family_tables.h"
 #include "spec.h"
 
 namespace maml_fast {
@@ -55,6 +56,10 @@ class Layout {
     void find_flags();
     void find_dependence(std::vector<bool>& has_tangent, std::vector<bool>& needs_grad) const;
     void find_pairs();
+    void add_families();
+    bool is_once(const OpSpec& op) const { return spec_.once[std::size_t(op.out)]; }
+    // Samples that a buffer holds of n.
+    long count(std::size_t buffer, long n) const { return spec_.once[buffer] ? 1 : n; }
     void place_panels();
     void place_buffers(long lockstep);
     void place_tape(int index, long lockstep);
@@ -75,6 +80,7 @@ class Layout {
     long scratch_size(long lockstep) const;
     long norm_scratch_size() const;
     long gemm_scratch_size() const;
+    long blocks_scratch_size() const;
 
     Spec spec_;
     Machine machine_;
@@ -84,6 +90,9 @@ class Layout {
     std::vector<std::unique_ptr<bool[]>> flags_;
     std::vector<Param> params_;
     std::vector<std::unique_ptr<ConvolutionTables>> convolutions_;
+    std::vector<std::unique_ptr<PointwiseTables>> pointwise_;
+    std::vector<std::unique_ptr<LinearMapTables>> maps_;
+    std::unique_ptr<bool[]> once_;
     std::vector<Terms> terms_;
     std::vector<TangentView> tangents_;
     int hvps_ = 0;

@@ -50,6 +50,39 @@ Window parse_window(const py::dict& d) {
     return w;
 }
 
+ExpressionSpec parse_expression(const py::dict& d) {
+    ExpressionSpec e;
+    e.constants = get<std::vector<double>>(d, "constants");
+    e.registers = get<int>(d, "registers");
+    e.outputs = get<std::vector<int>>(d, "outputs");
+    for (const auto& [name, out, a, b, c] : get<std::vector<std::tuple<std::string, int, int, int, int>>>(d, "steps"))
+        e.steps.push_back({primitive(name), out, a, b, c});
+    return e;
+}
+
+PointwiseSpec parse_pointwise(const py::dict& d) {
+    return {get<std::vector<long>>(d, "sizes"), get<std::vector<std::vector<long>>>(d, "strides"),
+            parse_expression(d["value"]),       parse_expression(d["backward"]),
+            parse_expression(d["tangent"]),     parse_expression(d["backward_tangent"])};
+}
+
+Box parse_box(const py::dict& d) {
+    Box box{};
+    box.input = get<int>(d, "input");
+    box.factor = get<double>(d, "factor");
+    box.in = get<long>(d, "in");
+    box.out = get<long>(d, "out");
+    const auto sizes = get<std::vector<long>>(d, "sizes"), in = get<std::vector<long>>(d, "in_strides"),
+               out = get<std::vector<long>>(d, "out_strides");
+    if (sizes.size() > kMostAxes || in.size() != sizes.size() || out.size() != sizes.size())
+        throw py::value_error("plan: a box has more than " + std::to_string(kMostAxes) + " axes or unequal ones");
+    box.axes = int(sizes.size());
+    std::copy(sizes.begin(), sizes.end(), box.sizes);
+    std::copy(in.begin(), in.end(), box.in_strides);
+    std::copy(out.begin(), out.end(), box.out_strides);
+    return box;
+}
+
 OpSpec parse_op(const py::dict& d) {
     OpSpec op;
     op.kind = op_kind(text(d, "kind"));
@@ -67,6 +100,10 @@ OpSpec parse_op(const py::dict& d) {
     op.f0 = get<double>(d, "f0");
     op.f1 = get<double>(d, "f1");
     if (d.contains("window")) op.window = parse_window(d["window"]);
+    if (d.contains("pointwise")) op.pointwise = parse_pointwise(d["pointwise"]);
+    if (d.contains("boxes"))
+        for (auto box : d["boxes"]) op.boxes.push_back(parse_box(box.cast<py::dict>()));
+    if (d.contains("mean")) op.mean = get<bool>(d, "mean");
     return op;
 }
 
@@ -121,6 +158,7 @@ Spec parse(const py::dict& d) {
     Spec s;
     s.ops = parse_list(d, "ops", parse_op);
     s.features = get<std::vector<long>>(d, "features");
+    s.once = get<std::vector<bool>>(d, "once");
     s.out = get<int>(d, "out");
     s.params = parse_list(d, "params", parse_param);
     s.constants = parse_read(d["constants"]);
@@ -288,6 +326,7 @@ PYBIND11_MODULE(_core, m) {
     find_torch();
     m.attr("OP_KINDS") = table(kOpKinds);
     m.attr("ACTIVATIONS") = table(kActivations);
+    m.attr("PRIMITIVES") = table(kPrimitives);
     m.attr("LOSSES") = table(kLosses);
     m.attr("INSTRUCTIONS") = table(kInstructions);
     m.attr("MOST_THREADS") = kMostThreads;

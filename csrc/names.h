@@ -18,7 +18,15 @@
     X(avg_pool)               \
     X(transpose)              \
     X(pad)                    \
-    X(upsample)
+    X(upsample)               \
+    X(parameter)              \
+    X(constant)               \
+    X(pointwise)              \
+    X(linear_map)             \
+    X(matmul)                 \
+    X(softmax)                \
+    X(log_softmax)            \
+    X(max)
 
 // Activations and their attributes, in the order of an operation's f0, f1.
 #define MAML_FAST_ACTIVATIONS(X)  \
@@ -35,6 +43,37 @@
     X(clamp, low, high)           \
     X(hardswish)                  \
     X(mish)
+
+// Primitives of expressions and their arguments.
+#define MAML_FAST_PRIMITIVES(X) \
+    X(add, a, b)                \
+    X(sub, a, b)                \
+    X(mul, a, b)                \
+    X(div, a, b)                \
+    X(neg, a)                   \
+    X(abs, a)                   \
+    X(sign, a)                  \
+    X(exp, a)                   \
+    X(expm1, a)                 \
+    X(log, a)                   \
+    X(log1p, a)                 \
+    X(sqrt, a)                  \
+    X(sin, a)                   \
+    X(cos, a)                   \
+    X(tanh, a)                  \
+    X(sigmoid, a)               \
+    X(erf, a)                   \
+    X(pow, a, b)                \
+    X(floor, a)                 \
+    X(ceil, a)                  \
+    X(round, a)                 \
+    X(trunc, a)                 \
+    X(minimum, a, b)            \
+    X(maximum, a, b)            \
+    X(lt, a, b)                 \
+    X(le, a, b)                 \
+    X(eq, a, b)                 \
+    X(where, a, b, c)
 
 #define MAML_FAST_LOSSES(X) \
     X(mse)                  \
@@ -65,6 +104,7 @@ namespace maml_fast {
 #define MAML_FAST_ENUMERATOR(name, ...) name,
 enum class OpKind : int { MAML_FAST_OP_KINDS(MAML_FAST_ENUMERATOR) };
 enum class Act : int { MAML_FAST_ACTIVATIONS(MAML_FAST_ENUMERATOR) };
+enum class Primitive : int { MAML_FAST_PRIMITIVES(MAML_FAST_ENUMERATOR) };
 enum class LossKind : int { MAML_FAST_LOSSES(MAML_FAST_ENUMERATOR) };
 enum class Code : int { MAML_FAST_INSTRUCTIONS(MAML_FAST_ENUMERATOR) };
 #undef MAML_FAST_ENUMERATOR

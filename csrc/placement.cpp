@@ -29,6 +29,7 @@ void Layout::place_panels() {
     bool backward = spec_.reverse || spec_.samples[0] > 0;
     for (Op& op : ops_) {
         op.pack_forward = op.pack_backward = op.own_panels = -1;
+        if (op.w < 0) continue;
         if (op.kind == OpKind::linear) {
             if (!is_thin(op)) op.pack_forward = packed(packed_size(op.width, op.out_width, machine_.lanes));
             if (backward) op.pack_backward = packed(packed_size(op.out_width, op.width, machine_.lanes));
@@ -79,12 +80,24 @@ long Layout::norm_scratch_size() const {
 long Layout::gemm_scratch_size() const {
     long size = 0;
     for (const Op& op : ops_) {
+        if (op.kind == OpKind::matmul) size = std::max(size, matmul_scratch(op, machine_.lanes, machine_.gemm_depth));
         if (op.kind != OpKind::linear) continue;
         long transposed = 2 * op.width > machine_.lanes ? 0 : op.width * op.out_width;
         long panels = kProducts * kPanels * machine_.gemm_depth * 2 * machine_.lanes;
         size = std::max(size, transposed + panels);
     }
     return size;
+}
+
+long Layout::blocks_scratch_size() const {
+    long places = 0;
+    for (const Op& op : ops_) {
+        if (op.kind != OpKind::pointwise) continue;
+        for (const Expression* e :
+             {&op.pointwise->value, &op.pointwise->backward, &op.pointwise->tangent, &op.pointwise->backward_tangent})
+            places = std::max(places, long(e->places));
+    }
+    return places * kPointwiseBlock;
 }
 
 long* Layout::table(std::size_t n) { return tables_.emplace_back(n, -1).data(); }
@@ -102,16 +115,17 @@ void Layout::place_tangents(long lockstep) {
         long *value = table(buffers), *delta = table(buffers), *aux1 = table(ops_.size()), *aux2 = table(ops_.size());
         for (std::size_t v = 0; v < buffers; ++v) {
             bool reuse = h > 0 && !lives_on[v];
-            long size = lockstep * n * spec_.features[v];
+            long size = lockstep * count(v, n) * spec_.features[v];
             if (v > 0) value[v] = reuse ? tangents_[0].value[v] : take(size);
             if (v > 0 || spec_.input_gradients) delta[v] = reuse ? tangents_[0].delta[v] : take(size);
         }
         for (std::size_t i = 0; i < ops_.size(); ++i) {
             const Op& op = ops_[i];
             bool normed = op.kind == OpKind::layer_norm || is_pooled(op);
-            if (normed) aux1[i] = h > 0 ? tangents_[0].aux1[i] : take(lockstep * n * spec_.features[op.out]);
+            const long held = count(std::size_t(op.out), n);
+            if (normed) aux1[i] = h > 0 ? tangents_[0].aux1[i] : take(lockstep * held * spec_.features[op.out]);
             if (op.kind == OpKind::layer_norm || is_channel_norm(op.kind))
-                aux2[i] = h > 0 ? tangents_[0].aux2[i] : take(lockstep * statistics(op, n));
+                aux2[i] = h > 0 ? tangents_[0].aux2[i] : take(lockstep * statistics(op, held));
         }
         tangents_.push_back({value, delta, aux1, aux2});
     }
@@ -144,16 +158,17 @@ Layout::TapePlaces Layout::places_of_tape(int index, long lockstep) {
     t.batch = spec_.tapes[index];
     t.lasts = reread_[index] != Reread::nothing;
     find_lasting(index, t.value_lasts, t.delta_lasts);
-    auto place = [&](bool lasts, long& passing, long features) {
-        if (lasts) return take(lockstep * spec_.samples[t.batch] * features);
-        if (passing < 0) passing = take(lockstep * std::max(longest_tile(0), longest_tile(1)) * features);
+    auto place = [&](bool lasts, long& passing, std::size_t v) {
+        if (lasts) return take(lockstep * count(v, spec_.samples[t.batch]) * spec_.features[v]);
+        const long longest = std::max(longest_tile(0), longest_tile(1));
+        if (passing < 0) passing = take(lockstep * count(v, longest) * spec_.features[v]);
         return passing;
     };
     t.value.assign(buffers, -1);
     t.delta.assign(buffers, -1);
     for (std::size_t v = 1; v < buffers; ++v) {
-        t.value[v] = place(t.value_lasts[v], passing_values_[v], spec_.features[v]);
-        t.delta[v] = place(t.delta_lasts[v], passing_deltas_[v], spec_.features[v]);
+        t.value[v] = place(t.value_lasts[v], passing_values_[v], v);
+        t.delta[v] = place(t.delta_lasts[v], passing_deltas_[v], v);
     }
     const long n = t.lasts ? spec_.samples[t.batch] : longest_tile(t.batch);
     place_auxiliaries(t, lockstep, n);
@@ -167,13 +182,16 @@ void Layout::place_auxiliaries(TapePlaces& t, long lockstep, long n) {
     t.aux2.assign(ops_.size(), -1);
     for (std::size_t i = 0; i < ops_.size(); ++i) {
         const Op& op = ops_[i];
-        long size = lockstep * n * spec_.features[op.out];
+        const long held = count(std::size_t(op.out), n);
+        long size = lockstep * held * spec_.features[op.out];
         bool curved = t.batch == 0 && spec_.second_order && !is_piecewise_linear(op.act);
         if (op.kind == OpKind::activation && (t.batch == 0 || spec_.reverse)) t.aux1[i] = take(size);
         if (op.kind == OpKind::activation && curved) t.aux2[i] = take(size);
-        if (op.kind == OpKind::layer_norm || op.kind == OpKind::max_pool) t.aux1[i] = take(size);
+        if (op.kind == OpKind::layer_norm || op.kind == OpKind::max_pool || op.kind == OpKind::max)
+            t.aux1[i] = take(size);
         if (is_pooled(op)) t.aux1[i] = take(2 * size);
-        if (op.kind == OpKind::layer_norm || is_channel_norm(op.kind)) t.aux2[i] = take(lockstep * statistics(op, n));
+        if (op.kind == OpKind::layer_norm || is_channel_norm(op.kind))
+            t.aux2[i] = take(lockstep * statistics(op, held));
     }
 }
 
@@ -226,6 +244,7 @@ void Layout::place_buffers(long lockstep) {
     view_.scratch = take(scratch_size(lockstep));
     view_.norm_scratch = take(norm_scratch_size());
     view_.gemm_scratch = take(gemm_scratch_size());
+    view_.blocks_scratch = take(blocks_scratch_size());
     take(kSlack);
     view_.workspace = used_;
 }

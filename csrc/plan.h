@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "conv_regions.h"
+#include "families.h"
 #include "names.h"
 
 namespace maml_fast {
@@ -31,7 +32,7 @@ struct Param {
 struct Op {
     OpKind kind;
     Act act;
-    const int* in;  // buffer indices
+    const int* in;  // buffer indices; of a linear layer the second is its weight, where that is no parameter
     int n_in;
     int out;
     int w, b;    // parameters, or -1
@@ -43,6 +44,9 @@ struct Op {
     double f0, f1;            // attributes; a channel norm's f1 is its activation's slope below zero
     Window window;            // pools, pad, upsample; the pool behind a channel norm
     const Convolution* conv;  // convolutions
+    const Pointwise* pointwise;
+    const LinearMap* map;
+    bool once;                // neither its inputs nor its output have a sample axis: it works once for each task
     bool packs;               // first to use its weight: the one that packs it
     bool behind_conv;         // a channel norm right behind a convolution that nothing else reads
     bool bias_cancels;        // a bias that the batch norm behind it takes out again: its gradient is zero
@@ -123,6 +127,7 @@ struct PlanView {
     const Op* ops;
     int n_ops;
     const long* features;  // per buffer: elements per sample
+    const bool* once;      // per buffer: it has no sample axis
     int out;
     const Param* params;
     int n_params;
@@ -139,10 +144,11 @@ struct PlanView {
     long scratch;             // offset of the scratch for packed weights
     long norm_scratch;        // and for channel norms and sums over rows
     long gemm_scratch;
-    long workspace;  // elements per thread
-    long packed;     // elements of the shared panels
-    long lockstep;   // tasks a thread works on at once
-    long blocks;     // of tasks, whose gradients are summed before the ordered reduction
+    long blocks_scratch;  // for blocks of pointwise expressions
+    long workspace;       // elements per thread
+    long packed;          // elements of the shared panels
+    long lockstep;        // tasks a thread works on at once
+    long blocks;          // of tasks, whose gradients are summed before the ordered reduction
     LossKind loss;
     double loss_parameter;
     double loss_factor[2];  // per batch
@@ -205,6 +211,8 @@ inline long norm_scratch(long channels, long rows) {
     return channels * (kNormArrays + 4 * ((rows + kNormChunk - 1) / kNormChunk));
 }
 
+constexpr long kPointwiseBlock = 256;  // elements that a pointwise expression is computed for at once
+
 constexpr int kProducts = 2;  // products that are added up in one pass
 constexpr int kPanels = 2;    // panels that a tile may span
 
@@ -218,6 +226,12 @@ inline long packed_size(long rows, long columns, long lanes) {
 inline long panels_size(const Op& op, long lanes) {
     long transposed = packed_size(op.width, op.out_width, lanes), plain = packed_size(op.out_width, op.width, lanes);
     return transposed > plain ? transposed : plain;
+}
+
+// Elements of scratch for a product of activations: the second factor's transpose and its tangent's, and what every
+// product needs.
+inline long matmul_scratch(const Op& op, long lanes, long depth) {
+    return kProducts * packed_size(op.out_width, op.width, lanes) + kProducts * kPanels * depth * 2 * lanes;
 }
 
 }  // namespace maml_fast

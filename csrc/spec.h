@@ -8,6 +8,19 @@
 
 namespace maml_fast {
 
+struct ExpressionSpec {
+    std::vector<double> constants;
+    int registers = 0;
+    std::vector<Step> steps;
+    std::vector<int> outputs;
+};
+
+struct PointwiseSpec {
+    std::vector<long> sizes;
+    std::vector<std::vector<long>> strides;  // per operand
+    ExpressionSpec value, backward, tangent, backward_tangent;
+};
+
 struct OpSpec {
     OpKind kind{};
     Act act{};
@@ -18,6 +31,9 @@ struct OpSpec {
     long rows = 1, width = 0, out_width = 0, groups = 1;
     double f0 = 0, f1 = 0;
     Window window{1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1};
+    PointwiseSpec pointwise;
+    std::vector<Box> boxes;
+    bool mean = false;
 };
 
 struct ParamSpec {
@@ -38,6 +54,7 @@ struct ReadSpec {
 struct Spec {
     std::vector<OpSpec> ops;
     std::vector<long> features;  // per buffer; buffer 0 is the input
+    std::vector<bool> once;      // per buffer: it has no sample axis
     int out = -1;
     std::vector<ParamSpec> params;
     std::vector<ReadSpec> constants, rates;

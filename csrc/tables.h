@@ -18,6 +18,7 @@ struct Entry {
 #define MAML_FAST_ENTRY(name, ...) Entry{#name, #__VA_ARGS__},
 inline constexpr Entry kOpKinds[] = {MAML_FAST_OP_KINDS(MAML_FAST_ENTRY)};
 inline constexpr Entry kActivations[] = {MAML_FAST_ACTIVATIONS(MAML_FAST_ENTRY)};
+inline constexpr Entry kPrimitives[] = {MAML_FAST_PRIMITIVES(MAML_FAST_ENTRY)};
 inline constexpr Entry kLosses[] = {MAML_FAST_LOSSES(MAML_FAST_ENTRY)};
 inline constexpr Entry kInstructions[] = {MAML_FAST_INSTRUCTIONS(MAML_FAST_ENTRY)};
 #undef MAML_FAST_ENTRY
@@ -32,6 +33,7 @@ E enumerator(const Entry (&table)[N], std::string_view name) {
 
 inline OpKind op_kind(std::string_view name) { return enumerator<OpKind>(kOpKinds, name); }
 inline Act activation(std::string_view name) { return enumerator<Act>(kActivations, name); }
+inline Primitive primitive(std::string_view name) { return enumerator<Primitive>(kPrimitives, name); }
 inline LossKind loss_kind(std::string_view name) { return enumerator<LossKind>(kLosses, name); }
 inline Code instruction(std::string_view name) { return enumerator<Code>(kInstructions, name); }
 

@@ -1,11 +1,41 @@
 // Part of Engine: linear layers, whose adapted weights may stay factored.
 
-void linear_values(const Op& op, int slot, LowRankTerms theta, long N, const S* x, S* y) {
-    PerTask<const S> bias = weight(slot, op.b);
+// Where a parameter's gradient g goes: to ← from + scale · g, or g alone where from is absent.
+struct Destination {
+    PerTask<S> to;
+    PerTask<const S> from;
+    S scale;
+};
+
+Destination added(PerTask<S> to, bool first, S scale = S(1)) const {
+    return {to, first ? PerTask<const S>{} : PerTask<const S>{to.p, to.stride}, scale};
+}
+
+// The weight: a parameter, or the second input.
+PerTask<const S> matrix(const Op& op, int slot, const TapeView& tape) const {
+    if (op.n_in == 1) return weight(slot, op.w);
+    return {value(tape, op.in[1]), plan_.features[op.in[1]]};
+}
+
+// The weight's direction in a Hessian-vector product; absent where it has none.
+PerTask<const S> matrix_direction(const Op& op, int slot) const {
+    if (op.n_in == 1) return direction(slot, op.w);
+    return {tangent(op, 1), plan_.features[op.in[1]]};
+}
+
+// Where the gradient of a weight goes that is the second input; delta(j) is the j-th input's.
+template <class F>
+Destination matrix_delta(const Op& op, F delta) const {
+    return added({delta(1), plan_.features[op.in[1]]}, op.delta_first[1]);
+}
+
+void linear_values(const Op& op, const Instr& in, const TapeView& tape, const S* x, S* y) {
+    const long N = samples(tape);
+    PerTask<const S> bias = weight(in.theta, op.b);
     bool spread_bias = op.low_rank && bias.stride != 0;
     if (spread_bias) spread(N * op.rows, op.out_width, bias, y);
-    linear_product(op, N, {x, weight(slot, op.w)}, {}, spread_bias ? PerTask<const S>{} : bias, spread_bias, y);
-    if (op.low_rank) add_product(op, theta, N, x, y);
+    linear_product(op, N, {x, matrix(op, in.theta, tape)}, {}, spread_bias ? PerTask<const S>{} : bias, spread_bias, y);
+    if (op.low_rank) add_product(op, in.theta_terms, N, x, y);
 }
 
 // ---- low-rank weights: W = W_0 + Σ_r c_r P_rᵀ Q_r -----------------------------------------
@@ -144,17 +174,6 @@ void multiply(long rows, long width, const Operand& p, const Operand& q, PerTask
                 gemm_scratch());
 }
 
-// Where a parameter's gradient g goes: to ← from + scale · g, or g alone where from is absent.
-struct Destination {
-    PerTask<S> to;
-    PerTask<const S> from;
-    S scale;
-};
-
-Destination added(PerTask<S> to, bool first, S scale = S(1)) const {
-    return {to, first ? PerTask<const S>{} : PerTask<const S>{to.p, to.stride}, scale};
-}
-
 // Of a backward pass: the gradient's slot, or the parameter after the step.
 Destination gradient_or_step(const Instr& in, int param, bool adapted_only, bool first) const {
     if (in.step < 0) return added(gradient(in.out, param, adapted_only), starts(first));
@@ -188,19 +207,22 @@ void linear_gradients(const Op& op, long N, const S* dy, const S* x, const S* dz
     }
 }
 
-void linear_backward(const Op& op, const Instr& in, const TapeView& tape, const S* dy, S* dx) {
+// delta(j) is where the j-th input's goes, null where none is wanted.
+template <class F>
+void linear_backward(const Op& op, const Instr& in, const TapeView& tape, const S* dy, S* dx, F delta) {
     long N = samples(tape);
     bool adapted_only = tape.batch == 0;
-    if (dx) linear_transposed_product(op, N, {dy, weight(in.theta, op.w)}, {}, !op.delta_first[0], dx);
+    if (dx) linear_transposed_product(op, N, {dy, matrix(op, in.theta, tape)}, {}, !op.delta_first[0], dx);
     if (dx && op.low_rank) add_transposed_product(op, in.theta_terms, N, dy, dx);
     linear_gradients(op, N, dy, value(tape, op.in[0]), nullptr, nullptr,
-                     gradient_or_step(in, op.w, adapted_only, op.w_first),
+                     op.n_in > 1 ? matrix_delta(op, delta) : gradient_or_step(in, op.w, adapted_only, op.w_first),
                      gradient_or_step(in, op.b, adapted_only, op.b_first));
 }
 
 void linear_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, S* ty) {
     long N = samples(tape);
-    PerTask<const S> w = weight(in.theta, op.w), v = direction(in.vector, op.w), vb = direction(in.vector, op.b);
+    PerTask<const S> w = matrix(op, in.theta, tape), v = matrix_direction(op, in.vector),
+                     vb = direction(in.vector, op.b);
     const S* x = value(tape, op.in[0]);
     if (op.low_rank || (!tx && !v)) {
         vb ? spread(N * op.rows, op.out_width, vb, ty) : fill(ty, B_ * per_task(tape, op.out), S(0));
@@ -220,16 +242,18 @@ void spread(long rows, long width, PerTask<const S> v, S* y) {
         for (long r = 0; r < rows; ++r) copy(v.of(b), y + (b * rows + r) * width, width);
 }
 
+template <class F>
 void linear_backward_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, const S* dy, const S* ey,
-                             S* ex) {
+                             S* ex, F delta) {
     long N = samples(tape);
-    PerTask<const S> v = direction(in.vector, op.w);
+    PerTask<const S> v = matrix_direction(op, in.vector);
     if (ex) {
-        linear_transposed_product(op, N, {ey, weight(in.theta, op.w)}, v ? Operand{dy, v} : Operand{},
+        linear_transposed_product(op, N, {ey, matrix(op, in.theta, tape)}, v ? Operand{dy, v} : Operand{},
                                   !op.delta_first[0], ex);
         if (op.low_rank) add_transposed_product(op, in.theta_terms, N, ey, ex);
         if (op.low_rank) add_transposed_product(op, in.vector_terms, N, dy, ex);
     }
-    linear_gradients(op, N, ey, value(tape, op.in[0]), dy, tx, curvature(in, op.w, op.w_first),
+    linear_gradients(op, N, ey, value(tape, op.in[0]), dy, tx,
+                     op.n_in > 1 ? matrix_delta(op, delta) : curvature(in, op.w, op.w_first),
                      curvature(in, op.b, op.b_first));
 }

@@ -15,8 +15,13 @@ from torch import Tensor
 from ..algorithms.goal import Mode
 from ..algorithms.program import Batch, Instruction, Load, RateGradient, StoreParameters, Update
 from ..cached import cached_property
+from ..graph.boxes import Box
+from ..graph.expressions import Expression, derivatives
+from ..graph.expressions.language import PRIMITIVES
 from ..graph.graph import ACTIVATIONS, Attribute, Graph, Op, Shape
 from ..graph.losses import NAMES
+from ..lower.broadcast import axes
+from ..lower.expression_code import Code, compiled
 from ..lower.fusion import NORMS
 from ..lower.plan import Plan, Result, Tensors
 from . import cpu_text
@@ -54,6 +59,14 @@ _KINDS = frozenset(
         "transpose",
         "pad",
         "upsample",
+        "parameter",
+        "constant",
+        "pointwise",
+        "linear_map",
+        "matmul",
+        "softmax",
+        "log_softmax",
+        "max",
     )
 )
 _DTYPES = (torch.float32, torch.float64)
@@ -82,6 +95,7 @@ def check_tables(core: Any) -> None:
     tables: dict[str, dict[str, tuple[str, ...] | None]] = {
         "OP_KINDS": dict.fromkeys(_KINDS, ()),
         "ACTIVATIONS": dict(ACTIVATIONS),
+        "PRIMITIVES": {name: tuple("abc"[:n]) for name, n in PRIMITIVES.items()},
         "LOSSES": dict.fromkeys(NAMES, ()),
         # an operand is found by its name: in which order they stand is of no consequence
         "INSTRUCTIONS": {name: tuple(sorted(operands)) for name, operands in _INSTRUCTIONS.values()},
@@ -202,7 +216,13 @@ class _Call:
         graph = plan.kernel_graph
         assert graph is not None
         self.constants = _constants(graph)
-        self.constant_shapes = [b.shape for b in map(plan.model.module.get_buffer, self.constants)]
+        self.literals = [
+            None if isinstance(c, str) else torch.tensor(c, dtype=plan.dtype, device=plan.device)
+            for c in self.constants
+        ]
+        self.constant_shapes = [
+            plan.model.module.get_buffer(c).shape if isinstance(c, str) else None for c in self.constants
+        ]
         self.new_objective = _new((), plan.dtype)
         self.new_outputs = _new((plan.tasks, plan.query, *(graph.returned or ())), plan.dtype)
         self.new_gradients = self._gradient_makers(plan, graph.used_parameters())
@@ -263,11 +283,18 @@ class _Call:
 
     def _buffers(self, plan: Plan) -> list[Tensor]:
         """The buffers that layers read as constants, in the core's type."""
-        found = [plan.model.module.get_buffer(name) for name in self.constants]
-        for name, buffer, shape in zip(self.constants, found, self.constant_shapes, strict=True):
+        found = []
+        for constant, literal, shape in zip(self.constants, self.literals, self.constant_shapes, strict=True):
+            if literal is not None:
+                found.append(literal)
+                continue
+            assert isinstance(constant, str) and shape is not None
+            buffer = plan.model.module.get_buffer(constant)
             if buffer.shape != shape:
-                raise ValueError(f"model: expected buffer {name!r} of shape {tuple(shape)}, got {tuple(buffer.shape)}")
-        return [b.to(plan.device, plan.dtype).resolve_neg() for b in found]
+                expected, got = tuple(shape), tuple(buffer.shape)
+                raise ValueError(f"model: expected buffer {constant!r} of shape {expected}, got {got}")
+            found.append(buffer.to(plan.device, plan.dtype).resolve_neg())
+        return found
 
     def _gradient_makers(self, plan: Plan, used: set[int]) -> list[Callable[[], Tensor | None]]:
         """For every parameter what makes its gradient: zeros where the core has nothing to write."""
@@ -299,8 +326,64 @@ def _zeros(like: Tensor) -> Tensor:
     return torch.zeros_like(like, memory_format=torch.contiguous_format)
 
 
-def _constants(graph: Graph) -> list[str]:
-    return list(dict.fromkeys(name for op in graph.live_ops() for name in op.constants))
+_FAMILIES = frozenset(("pointwise", "linear_map", "matmul", "softmax", "log_softmax", "max"))
+
+Constant = str | tuple[float, ...]
+"""A buffer's name, or numbers."""
+
+
+def _constants(graph: Graph) -> list[Constant]:
+    found: list[Constant] = [c for op in graph.live_ops() for c in op.constants]
+    found += [op.attributes["numbers"] for op in graph.live_ops() if "numbers" in op.attributes]
+    return list(dict.fromkeys(found))
+
+
+def _constant_of(op: Op) -> Constant:
+    numbers: tuple[float, ...] | None = op.attributes.get("numbers")
+    return op.constants[0] if numbers is None else numbers
+
+
+def _name(c: Constant) -> str:
+    return c if isinstance(c, str) else "numbers"
+
+
+def _elements(plan: Plan, c: Constant) -> int:
+    return plan.model.module.get_buffer(c).numel() if isinstance(c, str) else len(c)
+
+
+def _box(box: Box) -> dict[str, Any]:
+    return {
+        "input": box.input,
+        "factor": box.factor,
+        "in": box.start_in,
+        "out": box.start_out,
+        "sizes": list(box.sizes),
+        "in_strides": list(box.strides_in),
+        "out_strides": list(box.strides_out),
+    }
+
+
+def _pointwise(expression: Expression, shapes: Sequence[Shape], shape: Shape) -> dict[str, Any]:
+    """Sizes and strides, and the code of the function and its derivatives."""
+    sizes, strides = axes(shapes, shape)
+    d = derivatives(expression, len(shapes))
+    return {
+        "sizes": list(sizes),
+        "strides": [list(s) for s in strides],
+        "value": _code(compiled([d.value], len(shapes))),
+        "backward": _code(compiled(d.backward, len(shapes))),
+        "tangent": _code(compiled([d.tangent], len(shapes))),
+        "backward_tangent": _code(compiled(d.backward_tangent, len(shapes))),
+    }
+
+
+def _code(code: Code) -> dict[str, Any]:
+    return {
+        "constants": list(code.constants),
+        "registers": code.registers,
+        "steps": list(code.steps),
+        "outputs": list(code.outputs),
+    }
 
 
 class _Spec:
@@ -310,6 +393,7 @@ class _Spec:
         self.plan, self.graph = plan, graph
         self.buffer = {0: 0}
         self.features = [graph.features(0)]
+        self.once = [False]
         self.constants = _constants(graph)
         self.ops = [self._op(op) for op in graph.live_ops() if not self._alias(op)]
         self.convolved = {op.parameters[0] for op in graph.live_ops() if op.kind == "conv"}
@@ -322,6 +406,7 @@ class _Spec:
     def _op(self, op: Op) -> dict[str, Any]:
         self.buffer[op.output] = len(self.features)
         self.features.append(math.prod(self.graph.shapes[op.output]))
+        self.once.append(op.output in self.graph.per_task)
         weight, bias = (*op.parameters, None, None)[:2]
         return {
             "kind": {"spatial_mean": "avg_pool"}.get(op.kind, "activation" if op.kind in ACTIVATIONS else op.kind),
@@ -342,6 +427,8 @@ class _Spec:
 
     def _of_kind(self, op: Op) -> dict[str, Any]:
         """What the core is told of an operation of this kind: sizes, attributes, constants."""
+        if not op.inputs or op.kind in _FAMILIES:
+            return self._of_family(op)
         in_shape, shape, attributes = self.graph.shapes[op.inputs[0]], self.graph.shapes[op.output], op.attributes
         if op.kind == "linear":
             return {"rows": math.prod(shape[:-1]), "width": in_shape[-1], "out_width": shape[-1]}
@@ -361,6 +448,27 @@ class _Spec:
             window = _window(in_shape, shape, attributes)
             return {**sizes, "window": window, "f0": float(attributes.get("include_pad", 0))}
         return self._of_arrangement(op)
+
+    def _of_family(self, op: Op) -> dict[str, Any]:
+        shapes = [self.graph.shapes[v] for v in op.inputs]
+        shape, attributes = self.graph.shapes[op.output], op.attributes
+        match op.kind:
+            case "constant":
+                return {"c0": self.constants.index(_constant_of(op))}
+            case "pointwise":
+                return {"pointwise": _pointwise(attributes["expression"], shapes, shape)}
+            case "linear_map":
+                return {"boxes": [_box(b) for b in attributes["boxes"]], "mean": attributes.get("mean", False)}
+            case "matmul":
+                rows, columns = shape[-2:]
+                sizes = {"rows": rows, "width": shapes[0][-1], "out_width": columns}
+                return {**sizes, "groups": attributes["groups"]}
+            case "softmax" | "log_softmax":
+                return {"rows": math.prod(shape[:-1]), "width": shape[-1]}
+            case "max":
+                return {"rows": attributes["outer"], "width": attributes["length"], "out_width": attributes["inner"]}
+            case _:
+                return {}
 
     def _of_arrangement(self, op: Op) -> dict[str, Any]:
         attributes = op.attributes
@@ -389,6 +497,7 @@ class _Spec:
         return {
             "ops": self.ops,
             "features": self.features,
+            "once": self.once,
             "out": self.buffer[graph.output],
             "params": [
                 {
@@ -403,9 +512,7 @@ class _Spec:
                     zip(plan.model.shapes, plan.model.adapts, plan.model.trainable, strict=True)
                 )
             ],
-            "constants": [
-                {"name": name, "size": plan.model.module.get_buffer(name).numel()} for name in self.constants
-            ],
+            "constants": [{"name": _name(c), "size": _elements(plan, c)} for c in self.constants],
             "code": [_encode(i) for i in program.instructions],
             "tapes": [int(batch) for batch in program.tapes],
             "slots": program.slots,

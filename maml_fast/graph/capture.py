@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ class AtenCall:
 
     Attributes:
         name: of the ATen operation, without namespace and overload; an in-place one ends in an underscore.
+        function: the operation.
         args, kwargs: as the dispatcher got them; tensors stand for themselves.
         outputs: the tensors that it returned, in order.
         written: the arguments that it wrote.
@@ -44,6 +45,7 @@ class AtenCall:
     """
 
     name: str
+    function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     outputs: tuple[Tensor, ...]
@@ -186,7 +188,9 @@ class Recorder(TorchDispatchMode):
         output = func(*args, **kwargs)
         outputs = tuple(output) if isinstance(output, tuple | list) else (output,)
         outputs = tuple(t for t in outputs if isinstance(t, Tensor))
-        self.calls.append(AtenCall(name, args, kwargs, outputs, _written(func, args, kwargs), torch.is_grad_enabled()))
+        self.calls.append(
+            AtenCall(name, func, args, kwargs, outputs, _written(func, args, kwargs), torch.is_grad_enabled())
+        )
         return output
 
     def read_of(self, tensor: Tensor) -> type[Untraceable]:

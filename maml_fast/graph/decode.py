@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from .capture import AtenCall, Captured, custom_function, tensors_in
@@ -15,16 +17,44 @@ from .operations import OPERATIONS
 from .operations.builder import (
     Constant,
     Everywhere,
-    FoldedSamples,
     GraphBuilder,
+    Literal,
+    LogProbabilities,
     Losses,
     Nowhere,
     Target,
+    Unset,
     Value,
     Weight,
+    by_sample,
 )
 
 _DRAWS = ("bernoulli", "native_dropout", "rand", "normal", "uniform", "multinomial", "exponential", "random", "cauchy")
+
+
+_UNSET = ("empty", "new_empty", "lift_fresh", "_local_scalar")  # their elements are not in their arguments
+_LARGEST = 1 << 20  # elements of a literal
+
+
+def _on_cpu(value: Any) -> Any:
+    """Arguments with real tensors in place of literals, and the CPU in place of the stand-ins' device."""
+    if isinstance(value, Literal):
+        return value.tensor
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    if isinstance(value, tuple | list):
+        return type(value)(map(_on_cpu, value))
+    return {k: _on_cpu(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _filled(call: AtenCall) -> torch.Tensor | None:
+    """What is made like another tensor, of which only the shape counts."""
+    value = {"zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1}.get(call.name)
+    if call.name in ("full_like", "new_full"):
+        value = call.args[1 + (call.name == "new_full")]
+    if not isinstance(value, int | float):
+        return None
+    return torch.full(call.outputs[0].shape, value, dtype=call.outputs[0].dtype, device="cpu")
 
 
 _OF_LABELS = Target | Nowhere | Everywhere  # whole numbers and masks; no activation comes of them alone
@@ -39,11 +69,11 @@ class Unknown:
 
 @dataclass
 class _Bound:
-    """What a tensor stands for, and how often its memory had been written by then."""
+    """What a tensor stands for, and whether its memory has been written since."""
 
     tensor: Tensor  # held, so that its id stays its own
     meaning: Any
-    version: int
+    stale: bool = False
 
 
 def decode(captured: Captured, samples: int, in_shape: Shape) -> Graph:
@@ -60,9 +90,9 @@ class _Decoder:
         self.captured = captured
         self.builder = GraphBuilder(samples, in_shape, (*captured.parameters, captured.x)[0].dtype)
         self.bound: dict[int, _Bound] = {}
-        self.writes: dict[int, int] = {}
+        self.in_memory: dict[int, list[int]] = {}
         self.made_by: dict[int, AtenCall] = {}
-        self._bind(captured.x, Value(0, in_shape))
+        self._bind(captured.x, by_sample(0, in_shape))
         for index, p in enumerate(captured.parameters):
             self._bind(p, Weight(index, tuple(p.shape)))
         for name, b in captured.buffers.items():
@@ -88,11 +118,11 @@ class _Decoder:
         if not isinstance(output, Tensor):
             raise Untraceable(f"forward returns a {type(output).__name__}, not a single tensor")
         meaning = self._read(output)
-        if isinstance(meaning, FoldedSamples):
-            meaning = meaning.value
-        if not isinstance(meaning, Value) or meaning.merged:
+        if isinstance(meaning, LogProbabilities):
+            meaning = self.builder.lifted(meaning, "what forward returns")
+        if not isinstance(meaning, Value) or meaning.mask:
             raise Untraceable("forward does not return an activation with the samples first")
-        return meaning
+        return self.builder.standard(meaning, "what forward returns")
 
     def _graph_with_loss(self) -> Graph:
         loss, returned = self.captured.loss, None
@@ -114,7 +144,8 @@ class _Decoder:
         return (self.builder.unreshaped(value) or value).index
 
     def _bind(self, tensor: Tensor, meaning: Any) -> None:
-        self.bound[id(tensor)] = _Bound(tensor, meaning, self.writes.get(_memory(tensor), 0))
+        self.bound[id(tensor)] = _Bound(tensor, meaning)
+        self.in_memory.setdefault(_memory(tensor), []).append(id(tensor))
 
     def _call(self, call: AtenCall) -> None:
         if call.name == "native_batch_norm" and call.written:
@@ -122,7 +153,7 @@ class _Decoder:
         if call.written and call.written[0] is call.args[0]:
             self._write(call)
             return
-        meaning = self._meaning(call, call.name)
+        meaning = self._literal(call) or self._meaning(call, call.name)
         for tensor in call.written:
             self._out_of_date(tensor)
             self._bind(tensor, Unknown(f"forward reads a tensor that {call.name} has written"))
@@ -133,15 +164,15 @@ class _Decoder:
         """The written tensor stands for the result; what else shares its memory is out of date."""
         target = call.written[0]
         meaning = self._meaning(call, call.name.removesuffix("_"))
-        if _is_view_of_part(target):
-            meaning = Unknown(f"forward writes a part of a tensor in place ({call.name})")
         self._out_of_date(target)
         self.made_by[id(target)] = call
         self._bind(target, meaning)
 
-    def _out_of_date(self, tensor: Tensor) -> None:
-        memory = _memory(tensor)
-        self.writes[memory] = self.writes.get(memory, 0) + 1
+    def _out_of_date(self, written: Tensor) -> None:
+        """Whatever shares elements with a written tensor no longer stands for what it did."""
+        for key in self.in_memory.get(_memory(written), ()):
+            bound = self.bound[key]
+            bound.stale = bound.stale or _share_elements(bound.tensor, written)
 
     def _bind_outputs(self, call: AtenCall, meaning: Any) -> None:
         meanings = meaning if isinstance(meaning, tuple) else (meaning,) * len(call.outputs)
@@ -166,9 +197,27 @@ class _Decoder:
         except TypeError as error:
             return Unknown(f"forward calls {name} with unsupported arguments ({error})")
 
+    def _literal(self, call: AtenCall) -> Literal | tuple[Literal, ...] | None:
+        """What an operation gives that reads no tensors but literals."""
+        if call.written or call.name.startswith((*_DRAWS, *_UNSET)) or not call.outputs:
+            return None
+        if sum(o.numel() for o in call.outputs) > _LARGEST:
+            return None
+        if (filled := _filled(call)) is not None:
+            return Literal(filled)
+        known = [self.bound.get(id(t)) for t in tensors_in((call.args, call.kwargs))]
+        if any(b is None or not isinstance(b.meaning, Literal) for b in known):
+            return None
+        args, kwargs = (_on_cpu(self._resolve(a)) for a in (call.args, call.kwargs))
+        with torch.no_grad():
+            made = call.function(*args, **kwargs)
+        return tuple(map(Literal, made)) if isinstance(made, tuple | list) else Literal(made)
+
     def _check_dtype(self, call: AtenCall, of_labels: bool) -> None:
         dtype = (*self.captured.parameters, self.captured.x)[0].dtype
         for tensor in call.outputs[:1]:
+            if tensor.dtype == torch.bool:
+                continue
             if tensor.dtype != dtype and (tensor.is_floating_point() or not of_labels):
                 raise Untraceable(f"forward computes {call.name} in {tensor.dtype}, not in the parameters' {dtype}")
 
@@ -194,7 +243,7 @@ class _Decoder:
         assert bound is not None
         if isinstance(bound.meaning, Unknown):
             raise Untraceable(bound.meaning.reason)
-        if bound.version != self.writes.get(_memory(tensor), 0):
+        if bound.stale:
             raise Untraceable("forward reads a view of a tensor that it has written in place since")
         self._check_gradient(tensor)
         return bound.meaning
@@ -209,7 +258,7 @@ class _Decoder:
     def _check_gradient(self, tensor: Tensor) -> None:
         """Refuse tensors whose derivative is not that of the operation that made them."""
         call = self.made_by.get(id(tensor))
-        if call is None:
+        if call is None or isinstance(self.bound[id(tensor)].meaning, Unset):
             return
         if (function := custom_function(tensor)) is not None:
             raise Untraceable(f"forward calls the autograd.Function {function}, whose backward is its own")
@@ -232,7 +281,25 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _is_view_of_part(tensor: Tensor) -> bool:
-    """Whether more memory belongs to the tensor's storage than it covers."""
-    base: Tensor | None = tensor._base
-    return base is not None and base.numel() != tensor.numel()
+def _share_elements(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common."""
+    if not a.numel() or not b.numel():
+        return False
+    if _end(a) < b.storage_offset() or _end(b) < a.storage_offset():
+        return False
+    if a.numel() + b.numel() > _LARGEST:
+        return True  # taken for granted
+    return bool(np.intersect1d(_places(a), _places(b)).size)
+
+
+def _end(tensor: Tensor) -> int:
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.storage_offset() + reach
+
+
+def _places(tensor: Tensor) -> Any:
+    """Where each element is in the storage."""
+    places = np.array([tensor.storage_offset()])
+    for n, s in zip(tensor.shape, tensor.stride(), strict=True):
+        places = np.add.outer(places, np.arange(n) * s).reshape(-1)
+    return places

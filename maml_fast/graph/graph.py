@@ -7,8 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from ..cached import cached_property
+
 Shape = tuple[int, ...]
 Attribute: TypeAlias = Any  # float | int | tuple[int, ...]; the layer's kind and the attribute's name tell which
+
+
+_HIDDEN = ("name", "boxes", "numbers", "per_task")  # attributes that `Graph.text` leaves out
 
 
 class Untraceable(Exception):
@@ -93,6 +98,15 @@ class Graph:
     returned: Shape | None
     loss: LossOp | None = None
 
+    @cached_property
+    def per_task(self) -> frozenset[int]:
+        """Values without a sample axis: made of parameters and constants alone, or sums over the samples."""
+        found: set[int] = set()
+        for op in self.ops:
+            if op.attributes.get("per_task", all(v in found for v in op.inputs)):
+                found.add(op.output)
+        return frozenset(found)
+
     def features(self, value: int) -> int:
         """Elements of this value per sample."""
         return math.prod(self.shapes[value])
@@ -123,9 +137,11 @@ class Graph:
         lines = [f"x0 {self.shapes[0]}"]
         for op in live:
             parameters = ["none" if p is None else names[p] if names else f"p{p}" for p in op.parameters]
-            held = ", ".join([*parameters, *op.constants, *(f"{k}={v}" for k, v in op.attributes.items())])
+            shown = {k: v for k, v in op.attributes.items() if k not in _HIDDEN}
+            held = ", ".join([*parameters, *op.constants, *(f"{k}={v}" for k, v in shown.items())])
             operands = "; ".join(filter(None, (", ".join(value[v] for v in op.inputs), held)))
-            lines.append(f"{value[op.output]} {self.shapes[op.output]} = {op.kind}({operands})")
+            kind = op.attributes.get("name", op.kind)
+            lines.append(f"{value[op.output]} {self.shapes[op.output]} = {kind}({operands})")
         end = f"return {value[self.output]}"
         if self.loss is not None:
             factors = self.loss.factors[0] if len({*self.loss.factors}) == 1 else self.loss.factors

@@ -10,7 +10,17 @@ from ..graph.graph import Attribute, Graph, Op, Shape
 from .fusion import NORMS
 
 _IMAGE_OPS = ("conv", "max_pool", "avg_pool", "spatial_mean", "upsample", *NORMS)
-_ONE_ORDER = ("linear", "layer_norm")
+_ONE_ORDER = (
+    "linear",
+    "layer_norm",
+    "parameter",
+    "constant",
+    "linear_map",
+    "matmul",
+    "softmax",
+    "log_softmax",
+    "max",
+)
 
 
 def channels_last(graph: Graph, pad_apart: int = 0) -> Graph:
@@ -49,6 +59,8 @@ class _Rewriter:
         """Whether the op works on images: it must, or it may and one of its inputs is one."""
         shape = self.graph.shapes[op.output]
         if len(shape) < 2 or op.kind in _ONE_ORDER:
+            return False
+        if op.kind == "pointwise" and any(len(self.graph.shapes[v]) != len(shape) for v in op.inputs):
             return False
         if op.kind == "reshape" and shape[0] != self.graph.shapes[op.inputs[0]][0]:
             return False  # otherwise the channels keep their place

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .choices import Choices
 from .layers import CHANNELS, LAYERS, WIDTHS
@@ -23,7 +24,7 @@ import os
 {environment}
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import maml_fast as mf
 from maml_fast.nn import Sine
@@ -132,15 +133,20 @@ def _next(c: Choices, net: Sketch, x: Value) -> Value:
     return x
 
 
-def _has_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
+def _has_parameters(held: nn.Module | Tensor) -> bool:
+    return isinstance(held, Tensor) or any(True for _ in held.parameters())
+
+
+def _names_of(owner: str, held: Any) -> list[str]:
+    """Of a layer's parameters, or of a parameter of the network itself."""
+    return [owner] if isinstance(held, Tensor) else [f"{owner}.{name}" for name, _ in held.named_parameters()]
 
 
 def _parameters(net: Sketch) -> list[str]:
     """Names of the parameters; a tied weight has that of its first owner."""
     owners = [f"l{i}" for i in range(len(net.inits)) if hasattr(net._self, f"l{i}")]
     gone = {line.split(" = ")[0][5:] for line in net.inits if line.split(" = ")[0].endswith(".weight")}
-    names = [f"{owner}.{name}" for owner in owners for name, _ in net.module(f"self.{owner}").named_parameters()]
+    names = [name for owner in owners for name in _names_of(owner, net.module(f"self.{owner}"))]
     return [name for name in names if name not in gone]
 
 

@@ -40,6 +40,84 @@ _ARITHMETIC = (
 )  # fmt: skip
 
 
+_FUNCTIONS = (
+    "torch.exp(-{x}.abs())", "torch.sqrt({x} * {x} + 1)", "torch.log1p({x}.abs())", "{x} ** 2", "0.1 * {x} ** 3",
+    "torch.cos({x})", "{x}.clamp(-0.7, 0.9)", "torch.rsqrt({x} ** 2 + 0.5)", "1 / (2 + torch.sin({x}))",
+    "F.hardsigmoid({x})", "F.softsign({x})", "F.softshrink({x}, 0.3)", "F.hardshrink({x}, 0.2)", "F.tanhshrink({x})",
+    "torch.where({x} > 0.1, {x}, 0.3 * {x} - 0.07)", "torch.erf({x})", "torch.maximum({x}, 0.4 * {x} - 0.1)",
+    "torch.expm1({x}.clamp(max=2.0))", "{x} * ({x} > 0)", "({x} ** 2 + 0.3) ** 0.7", "torch.log({x} ** 2 + 1)",
+)  # fmt: skip
+_ROWWISE = (
+    "torch.softmax({x}, {d})", "F.log_softmax({x}, {d})", "F.normalize({x}, dim={d})",
+    "{x} - {x}.mean({d}, keepdim=True)", "{x} - torch.logsumexp({x}, {d}, keepdim=True)",
+    "{x} / (1 + {x}.norm(dim={d}, keepdim=True))", "{x} * {x}.sum({d}, keepdim=True).tanh()",
+    "{x} - {x}.max({d}, keepdim=True)[0]", "{x}.flip({d})", "{x}.roll(1, {d})", "{x}.cumsum({d})",
+)  # fmt: skip
+_REDUCED = (
+    "{x}.sum({d})", "{x}.mean({d})", "{x}.max({d})[0]", "{x}.amax({d})", "torch.logsumexp({x}, {d})",
+    "({x} ** 2 + 0.1).sum({d}).sqrt()", "{x}.select({d}, 0)", "{x}.min({d}).values",
+)  # fmt: skip
+
+
+def function(c: Choices, net: Sketch, x: Value) -> Value:
+    """An expression of one operand."""
+    return net.call(c.of(_FUNCTIONS).format(x=x.name))
+
+
+def gate(c: Choices, net: Sketch, x: Value) -> Value:
+    """A function of two values of the same shape."""
+    other = c.of([v for v in reversed(net.values) if v.shape == x.shape])
+    line = c.of(("{x} * torch.sigmoid({y})", "{x} * {y}", "{x} / (1 + {y} ** 2)", "torch.minimum({x}, {y})"))
+    return net.call(line.format(x=x.name, y=other.name))
+
+
+def scale(c: Choices, net: Sketch, x: Value) -> Value:
+    """With a parameter that is broadcast."""
+    shape = tuple(n if c.of((True, False)) else 1 for n in x.shape[c.of(range(len(x.shape))) :])
+    parameter = net.layer(f"nn.Parameter(0.5 + 0.3 * torch.randn({shape}))")
+    line = c.of(("{x} * {p}", "{x} + {p}", "{x} * torch.exp({p}) - {p}", "torch.tanh({x} * {p})"))
+    return net.call(line.format(x=x.name, p=parameter))
+
+
+def computed_weight(c: Choices, net: Sketch, x: Value) -> Value:
+    """A product with a matrix that is no layer's."""
+    wide = c.of(WIDTHS)
+    matrix = net.layer(f"nn.Parameter(0.5 * torch.randn({x.shape[-1]}, {wide}))")
+    line = c.of(("{x} @ {m}", "{x} @ (1.5 * torch.tanh({m}))", "F.linear({x}, F.normalize({m}.t(), dim=1))"))
+    return net.call(line.format(x=x.name, m=matrix))
+
+
+def rowwise(c: Choices, net: Sketch, x: Value) -> Value:
+    """Over one dimension, which stays."""
+    return net.call(c.of(_ROWWISE).format(x=x.name, d=c.of(range(1, len(x.shape) + 1))))
+
+
+def reduction(c: Choices, net: Sketch, x: Value) -> Value:
+    """Over one dimension, which goes."""
+    if len(x.shape) < 2:
+        raise Unfit("no dimension to spare")
+    return net.call(c.of(_REDUCED).format(x=x.name, d=c.of(range(1, len(x.shape) + 1))))
+
+
+def arrangement(c: Choices, net: Sketch, x: Value) -> Value:
+    """A slice, a padding, a permutation."""
+    d = c.of(range(len(x.shape)))
+    cut = f"{x.name}[{':, ' * (d + 1)}{c.of((0, 1))}:{max(2, x.shape[d] - c.of((0, 1)))}]"
+    if len(x.shape) == 1:
+        return net.call(c.of((cut, f"F.pad({x.name}, (1, 2))", f"{x.name}.repeat(1, 2)", f"{x.name}[:, ::2]")))
+    swap = f"{x.name}.transpose({len(x.shape) - 1}, {len(x.shape)})"
+    return net.call(c.of((cut, swap, swap, f"F.pad({x.name}, (1, 0))", f"{x.name}.movedim(1, -1)")))
+
+
+def attention(c: Choices, net: Sketch, x: Value) -> Value:
+    """Of rows to each other."""
+    y = x.name
+    line = c.of((f"torch.softmax({y} @ {y}.transpose(-1, -2) / 2, -1) @ {y}", f"{y} @ {y}.transpose(-1, -2)"))
+    if math.prod(x.shape) > 300 or x.shape[-2] > 12:
+        raise Unfit("large enough")
+    return net.call(line)
+
+
 def activation(c: Choices, net: Sketch, x: Value) -> Value:
     """A function or a module."""
     if c.of((False, True)):
@@ -231,17 +309,20 @@ def _same_features(module: nn.Module, features: int) -> bool:
     return isinstance(module, nn.Linear) and module.in_features == features
 
 
-_ANYWHERE: tuple[Layer, ...] = (activation, activation, arithmetic, shortcut, concatenation, reshape, again, squeezing)
+_ANYWHERE: tuple[Layer, ...] = (
+    activation, activation, arithmetic, shortcut, concatenation, reshape, again, squeezing,
+    function, gate, scale, rowwise, arrangement, computed_weight,
+)  # fmt: skip
 
 LAYERS: dict[int, tuple[Layer, ...]] = {
     1: (linear, linear, linear, tied, tied, batch_norm, layer_norm, *_ANYWHERE),
     2: (
         linear, convolution, convolution, max_pool, average_pool, adaptive_pool, mean_over_space, upsample, batch_norm,
-        layer_norm, group_norm, instance_norm, flatten, *_ANYWHERE,
+        layer_norm, group_norm, instance_norm, flatten, reduction, attention, *_ANYWHERE,
     ),
     3: (
         convolution, convolution, convolution, convolution, max_pool, max_pool, average_pool, adaptive_pool,
-        mean_over_space, upsample, batch_norm, layer_norm, group_norm, instance_norm, flatten, linear, *_ANYWHERE,
+        mean_over_space, upsample, batch_norm, layer_norm, group_norm, instance_norm, flatten, linear, reduction, attention, *_ANYWHERE,
     ),
 }  # fmt: skip
 """By the number of a sample's dimensions; twice what should come twice as often."""

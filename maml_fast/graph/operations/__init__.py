@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from . import activations, arithmetic, linear, losses, norms, pools, shapes
+from . import activations, arithmetic, convolutions, linear, losses, norms, pointwise, pools, reductions, shapes
 from .builder import Emitter
 
 OPERATIONS: dict[str, Emitter] = {
     **linear.OPERATIONS,
+    **convolutions.OPERATIONS,
     **norms.OPERATIONS,
     **activations.OPERATIONS,
     **pools.OPERATIONS,
+    **pointwise.OPERATIONS,
     **arithmetic.OPERATIONS,
+    **reductions.OPERATIONS,
     **shapes.OPERATIONS,
     **losses.OPERATIONS,
 }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
+from ..graph import Untraceable
 from .arithmetic import scaled
-from .builder import Emitter, GraphBuilder, Value, rows
+from .builder import Emitter, GraphBuilder, Value
 
 
 def _activation(t: GraphBuilder, kind: str, x: Any, **attributes: float) -> Value:
-    x = rows(x, kind)
-    return t.emit(kind, [x], x.shape, merged=x.merged, **attributes)
+    x = t.lifted(x, kind)
+    return t.emit(kind, [x], x.shape, dims=x.dims, **attributes)
 
 
 def _unary(kind: str, **defaults: float) -> Emitter:
@@ -30,10 +32,10 @@ def _gelu(t: GraphBuilder, x: Any, approximate: str = "none") -> Value:
 
 def _sine(t: GraphBuilder, x: Any) -> Value:
     """sin(w0 · x): folds a preceding multiplication by a constant."""
-    x = rows(x, "sin")
+    x = t.lifted(x, "sin")
     last = t.maker(x)
     if last is not None and last.kind == "affine" and last.attributes["shift"] == 0.0:
-        source = Value(last.inputs[0], t.shapes[last.inputs[0]], x.merged)
+        source = replace(x, index=last.inputs[0])
         return _activation(t, "sine", source, w0=last.attributes["factor"])
     return _activation(t, "sine", x, w0=1.0)
 
@@ -55,10 +57,19 @@ def _log_sigmoid(t: GraphBuilder, x: Any) -> tuple[Any, ...]:
     return scaled(t, softplus, -1.0), None
 
 
+def _rrelu(
+    t: GraphBuilder, x: Any, noise: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, *_: Any
+) -> Value:
+    if training:
+        raise Untraceable("rrelu draws random numbers in training; call eval()")
+    return _activation(t, "leaky_relu", x, negative_slope=(lower + upper) / 2)
+
+
 OPERATIONS: dict[str, Emitter] = {
     "relu": _unary("relu"),
     "leaky_relu": _unary("leaky_relu", negative_slope=0.01),
     "elu": _elu,
+    "rrelu_with_noise": _rrelu,
     "celu": _celu,
     "gelu": _gelu,
     "silu": _unary("silu"),

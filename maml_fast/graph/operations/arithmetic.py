@@ -1,4 +1,4 @@
-"""Sums of activations, and arithmetic with constants."""
+"""Sums, products and quotients; those of an activation with a number, and sums of two, have kernels of their own."""
 
 from __future__ import annotations
 
@@ -6,32 +6,42 @@ from dataclasses import replace
 from typing import Any
 
 from ..graph import Untraceable
-from .builder import Emitter, GraphBuilder, Losses, Residual, Target, Value, number, rows
+from .builder import Constant, Emitter, GraphBuilder, Literal, Losses, Residual, Target, Value, Weight, rows
 from .losses import added, product, residual
+from .pointwise import pointwise
+
+_TENSORS = Value | Weight | Constant | Literal
 
 
 def scaled(t: GraphBuilder, x: Any, factor: float = 1.0, shift: float = 0.0) -> Any:
     """factor · x + shift."""
     if isinstance(x, Losses) and shift == 0:
         return replace(x, factor=x.factor * factor)
-    x = rows(x, "arithmetic")
-    return t.emit("affine", [x], x.shape, merged=x.merged, factor=factor, shift=shift)
+    x = rows(t.lifted(x, "arithmetic") if isinstance(x, _TENSORS) else x, "arithmetic")
+    return t.emit("affine", [x], x.shape, dims=x.dims, factor=factor, shift=shift)
+
+
+def _number(x: Any) -> float | None:
+    """A number, also where it stands in a tensor."""
+    if isinstance(x, int | float):
+        return float(x)
+    return float(x.tensor) if isinstance(x, Literal) and x.tensor.numel() == 1 and x.tensor.ndim == 0 else None
 
 
 def _sum(t: GraphBuilder, a: Any, b: Any, alpha: float = 1.0) -> Any:
-    """a + alpha · b for activations and numbers."""
-    if isinstance(a, int | float):
-        return scaled(t, b, alpha, float(a))
-    if isinstance(b, int | float):
-        return scaled(t, a, shift=float(alpha * b))
+    """a + alpha · b."""
+    if (n := _number(a)) is not None:
+        return scaled(t, b, float(alpha), n)
+    if (n := _number(b)) is not None:
+        return scaled(t, a, shift=alpha * n)
     if isinstance(a, Losses) and isinstance(b, Losses):
         return added(a, b, alpha)
     for x in (a, b):
-        if not isinstance(x, Value):
-            raise Untraceable("a parameter or tensor is added to an activation, which has no fused kernel")
-    if (a.shape, a.merged) != (b.shape, b.merged):
-        raise Untraceable(f"sum of activations of shapes {a.shape} and {b.shape}: broadcasting has no fused kernel")
-    return t.emit("add", [a, b], a.shape, merged=a.merged, alpha=float(alpha))
+        if not isinstance(x, _TENSORS):
+            raise Untraceable("a sum of an activation and something that is none has no fused kernel")
+    if isinstance(a, Value) and isinstance(b, Value) and (a.shape, a.dims) == (b.shape, b.dims):
+        return t.emit("add", [a, b], a.shape, dims=a.dims, alpha=float(alpha))
+    return pointwise(t, "add", lambda x, y: x + y * float(alpha), a, b)
 
 
 def _difference(t: GraphBuilder, a: Any, b: Any, alpha: float = 1.0) -> Any:
@@ -47,13 +57,24 @@ def _reversed_difference(t: GraphBuilder, a: Any, b: Any, alpha: float = 1.0) ->
 def _product(t: GraphBuilder, a: Any, b: Any) -> Any:
     if isinstance(a, Residual) and isinstance(b, Residual):
         return product(t, a, b)
-    if isinstance(a, int | float):
-        a, b = b, a
-    return scaled(t, a, number(b, "a product of activations"))
+    if (n := _number(a)) is not None:
+        return scaled(t, b, n)
+    if (n := _number(b)) is not None:
+        return scaled(t, a, n)
+    return pointwise(t, "mul", lambda x, y: x * y, a, b)
 
 
-def _quotient(t: GraphBuilder, a: Any, b: Any) -> Any:
-    divisor = number(b, "a division")
+_ROUNDED = {"floor": "floor", "trunc": "trunc"}
+
+
+def _quotient(t: GraphBuilder, a: Any, b: Any, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is not None:
+        from ..expressions import call
+
+        return pointwise(t, "div", lambda x, y: call(_ROUNDED[rounding_mode], x / y), a, b)
+    divisor = _number(b)
+    if divisor is None:
+        return pointwise(t, "div", lambda x, y: x / y, a, b)
     if divisor == 0:
         raise Untraceable("division by zero")
     return scaled(t, a, 1.0 / divisor)

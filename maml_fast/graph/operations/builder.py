@@ -1,38 +1,63 @@
-"""What the emitters work with: decoded tensors, and the graph under construction."""
+"""What the emitters work with: decoded tensors, and the graph under construction.
+
+An activation stands in memory sample by sample: (samples, *shape). What PyTorch sees may be arranged otherwise: axes
+merged, split or in another order. `Value.dims` says how, so that such views cost nothing; `standard` undoes them where
+an operation needs the samples first.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ..boxes import Box, permuted, sliced
 from ..graph import Attribute, LossOp, Op, Shape, Untraceable
 
 Emitter = Callable[..., Any]
 """`(builder, *arguments of the ATen operation) -> what stands for its output, or a tuple of that for several`."""
 
+SAMPLES = -1
+"""The sample axis among the axes of `Value.dims`."""
+
+Dims = tuple[tuple[int, ...], ...]
+
 
 @dataclass(frozen=True)
 class Value:
-    """An activation.
+    """An activation, or something of a task that no sample enters.
 
     Attributes:
-        index: of the graph's value. shape: of one sample.
-        merged: whether the sample axis is merged with the first axis of a sample: (samples · shape[0], *shape[1:]).
+        index: of the graph's value. shape: of one sample, as it stands in memory.
+        dims: for each dimension that PyTorch sees the axes that are merged in it, each by its place in `shape`,
+            or `SAMPLES`.
+        mask: whether PyTorch has it as booleans; here they are 1 and 0.
+        folded: whether PyTorch sees it as one sample whose channels are those of all: how ATen makes instance norms.
     """
 
     index: int
     shape: Shape
-    merged: bool = False
+    dims: Dims
+    mask: bool = False
+    folded: bool = False
+
+    @property
+    def once(self) -> bool:
+        """Whether it has no sample axis."""
+        return all(SAMPLES not in d for d in self.dims)
 
 
-@dataclass(frozen=True)
-class FoldedSamples:
-    """An activation seen as one sample whose channels are those of all samples: how ATen makes instance norms."""
+def by_sample(index: int, shape: Shape) -> Value:
+    """Samples first, then one dimension for each axis of a sample."""
+    return Value(index, shape, ((SAMPLES,), *((d,) for d in range(len(shape)))))
 
-    value: Value
+
+def by_task(index: int, shape: Shape) -> Value:
+    """Without a sample axis."""
+    return Value(index, shape, tuple((d,) for d in range(len(shape))))
 
 
 @dataclass(frozen=True)
@@ -50,6 +75,26 @@ class Constant:
 
     name: str
     shape: Shape
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A tensor that depends on nothing but sizes.
+
+    Attributes:
+        tensor: its elements.
+    """
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.tensor.shape)
+
+
+@dataclass(frozen=True)
+class Unset:
+    """A tensor whose elements nobody has written."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +164,10 @@ class Everywhere:
 
 
 class GraphBuilder:
-    """The operations so far; value 0 is the input.
+    """The graph under construction.
 
     Attributes:
-        samples: the number of samples of the pass that is decoded. dtype: of the parameters.
+        samples: of the pass that is decoded. dtype: of the parameters.
         ops: the operations, in order. shapes: per-sample shape of each value.
     """
 
@@ -131,6 +176,7 @@ class GraphBuilder:
         self.ops: list[Op] = []
         self.shapes: list[Shape] = [in_shape]
         self._makers: dict[int, Op] = {}
+        self._lifted: dict[Any, Value] = {}
 
     def emit(
         self,
@@ -140,31 +186,41 @@ class GraphBuilder:
         parameters: Sequence[Weight | None] = (),
         constants: Sequence[Constant] = (),
         /,
-        merged: bool = False,
+        dims: Dims | None = None,
+        once: bool | None = None,
         **attributes: Attribute,
     ) -> Value:
-        """Append an operation; its output."""
-        output = Value(len(self.shapes), shape, merged)
+        """Append an operation; its output.
+
+        Args:
+            dims: how PyTorch sees the output; as it stands in memory by default.
+            once: whether the output has no sample axis; by default where no input has one.
+        """
+        index = len(self.shapes)
         self.shapes.append(shape)
         op = Op(
             kind,
             tuple(v.index for v in inputs),
-            output.index,
+            index,
             tuple(None if p is None else p.index for p in parameters),
             attributes,
             tuple(c.name for c in constants),
         )
         self.ops.append(op)
-        self._makers[output.index] = op
-        return output
+        self._makers[index] = op
+        once = all(v.once for v in inputs) if once is None else once
+        plain = by_task(index, shape) if once else by_sample(index, shape)
+        return plain if dims is None else replace(plain, dims=dims)
 
     def full_shape(self, x: Value | Target) -> Shape:
         """The shape that PyTorch sees."""
         if isinstance(x, Target):
             return x.shape
-        if x.merged:
-            return (self.samples * x.shape[0], *x.shape[1:])
-        return (self.samples, *x.shape)
+        return tuple(math.prod(self.length(x, a) for a in d) for d in x.dims)
+
+    def length(self, x: Value, axis: int) -> int:
+        """Elements along an axis of `Value.dims`."""
+        return self.samples if axis == SAMPLES else x.shape[axis]
 
     def maker(self, x: Value) -> Op | None:
         """The operation that made the value; None for the input."""
@@ -175,19 +231,180 @@ class GraphBuilder:
         op = self.maker(x)
         if op is None or op.kind != "reshape":
             return None
-        return Value(op.inputs[0], self.shapes[op.inputs[0]])
+        source, shape = op.inputs[0], self.shapes[op.inputs[0]]
+        return by_task(source, shape) if x.once else by_sample(source, shape)
+
+    # ---- views ---------------------------------------------------------------------------------
+
+    def reshaped(self, x: Value, shape: Shape) -> Value:
+        """The same elements of every sample in row-major order, and PyTorch sees them as they stand."""
+        source = self.unreshaped(x) or x
+        if shape == source.shape:
+            plain = by_task if x.once else by_sample
+            return replace(plain(source.index, shape), mask=x.mask)
+        return replace(self.emit("reshape", [source], shape, once=x.once), mask=x.mask)
+
+    def in_order(self, x: Value) -> Value:
+        """The same with the axes of a sample standing in the order in which PyTorch sees them."""
+        order = [a for d in x.dims for a in d if a != SAMPLES]
+        order += [a for a in range(len(x.shape)) if a not in order]  # of one element, and in no dimension
+        if order == sorted(order):
+            return x
+        place = {a: i for i, a in enumerate(order)}
+        dims = tuple(tuple(a if a == SAMPLES else place[a] for a in d) for d in x.dims)
+        return replace(self._permuted(x, order), dims=dims)
+
+    def _permuted(self, x: Value, order: Sequence[int]) -> Value:
+        shape = tuple(x.shape[a] for a in order)
+        long = [a for a in order if x.shape[a] != 1]
+        if long == sorted(long):
+            return self.reshaped(x, shape)
+        boxes = (permuted(x.shape, order),)
+        return replace(self.linear_map("permute", [x], boxes, shape, order=tuple(order)), mask=x.mask)
+
+    def unmerged(self, x: Value, what: str) -> Value:
+        """The same with one axis of a sample for each dimension that PyTorch sees, in its order.
+
+        Raises:
+            Untraceable: the samples are merged with another axis.
+        """
+        if any(SAMPLES in d and any(a != SAMPLES and x.shape[a] != 1 for a in d) for d in x.dims):
+            raise Untraceable(f"{what} is applied to activations whose samples are merged with another axis")
+        x = self.in_order(replace(x, dims=tuple((SAMPLES,) if SAMPLES in d else d for d in x.dims)))
+        full = self.full_shape(x)
+        place = next((i for i, d in enumerate(x.dims) if SAMPLES in d), None)
+        shape = tuple(n for i, n in enumerate(full) if i != place)
+        return x if shape == x.shape and all(len(d) == 1 for d in x.dims) else self._seen(x, shape, place)
+
+    def _seen(self, x: Value, shape: Shape, place: int | None) -> Value:
+        """Reshaped, with the samples at a place of what PyTorch sees."""
+        y = self.reshaped(x, shape)
+        dims = [(d,) for d in range(len(shape))]
+        if place is not None:
+            dims.insert(place, (SAMPLES,))
+        return replace(y, dims=tuple(dims))
+
+    def standard(self, x: Value, what: str) -> Value:
+        """The same with the samples first and one axis for each dimension.
+
+        Raises:
+            Untraceable: the samples are merged with another axis, stand elsewhere or are missing.
+        """
+        x = self.unmerged(x, what)
+        if not x.dims or x.dims[0] != (SAMPLES,):
+            raise Untraceable(f"{what} is applied to activations {self.full_shape(x)} whose samples are not first")
+        return x
+
+    def in_memory_order(self, x: Value, what: str) -> Value:
+        """The same elements by sample, whose order in memory is the one that PyTorch sees.
+
+        Raises:
+            Untraceable: the samples do not come first.
+        """
+        x = self.in_order(x)
+        if [a for d in x.dims for a in d if a == SAMPLES or x.shape[a] != 1][:1] != [SAMPLES] and self.samples != 1:
+            raise Untraceable(f"{what} is applied to activations {self.full_shape(x)} whose samples are not first")
+        return by_sample(x.index, x.shape)
+
+    # ---- values of other things ----------------------------------------------------------------
+
+    def lifted(self, x: Any, what: str) -> Value:
+        """A parameter, buffer or literal as a value of the task.
+
+        Raises:
+            Untraceable: it is none of these, nor an activation.
+        """
+        if isinstance(x, Value):
+            return x
+        if isinstance(x, LogProbabilities):
+            return self.emit("log_softmax", [x.of], x.of.shape)
+        if not isinstance(x, Weight | Constant | Literal):
+            raise Untraceable(f"{what} is applied to something that is not an activation")
+        key = (type(x), x.index) if isinstance(x, Weight) else id(x.tensor) if isinstance(x, Literal) else x.name
+        if key not in self._lifted:
+            self._lifted[key] = self._lift(x)
+        value = self._lifted[key]
+        return replace(value, dims=value.dims[::-1]) if isinstance(x, Weight) and x.transposed else value
+
+    def _lift(self, x: Weight | Constant | Literal) -> Value:
+        if isinstance(x, Weight):
+            return self.emit("parameter", [], x.shape[::-1] if x.transposed else x.shape, [x])
+        if isinstance(x, Constant):
+            return self.emit("constant", [], x.shape, [], [x])
+        mask = x.tensor.dtype == torch.bool
+        numbers = tuple(x.tensor.to(torch.float64).flatten().tolist())
+        return replace(self.emit("constant", [], x.shape, numbers=numbers), mask=mask)
+
+    def alike(self, x: Value, dim: int) -> Value | None:
+        """With a single element along a dimension of something that is equal all along it; else None.
+
+        Such are zeros made for every sample, and products of them.
+        """
+        op, axis = self.maker(x), x.dims[dim][0] if len(x.dims[dim]) == 1 else SAMPLES
+        if op is None or axis == SAMPLES:
+            return None
+        if "numbers" in op.attributes:
+            return self._alike_constant(x, axis, op.attributes["numbers"])
+        if op.attributes.get("name") == "slice" and op.attributes["axis"] != axis:
+            return self._alike_slice(x, axis, op)
+        if op.kind in ("linear", "pointwise", "affine", "add") and axis < len(x.shape) - (op.kind == "linear"):
+            return self._alike_result(x, axis, op)
+        return None
+
+    def _alike_constant(self, x: Value, axis: int, numbers: tuple[float, ...]) -> Value | None:
+        tensor = torch.tensor(numbers, dtype=torch.float64).reshape(x.shape)
+        first = tensor.narrow(axis, 0, 1)
+        if not torch.equal(first.expand_as(tensor), tensor):
+            return None
+        return replace(x, index=self._lift(Literal(first)).index, shape=tuple(first.shape))
+
+    def _alike_slice(self, x: Value, axis: int, op: Op) -> Value | None:
+        source = self.alike(by_task(op.inputs[0], self.shapes[op.inputs[0]]), axis)
+        if source is None:
+            return None
+        shape = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
+        where: dict[str, int] = {name: op.attributes[name] for name in ("axis", "start", "step")}
+        box = sliced(source.shape, **where, count=shape[where["axis"]])
+        return replace(x, index=self.linear_map("slice", [source], [box], shape, **where).index, shape=shape)
+
+    def _alike_result(self, x: Value, axis: int, op: Op) -> Value | None:
+        """The same operation of operands with a single element along the axis."""
+        inputs = []
+        for number, v in enumerate(op.inputs):
+            operand = by_task(v, self.shapes[v])
+            if not (op.kind == "linear" and number == 1) and operand.shape[axis] != 1:
+                found = self.alike(operand, axis)
+                if found is None:
+                    return None
+                operand = found
+            inputs.append(operand)
+        shape = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
+        parameters = [None if p is None else Weight(p, ()) for p in op.parameters]
+        y = self.emit(op.kind, inputs, shape, parameters, once=True, **op.attributes)
+        return replace(x, index=y.index, shape=shape)
+
+    def linear_map(
+        self,
+        name: str,
+        inputs: Sequence[Value],
+        boxes: Sequence[Box],
+        shape: Shape,
+        once: bool | None = None,
+        **attributes: Attribute,
+    ) -> Value:
+        """A linear map of the inputs, as they stand in memory; see `emit` for `once`."""
+        once = all(v.once for v in inputs) if once is None else once
+        made = {"name": name, "boxes": tuple(boxes), "per_task": once, **attributes}
+        return self.emit("linear_map", inputs, shape, once=once, **made)
 
 
-def value(x: Any, what: str) -> Value:
+def value(t: GraphBuilder, x: Any, what: str) -> Value:
     """An activation whose leading axis is the samples.
 
     Raises:
         Untraceable: it is something else.
     """
-    x = rows(x, what)
-    if x.merged:
-        raise Untraceable(f"{what} is applied to activations whose samples are merged with another axis")
-    return x
+    return t.standard(rows(x, what), what)
 
 
 def shaped(x: Any, what: str) -> Value | Target:
@@ -196,9 +413,7 @@ def shaped(x: Any, what: str) -> Value | Target:
 
 
 def rows(x: Any, what: str) -> Value:
-    """An activation, also where its sample axis is merged with another: for what treats rows alike."""
-    if isinstance(x, FoldedSamples):
-        x = x.value
+    """An activation, however its axes are arranged: for what treats elements alike."""
     if not isinstance(x, Value):
         raise Untraceable(f"{what} is applied to something that is not an activation")
     return x

@@ -1,89 +1,185 @@
-"""Layers that are linear in their weights: linear and convolution."""
+"""Products of matrices: with weights, given or computed, and of activations."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from ..graph import Untraceable
-from .builder import Emitter, GraphBuilder, Value, Weight, optional_weight, rows, weight
-from .windows import images, windows
+from ..graph import Shape, Untraceable
+from .builder import SAMPLES, Emitter, GraphBuilder, Value, Weight
+from .pointwise import pointwise
 
 
 def _linear(t: GraphBuilder, x: Any, matrix: Any, bias: Any = None) -> Value:
     """x Wᵀ + b; ATen hands over Wᵀ."""
-    x = rows(x, "linear")
-    if not isinstance(matrix, Weight) or len(matrix.shape) != 2:
-        raise Untraceable("a product with something that is not a parameter of the model has no fused kernel")
-    if not matrix.transposed:
-        raise Untraceable("a product with a parameter (in, out) has no fused kernel; nn.Linear's (out, in) has")
-    if len(t.full_shape(x)) != 2:
+    x = _features_last(t, t.lifted(x, "linear"))
+    if t.full_shape(x)[1] != matrix_shape(t, matrix)[0]:
+        raise Untraceable(f"linear expects {matrix_shape(t, matrix)[0]} features, got {t.full_shape(x)[1]}")
+    units = matrix_shape(t, matrix)[1]
+    own = isinstance(bias, Weight) and bias.shape == (units,)
+    inputs, parameters = [x], [None, bias if own else None]
+    if isinstance(matrix, Weight) and matrix.transposed:
+        parameters[0] = Weight(matrix.index, matrix.shape[::-1])
+    else:
+        inputs.append(_computed(t, matrix))
+    y = t.emit("linear", inputs, (*x.shape[:-1], units), parameters, dims=x.dims)
+    if bias is None or own:
+        return y
+    return pointwise(t, "add", lambda u, v: u + v, y, bias)
+
+
+def matrix_shape(t: GraphBuilder, matrix: Any) -> Shape:
+    shape = t.full_shape(t.lifted(matrix, "a product")) if isinstance(matrix, Value) else matrix.shape
+    if len(shape) != 2:
+        raise Untraceable(f"a product with something of shape {shape} has no fused kernel")
+    return tuple(shape)
+
+
+def _computed(t: GraphBuilder, matrix: Any) -> Value:
+    """A weight that is no parameter, or is one the other way round, as it stands in memory (out, in)."""
+    w = t.lifted(matrix, "a product")
+    if not w.once:
+        raise Untraceable("a product of rows with an activation of every sample has no fused kernel")
+    return t.unmerged(replace(w, dims=w.dims[::-1]), "a product")
+
+
+def _features_last(t: GraphBuilder, x: Value) -> Value:
+    """With the second of two dimensions as the last axis in memory."""
+    if len(x.dims) != 2:
         raise Untraceable(f"linear is applied to activations of shape {t.full_shape(x)}")
-    units, features = matrix.shape[1], matrix.shape[0]
-    if x.shape[-1] != features:
-        raise Untraceable(f"linear expects {features} features, got {x.shape[-1]}")
-    own = Weight(matrix.index, (units, features))
-    b = optional_weight(bias, "linear", (units,))
-    return t.emit("linear", [x], (*x.shape[:-1], units), [own, b], merged=x.merged)
+    if SAMPLES in x.dims[1]:
+        raise Untraceable("linear over the samples has no fused kernel")
+    if x.dims[1] == (len(x.shape) - 1,):
+        return x
+    x = t.in_order(x)
+    features = t.full_shape(x)[1]
+    rest = x.shape[: len(x.shape) - len(x.dims[1])]
+    y = t.reshaped(x, (*rest, features))
+    return replace(y, dims=(x.dims[0], (len(rest),)))
 
 
 def _addmm(t: GraphBuilder, bias: Any, x: Any, matrix: Any, beta: float = 1, alpha: float = 1) -> Value:
-    if alpha != 1 or beta != 1:
-        raise Untraceable("addmm with factors has no fused kernel")
-    return _linear(t, x, matrix, bias)
+    if alpha == 1 and beta == 1:
+        return _linear(t, x, matrix, bias)
+    y = _product(t, x, matrix)
+    return pointwise(t, "addmm", lambda u, v: u * float(alpha) + v * float(beta), y, bias)
 
 
-def _convolution(
-    t: GraphBuilder,
-    x: Any,
-    kernel_weight: Any,
-    bias: Any,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Value:
-    w = weight(kernel_weight, "convolution")
-    dims = len(w.shape) - 2
-    if transposed:
-        raise Untraceable("a transposed convolution has no fused kernel")
-    if dims not in (1, 2):
-        raise Untraceable(f"a convolution over {dims} spatial dimensions has no fused kernel")
-    x = images(x, dims, "convolution")
-    channels, *kernel = w.shape[1:]
-    if x.shape[0] != channels * groups or w.shape[0] % groups:
-        raise Untraceable(f"convolution with weights {w.shape} in {groups} groups is applied to samples {x.shape}")
-    steps, padded, dilated = _each(stride, dims), _each(padding, dims), _each(dilation, dims)
-    space = windows(x.shape[1:], tuple(kernel), steps, padded, dilated, "convolution")
-    b = optional_weight(bias, "convolution", (w.shape[0],))
-    return t.emit(
-        "conv",
-        [x],
-        (w.shape[0], *space),
-        [w, b],
-        kernel=tuple(kernel),
-        stride=steps,
-        padding=padded,
-        dilation=dilated,
-        groups=groups,
-    )
+def _product(t: GraphBuilder, a: Any, b: Any) -> Value:
+    """The product of two matrices, one of which no sample enters."""
+    right = t.lifted(b, "a product") if isinstance(b, Value) else None
+    left = t.lifted(a, "a product") if isinstance(a, Value) else None
+    if right is not None and not right.once:
+        if left is not None and not left.once:
+            raise Untraceable("a product of two activations over the samples has no fused kernel")
+        turned = _linear(t, replace(right, dims=right.dims[::-1]), _turned(t, a))
+        return replace(turned, dims=turned.dims[::-1])
+    return _linear(t, a, b)
 
 
-def _each(numbers: Sequence[int], dims: int) -> tuple[int, ...]:
-    return tuple(numbers) * dims if len(numbers) == 1 else tuple(numbers)
+def _turned(t: GraphBuilder, a: Any) -> Any:
+    """aᵀ, of which `_linear` takes the transpose again."""
+    if isinstance(a, Weight):
+        return Weight(a.index, a.shape[::-1], not a.transposed)
+    a = t.lifted(a, "a product")
+    return replace(a, dims=a.dims[::-1])
 
 
-def _transpose(t: GraphBuilder, x: Any) -> Weight:
-    if isinstance(x, Weight) and len(x.shape) == 2:
-        return Weight(x.index, x.shape[::-1], not x.transposed)
-    raise Untraceable("transposing an activation has no fused kernel")
+def _bmm(t: GraphBuilder, a: Any, b: Any) -> Value:
+    """(G, M, K) times (G, K, N) for every group; the samples are part of the groups, or rows of the first."""
+    a, b = t.lifted(a, "bmm"), t.lifted(b, "bmm")
+    if a.once and not b.once and any(SAMPLES in d for d in b.dims[1:]):
+        swap = lambda v: replace(v, dims=(v.dims[0], v.dims[2], v.dims[1]))  # noqa: E731
+        return swap(_bmm(t, swap(b), swap(a)))
+    if not a.once and SAMPLES in a.dims[1]:
+        return _rows_by_group(t, a, b)
+    both = [v for v in (a, b) if not v.once]
+    if any(SAMPLES in d for v in both for d in v.dims[1:]):
+        raise Untraceable("bmm with the samples inside the matrices has no fused kernel")
+    groups = {tuple(t.length(v, x) for x in v.dims[0]) for v in both}
+    if len(groups) > 1 or (both and any(v.once for v in (a, b)) and t.full_shape(both[0])[0] != t.samples):
+        raise Untraceable("bmm whose groups are made of the samples in different ways has no fused kernel")
+    first, second = (_matrices(t, v, both) for v in (a, b))
+    count = math.prod(first.shape[:-2]) if both and not first.once else math.prod(second.shape[:-2])
+    rows, width, columns = *first.shape[-2:], second.shape[-1]
+    lead = (first if both and not first.once else second).shape[:-2] if both else first.shape[:-2]
+    y = t.emit("matmul", [first, second], (*lead, rows, columns), groups=count)
+    inner = len(lead)
+    return replace(y, dims=(_group_dim(both, inner), (inner,), (inner + 1,)))
+
+
+def product_of_groups(t: GraphBuilder, a: Value, b: Value) -> Value:
+    """(groups, rows, width) times (groups, width, columns), as they stand in memory; b is the task's."""
+    (groups, rows, _), columns = a.shape, b.shape[-1]
+    return t.emit("matmul", [a, b], (groups, rows, columns), groups=groups)
+
+
+def _group_dim(both: list[Value], inner: int) -> tuple[int, ...]:
+    """The dimension of the groups: as in the operands, with the axes in their order."""
+    if not both:
+        return tuple(range(inner))
+    place, found = iter(range(inner)), []
+    for axis in both[0].dims[0]:
+        found.append(SAMPLES if axis == SAMPLES else next(place))
+    return tuple(found)
+
+
+def _matrices(t: GraphBuilder, x: Value, both: list[Value]) -> Value:
+    """As it stands in memory (groups …, rows, columns)."""
+    dims = x.dims
+    if x.once and both:
+        if t.full_shape(x)[0] != 1 and any(a != SAMPLES for v in both for a in v.dims[0]):
+            raise Untraceable("bmm of activations and matrices of the task in several groups has no fused kernel")
+    x = t.in_order(x)
+    dims = x.dims
+    groups = [x.shape[a] for a in dims[0] if a != SAMPLES]
+    shape = (*groups, *(math.prod(x.shape[a] for a in d) for d in dims[1:]))
+    return x if x.shape == shape else t.reshaped(x, shape)
+
+
+def _rows_by_group(t: GraphBuilder, a: Value, b: Value) -> Value:
+    """a (G, rows with samples, K), b (G, K, N) of the task."""
+    if not b.once or any(SAMPLES in d for i, d in enumerate(a.dims) if i != 1):
+        raise Untraceable("bmm with the samples inside the matrices has no fused kernel")
+    a = t.in_order(a)
+    inner = tuple(x for x in a.dims[1] if x != SAMPLES)
+    groups, width = math.prod(a.shape[x] for x in a.dims[0]), math.prod(a.shape[x] for x in a.dims[2])
+    count = math.prod(a.shape[x] for x in a.dims[1] if x != SAMPLES)
+    first = t.reshaped(a, (groups, count, width))
+    second = _matrices(t, b, [])
+    y = t.emit("matmul", [first, second], (groups, count, second.shape[-1]), groups=groups)
+    place = list(a.dims[1]).index(SAMPLES)
+    lengths = tuple(a.shape[x] for x in inner)
+    if len(inner) != 1:
+        y = t.reshaped(y, (groups, *lengths, second.shape[-1]))
+    axes = [1 + i for i in range(len(lengths))]
+    axes.insert(place, SAMPLES)
+    return replace(y, dims=((0,), tuple(axes), (1 + len(lengths),)))
+
+
+def _baddbmm(t: GraphBuilder, c: Any, a: Any, b: Any, beta: float = 1, alpha: float = 1) -> Value:
+    y = _bmm(t, a, b)
+    return pointwise(t, "baddbmm", lambda u, v: u * float(alpha) + v * float(beta), y, c)
+
+
+def _addmv(t: GraphBuilder, c: Any, a: Any, b: Any, beta: float = 1, alpha: float = 1) -> Value:
+    y = _mv(t, a, b)
+    return pointwise(t, "addmv", lambda u, v: u * float(alpha) + v * float(beta), y, c)
+
+
+def _mv(t: GraphBuilder, a: Any, b: Any) -> Value:
+    v = t.lifted(b, "mv")
+    column = _product(t, a, replace(v, dims=(*v.dims, ())))
+    return replace(column, dims=(tuple(x for d in column.dims for x in d),))
 
 
 OPERATIONS: dict[str, Emitter] = {
-    "mm": _linear,
+    "mm": _product,
     "addmm": _addmm,
-    "convolution": _convolution,
-    "t": _transpose,
+    "bmm": _bmm,
+    "baddbmm": _baddbmm,
+    "mv": _mv,
+    "addmv": _addmv,
 }

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from ..graph import LossOp, Untraceable
+from ..expressions import call, constant
 from .builder import Emitter, Everywhere, GraphBuilder, LogProbabilities, Losses, Nowhere, Residual, Target, Value
+from .pointwise import masked_filled, pointwise, power
 
 _NONE, _MEAN, _SUM = range(3)  # ATen's reductions
 
@@ -32,10 +34,14 @@ def product(t: GraphBuilder, a: Residual, b: Residual) -> Losses:
     return replace(squares, factor=float(a.sign * b.sign))
 
 
-def powered(t: GraphBuilder, x: Any, exponent: Any) -> Losses:
-    if not isinstance(x, Residual) or exponent != 2:
-        raise Untraceable("a power has no fused kernel, but for the square of an activation minus the targets")
-    return _of_elements(t, x.of, LossOp("mse"))
+def _power(t: GraphBuilder, x: Any, exponent: Any) -> Any:
+    if isinstance(x, Residual) and exponent == 2:
+        return _of_elements(t, x.of, LossOp("mse"))
+    if isinstance(x, int | float):
+        return pointwise(t, "pow", lambda e: power(constant(x), e), exponent)
+    if isinstance(exponent, int | float):
+        return pointwise(t, "pow", lambda v: power(v, exponent), x)
+    return pointwise(t, "pow", power, x, exponent)
 
 
 def reduced(x: Losses, dim: Sequence[int] | None, keepdim: bool, summed: bool) -> Losses:
@@ -49,9 +55,9 @@ def reduced(x: Losses, dim: Sequence[int] | None, keepdim: bool, summed: bool) -
     return replace(x, shape=shape, factor=x.factor * size if summed else x.factor)
 
 
-def _absolute(t: GraphBuilder, x: Any) -> Losses:
+def _absolute(t: GraphBuilder, x: Any) -> Any:
     if not isinstance(x, Residual):
-        raise Untraceable("abs has no fused kernel, but for that of an activation minus the targets")
+        return pointwise(t, "abs", lambda v: call("abs", v), x)
     return _of_elements(t, x.of, LossOp("l1"))
 
 
@@ -68,7 +74,8 @@ def added(a: Losses, b: Losses, alpha: float) -> Losses:
     return replace(a, factor=factor, loss=replace(a.loss, parameter=smoothing))
 
 
-def _sum(t: GraphBuilder, x: Any, dim: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Any:
+def summed_losses(t: GraphBuilder, x: Any, dim: Sequence[int] | None, keepdim: bool, dtype: Any) -> Any:
+    """The sum of losses, or of what they are made of."""
     if isinstance(x, Everywhere):
         return math.prod(x.shape)
     if isinstance(x, LogProbabilities) and not keepdim and dtype is None and [*(dim or ())] in ([1], [-1]):
@@ -105,12 +112,6 @@ def _bce_with_logits(
     return _elementwise(t, z, y, LossOp("bce_with_logits"), reduction)
 
 
-def _log_softmax(t: GraphBuilder, x: Any, dim: int, half_to_float: bool = False) -> LogProbabilities:
-    if not isinstance(x, Value) or x.merged or len(x.shape) != 1 or dim not in (1, -1):
-        raise Untraceable("log_softmax has a fused kernel only in cross entropy over outputs (samples, classes)")
-    return LogProbabilities(x)
-
-
 def _nll(t: GraphBuilder, x: Any, y: Any, weight: Any, reduction: int, ignore_index: int) -> tuple[Losses, None]:
     labels = isinstance(y, Target) and y.shape == (t.samples,) and y.dtype == torch.int64
     if not isinstance(x, LogProbabilities) or not labels:
@@ -130,7 +131,8 @@ def _with_reduction(losses: Losses, reduction: int) -> Losses:
 
 
 def _of_elements(t: GraphBuilder, z: Value, loss: LossOp) -> Losses:
-    return Losses(loss, z, t.full_shape(z))
+    shape = t.full_shape(z)
+    return Losses(loss, t.in_memory_order(z, "a loss"), shape)
 
 
 def _compared(t: GraphBuilder, a: Any, b: Any) -> tuple[Value, Target]:
@@ -147,36 +149,34 @@ def _compared(t: GraphBuilder, a: Any, b: Any) -> tuple[Value, Target]:
     return z, y
 
 
-def _equal(t: GraphBuilder, a: Any, b: Any) -> Nowhere:
+def _equal(t: GraphBuilder, a: Any, b: Any) -> Any:
     """Which labels are to be ignored: none, where labels below zero are refused."""
     if isinstance(a, Target) and a.dtype == torch.int64 and isinstance(b, int) and b < 0:
         return Nowhere(a.shape)
-    raise Untraceable("a comparison has no fused kernel")
+    return pointwise(t, "eq", lambda u, v: call("eq", u, v), a, b, mask=True)
 
 
-def _complement(t: GraphBuilder, x: Any) -> Everywhere:
+def _complement(t: GraphBuilder, x: Any) -> Any:
     if isinstance(x, Nowhere):
         return Everywhere(x.shape)
-    raise Untraceable("bitwise_not has no fused kernel")
+    return pointwise(t, "bitwise_not", lambda v: call("eq", v, 0), x, mask=True)
 
 
 def _masked_fill(t: GraphBuilder, x: Any, mask: Any, value: float) -> Any:
     if isinstance(mask, Nowhere) and isinstance(x, Losses):
         return x
-    raise Untraceable("masked_fill has no fused kernel")
+    return masked_filled(t, x, mask, value)
 
 
 OPERATIONS: dict[str, Emitter] = {
     "eq": _equal,
     "bitwise_not": _complement,
     "masked_fill": _masked_fill,
-    "pow": powered,
+    "pow": _power,
     "abs": _absolute,
-    "sum": _sum,
     "mse_loss": _mse,
     "huber_loss": _huber,
     "smooth_l1_loss": _smooth_l1,
     "binary_cross_entropy_with_logits": _bce_with_logits,
-    "_log_softmax": _log_softmax,
     "nll_loss_forward": _nll,
 }

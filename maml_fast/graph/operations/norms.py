@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..graph import Untraceable
 from .builder import (
+    SAMPLES,
     Emitter,
-    FoldedSamples,
     GraphBuilder,
     Repeated,
+    by_sample,
     constant,
     optional_weight,
     value,
@@ -29,11 +31,15 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Any, ...]:
-    per_sample = isinstance(x, FoldedSamples)
+    x = t.lifted(x, "batch_norm")
+    per_sample = x.folded or x.dims[:2] == ((), (SAMPLES, 0))
+    dims = x.dims
     given = [p for p in (weight, bias, mean, variance) if p is not None]
     if any(isinstance(p, Repeated) != per_sample for p in given):
         raise Untraceable("a norm whose weights are repeated, but not one per sample, has no fused kernel")
-    x = value(x, "batch_norm")
+    if per_sample:
+        x = by_sample(x.index, x.shape)
+    x = value(t, x, "batch_norm")
     if not 1 <= len(x.shape) <= 3:
         raise Untraceable(f"batch_norm is applied to samples of shape {x.shape}")
     parameters = [optional_weight(_once(p), "batch_norm", x.shape[:1]) for p in (weight, bias)]
@@ -44,7 +50,7 @@ def _batch_norm(
         out = t.emit("group_norm", [x], x.shape, parameters, groups=x.shape[0], eps=eps)
     else:
         out = t.emit("batch_norm", [x], x.shape, parameters, eps=eps)
-    return FoldedSamples(out) if per_sample else out, None, None
+    return replace(out, dims=dims, folded=x.folded) if per_sample else out, None, None
 
 
 def _once(p: Any) -> Any:
@@ -54,11 +60,14 @@ def _once(p: Any) -> Any:
 def _layer_norm(
     t: GraphBuilder, x: Any, normalized_shape: Sequence[int], weight: Any, bias: Any, eps: float
 ) -> tuple[Any, ...]:
-    x, size = value(x, "layer_norm"), tuple(normalized_shape)
+    x, size = t.unmerged(t.lifted(x, "layer_norm"), "layer_norm"), tuple(normalized_shape)
+    if any(SAMPLES in d for d in x.dims[len(x.dims) - len(size) :]):
+        raise Untraceable("layer_norm over the samples has no fused kernel")
     if len(size) > len(x.shape) or x.shape[len(x.shape) - len(size) :] != size:
         raise Untraceable(f"layer_norm over {size} is applied to samples of shape {x.shape}")
     parameters = [optional_weight(p, "layer_norm", size) for p in (weight, bias)]
-    return t.emit("layer_norm", [x], x.shape, parameters, eps=eps, size=math.prod(size)), None, None
+    y = t.emit("layer_norm", [x], x.shape, parameters, dims=x.dims, eps=eps, size=math.prod(size))
+    return y, None, None
 
 
 def _group_norm(
@@ -72,7 +81,7 @@ def _group_norm(
     groups: int,
     eps: float,
 ) -> tuple[Any, ...]:
-    x = value(x, "group_norm")
+    x = value(t, x, "group_norm")
     if not 1 <= len(x.shape) <= 3 or samples != t.samples or channels != x.shape[0] or channels % groups:
         raise Untraceable(f"group_norm of {groups} groups is applied to samples of shape {x.shape}")
     if math.prod(x.shape) == groups:

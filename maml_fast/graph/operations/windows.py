@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..graph import Shape, Untraceable
-from .builder import Value, value
+from .builder import GraphBuilder, Value, value
 
 
-def images(x: Any, dims: int, what: str) -> Value:
+def images(t: GraphBuilder, x: Any, dims: int, what: str) -> Value:
     """A value (C, *space) with `dims` spatial dimensions.
 
     Raises:
         Untraceable: it has another number of them.
     """
-    x = value(x, what)
+    x = value(t, x, what)
     if len(x.shape) != dims + 1:
         raise Untraceable(f"{what} over {dims} spatial dimensions is applied to samples of shape {x.shape}")
     return x

@@ -1,0 +1,266 @@
+"""Sums, means, largest elements and what is made of them, over any dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from .. import boxes
+from ..expressions import call
+from ..graph import Untraceable
+from .builder import SAMPLES, Emitter, GraphBuilder, LogProbabilities, Losses, Value
+from .losses import reduced, summed_losses
+from .pointwise import pointwise
+from .pools import spatial_mean
+from .shapes import sliced, squeezed, unsqueezed
+
+
+def _axes(t: GraphBuilder, x: Any, dim: int | Sequence[int] | None, what: str) -> tuple[Value, list[int]]:
+    """The value with one axis for each dimension, and which dimensions are meant."""
+    x = t.unmerged(t.lifted(x, what), what)
+    rank = len(x.dims)
+    given = [dim] if isinstance(dim, int) else list(dim) if dim else list(range(rank))
+    return x, sorted({d % rank for d in given})
+
+
+def _dropped(t: GraphBuilder, x: Value, dims: Sequence[int], keepdim: bool) -> Value:
+    """Without dimensions of one element."""
+    return x if keepdim else squeezed(t, x, list(dims))
+
+
+def summed(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False, mean: bool = False) -> Value:
+    """The sum or the mean over some dimensions; over the samples it is one for each task."""
+    name = "mean" if mean else "sum"
+    x, dims = _axes(t, x, dim, name)
+    axes = [x.dims[d][0] for d in dims if x.dims[d] != (SAMPLES,)]
+    over_samples = any(x.dims[d] == (SAMPLES,) for d in dims)
+    factor = 1.0 / math.prod(x.shape[a] for a in axes) if mean else 1.0
+    shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    made = [boxes.summed(x.shape, axes, factor)]
+    y = t.linear_map(name, [x], made, shape, once=x.once or over_samples, axes=tuple(axes), mean=mean and over_samples)
+    seen = tuple(() if d == (SAMPLES,) and over_samples else d for d in x.dims)
+    return _dropped(t, replace(y, dims=seen), dims, keepdim)
+
+
+def _sum(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
+    if isinstance(x, Value):
+        return summed(t, x, dim, keepdim)
+    return summed_losses(t, x, dim, keepdim, dtype)
+
+
+def _mean(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
+    if isinstance(x, Losses) and dtype is None:
+        return reduced(x, dim, keepdim, summed=False)
+    pooled = spatial_mean(t, x, dim, keepdim)
+    return summed(t, x, dim, keepdim, mean=True) if pooled is None else pooled
+
+
+def largest(t: GraphBuilder, x: Any, dim: int, keepdim: bool = False) -> Value:
+    """The first largest element along a dimension, and the derivative goes there."""
+    x, (d,) = _axes(t, x, dim, "max")
+    if x.dims[d] == (SAMPLES,):
+        raise Untraceable("max over the samples has no fused kernel")
+    axis = x.dims[d][0]
+    shape = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
+    outer, inner = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
+    y = t.emit("max", [x], shape, dims=x.dims, outer=outer, length=x.shape[axis], inner=inner)
+    return _dropped(t, y, [d], keepdim)
+
+
+def _max(t: GraphBuilder, x: Any, dim: int | None = None, keepdim: bool = False) -> tuple[Any, ...]:
+    if dim is None:
+        raise Untraceable("max over all elements has no fused kernel")
+    return largest(t, x, dim, keepdim), None
+
+
+def _min(t: GraphBuilder, x: Any, dim: int | None = None, keepdim: bool = False) -> tuple[Any, ...]:
+    if dim is None:
+        raise Untraceable("min over all elements has no fused kernel")
+    negative = pointwise(t, "neg", lambda v: -v, x)
+    return pointwise(t, "neg", lambda v: -v, largest(t, negative, dim, keepdim)), None
+
+
+def _amax(t: GraphBuilder, x: Any, dim: Any = (), keepdim: bool = False, sign: int = 1) -> Value:
+    """Where several elements are largest they share the derivative: the mean over those that equal the maximum."""
+    x, dims = _axes(t, x, dim, "amax")
+    most = pointwise(t, "amax", lambda v: v * sign, x) if sign != 1 else x
+    for d in dims:
+        most = largest(t, most, d, keepdim=True)
+    chosen = pointwise(t, "amax", lambda v, m: call("eq", v * sign, m), x, most)
+    count = summed(t, chosen, dims, keepdim=True)
+    total = summed(t, pointwise(t, "amax", lambda v, c: call("where", c, v, 0), x, chosen), dims, keepdim=True)
+    return _dropped(t, pointwise(t, "amax", lambda s, n: s / n, total, count), dims, keepdim)
+
+
+def _amin(t: GraphBuilder, x: Any, dim: Any = (), keepdim: bool = False) -> Value:
+    return _amax(t, x, dim, keepdim, sign=-1)
+
+
+def _rowwise(t: GraphBuilder, kind: str, x: Any, dim: int) -> Value:
+    """An operation over one dimension, which is brought to the end."""
+    x, (d,) = _axes(t, x, dim, kind)
+    if x.dims[d] == (SAMPLES,):
+        raise Untraceable(f"{kind} over the samples has no fused kernel")
+    rank = len(x.dims)
+    order = [i for i in range(rank) if i != d] + [d]
+    moved = t.unmerged(replace(x, dims=tuple(x.dims[i] for i in order)), kind)
+    y = t.emit(kind, [moved], moved.shape, dims=moved.dims)
+    back = [order.index(i) for i in range(rank)]
+    return replace(y, dims=tuple(y.dims[i] for i in back))
+
+
+def _softmax(t: GraphBuilder, x: Any, dim: int, half_to_float: bool = False) -> Value:
+    return _rowwise(t, "softmax", x, dim)
+
+
+def log_softmax(t: GraphBuilder, x: Any, dim: int, half_to_float: bool = False) -> Any:
+    """In cross entropy the loss takes care of it; elsewhere it is an operation."""
+    if isinstance(x, Value) and len(x.dims) == 2 and dim in (1, -1) and not x.once:
+        with suppress(Untraceable):
+            y = t.unmerged(x, "log_softmax")
+            if y.dims == ((SAMPLES,), (0,)):
+                return LogProbabilities(y)
+    return _rowwise(t, "log_softmax", x, dim)
+
+
+def _logsumexp(t: GraphBuilder, x: Any, dim: Any, keepdim: bool = False) -> Value:
+    x, dims = _axes(t, x, dim, "logsumexp")
+    if len(dims) != 1:
+        raise Untraceable("logsumexp over several dimensions has no fused kernel")
+    logarithms = _rowwise(t, "log_softmax", x, dims[0])
+    first, of_first = (sliced(t, v, dims[0], 0, 1, 1) for v in (x, logarithms))
+    return _dropped(t, pointwise(t, "logsumexp", lambda a, b: a - b, first, of_first), dims, keepdim)
+
+
+def _norm(t: GraphBuilder, x: Any, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
+    """The Euclidean norm, whose derivative at zero is zero, as PyTorch has it; or the sum of absolute values."""
+    if ord not in (1, 2) or dtype is not None:
+        raise Untraceable(f"a norm of order {ord} has no fused kernel")
+    x, dims = _axes(t, x, dim, "norm")
+    if ord == 1:
+        return summed(t, pointwise(t, "abs", lambda v: call("abs", v), x), dims, keepdim)
+    squares = summed(t, pointwise(t, "square", lambda v: v * v, x), dims, keepdim=True)
+
+    def root(s: Any) -> Any:
+        zero = call("eq", s, 0)
+        return call("where", zero, 0, call("sqrt", s + zero))
+
+    return _dropped(t, pointwise(t, "norm", root, squares), dims, keepdim)
+
+
+def _frobenius(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False) -> Value:
+    return _norm(t, x, 2, dim, keepdim)
+
+
+def _distances(t: GraphBuilder, a: Any, b: Any, p: float = 2.0, compute_mode: Any = None) -> Value:
+    """Between all rows of two matrices, or of two stacks of them."""
+    apart = pointwise(t, "cdist", lambda u, v: u - v, unsqueezed(t, a, -2), unsqueezed(t, b, -3))
+    return _norm(t, apart, p, [-1])
+
+
+def _safe_softmax(t: GraphBuilder, x: Any, dim: int, dtype: Any = None) -> Value:
+    """Zeros where everything along the dimension is −∞."""
+    y = _rowwise(t, "softmax", x, dim)
+    maker = t.maker(x) if isinstance(x, Value) else None
+    if maker is not None and maker.kind == "matmul":
+        return y
+    most = largest(t, x, dim, keepdim=True)
+    return pointwise(t, "safe_softmax", lambda v, m: call("where", call("eq", m, -math.inf), 0, v), y, most)
+
+
+def _trilinear(
+    t: GraphBuilder, a: Any, b: Any, c: Any, ea: Sequence[int], eb: Sequence[int], ec: Sequence[int],
+    dims: Sequence[int], unroll_dim: int = 1,
+) -> Value:  # fmt: skip
+    """The sum over dimensions of a product of three, each with new dimensions first."""
+    given = []
+    for x, new in ((a, ea), (b, eb), (c, ec)):
+        for d in new:
+            x = unsqueezed(t, x, d)
+        given.append(x)
+    return summed(t, pointwise(t, "trilinear", lambda u, v, w: u * v * w, *given), list(dims))
+
+
+def _weight_norm(t: GraphBuilder, v: Any, g: Any, dim: int = 0) -> tuple[Value, Value]:
+    """g v / ‖v‖, with a norm for each place along a dimension."""
+    rank = len(t.lifted(v, "weight_norm").dims)
+    norm = _norm(t, v, 2, [d for d in range(rank) if d != dim % rank], keepdim=True)
+    return pointwise(t, "weight_norm", lambda a, b, n: a * (b / n), v, g, norm), norm
+
+
+def _old_norm(t: GraphBuilder, x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
+    return _norm(t, x, 2 if p is None else p, dim, keepdim, dtype)
+
+
+def variance(
+    t: GraphBuilder, x: Any, dim: Any = None, correction: float | None = None, keepdim: bool = False
+) -> tuple[Value, Value]:
+    """The variance and the mean."""
+    x, dims = _axes(t, x, dim, "var")
+    if any(x.dims[d] == (SAMPLES,) for d in dims):
+        raise Untraceable("a variance over the samples has no fused kernel")
+    n = math.prod(t.full_shape(x)[d] for d in dims)
+    left = n - (1.0 if correction is None else float(correction))
+    if left <= 0:
+        raise Untraceable("a variance of a single element has no fused kernel")
+    mean = summed(t, x, dims, keepdim=True, mean=True)
+    squares = pointwise(t, "var", lambda v, m: (v - m) * (v - m), x, mean)
+    total = summed(t, squares, dims, keepdim=True)
+    var = pointwise(t, "var", lambda s: s / left, total)
+    return _dropped(t, var, dims, keepdim), _dropped(t, mean, dims, keepdim)
+
+
+def _var(t: GraphBuilder, x: Any, dim: Any = None, unbiased: Any = True, keepdim: bool = False, **named: Any) -> Value:
+    correction = named.get("correction", 1.0 if unbiased in (True, None) else 0.0)
+    return variance(t, x, dim, correction, keepdim)[0]
+
+
+def _std(t: GraphBuilder, x: Any, dim: Any = None, unbiased: Any = True, keepdim: bool = False, **named: Any) -> Value:
+    return pointwise(t, "std", lambda v: call("sqrt", v), _var(t, x, dim, unbiased, keepdim, **named))
+
+
+def _var_mean(t: GraphBuilder, x: Any, dim: Any = None, **named: Any) -> tuple[Value, Value]:
+    return variance(t, x, dim, named.get("correction", 1.0), named.get("keepdim", False))
+
+
+def _cumsum(t: GraphBuilder, x: Any, dim: int, dtype: Any = None) -> Value:
+    """Every element and all before it: a box for each place along the dimension."""
+    x, (d,) = _axes(t, x, dim, "cumsum")
+    if x.dims[d] == (SAMPLES,):
+        raise Untraceable("cumsum over the samples has no fused kernel")
+    axis = x.dims[d][0]
+    there = boxes.strides(x.shape)
+    made = []
+    for i in range(x.shape[axis]):  # what stands i places before
+        sizes = (*x.shape[:axis], x.shape[axis] - i, *x.shape[axis + 1 :])
+        made.append(boxes.Box(0, 1.0, 0, i * there[axis], sizes, there, there))
+    y = t.linear_map("cumsum", [x], made, x.shape, axis=axis)
+    return replace(y, dims=x.dims)
+
+
+OPERATIONS: dict[str, Emitter] = {
+    "sum": _sum,
+    "mean": _mean,
+    "max": _max,
+    "min": _min,
+    "amax": _amax,
+    "amin": _amin,
+    "_softmax": _softmax,
+    "_log_softmax": log_softmax,
+    "_safe_softmax": _safe_softmax,
+    "_cdist_forward": _distances,
+    "_euclidean_dist": _distances,
+    "_trilinear": _trilinear,
+    "_weight_norm_interface": _weight_norm,
+    "logsumexp": _logsumexp,
+    "linalg_vector_norm": _norm,
+    "norm": _old_norm,
+    "frobenius_norm": _frobenius,
+    "var": _var,
+    "std": _std,
+    "var_mean": _var_mean,
+    "cumsum": _cumsum,
+}
