@@ -294,7 +294,7 @@ def _share_elements(a: Tensor, b: Tensor) -> bool:
 
 def _end(tensor: Tensor) -> int:
     reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.storage_offset() + reach
+    return int(tensor.storage_offset()) + reach
 
 
 def _places(tensor: Tensor) -> Any:

@@ -322,7 +322,8 @@ LAYERS: dict[int, tuple[Layer, ...]] = {
     ),
     3: (
         convolution, convolution, convolution, convolution, max_pool, max_pool, average_pool, adaptive_pool,
-        mean_over_space, upsample, batch_norm, layer_norm, group_norm, instance_norm, flatten, linear, reduction, attention, *_ANYWHERE,
+        mean_over_space, upsample, batch_norm, layer_norm, group_norm, instance_norm, flatten, linear, reduction,
+        attention, *_ANYWHERE,
     ),
 }  # fmt: skip
 """By the number of a sample's dimensions; twice what should come twice as often."""

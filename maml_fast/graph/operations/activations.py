@@ -11,7 +11,7 @@ from .arithmetic import scaled
 from .builder import Emitter, GraphBuilder, Value
 
 
-def _activation(t: GraphBuilder, kind: str, x: Any, **attributes: float) -> Value:
+def _activation(t: GraphBuilder, kind: str, x: Any, **attributes: Any) -> Value:
     x = t.lifted(x, kind)
     return t.emit(kind, [x], x.shape, dims=x.dims, **attributes)
 

@@ -268,13 +268,20 @@ class GraphBuilder:
         Raises:
             Untraceable: the samples are merged with another axis.
         """
-        if any(SAMPLES in d and any(a != SAMPLES and x.shape[a] != 1 for a in d) for d in x.dims):
+        if self._merged(x) and self.samples == 1:
+            free = [i for i, n in enumerate(self.full_shape(x)) if n == 1]
+            x = self.single_sample_in(x, free[0]) if free else x
+        if self._merged(x):
             raise Untraceable(f"{what} is applied to activations whose samples are merged with another axis")
         x = self.in_order(replace(x, dims=tuple((SAMPLES,) if SAMPLES in d else d for d in x.dims)))
         full = self.full_shape(x)
         place = next((i for i, d in enumerate(x.dims) if SAMPLES in d), None)
         shape = tuple(n for i, n in enumerate(full) if i != place)
         return x if shape == x.shape and all(len(d) == 1 for d in x.dims) else self._seen(x, shape, place)
+
+    def _merged(self, x: Value) -> bool:
+        """Whether the samples share a dimension with another axis that is longer than one element."""
+        return any(SAMPLES in d and any(a != SAMPLES and x.shape[a] != 1 for a in d) for d in x.dims)
 
     def _seen(self, x: Value, shape: Shape, place: int | None) -> Value:
         """Reshaped, with the samples at a place of what PyTorch sees."""
@@ -294,6 +301,14 @@ class GraphBuilder:
         if not x.dims or x.dims[0] != (SAMPLES,):
             raise Untraceable(f"{what} is applied to activations {self.full_shape(x)} whose samples are not first")
         return x
+
+    def single_sample_in(self, x: Value, dim: int) -> Value:
+        """With the sample axis in this dimension, where there is one sample, whose place makes no difference."""
+        if self.samples != 1 or x.once or SAMPLES in x.dims[dim]:
+            return x
+        dims = [tuple(a for a in d if a != SAMPLES) for d in x.dims]
+        dims[dim] = (SAMPLES, *dims[dim])
+        return replace(x, dims=tuple(dims))
 
     def in_memory_order(self, x: Value, what: str) -> Value:
         """The same elements by sample, whose order in memory is the one that PyTorch sees.
@@ -363,9 +378,10 @@ class GraphBuilder:
         if source is None:
             return None
         shape = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
-        where: dict[str, int] = {name: op.attributes[name] for name in ("axis", "start", "step")}
-        box = sliced(source.shape, **where, count=shape[where["axis"]])
-        return replace(x, index=self.linear_map("slice", [source], [box], shape, **where).index, shape=shape)
+        along, start, step = (op.attributes[name] for name in ("axis", "start", "step"))
+        box = sliced(source.shape, along, start, step, shape[along])
+        y = self.linear_map("slice", [source], [box], shape, axis=along, start=start, step=step)
+        return replace(x, index=y.index, shape=shape)
 
     def _alike_result(self, x: Value, axis: int, op: Op) -> Value | None:
         """The same operation of operands with a single element along the axis."""

@@ -134,7 +134,7 @@ def _transposed(
 def _overlaps(
     space: Shape, size: Shape, weights: Shape, stride: Shape, padding: Shape, dilation: Shape, groups: int
 ) -> list[Box]:
-    """From (groups, *space, outputs · taps) to (groups · outputs, *size): a box for every tap, cut to what is inside."""
+    """From (groups, *space, outputs · taps) to (groups · outputs, *size): a box for every tap, cut to size."""
     taps, outputs = math.prod(weights[2:]), weights[1]
     there, here = strides((groups, *space, outputs * taps)), strides((groups * outputs, *size))
     found = []

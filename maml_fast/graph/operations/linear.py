@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +48,7 @@ def _features_last(t: GraphBuilder, x: Value) -> Value:
     """With the second of two dimensions as the last axis in memory."""
     if len(x.dims) != 2:
         raise Untraceable(f"linear is applied to activations of shape {t.full_shape(x)}")
+    x = t.single_sample_in(x, 0)
     if SAMPLES in x.dims[1]:
         raise Untraceable("linear over the samples has no fused kernel")
     if x.dims[1] == (len(x.shape) - 1,):
@@ -90,6 +90,10 @@ def _turned(t: GraphBuilder, a: Any) -> Any:
 def _bmm(t: GraphBuilder, a: Any, b: Any) -> Value:
     """(G, M, K) times (G, K, N) for every group; the samples are part of the groups, or rows of the first."""
     a, b = t.lifted(a, "bmm"), t.lifted(b, "bmm")
+    if not a.once and not b.once:
+        a, b = t.single_sample_in(a, 0), t.single_sample_in(b, 0)
+    elif t.full_shape(a)[0] == 1:  # rows of one product
+        a, b = t.single_sample_in(a, 1), t.single_sample_in(b, 2)
     if a.once and not b.once and any(SAMPLES in d for d in b.dims[1:]):
         swap = lambda v: replace(v, dims=(v.dims[0], v.dims[2], v.dims[1]))  # noqa: E731
         return swap(_bmm(t, swap(b), swap(a)))
@@ -103,7 +107,7 @@ def _bmm(t: GraphBuilder, a: Any, b: Any) -> Value:
         raise Untraceable("bmm whose groups are made of the samples in different ways has no fused kernel")
     first, second = (_matrices(t, v, both) for v in (a, b))
     count = math.prod(first.shape[:-2]) if both and not first.once else math.prod(second.shape[:-2])
-    rows, width, columns = *first.shape[-2:], second.shape[-1]
+    rows, columns = first.shape[-2], second.shape[-1]
     lead = (first if both and not first.once else second).shape[:-2] if both else first.shape[:-2]
     y = t.emit("matmul", [first, second], (*lead, rows, columns), groups=count)
     inner = len(lead)
@@ -120,22 +124,17 @@ def _group_dim(both: list[Value], inner: int) -> tuple[int, ...]:
     """The dimension of the groups: as in the operands, with the axes in their order."""
     if not both:
         return tuple(range(inner))
-    place, found = iter(range(inner)), []
-    for axis in both[0].dims[0]:
-        found.append(SAMPLES if axis == SAMPLES else next(place))
-    return tuple(found)
+    place = iter(range(inner))
+    return tuple(SAMPLES if axis == SAMPLES else next(place) for axis in both[0].dims[0])
 
 
 def _matrices(t: GraphBuilder, x: Value, both: list[Value]) -> Value:
     """As it stands in memory (groups …, rows, columns)."""
-    dims = x.dims
-    if x.once and both:
-        if t.full_shape(x)[0] != 1 and any(a != SAMPLES for v in both for a in v.dims[0]):
-            raise Untraceable("bmm of activations and matrices of the task in several groups has no fused kernel")
+    if x.once and both and t.full_shape(x)[0] != 1 and any(a != SAMPLES for v in both for a in v.dims[0]):
+        raise Untraceable("bmm of activations and matrices of the task in several groups has no fused kernel")
     x = t.in_order(x)
-    dims = x.dims
-    groups = [x.shape[a] for a in dims[0] if a != SAMPLES]
-    shape = (*groups, *(math.prod(x.shape[a] for a in d) for d in dims[1:]))
+    groups = [x.shape[a] for a in x.dims[0] if a != SAMPLES]
+    shape = (*groups, *(math.prod(x.shape[a] for a in d) for d in x.dims[1:]))
     return x if x.shape == shape else t.reshaped(x, shape)
 
 

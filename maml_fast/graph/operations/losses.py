@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..graph import LossOp, Untraceable
 from ..expressions import call, constant
+from ..graph import LossOp, Untraceable
 from .builder import Emitter, Everywhere, GraphBuilder, LogProbabilities, Losses, Nowhere, Residual, Target, Value
 from .pointwise import masked_filled, pointwise, power
 

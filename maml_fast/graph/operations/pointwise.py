@@ -40,6 +40,8 @@ def _aligned(t: GraphBuilder, operands: Sequence[Value], name: str) -> tuple[lis
         return list(operands), first.shape, first.dims
     rank = max(len(o.dims) for o in operands)
     wide = [replace(o, dims=((),) * (rank - len(o.dims)) + o.dims) for o in operands]
+    alone = [i for o in wide for i, d in enumerate(o.dims) if d == (SAMPLES,)]
+    wide = [t.single_sample_in(o, alone[0]) for o in wide] if alone else wide
     wide, merged = _unmerged_samples(t, wide, name)
     full = _broadcast([t.full_shape(o) for o in wide], name)
     place = _sample_place(t, wide, name)
@@ -133,9 +135,8 @@ def _primitive(name: str) -> Emitter:
 
 def power(x: Expression, exponent: Expression | float) -> Expression:
     """x to a power; small whole exponents and halves are products and roots."""
-    if isinstance(exponent, int | float):
-        if exponent in _POWERS:
-            return _POWERS[exponent](x)
+    if isinstance(exponent, int | float) and exponent in _POWERS:
+        return _POWERS[exponent](x)
     return call("pow", x, exponent)
 
 
@@ -211,7 +212,7 @@ def _gated(t: GraphBuilder, x: Any, dim: int = -1) -> Value:
 
 
 def _prelu(t: GraphBuilder, x: Any, weight: Any) -> Value:
-    return pointwise(t, "prelu", lambda v, w: call("where", 0 < v, v, v * w), x, weight)
+    return pointwise(t, "prelu", lambda v, w: call("where", v > 0, v, v * w), x, weight)
 
 
 def _threshold(t: GraphBuilder, x: Any, threshold: float, value: float) -> Value:
@@ -219,7 +220,7 @@ def _threshold(t: GraphBuilder, x: Any, threshold: float, value: float) -> Value
 
 
 def _hardsigmoid(x: Any) -> Any:
-    return call("where", x <= -3, 0, call("where", 3 <= x, 1, x / 6 + 0.5))
+    return call("where", x <= -3, 0, call("where", x >= 3, 1, x / 6 + 0.5))
 
 
 def _hardshrink(t: GraphBuilder, x: Any, bound: float = 0.5) -> Value:
@@ -228,7 +229,7 @@ def _hardshrink(t: GraphBuilder, x: Any, bound: float = 0.5) -> Value:
 
 def _softshrink(t: GraphBuilder, x: Any, bound: float = 0.5) -> Value:
     def function(v: Any) -> Any:
-        return call("where", bound < v, v - bound, call("where", v < -bound, v + bound, 0))
+        return call("where", v > bound, v - bound, call("where", v < -bound, v + bound, 0))
 
     return pointwise(t, "softshrink", function, x)
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from .. import boxes
 from ..boxes import Box
 from ..graph import Shape, Untraceable
@@ -438,12 +440,12 @@ def _index_select(t: GraphBuilder, x: Any, dim: int, index: Any) -> Any:
 
 def _index(t: GraphBuilder, x: Any, indices: Sequence[Any]) -> Any:
     given = [(d, i) for d, i in enumerate(indices) if i is not None]
-    if len(given) != 1 or not isinstance(given[0][1], Literal) or given[0][1].tensor.dtype == bool:
+    if len(given) != 1 or not isinstance(given[0][1], Literal) or given[0][1].tensor.dtype == torch.bool:
         raise Untraceable("indexing with several tensors, or one that depends on the data, has no fused kernel")
     dim, literal = given[0]
-    picked = picked(t, x, dim, [int(i) for i in literal.tensor.flatten()], "index")
-    full = t.full_shape(picked)
-    return reshaped(t, picked, (*full[:dim], *literal.shape, *full[dim + 1 :]))
+    y = picked(t, x, dim, [int(i) for i in literal.tensor.flatten()], "index")
+    full = t.full_shape(y)
+    return reshaped(t, y, (*full[:dim], *literal.shape, *full[dim + 1 :]))
 
 
 def _unfold(t: GraphBuilder, x: Any, dim: int, size: int, step: int) -> Any:
