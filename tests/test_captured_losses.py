@@ -71,7 +71,7 @@ LABELS: dict[str, LossLike] = {
     "dict": lambda z, y: F.cross_entropy({"logits": z}["logits"], y),
 }
 DECLINED: dict[str, tuple[LossLike, str]] = {
-    "penalty": (lambda z, y: F.mse_loss(z, y) + 1e-3 * sum(p.square().sum() for p in NETWORK.parameters()), "something that is none"),
+    "penalty": (lambda z, y: F.mse_loss(z, y) + 1e-3 * sum(p.square().sum() for p in NETWORK.parameters()), "is none"),
     "fourth-power": (lambda z, y: (z - y).pow(4).mean(), "pow is applied"),
     "broadcast": (lambda z, y: F.mse_loss(z, y[:, :1].expand(-1, 3)), "indexing|slice"),
     "of-a-constant": (lambda z, y: F.mse_loss(z, torch.zeros_like(y)), "does not compare"),

@@ -42,6 +42,7 @@ def start(*arguments: str, start_new_session: bool = False) -> subprocess.Popen[
         text=True,
         env=environment,
         start_new_session=start_new_session,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
 
 

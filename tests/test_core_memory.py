@@ -346,7 +346,7 @@ def test_a_product_on_a_query_tape_is_refused(core: ModuleType, monkeypatch: pyt
 
 # ---- names that Python and C++ share -----------------------------------------------------------
 
-TABLES = ("OP_KINDS", "ACTIVATIONS", "LOSSES", "INSTRUCTIONS")
+TABLES = ("OP_KINDS", "ACTIVATIONS", "PRIMITIVES", "LOSSES", "INSTRUCTIONS")
 
 
 def built(core: ModuleType) -> SimpleNamespace:

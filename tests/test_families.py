@@ -52,6 +52,31 @@ def _attention(m: Net, x: Tensor) -> Tensor:
     return m.three((torch.softmax(h @ h.transpose(1, 2) / 2, -1) @ h).mean(-1))
 
 
+class Undifferentiable(torch.autograd.Function):
+    """A custom function that says it has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.relu()
+        ctx.mark_non_differentiable(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> None:
+        raise NotImplementedError
+
+
+def _without_gradient(m: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        weights = torch.softmax(m.c(x), -1)
+    return m.b(m.hidden(x) * weights)
+
+
+def _straight_through(m: Net, x: Tensor) -> Tensor:
+    h = m.hidden(x)
+    return m.b(h + (torch.round(h) - h).detach())
+
+
 def _written_in_part(m: Net, x: Tensor) -> Tensor:
     y = m.b(m.hidden(x))
     first, rest = y[:, :1], y[:, 1:]
@@ -121,6 +146,12 @@ FORWARDS: dict[str, Forward] = {
         F.hardsigmoid(m.hidden(x)) + F.softsign(m.hidden(x)) + F.tanhshrink(m.hidden(x)) + F.softshrink(m.hidden(x), 0.1)
         + F.hardshrink(m.hidden(x), 0.2) + F.threshold(m.hidden(x), 0.1, 0.3)
     ),
+    "detached": lambda m, x: m.b(m.hidden(x) * m.c(x).detach() + m.hidden(x).detach()),
+    "detached-weight": lambda m, x: m.b(torch.tanh(F.linear(x, m.a.weight.detach()) + m.hidden(x))),
+    "data": lambda m, x: m.b(m.hidden(x) * m.scale.data),
+    "no-grad": _without_gradient,
+    "straight-through": _straight_through,
+    "undifferentiable": lambda m, x: m.b(m.hidden(x) + Undifferentiable.apply(m.c(x))),
     "written-in-part": _written_in_part,
     "transposed-samples": lambda m, x: m.b(torch.tanh(m.hidden(x).t()).t()),
 }  # fmt: skip
@@ -325,7 +356,7 @@ def test_second_order(name: str, core: Any) -> None:
 
 
 # with one sample PyTorch's own code for attention says nothing of where the samples went, and for others it does
-_AMBIGUOUS = ("token", "sequence-first")
+_AMBIGUOUS = ("token", "sequence-first", "rnn", "gru", "lstm")
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n not in _AMBIGUOUS])

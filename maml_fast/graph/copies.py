@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _T = TypeVar("_T")
+_DEEPEST = 6  # containers within containers
 
 
 def cast(value: _T, source: torch.dtype, target: torch.dtype, functions: Iterable[Any] = ()) -> _T:
@@ -36,10 +37,17 @@ def cast(value: _T, source: torch.dtype, target: torch.dtype, functions: Iterabl
 
 
 def functions_in(modules: Iterable[nn.Module]) -> Iterator[Any]:
-    """The functions in the modules' attributes, hooks included."""
+    """The functions in the modules' attributes and in lists and tables there, hooks included."""
     for module in modules:
-        for value in vars(module).values():
-            yield from value.values() if isinstance(value, dict) else (value,)
+        yield from _held(vars(module).values(), depth=0)
+
+
+def _held(values: Iterable[Any], depth: int) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, dict | list | tuple) and depth < _DEEPEST:
+            yield from _held(value.values() if isinstance(value, dict) else value, depth + 1)
+        elif isinstance(value, types.FunctionType):
+            yield value
 
 
 def _copy_functions(functions: Iterable[Any], memo: dict[int, Any]) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .capture import AtenCall, Captured, custom_function, tensors_in
+from .expressions import call as expression
 from .graph import Graph, LossOp, Shape, Untraceable
 from .losses import NAMES
-from .operations import OPERATIONS
+from .operations import MASKS, OPERATIONS
 from .operations.builder import (
     Constant,
     Everywhere,
@@ -28,6 +29,7 @@ from .operations.builder import (
     Weight,
     by_sample,
 )
+from .operations.pointwise import pointwise
 
 _DRAWS = ("bernoulli", "native_dropout", "rand", "normal", "uniform", "multinomial", "exponential", "random", "cauchy")
 
@@ -216,7 +218,7 @@ class _Decoder:
     def _check_dtype(self, call: AtenCall, of_labels: bool) -> None:
         dtype = (*self.captured.parameters, self.captured.x)[0].dtype
         for tensor in call.outputs[:1]:
-            if tensor.dtype == torch.bool:
+            if tensor.dtype == torch.bool and call.name in MASKS:
                 continue
             if tensor.dtype != dtype and (tensor.is_floating_point() or not of_labels):
                 raise Untraceable(f"forward computes {call.name} in {tensor.dtype}, not in the parameters' {dtype}")
@@ -235,7 +237,7 @@ class _Decoder:
         """What a tensor stands for.
 
         Raises:
-            Untraceable: it is out of date, its gradient is cut, or no kernel computes it.
+            Untraceable: it is out of date, its derivative is a person's own, or no kernel computes it.
         """
         bound = self.bound.get(id(tensor))
         if bound is None:
@@ -245,8 +247,17 @@ class _Decoder:
             raise Untraceable(bound.meaning.reason)
         if bound.stale:
             raise Untraceable("forward reads a view of a tensor that it has written in place since")
-        self._check_gradient(tensor)
+        if self._is_cut(tensor):
+            self._cut(bound)
         return bound.meaning
+
+    def _cut(self, bound: _Bound) -> None:
+        """From now on the tensor stands for the same without a derivative."""
+        if not isinstance(bound.meaning, Value | Weight | LogProbabilities):
+            raise Untraceable("forward or loss cuts the gradient of something that is not an activation")
+        cut = pointwise(self.builder, "detach", lambda v: expression("stop", v), bound.meaning)
+        bound.meaning = replace(cut, folded=getattr(bound.meaning, "folded", False))
+        self.made_by.pop(id(bound.tensor))
 
     def _unknown(self, tensor: Tensor) -> None:
         real = self.captured.constants.get(id(tensor))
@@ -255,17 +266,20 @@ class _Decoder:
         what = "parameter-like tensor that requires grad" if real.requires_grad else "constant"
         raise Untraceable(f"forward reads a {what} of shape {tuple(real.shape)} that is not registered in the model")
 
-    def _check_gradient(self, tensor: Tensor) -> None:
-        """Refuse tensors whose derivative is not that of the operation that made them."""
+    def _is_cut(self, tensor: Tensor) -> bool:
+        """Whether the tensor has no derivative although what it was made of has one (no_grad, detach).
+
+        Raises:
+            Untraceable: its derivative is a person's own.
+        """
         call = self.made_by.get(id(tensor))
         if call is None or isinstance(self.bound[id(tensor)].meaning, Unset):
-            return
+            return False
         if (function := custom_function(tensor)) is not None:
             raise Untraceable(f"forward calls the autograd.Function {function}, whose backward is its own")
         if not tensor.is_floating_point() or not _requires_grad((call.args, call.kwargs)):
-            return
-        if not tensor.requires_grad or not call.differentiated:
-            raise Untraceable(f"forward computes {call.name} without its gradient (no_grad, detach, autograd.Function)")
+            return False
+        return not tensor.requires_grad or not call.differentiated
 
     def _refuse_tensor_hooks(self) -> None:
         for bound in self.bound.values():

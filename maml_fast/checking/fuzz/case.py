@@ -24,7 +24,7 @@ import os
 {environment}
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import maml_fast as mf
 from maml_fast.nn import Sine

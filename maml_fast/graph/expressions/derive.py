@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .language import Expression, call, constant, in_order, variable
+from .language import Expression, call, constant, in_order, variable, without_stops
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ def derivatives(y: Expression, operands: int) -> Derivatives:
     backward = pull_back(y, variable("dy"), x)
     (tangent,) = push_forward([y], tangents)
     tangents[variable("dy")] = variable("ey")
-    return Derivatives(y, tuple(backward), tangent, tuple(push_forward(backward, tangents)))
+    found = [y, tangent, *backward, *push_forward(backward, tangents)]
+    value, rate, *deltas = map(without_stops, found)
+    return Derivatives(value, tuple(deltas[:operands]), rate, tuple(deltas[operands:]))
 
 
 def pull_back(y: Expression, delta: Expression, variables: Sequence[Expression]) -> list[Expression]:
@@ -126,6 +128,7 @@ _PULL: Mapping[str, Pull] = {
     "sigmoid": lambda y, d, a: (d * (y * (1 - y)),),
     "erf": lambda y, d, a: (d * (call("exp", -(a * a)) * (2 / math.sqrt(math.pi))),),
     "pow": _pow,
+    "stop": _none,
     "floor": _none,
     "ceil": _none,
     "round": _none,

@@ -97,8 +97,12 @@ def call(name: str, *arguments: Expression | Number) -> Expression:
     """A primitive of its arguments, simplified.
 
     Args:
-        name: one of `PRIMITIVES`. arguments: as many as it takes.
+        name: one of `PRIMITIVES`, or `"stop"`, which is its argument without a derivative.
+        arguments: as many as it takes.
     """
+    if name == "stop":
+        (argument,) = arguments
+        return _unique(name, (argument if isinstance(argument, Expression) else constant(argument),))
     given = tuple(a if isinstance(a, Expression) else constant(a) for a in arguments)
     if len(given) != PRIMITIVES[name]:
         raise TypeError(f"{name}: expected {PRIMITIVES[name]} arguments, got {len(given)}")
@@ -240,6 +244,18 @@ def text(x: Expression) -> str:
     if x.name == "variable":
         return str(x.value)
     return f"{x.name}({', '.join(map(text, x.arguments))})"
+
+
+def without_stops(x: Expression) -> Expression:
+    """The same numbers; for what is differentiated already."""
+    known: dict[int, Expression] = {}
+    for part in in_order([x]):
+        arguments = [known[id(a)] for a in part.arguments]
+        if part.name == "stop":
+            known[id(part)] = arguments[0]
+        else:
+            known[id(part)] = call(part.name, *arguments) if arguments else part
+    return known[id(x)]
 
 
 def in_order(roots: list[Expression]) -> list[Expression]:

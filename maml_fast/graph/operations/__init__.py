@@ -17,3 +17,6 @@ OPERATIONS: dict[str, Emitter] = {
     **shapes.OPERATIONS,
     **losses.OPERATIONS,
 }
+
+MASKS = frozenset((*pointwise.COMPARISONS, *shapes.OPERATIONS, "eq", "bitwise_not"))
+"""What may give booleans; sums and products of such are other functions than those of numbers."""

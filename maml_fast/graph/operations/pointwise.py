@@ -258,7 +258,22 @@ def _hypot(a: Any, b: Any) -> Any:
     return call("sqrt", a * a + b * b)
 
 
+COMPARISONS: dict[str, Emitter] = {
+    "lt": _of("lt", lambda a, b: call("lt", a, b), mask=True),
+    "le": _of("le", lambda a, b: call("le", a, b), mask=True),
+    "gt": _of("gt", lambda a, b: call("lt", b, a), mask=True),
+    "ge": _of("ge", lambda a, b: call("le", b, a), mask=True),
+    "ne": _of("ne", lambda a, b: _not(call("eq", a, b)), mask=True),
+    "logical_not": _of("logical_not", _not, mask=True),
+    "logical_and": _of("logical_and", lambda a, b: _not(_not(a)) * _not(_not(b)), mask=True),
+    "logical_or": _of("logical_or", lambda a, b: _not(_not(a) * _not(b)), mask=True),
+    "bitwise_and": _of("bitwise_and", lambda a, b: a * b, mask=True),
+    "bitwise_or": _of("bitwise_or", lambda a, b: call("maximum", a, b), mask=True),
+}
+"""Whose results are masks."""
+
 OPERATIONS: dict[str, Emitter] = {
+    **COMPARISONS,
     **{name: _primitive(name) for name in ("exp", "expm1", "log", "log1p", "sqrt", "cos", "erf", "floor", "ceil")},
     **{name: _primitive(name) for name in ("trunc", "minimum", "maximum")},
     "sgn": _primitive("sign"),
@@ -279,16 +294,6 @@ OPERATIONS: dict[str, Emitter] = {
     "clamp_min": lambda t, x, low: _clamp(t, x, low, None),
     "clamp_max": lambda t, x, high: _clamp(t, x, None, high),
     "where": _where,
-    "lt": _of("lt", lambda a, b: call("lt", a, b), mask=True),
-    "le": _of("le", lambda a, b: call("le", a, b), mask=True),
-    "gt": _of("gt", lambda a, b: call("lt", b, a), mask=True),
-    "ge": _of("ge", lambda a, b: call("le", b, a), mask=True),
-    "ne": _of("ne", lambda a, b: _not(call("eq", a, b)), mask=True),
-    "logical_not": _of("logical_not", _not, mask=True),
-    "logical_and": _of("logical_and", lambda a, b: _not(_not(a)) * _not(_not(b)), mask=True),
-    "logical_or": _of("logical_or", lambda a, b: _not(_not(a) * _not(b)), mask=True),
-    "bitwise_and": _of("bitwise_and", lambda a, b: a * b, mask=True),
-    "bitwise_or": _of("bitwise_or", lambda a, b: call("maximum", a, b), mask=True),
     "remainder": _of("remainder", _remainder),
     "fmod": _of("fmod", _fmod),
     "addcmul": _addcmul,

@@ -546,7 +546,7 @@ OPERATIONS: dict[str, Emitter] = {
     "clone": _same,
     "alias": _same,
     "contiguous": _same,
-    "detach": _same,  # the decoder has refused those that cut a gradient
+    "detach": _same,  # the decoder takes away the derivative
     "lift_fresh": _same,
     "_to_copy": _cast,
     "empty_like": _unset,
