@@ -1,6 +1,7 @@
 # make train      watch a meta-training run; needs python3 >= 3.10 with venv and a C++ compiler, makes everything else
 # make test       the core suite, in the same virtual environment
-# make test-all   every test; also the GPU kernels: compiled ahead of time, and in Triton's interpreter
+# make test-all   also the GPU kernels: compiled ahead of time, and in Triton's interpreter
+# make test-exhaustive   every test of both; takes twice as long
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/sinusoid
@@ -15,7 +16,7 @@ also_interpreted := tests/test_triton_tuning.py tests/test_triton_extremes.py
 without_gpu := $(addprefix --ignore=,$(compiled) $(interpreted) $(also_interpreted))
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: train test test-all test-oldest-triton bench core lint types sanitize format clean
+.PHONY: train test test-all test-exhaustive test-oldest-triton bench core lint types sanitize format clean
 .DELETE_ON_ERROR:
 
 train: core
@@ -24,10 +25,12 @@ train: core
 test: core $(VENV)/.test
 	$(pytest) $(or $(PYTEST),$(parallel) -m "not exhaustive" $(without_gpu))
 
-test-all: core $(VENV)/.test
-	$(pytest) $(parallel) $(without_gpu)
-	$(pytest) $(parallel) $(compiled) $(interpreted) $(also_interpreted)
-	TRITON_INTERPRET=1 $(pytest) $(parallel) $(interpreted) $(also_interpreted)
+test-exhaustive: chosen =
+test-all: chosen = -m "not exhaustive"
+test-all test-exhaustive: core $(VENV)/.test
+	$(pytest) $(parallel) $(chosen) $(without_gpu)
+	$(pytest) $(parallel) $(chosen) $(compiled) $(interpreted) $(also_interpreted)
+	TRITON_INTERPRET=1 $(pytest) $(parallel) $(chosen) $(interpreted) $(also_interpreted)
 
 # The oldest Triton that the kernels are for: ahead of time, and a little of its interpreter, which needs an older NumPy.
 test-oldest-triton: core $(VENV)/.test $(OLDEST)

@@ -9,6 +9,7 @@ namespace maml_fast {
 
 namespace {
 
+constexpr std::size_t kMostJoined = 1 << 16;
 constexpr double kMost = 1e15;  // elements of all buffers: their offsets stay far from overflow
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("plan: " + what); }
@@ -73,7 +74,7 @@ class OpCheck {
         if (kind == OpKind::add || kind == OpKind::matmul) return {2, 2};
         if (kind == OpKind::linear) return {1, 2};
         if (kind == OpKind::pointwise) return {1, kMostOperands};
-        if (kind == OpKind::cat || kind == OpKind::linear_map) return {1, spec_.features.size()};
+        if (kind == OpKind::cat || kind == OpKind::linear_map) return {1, kMostJoined};
         return {1, 1};
     }
 

@@ -39,10 +39,11 @@ EXHAUSTIVE = re.compile(
             r"test_stress_under_sanitizer",
             r"test_a_pytorch_without_inductors_allocator",
             r"test_inductor|test_compiled_peer",
+            r"test_kernels_compile_within_the_limits\[(80|100|120)\]",
         ]
     )
 )
-"""What `make test` leaves to `make test-all`: combinations whose parts the others have, and what takes long."""
+"""What `make test` and `make test-all` leave to `make test-exhaustive`: combinations whose parts the others have, and what takes long."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -108,6 +108,7 @@ FORWARDS: dict[str, Forward] = {
     "chunks": lambda m, x: m.three(torch.mul(*m.hidden(x).chunk(2, -1))),
     "every-other": lambda m, x: m.three(m.hidden(x)[:, ::2]),
     "selected": lambda m, x: m.three(parts(m, x)[:, 1]),
+    "joined-with-itself": lambda m, x: torch.cat([m.b(m.hidden(torch.cat([x, x, x, x], 1)[:, :4]))] * 5, 1),
     "stacked": lambda m, x: m.b(torch.stack([m.three(parts(m, x)[:, 0]), parts(m, x)[:, 1]], 1).flatten(1)),
     "flipped": lambda m, x: m.b(torch.tanh(parts(m, x).flip(2)).flatten(1) + m.hidden(x).roll(2, 1)),
     "padded": lambda m, x: m.b(F.pad(m.hidden(x)[:, :3], (1, 2), value=0.5)),
@@ -143,8 +144,8 @@ FORWARDS: dict[str, Forward] = {
     "positions": lambda m, x: m.b(m.hidden(x) + torch.arange(6, dtype=x.dtype) / 6),
     "fourier": lambda m, x: m.b(torch.cat([(x[..., None] * 2.0 ** torch.arange(2)).sin().flatten(1)[:, :6]], -1)),
     "activations": lambda m, x: m.b(
-        F.hardsigmoid(m.hidden(x)) + F.softsign(m.hidden(x)) + F.tanhshrink(m.hidden(x)) + F.softshrink(m.hidden(x), 0.1)
-        + F.hardshrink(m.hidden(x), 0.2) + F.threshold(m.hidden(x), 0.1, 0.3)
+        F.hardsigmoid(m.hidden(x)) + F.softsign(m.hidden(x)) + F.tanhshrink(m.hidden(x))
+        + F.softshrink(m.hidden(x), 0.1) + F.hardshrink(m.hidden(x), 0.2) + F.threshold(m.hidden(x), 0.1, 0.3)
     ),
     "detached": lambda m, x: m.b(m.hidden(x) * m.c(x).detach() + m.hidden(x).detach()),
     "detached-weight": lambda m, x: m.b(torch.tanh(F.linear(x, m.a.weight.detach()) + m.hidden(x))),
@@ -335,7 +336,7 @@ def numbers(model: nn.Module, backend: str, data: tuple[Tensor, ...], **settings
     loss.backward()
     parameters = [q.grad if q.grad is not None else torch.zeros_like(q) for q in maml.parameters()]
     with torch.no_grad():
-        adapted = [t for t in maml.adapt(x_s, y_s).parameters.values()]
+        adapted = list(maml.adapt(x_s, y_s).parameters.values())
     return [loss.detach(), torch.cat([g.reshape(-1) for g in parameters]), x_s.grad, x_q.grad, *adapted]
 
 
