@@ -43,7 +43,7 @@ EXHAUSTIVE = re.compile(
         ]
     )
 )
-"""What `make test` and `make test-all` leave to `make test-exhaustive`: combinations whose parts the others have, and what takes long."""
+"""What is left to `make test-exhaustive`: combinations whose parts the others have, and what takes long."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -34,6 +34,11 @@ NAMES = [
     "maxpool-overlapping",
     "conv4",
     "resnet12",
+    "elementary",
+    "chosen",
+    "attended",
+    "reduced",
+    "computed-filters",
 ]
 CASES = select(NAMES)
 ALONE = [replace(case, tasks=1) for case in select(["strided", "conv4", "groupnorm", "maxpool-overlapping"])]

@@ -7,13 +7,13 @@ are the sizes whose speed is reported.
 from __future__ import annotations
 
 from ..nn.networks import conv4, mlp, resnet12, siren, strided_conv
-from . import dense, images
+from . import dense, families, images
 from .case import Case, Problem
 from .timed import BENCH
 
 __all__ = ["BENCH", "SMALL", "Case", "Problem", "conv4", "mlp", "resnet12", "select", "siren", "strided_conv"]
 
-SMALL: tuple[Case, ...] = dense.CASES + images.CASES
+SMALL: tuple[Case, ...] = dense.CASES + images.CASES + families.CASES
 
 
 def select(names: list[str] | None = None, tag: str | None = None) -> list[Case]:

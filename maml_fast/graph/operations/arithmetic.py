@@ -5,12 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ..expressions import call
 from ..graph import Untraceable
-from .builder import Constant, Emitter, GraphBuilder, Literal, Losses, Residual, Target, Value, Weight, rows
+from .builder import (
+    Constant,
+    Emitter,
+    GraphBuilder,
+    Literal,
+    LogProbabilities,
+    Losses,
+    Residual,
+    Target,
+    Value,
+    Weight,
+    rows,
+)
 from .losses import added, product, residual
 from .pointwise import pointwise
 
-_TENSORS = Value | Weight | Constant | Literal
+_TENSORS = Value | Weight | Constant | Literal | LogProbabilities
 
 
 def scaled(t: GraphBuilder, x: Any, factor: float = 1.0, shift: float = 0.0) -> Any:
@@ -69,8 +82,6 @@ _ROUNDED = {"floor": "floor", "trunc": "trunc"}
 
 def _quotient(t: GraphBuilder, a: Any, b: Any, rounding_mode: str | None = None) -> Any:
     if rounding_mode is not None:
-        from ..expressions import call
-
         return pointwise(t, "div", lambda x, y: call(_ROUNDED[rounding_mode], x / y), a, b)
     divisor = _number(b)
     if divisor is None:
