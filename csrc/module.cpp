@@ -330,6 +330,7 @@ PYBIND11_MODULE(_core, m) {
     m.attr("LOSSES") = table(kLosses);
     m.attr("INSTRUCTIONS") = table(kInstructions);
     m.attr("MOST_THREADS") = kMostThreads;
+    m.attr("MOST_AXES") = kMostAxes;
     m.def("available", &available_names);
     m.def("choose", [] { return std::string(name(choose())); });
 }

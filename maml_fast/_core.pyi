@@ -18,6 +18,7 @@ INSTRUCTIONS: Mapping[str, tuple[str, ...]]
 """The instructions of programs and their operands."""
 
 MOST_THREADS: int
+MOST_AXES: int
 """The most threads that a call takes."""
 
 class Plan:

@@ -351,7 +351,9 @@ TABLES = ("OP_KINDS", "ACTIVATIONS", "PRIMITIVES", "LOSSES", "INSTRUCTIONS")
 
 def built(core: ModuleType) -> SimpleNamespace:
     """The tables of this core, to be changed."""
-    return SimpleNamespace(**{name: dict(getattr(core, name)) for name in TABLES}, MOST_THREADS=core.MOST_THREADS)
+    return SimpleNamespace(
+        **{name: dict(getattr(core, name)) for name in TABLES}, MOST_THREADS=core.MOST_THREADS, MOST_AXES=core.MOST_AXES
+    )
 
 
 def test_the_tables_agree(core: ModuleType) -> None:

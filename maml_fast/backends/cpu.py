@@ -18,7 +18,7 @@ from ..cached import cached_property
 from ..graph.boxes import Box
 from ..graph.expressions import Expression, derivatives
 from ..graph.expressions.language import PRIMITIVES
-from ..graph.graph import ACTIVATIONS, Attribute, Graph, Op, Shape
+from ..graph.graph import ACTIVATIONS, Attribute, Graph, Numbers, Op, Shape
 from ..graph.losses import NAMES
 from ..lower.broadcast import axes
 from ..lower.expression_code import Code, compiled
@@ -70,8 +70,8 @@ _KINDS = frozenset(
     )
 )
 _DTYPES = (torch.float32, torch.float64)
-MOST_THREADS = 1024
-"""The most that the core takes for a call."""
+MOST_THREADS, MOST_AXES = 1024, 8
+"""The most that the core takes for a call, and of an operation's operands."""
 
 
 def _instruction_name(kind: type) -> str:
@@ -108,8 +108,9 @@ def check_tables(core: Any) -> None:
                     f"maml_fast._core was built from other sources than this package: {name}[{key!r}]: "
                     f"expected {expected.get(key)}, got {found.get(key)}; build it again"
                 )
-    if core.MOST_THREADS != MOST_THREADS:
-        raise ImportError(f"maml_fast._core: expected MOST_THREADS {MOST_THREADS}, got {core.MOST_THREADS}")
+    for name, most in (("MOST_THREADS", MOST_THREADS), ("MOST_AXES", MOST_AXES)):
+        if (got := getattr(core, name, None)) != most:
+            raise ImportError(f"maml_fast._core: expected {name} {most}, got {got}")
 
 
 if _core is not None:
@@ -187,6 +188,10 @@ def _unsupported(plan: Plan, graph: Graph) -> list[str]:
         if any(graph.features(v) == 0 for v in (*op.inputs, op.output)):
             names = ", ".join(plan.model.names[p] for p in op.parameters if p is not None)
             reasons.append(f"layer {op.kind}{names and f' of {names}'} has width zero: no elements to work on")
+        if any(len(box.sizes) > MOST_AXES for box in op.attributes.get("boxes", ())) or (
+            op.kind == "pointwise" and len(graph.shapes[op.output]) > MOST_AXES
+        ):
+            reasons.append(f"{op.attributes['name']} over more than {MOST_AXES} axes")
         if op.kind == "batch_norm":
             positions = math.prod(graph.shapes[op.output][1:])
             if 1 in [n * positions for n in (plan.support, plan.query)]:
@@ -217,7 +222,7 @@ class _Call:
         assert graph is not None
         self.constants = _constants(graph)
         self.literals = [
-            None if isinstance(c, str) else torch.tensor(c, dtype=plan.dtype, device=plan.device)
+            None if isinstance(c, str) else torch.frombuffer(bytearray(c.data), dtype=torch.float64).to(plan.dtype)
             for c in self.constants
         ]
         self.constant_shapes = [
@@ -328,7 +333,7 @@ def _zeros(like: Tensor) -> Tensor:
 
 _FAMILIES = frozenset(("pointwise", "linear_map", "matmul", "softmax", "log_softmax", "max"))
 
-Constant = str | tuple[float, ...]
+Constant = str | Numbers
 """A buffer's name, or numbers."""
 
 
@@ -339,7 +344,7 @@ def _constants(graph: Graph) -> list[Constant]:
 
 
 def _constant_of(op: Op) -> Constant:
-    numbers: tuple[float, ...] | None = op.attributes.get("numbers")
+    numbers: Numbers | None = op.attributes.get("numbers")
     return op.constants[0] if numbers is None else numbers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -40,6 +41,23 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "mish": (),
 }
 """Layers that take every element by itself, and their attributes in the order in which kernels take them."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The elements of a constant, in row-major order.
+
+    Attributes:
+        data: as float64.
+    """
+
+    data: bytes
+
+    def __len__(self) -> int:
+        return len(self.data) // 8
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} numbers, checksum {zlib.crc32(self.data):08x}>"
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _trace(
                     guards.put_back()
                     raise Untraceable("forward or loss changes lists or tables that it reads")
                 guards.learn(watched)
-        return decode(captured, samples, in_shape), []
+            return decode(captured, samples, in_shape), []  # under the lock: equal expressions are one object
     except Untraceable as error:
         model.reads_values |= isinstance(error, ReadsValues)
         return None, [str(error)]

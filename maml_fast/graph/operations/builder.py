@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..boxes import Box, permuted, sliced
-from ..graph import Attribute, LossOp, Op, Shape, Untraceable
+from ..graph import Attribute, LossOp, Numbers, Op, Shape, Untraceable
 
 Emitter = Callable[..., Any]
 """`(builder, *arguments of the ATen operation) -> what stands for its output, or a tuple of that for several`."""
@@ -347,7 +347,7 @@ class GraphBuilder:
         if isinstance(x, Constant):
             return self.emit("constant", [], x.shape, [], [x])
         mask = x.tensor.dtype == torch.bool
-        numbers = tuple(x.tensor.to(torch.float64).flatten().tolist())
+        numbers = Numbers(x.tensor.to(torch.float64).contiguous().numpy().tobytes())
         return replace(self.emit("constant", [], x.shape, numbers=numbers), mask=mask)
 
     def alike(self, x: Value, dim: int) -> Value | None:
@@ -366,8 +366,8 @@ class GraphBuilder:
             return self._alike_result(x, axis, op)
         return None
 
-    def _alike_constant(self, x: Value, axis: int, numbers: tuple[float, ...]) -> Value | None:
-        tensor = torch.tensor(numbers, dtype=torch.float64).reshape(x.shape)
+    def _alike_constant(self, x: Value, axis: int, numbers: Numbers) -> Value | None:
+        tensor = torch.frombuffer(bytearray(numbers.data), dtype=torch.float64).reshape(x.shape)
         first = tensor.narrow(axis, 0, 1)
         if not torch.equal(first.expand_as(tensor), tensor):
             return None
