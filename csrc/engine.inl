@@ -401,7 +401,9 @@ class Engine {
             case OpKind::linear:
                 return linear_backward_tangent(op, in, tape, tx, dy, ey, ex, delta);
             case OpKind::activation:
-                if (ex) activation_backward_tangent<S>(first, size, ws_ + tape.aux1[i], at(tape.aux2[i]), tx, ey, ex);
+                if (ex)
+                    activation_backward_tangent<S>(op.act, first, size, ws_ + tape.aux1[i], at(tape.aux2[i]), tx, ey,
+                                                   ex);
                 return;
             case OpKind::affine:
                 if (ex) scaled(op.f0, first, size, ey, ex);

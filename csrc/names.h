@@ -64,6 +64,7 @@
     X(sigmoid, a)               \
     X(erf, a)                   \
     X(pow, a, b)                \
+    X(fmod, a, b)               \
     X(floor, a)                 \
     X(ceil, a)                  \
     X(round, a)                 \

@@ -11,6 +11,9 @@ OP_KINDS: Mapping[str, tuple[str, ...]]
 ACTIVATIONS: Mapping[str, tuple[str, ...]]
 """The activations and their attributes, in order."""
 
+PRIMITIVES: Mapping[str, tuple[str, ...]]
+"""The primitives of expressions and their arguments."""
+
 LOSSES: Mapping[str, tuple[str, ...]]
 """The losses, by name."""
 
@@ -18,8 +21,10 @@ INSTRUCTIONS: Mapping[str, tuple[str, ...]]
 """The instructions of programs and their operands."""
 
 MOST_THREADS: int
-MOST_AXES: int
 """The most threads that a call takes."""
+
+MOST_AXES: int
+"""The most axes of an operation's operands."""
 
 class Plan:
     """A plan's description by name (see `backends/cpu.py`), laid out for one scalar type and instruction set.

@@ -76,7 +76,7 @@ DECLINED: dict[str, tuple[LossLike, str]] = {
     "broadcast": (lambda z, y: F.mse_loss(z, y[:, :1].expand(-1, 3)), "indexing|slice"),
     "of-a-constant": (lambda z, y: F.mse_loss(z, torch.zeros_like(y)), "does not compare"),
     "weights": (lambda z, y: (torch.arange(3.0, dtype=z.dtype) * (z - y) ** 2).mean(), ""),
-    "detached": (lambda z, y: F.mse_loss(z, y) + F.mse_loss(z.detach(), y), "without its gradient"),
+    "detached": (lambda z, y: F.mse_loss(z, y) + F.mse_loss(z.detach(), y), "different losses"),
     "kind-by-samples": (lambda z, y: F.l1_loss(z, y) if len(y) == 5 else F.mse_loss(z, y), "differs between"),
     "parameter-by-samples": (lambda z, y: F.huber_loss(z, y, delta=0.1 * len(y)), "differs between"),
     "masked-targets": (lambda z, y: ((z - y) ** 2).masked_fill(y == -1, 0.0).mean(), "eq is applied"),

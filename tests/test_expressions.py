@@ -32,6 +32,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "sigmoid": torch.sigmoid,
     "erf": torch.erf,
     "pow": torch.pow,
+    "fmod": torch.fmod,
     "floor": torch.floor,
     "ceil": torch.ceil,
     "round": torch.round,
@@ -43,6 +44,8 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "eq": lambda a, b: (a == b).to(a),
     "where": lambda c, a, b: torch.where(c != 0, a, b),
 }
+FUNCTIONS["stop"] = torch.detach
+FUNCTIONS["graft"] = lambda value, slope: value.detach() + slope - slope.detach()
 POSITIVE = ("log", "sqrt", "pow")
 
 
@@ -133,6 +136,7 @@ KINKS: dict[str, Callable[..., Expression]] = {
     "where": lambda a, b: call("where", a <= 0, a * b, b * b),
     "pow": lambda a, b: call("pow", a, 3.0) * b,
     "stop": lambda a, b: call("stop", a * b) * a + call("stop", b),
+    "graft": lambda a, b: call("graft", a * a, a * b) * b,
     "shared": lambda a, b: (a * b + 1) * (a * b + 1) / (a * b + 2),
     "constants": lambda a, b: constant(2) * a - 3 + 0 * b,
 }
@@ -142,8 +146,6 @@ KINKS: dict[str, Callable[..., Expression]] = {
 def test_kinks_and_compositions(name: str) -> None:
     a = torch.tensor([-1.5, -1.0, 0.0, 0.0, 0.5, 2.0], dtype=torch.float64)
     b = torch.tensor([0.3, -0.2, 0.0, 1.0, -1.0, 0.7], dtype=torch.float64)
-    if name == "stop":
-        FUNCTIONS["stop"] = torch.detach
     agree(KINKS[name](variable("x0"), variable("x1")), [a, b])
 
 

@@ -159,9 +159,16 @@ void activation_forward(const Op& op, long n, const S* x, S* y, S* d1, S* d2) {
     });
 }
 
+// Activations with a flat part cut what comes back to it, as PyTorch does: there an infinite delta counts for nothing.
+constexpr bool cuts(Act act) { return act == Act::relu || act == Act::clamp; }
+
 template <class S>
-void activation_backward(bool first, long n, const S* __restrict d1, const S* __restrict dy, S* __restrict dx) {
-    put(first, dx, n, [=](long i) { return d1[i] * dy[i]; });
+void activation_backward(Act act, bool first, long n, const S* __restrict d1, const S* __restrict dy,
+                         S* __restrict dx) {
+    if (cuts(act))
+        put(first, dx, n, [=](long i) { return d1[i] == S(0) ? S(0) : dy[i]; });
+    else
+        put(first, dx, n, [=](long i) { return d1[i] * dy[i]; });
 }
 
 // The same, and curvature ← f'' δy.
@@ -179,7 +186,7 @@ inline void curved_backward(bool first, long n, S p0, const S* __restrict y, con
 
 template <class S>
 void activation_backward(const Op& op, bool first, long n, const S* y, const S* d1, const S* dy, S* dx, S* curvature) {
-    if (!curvature) return activation_backward(first, n, d1, dy, dx);
+    if (!curvature) return activation_backward(op.act, first, n, d1, dy, dx);
     with_activation(op.act, [=, &op](auto act) {
         curved_backward<decltype(act)::value>(first, n, S(op.f0), y, d1, dy, dx, curvature);
     });
@@ -192,10 +199,10 @@ void activation_tangent(long n, const S* __restrict d1, const S* __restrict tx, 
 
 // curvature or tx null: f'' = 0 or ẋ = 0.
 template <class S>
-void activation_backward_tangent(bool first, long n, const S* __restrict d1, const S* __restrict curvature,
+void activation_backward_tangent(Act act, bool first, long n, const S* __restrict d1, const S* __restrict curvature,
                                  const S* __restrict tx, const S* __restrict ey, S* __restrict ex) {
     if (curvature && tx)
         put(first, ex, n, [=](long i) { return d1[i] * ey[i] + curvature[i] * tx[i]; });
     else
-        activation_backward(first, n, d1, ey, ex);
+        activation_backward(act, first, n, d1, ey, ex);
 }

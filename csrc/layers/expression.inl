@@ -17,6 +17,8 @@ MAML_FAST_INLINED float log1p_(float x) { return __builtin_log1pf(x); }
 MAML_FAST_INLINED double log1p_(double x) { return __builtin_log1p(x); }
 MAML_FAST_INLINED float pow_(float x, float y) { return __builtin_powf(x, y); }
 MAML_FAST_INLINED double pow_(double x, double y) { return __builtin_pow(x, y); }
+MAML_FAST_INLINED float fmod_(float x, float y) { return __builtin_fmodf(x, y); }
+MAML_FAST_INLINED double fmod_(double x, double y) { return __builtin_fmod(x, y); }
 
 // sin or cos of n elements; beyond kLargeAngle libm's.
 template <bool Cosine>
@@ -87,6 +89,8 @@ void step_block(const Step& step, long n, P place) {
             return map_block<S>(n, a, y, [](S u) { return erf_(u); });
         case Primitive::pow:
             return map_block<S>(n, a, b, y, [](S u, S v) { return pow_(u, v); });
+        case Primitive::fmod:
+            return map_block<S>(n, a, b, y, [](S u, S v) { return fmod_(u, v); });
         case Primitive::floor:
             return map_block<S>(n, a, y, [](S u) { return floor_(u); });
         case Primitive::ceil:

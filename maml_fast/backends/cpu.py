@@ -143,7 +143,7 @@ class CpuBackend(Backend):
         reasons += untraceable
         if graph is not None:
             reasons += _unsupported(plan, graph)
-        return reasons
+        return reasons or _refused(plan)
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
         return _call_of(plan)(plan, tensors)
@@ -172,6 +172,15 @@ def _call_of(plan: Plan) -> _Call:
         call = plan.state["cpu"] = _Call(plan)
     assert isinstance(call, _Call)
     return call
+
+
+def _refused(plan: Plan) -> list[str]:
+    """What the core says of a plan that it does not take: the model has slower backends."""
+    try:
+        _call_of(plan)
+    except (ValueError, LookupError) as error:
+        return [f"the core does not take its plan ({error})"]
+    return []
 
 
 def _threads(plan: Plan) -> int:

@@ -166,9 +166,20 @@ class _Decoder:
         """The written tensor stands for the result; what else shares its memory is out of date."""
         target = call.written[0]
         meaning = self._meaning(call, call.name.removesuffix("_"))
+        if target.requires_grad and not call.differentiated:
+            meaning = self._grafted(target, meaning)
         self._out_of_date(target)
         self.made_by[id(target)] = call
         self._bind(target, meaning)
+
+    def _grafted(self, target: Tensor, meaning: Any) -> Any:
+        """What a write under `no_grad` leaves: new elements, with the derivative that the old ones had."""
+        try:
+            if not isinstance(meaning, Value):
+                return meaning
+            return pointwise(self.builder, "graft", lambda v, s: expression("graft", v, s), meaning, self._read(target))
+        except Untraceable as error:
+            return Unknown(str(error))
 
     def _out_of_date(self, written: Tensor) -> None:
         """Whatever shares elements with a written tensor no longer stands for what it did."""
@@ -196,8 +207,8 @@ class _Decoder:
             return emit(self.builder, *args, **kwargs)
         except Untraceable as error:
             return Unknown(str(error))
-        except TypeError as error:
-            return Unknown(f"forward calls {name} with unsupported arguments ({error})")
+        except Exception as error:  # the model has slower backends, which do not ask us
+            return Unknown(f"forward calls {name} with unsupported arguments ({type(error).__name__}: {error})")
 
     def _literal(self, call: AtenCall) -> Literal | tuple[Literal, ...] | None:
         """What an operation gives that reads no tensors but literals."""
@@ -279,7 +290,8 @@ class _Decoder:
             raise Untraceable(f"forward calls the autograd.Function {function}, whose backward is its own")
         if not tensor.is_floating_point() or not _requires_grad((call.args, call.kwargs)):
             return False
-        return not tensor.requires_grad or not call.differentiated
+        written = bool(call.written) and call.written[0] is tensor
+        return not tensor.requires_grad or not (call.differentiated or written)
 
     def _refuse_tensor_hooks(self) -> None:
         for bound in self.bound.values():

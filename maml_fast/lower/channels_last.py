@@ -62,7 +62,7 @@ class _Rewriter:
             return False
         if op.kind == "pointwise" and any(len(self.graph.shapes[v]) != len(shape) for v in op.inputs):
             return False
-        if op.kind == "reshape" and shape[0] != self.graph.shapes[op.inputs[0]][0]:
+        if op.kind == "reshape" and self.graph.shapes[op.inputs[0]][:1] != shape[:1]:
             return False  # otherwise the channels keep their place
         return op.kind in _IMAGE_OPS or any(v in self.last for v in op.inputs)
 

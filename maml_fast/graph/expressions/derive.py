@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .language import Expression, call, constant, in_order, variable, without_stops
+from .language import Expression, call, constant, in_order, opaque, variable
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def derivatives(y: Expression, operands: int) -> Derivatives:
     (tangent,) = push_forward([y], tangents)
     tangents[variable("dy")] = variable("ey")
     found = [y, tangent, *backward, *push_forward(backward, tangents)]
-    value, rate, *deltas = map(without_stops, found)
+    value, rate, *deltas = map(opaque, found)
     return Derivatives(value, tuple(deltas[:operands]), rate, tuple(deltas[operands:]))
 
 
@@ -129,6 +129,8 @@ _PULL: Mapping[str, Pull] = {
     "erf": lambda y, d, a: (d * (call("exp", -(a * a)) * (2 / math.sqrt(math.pi))),),
     "pow": _pow,
     "stop": _none,
+    "graft": lambda y, d, value, slope: (None, d),
+    "fmod": lambda y, d, a, b: (d, -(d * call("trunc", a / b))),
     "floor": _none,
     "ceil": _none,
     "round": _none,

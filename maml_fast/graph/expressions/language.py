@@ -97,15 +97,15 @@ def call(name: str, *arguments: Expression | Number) -> Expression:
     """A primitive of its arguments, simplified.
 
     Args:
-        name: one of `PRIMITIVES`, or `"stop"`, which is its argument without a derivative.
+        name: one of `PRIMITIVES` or `TRANSPARENT`.
         arguments: as many as it takes.
     """
-    if name == "stop":
-        (argument,) = arguments
-        return _unique(name, (argument if isinstance(argument, Expression) else constant(argument),))
     given = tuple(a if isinstance(a, Expression) else constant(a) for a in arguments)
-    if len(given) != PRIMITIVES[name]:
-        raise TypeError(f"{name}: expected {PRIMITIVES[name]} arguments, got {len(given)}")
+    expected = TRANSPARENT[name] if name in TRANSPARENT else PRIMITIVES[name]
+    if len(given) != expected:
+        raise TypeError(f"{name}: expected {expected} arguments, got {len(given)}")
+    if name in TRANSPARENT:
+        return _unique(name, given)
     if all(a.name == "constant" for a in given) and name in _FOLDED:
         with_value = _folded(name, [a.value for a in given])
         if with_value is not None:
@@ -133,6 +133,7 @@ PRIMITIVES: Mapping[str, int] = {
     "sigmoid": 1,
     "erf": 1,
     "pow": 2,
+    "fmod": 2,
     "floor": 1,
     "ceil": 1,
     "round": 1,
@@ -145,6 +146,9 @@ PRIMITIVES: Mapping[str, int] = {
     "where": 3,
 }
 """Every primitive and how many arguments it takes."""
+
+TRANSPARENT: Mapping[str, int] = {"stop": 1, "graft": 2}
+"""What is its first argument but for derivatives: `stop` has none, `graft` that of its second argument."""
 
 _FOLDED: Mapping[str, Callable[..., float]] = {
     "add": lambda a, b: a + b,
@@ -246,12 +250,12 @@ def text(x: Expression) -> str:
     return f"{x.name}({', '.join(map(text, x.arguments))})"
 
 
-def without_stops(x: Expression) -> Expression:
-    """The same numbers; for what is differentiated already."""
+def opaque(x: Expression) -> Expression:
+    """The same numbers by primitives alone; for what is differentiated already."""
     known: dict[int, Expression] = {}
     for part in in_order([x]):
         arguments = [known[id(a)] for a in part.arguments]
-        if part.name == "stop":
+        if part.name in TRANSPARENT:
             known[id(part)] = arguments[0]
         else:
             known[id(part)] = call(part.name, *arguments) if arguments else part

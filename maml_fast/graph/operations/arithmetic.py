@@ -21,7 +21,7 @@ from .builder import (
     rows,
 )
 from .losses import added, product, residual
-from .pointwise import pointwise
+from .pointwise import floor_quotient, pointwise
 
 _TENSORS = Value | Weight | Constant | Literal | LogProbabilities
 
@@ -77,12 +77,11 @@ def _product(t: GraphBuilder, a: Any, b: Any) -> Any:
     return pointwise(t, "mul", lambda x, y: x * y, a, b)
 
 
-_ROUNDED = {"floor": "floor", "trunc": "trunc"}
-
-
 def _quotient(t: GraphBuilder, a: Any, b: Any, rounding_mode: str | None = None) -> Any:
-    if rounding_mode is not None:
-        return pointwise(t, "div", lambda x, y: call(_ROUNDED[rounding_mode], x / y), a, b)
+    if rounding_mode == "floor":
+        return pointwise(t, "div", floor_quotient, a, b)
+    if rounding_mode == "trunc":
+        return pointwise(t, "div", lambda x, y: call("trunc", x / y), a, b)
     divisor = _number(b)
     if divisor is None:
         return pointwise(t, "div", lambda x, y: x / y, a, b)
@@ -101,5 +100,6 @@ OPERATIONS: dict[str, Emitter] = {
     "rsub": _reversed_difference,
     "mul": _product,
     "div": _quotient,
+    "floor_divide": lambda t, a, b: _quotient(t, a, b, "floor"),
     "neg": _negative,
 }

@@ -317,6 +317,8 @@ class GraphBuilder:
             Untraceable: the samples do not come first.
         """
         x = self.in_order(x)
+        if x.once:
+            raise Untraceable(f"{what} is applied to something without samples")
         if [a for d in x.dims for a in d if a == SAMPLES or x.shape[a] != 1][:1] != [SAMPLES] and self.samples != 1:
             raise Untraceable(f"{what} is applied to activations {self.full_shape(x)} whose samples are not first")
         return by_sample(x.index, x.shape)

@@ -103,7 +103,8 @@ def _bmm(t: GraphBuilder, a: Any, b: Any) -> Value:
     if any(SAMPLES in d for v in both for d in v.dims[1:]):
         raise Untraceable("bmm with the samples inside the matrices has no fused kernel")
     groups = {tuple(t.length(v, x) for x in v.dims[0]) for v in both}
-    if len(groups) > 1 or (both and any(v.once for v in (a, b)) and t.full_shape(both[0])[0] != t.samples):
+    task = [v for v in (a, b) if v.once]
+    if len(groups) > 1 or (both and any(t.full_shape(v)[0] != 1 for v in task)):
         raise Untraceable("bmm whose groups are made of the samples in different ways has no fused kernel")
     first, second = (_matrices(t, v, both) for v in (a, b))
     count = math.prod(first.shape[:-2]) if both and not first.once else math.prod(second.shape[:-2])

@@ -32,7 +32,7 @@ def _batch_norm(
     eps: float,
 ) -> tuple[Any, ...]:
     x = t.lifted(x, "batch_norm")
-    per_sample = x.folded or x.dims[:2] == ((), (SAMPLES, 0))
+    per_sample = x.folded or x.dims == ((), (SAMPLES, 0), *((d,) for d in range(1, len(x.shape))))
     dims = x.dims
     given = [p for p in (weight, bias, mean, variance) if p is not None]
     if any(isinstance(p, Repeated) != per_sample for p in given):

@@ -197,11 +197,22 @@ def _not(x: Any) -> Any:
 
 
 def _remainder(x: Any, y: Any) -> Any:
-    return x - call("floor", x / y) * y
+    """With the sign of y."""
+    rest = call("fmod", x, y)
+    return call("where", _other_side(rest, y), rest + y, rest)
 
 
-def _fmod(x: Any, y: Any) -> Any:
-    return x - call("trunc", x / y) * y
+def _other_side(rest: Any, y: Any) -> Any:
+    """Whether a remainder is not zero and has the other sign than y."""
+    return _not(call("eq", rest, 0)) * _not(call("eq", call("lt", rest, 0), call("lt", y, 0)))
+
+
+def floor_quotient(x: Any, y: Any) -> Any:
+    """The largest whole number not above x / y, as exactly as x's remainder tells."""
+    rest = call("fmod", x, y)
+    quotient = (x - rest) / y - _other_side(rest, y)
+    whole = call("floor", quotient)
+    return call("stop", whole + call("lt", 0.5, quotient - whole))
 
 
 def _gated(t: GraphBuilder, x: Any, dim: int = -1) -> Value:
@@ -295,7 +306,7 @@ OPERATIONS: dict[str, Emitter] = {
     "clamp_max": lambda t, x, high: _clamp(t, x, None, high),
     "where": _where,
     "remainder": _of("remainder", _remainder),
-    "fmod": _of("fmod", _fmod),
+    "fmod": _primitive("fmod"),
     "addcmul": _addcmul,
     "addcdiv": _addcdiv,
     "lerp": _lerp,

@@ -49,6 +49,8 @@ def _until_windows_fit(
         if (count - 1) * s >= n + p:  # it would begin in the padding at the end
             count -= 1
         if (more := (count - 1) * s + e * (k - 1) + 1 - 2 * p - n) > 0:
+            if e > 1:
+                raise Untraceable("max_pool in ceil_mode has dilated windows that stick out of its input")
             x = value(t, picked(t, x, 2 + d, [*range(n), *[n - 1] * more], "ceil"), "max_pool")
     return x
 

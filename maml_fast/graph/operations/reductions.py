@@ -15,13 +15,15 @@ from .builder import SAMPLES, Emitter, GraphBuilder, LogProbabilities, Losses, V
 from .losses import reduced, summed_losses
 from .pointwise import pointwise
 from .pools import spatial_mean
-from .shapes import sliced, squeezed, unsqueezed
+from .shapes import squeezed, unsqueezed
 
 
 def _axes(t: GraphBuilder, x: Any, dim: int | Sequence[int] | None, what: str) -> tuple[Value, list[int]]:
     """The value with one axis for each dimension, and which dimensions are meant."""
     x = t.unmerged(t.lifted(x, what), what)
     rank = len(x.dims)
+    if not rank:
+        raise Untraceable(f"{what} of a single number has no fused kernel")
     given = [dim] if isinstance(dim, int) else list(dim) if dim else list(range(rank))
     return x, sorted({d % rank for d in given})
 
@@ -127,12 +129,25 @@ def log_softmax(t: GraphBuilder, x: Any, dim: int, half_to_float: bool = False) 
 
 
 def _logsumexp(t: GraphBuilder, x: Any, dim: Any, keepdim: bool = False) -> Value:
+    """m + log Σ exp(x − m), with the largest element for m, which cancels and so has no derivative."""
     x, dims = _axes(t, x, dim, "logsumexp")
-    if len(dims) != 1:
-        raise Untraceable("logsumexp over several dimensions has no fused kernel")
-    logarithms = _rowwise(t, "log_softmax", x, dims[0])
-    first, of_first = (sliced(t, v, dims[0], 0, 1, 1) for v in (x, logarithms))
-    return _dropped(t, pointwise(t, "logsumexp", lambda a, b: a - b, first, of_first), dims, keepdim)
+    most = x
+    for d in dims:
+        most = largest(t, most, d, keepdim=True)
+    shift = pointwise(t, "logsumexp", lambda m: call("where", call("eq", call("abs", m), math.inf), 0, _still(m)), most)
+    total = summed(t, pointwise(t, "logsumexp", lambda v, m: call("exp", v - m), x, shift), dims, keepdim=True)
+    y = pointwise(t, "logsumexp", lambda s, m: call("log", s) + m, total, shift)
+    return _dropped(t, y, dims, keepdim)
+
+
+def _still(x: Any) -> Any:
+    return call("stop", x)
+
+
+def _root(x: Any) -> Any:
+    """The square root, whose derivative at zero counts as zero."""
+    zero = call("eq", x, 0)
+    return call("where", zero, 0, call("sqrt", x + zero))
 
 
 def _norm(t: GraphBuilder, x: Any, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
@@ -143,12 +158,7 @@ def _norm(t: GraphBuilder, x: Any, ord: float = 2, dim: Any = None, keepdim: boo
     if ord == 1:
         return summed(t, pointwise(t, "abs", lambda v: call("abs", v), x), dims, keepdim)
     squares = summed(t, pointwise(t, "square", lambda v: v * v, x), dims, keepdim=True)
-
-    def root(s: Any) -> Any:
-        zero = call("eq", s, 0)
-        return call("where", zero, 0, call("sqrt", s + zero))
-
-    return _dropped(t, pointwise(t, "norm", root, squares), dims, keepdim)
+    return _dropped(t, pointwise(t, "norm", _root, squares), dims, keepdim)
 
 
 def _frobenius(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False) -> Value:
@@ -219,7 +229,7 @@ def _var(t: GraphBuilder, x: Any, dim: Any = None, unbiased: Any = True, keepdim
 
 
 def _std(t: GraphBuilder, x: Any, dim: Any = None, unbiased: Any = True, keepdim: bool = False, **named: Any) -> Value:
-    return pointwise(t, "std", lambda v: call("sqrt", v), _var(t, x, dim, unbiased, keepdim, **named))
+    return pointwise(t, "std", _root, _var(t, x, dim, unbiased, keepdim, **named))
 
 
 def _var_mean(t: GraphBuilder, x: Any, dim: Any = None, **named: Any) -> tuple[Value, Value]:

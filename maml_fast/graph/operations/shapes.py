@@ -42,7 +42,7 @@ def reshaped(t: GraphBuilder, x: Any, size: Sequence[int]) -> Any:
         y = _regrouped(t, x, size)
     except Untraceable:
         y = _regrouped(t, _flattened(t, x, size), size)
-    return replace(y, folded=_folds(t, x, size))
+    return replace(y, folded=t.samples == 1 and _folds(t, x, size))
 
 
 def _folds(t: GraphBuilder, x: Value, size: Shape) -> bool:
@@ -110,7 +110,7 @@ def permuted(t: GraphBuilder, x: Any, dims: Sequence[int]) -> Any:
     if isinstance(x, Weight) and len(x.shape) == 2 and [d % 2 for d in dims] == [1, 0]:
         return Weight(x.index, x.shape[::-1], not x.transposed)
     x = t.lifted(x, "permute")
-    return replace(x, dims=tuple(x.dims[d] for d in dims))
+    return replace(x, dims=tuple(x.dims[d] for d in dims), folded=False)
 
 
 def _transpose(t: GraphBuilder, x: Any, a: int, b: int) -> Any:
@@ -140,7 +140,7 @@ def unsqueezed(t: GraphBuilder, x: Any, dim: int) -> Any:
     x = t.lifted(x, "unsqueeze")
     dims = list(x.dims)
     dims.insert(dim % (len(dims) + 1), ())
-    return replace(x, dims=tuple(dims))
+    return replace(x, dims=tuple(dims), folded=False)
 
 
 def squeezed(t: GraphBuilder, x: Any, dims: int | Sequence[int] | None = None) -> Any:
@@ -158,7 +158,7 @@ def squeezed(t: GraphBuilder, x: Any, dims: int | Sequence[int] | None = None) -
         raise Untraceable("squeeze removes the sample dimension of a single sample")
     left = [d for i, d in enumerate(x.dims) if i not in gone]
     orphans = [a for i in sorted(gone) for a in x.dims[i]]
-    return _without(t, replace(x, dims=tuple(left)), orphans)
+    return _without(t, replace(x, dims=tuple(left), folded=False), orphans)
 
 
 def _without(t: GraphBuilder, x: Value, gone: Sequence[int]) -> Value:
@@ -403,6 +403,10 @@ def zero_padded(t: GraphBuilder, x: Any, pad: Sequence[int]) -> Any:
 def picked(t: GraphBuilder, x: Any, dim: int, indices: Sequence[int], name: str) -> Any:
     """Elements along a dimension by number, in any order and number."""
     x, axis = along(t, x, dim, name)
+    n = x.shape[axis]
+    if any(not -n <= i < n for i in indices):
+        raise Untraceable(f"{name} of elements that are not there")
+    indices = [i % n for i in indices]
     shape = (*x.shape[:axis], len(indices), *x.shape[axis + 1 :])
     here = boxes.strides(shape)
     made, done = [], 0
@@ -410,7 +414,7 @@ def picked(t: GraphBuilder, x: Any, dim: int, indices: Sequence[int], name: str)
         run = 1
         while done + run < len(indices) and indices[done + run] == indices[done] + run:
             run += 1
-        one = boxes.sliced(x.shape, axis, indices[done] % x.shape[axis], 1, run)
+        one = boxes.sliced(x.shape, axis, indices[done], 1, run)
         made.append(boxes.moved(one, done * here[axis], here))
         done += run
     return _map(t, name, x, made, shape, axis=axis, indices=tuple(indices))
@@ -495,8 +499,7 @@ def _channel_shuffle(t: GraphBuilder, x: Any, groups: int) -> Any:
 def _triangle(t: GraphBuilder, x: Any, diagonal: int, lower: bool) -> Any:
     """One box for each row that keeps elements."""
     x = t.unmerged(t.lifted(x, "a triangle"), "a triangle")
-    axes = [d[0] for d in x.dims[-2:]]
-    if axes != [len(x.shape) - 2, len(x.shape) - 1]:
+    if len(x.dims) < 2 or any(SAMPLES in d for d in x.dims[-2:]):
         raise Untraceable("a triangle of the samples has no fused kernel")
     rows, columns = x.shape[-2:]
     outer = math.prod(x.shape[:-2])
