@@ -70,7 +70,7 @@ class OpCheck {
     // The fewest and the most inputs of this kind.
     std::pair<std::size_t, std::size_t> inputs() const {
         const OpKind kind = op_.kind;
-        if (kind == OpKind::parameter || kind == OpKind::constant) return {0, 0};
+        if (kind == OpKind::parameter || kind == OpKind::constant || kind == OpKind::target) return {0, 0};
         if (kind == OpKind::add || kind == OpKind::matmul) return {2, 2};
         if (kind == OpKind::linear) return {1, 2};
         if (kind == OpKind::pointwise) return {1, kMostOperands};
@@ -84,6 +84,7 @@ class OpCheck {
         for (int v : op_.inputs) all = all && spec_.once[v];
         const bool out = spec_.once[op_.out], mixes = op_.kind == OpKind::pointwise || op_.kind == OpKind::matmul;
         if (op_.kind == OpKind::linear_map) return;
+        if (op_.kind == OpKind::target) return require(!out, where_, "targets have a sample axis");
         require(out == all, where_, "its output and its inputs disagree about the sample axis");
         const bool image = op_.kind == OpKind::conv || is_channel_norm(op_.kind);
         require(!(image && all), where_, "it needs a sample axis");
@@ -167,6 +168,8 @@ class OpCheck {
             case OpKind::parameter:
             case OpKind::constant:
                 return;
+            case OpKind::target:
+                return require(spec_.loss == LossKind::value, where_, "a named loss reads the targets itself");
             case OpKind::pointwise:
                 return pointwise();
             case OpKind::linear_map:
@@ -408,6 +411,23 @@ void check_convolved(const Spec& s) {
     }
 }
 
+// A loss of a person's own is one number for each task; all targets that it reads are the same.
+void check_output(const Spec& s) {
+    const bool value = s.loss == LossKind::value;
+    require(s.once[s.out] == value, "output", "it has, or lacks, a sample axis");
+    require_index("outputs", "buffer", s.outputs, 0, s.features.size());
+    require(!s.once[s.outputs] && (value || s.outputs == s.out), "outputs", "the network does not return this buffer");
+    if (!value) return;
+    require_equal("output", 1, s.features[s.out]);
+    const OpSpec* first = nullptr;
+    for (const OpSpec& op : s.ops) {
+        if (op.kind != OpKind::target) continue;
+        const bool same = !first || (s.features[first->out] == s.features[op.out] && first->f0 == op.f0);
+        require(same, "targets", "they are read as of several shapes or types");
+        first = &op;
+    }
+}
+
 }  // namespace
 
 void check(const Spec& s) {
@@ -422,7 +442,8 @@ void check(const Spec& s) {
     check_convolved(s);
     require_index("output", "buffer", s.out, 1, s.features.size());
     require(made[s.out], "output", "no layer writes it");
-    require(!s.once[s.out], "output", "it has no sample axis");
+    require(s.outputs < 0 || s.outputs >= int(made.size()) || made[s.outputs], "outputs", "no layer writes it");
+    check_output(s);
     for (int batch : s.tapes) require_index("tapes", "batch", batch, 0, 2);
     for (const Instr& in : s.code) require_index("program", "batch", in.batch, 0, 2);
     for (std::size_t i = 0; i < s.code.size(); ++i) CodeCheck(s, i).run();

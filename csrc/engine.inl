@@ -194,6 +194,8 @@ class Engine {
                 return spread_parameter(weight(in.theta, op.w), size, y);
             case OpKind::constant:
                 return spread_parameter({constant(op.c0), 0}, size, y);
+            case OpKind::target:
+                return target_values(op, tape, y);
             case OpKind::pointwise:
                 return pointwise_forward(op, tape, y);
             case OpKind::linear_map:
@@ -277,6 +279,7 @@ class Engine {
             case OpKind::parameter:
                 return add_parameter_gradient(gradient(in.out, op.w, adapted_only), op.w_first, size / B_, dy);
             case OpKind::constant:
+            case OpKind::target:
                 return;
             case OpKind::pointwise:
                 return pointwise_backward(op, tape, dy, delta);
@@ -354,6 +357,7 @@ class Engine {
             case OpKind::parameter:
                 return spread_parameter(direction(in.vector, op.w), size / B_, ty);
             case OpKind::constant:
+            case OpKind::target:
                 return;
             case OpKind::pointwise:
                 return pointwise_tangent(op, tape, ty);
@@ -432,6 +436,7 @@ class Engine {
             case OpKind::parameter:
                 return add_parameter_gradient(gradient(in.out, op.w, false), op.w_first, size / B_, ey);
             case OpKind::constant:
+            case OpKind::target:
                 return;
             case OpKind::pointwise:
                 return pointwise_backward_tangent(op, tape, dy, ey, delta);

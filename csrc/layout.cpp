@@ -109,6 +109,7 @@ void Layout::fill_view() {
     view_.features = spec_.features.data();
     view_.once = once_.get();
     view_.out = spec_.out;
+    view_.outputs = spec_.outputs;
     view_.params = params_.data();
     view_.n_params = int(params_.size());
     view_.code = spec_.code.data();
@@ -268,7 +269,7 @@ void Layout::find_groups() {
 // Whether Hessian-vector products read a buffer's value or delta. Those of linear layers read the values that they take
 // in and the deltas of what they give out, activations and sums neither, other layers all that they touch.
 bool Layout::read_by_hvp(int buffer, bool delta) const {
-    bool last = buffer == spec_.out && !delta;  // the loss reads it
+    bool last = (buffer == spec_.out || buffer == spec_.outputs) && !delta;  // the loss reads it, or the caller
     return last || std::any_of(ops_.begin(), ops_.end(), [&](const Op& op) {
                bool takes = std::count(op.in, op.in + op.n_in, buffer) > 0, gives = op.out == buffer;
                if (op.kind == OpKind::linear && op.n_in == 1) return delta ? gives : takes;

@@ -160,6 +160,7 @@ Spec parse(const py::dict& d) {
     s.features = get<std::vector<long>>(d, "features");
     s.once = get<std::vector<bool>>(d, "once");
     s.out = get<int>(d, "out");
+    s.outputs = get<int>(d, "outputs");
     s.params = parse_list(d, "params", parse_param);
     s.constants = parse_read(d["constants"]);
     s.rates = parse_read(d["rates"]);

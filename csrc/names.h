@@ -21,6 +21,7 @@
     X(upsample)               \
     X(parameter)              \
     X(constant)               \
+    X(target)                 \
     X(pointwise)              \
     X(linear_map)             \
     X(matmul)                 \
@@ -81,7 +82,8 @@
     X(cross_entropy)        \
     X(bce_with_logits)      \
     X(l1)                   \
-    X(huber)
+    X(huber)                \
+    X(value)
 
 // Instructions and their operands: slots, tapes and flags, as in maml_fast/algorithms/program.py.
 #define MAML_FAST_INSTRUCTIONS(X)                \

@@ -129,6 +129,7 @@ struct PlanView {
     const long* features;  // per buffer: elements per sample
     const bool* once;      // per buffer: it has no sample axis
     int out;
+    int outputs;  // what the network returns, where the output is a loss of a person's own
     const Param* params;
     int n_params;
     const Instr* code;

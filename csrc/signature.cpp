@@ -15,11 +15,12 @@ Signature::Signature(const Spec& s, Scalar scalar) {
         y[b] = {names[1][b], labels ? samples : samples * out, labels ? Scalar::int64 : scalar, false};
         dx[b] = {names[2][b], samples * s.features[0], scalar, false};
     }
+    if (s.loss == LossKind::value) read_targets(s, scalar);
     weights = {"weights", s.tasks, scalar, false};
     cotangent = {"cotangent", s.tasks * s.samples[1] * out, scalar, false};
     losses = {"losses", s.tasks, scalar, false};
     objective = {"objective", 1, scalar, false};
-    outputs = {"outputs", s.tasks * s.samples[1] * out, scalar, false};
+    outputs = {"outputs", s.tasks * s.samples[1] * s.features[s.outputs], scalar, false};
     long rate_elements = 0;
     for (const ReadSpec& r : s.rates) {
         rates.push_back({r.name, r.size, scalar, true});
@@ -37,6 +38,19 @@ Signature::Signature(const Spec& s, Scalar scalar) {
     read_code(s);
 }
 
+// Of a loss of a person's own: as its graph reads them, if it does.
+void Signature::read_targets(const Spec& s, Scalar scalar) {
+    reads_targets = false;
+    for (const OpSpec& op : s.ops) {
+        if (op.kind != OpKind::target) continue;
+        reads_targets = true;
+        for (int b = 0; b < 2; ++b) {
+            y[b].elements = s.tasks * s.samples[b] * s.features[op.out];
+            y[b].scalar = op.f0 != 0 ? Scalar::int64 : scalar;
+        }
+    }
+}
+
 void Signature::read_code(const Spec& s) {
     for (const Instr& in : s.code) switch (in.code) {
             case Code::load:
@@ -46,10 +60,11 @@ void Signature::read_code(const Spec& s) {
                 x[in.batch].required = true;
                 break;
             case Code::support_loss:
-                y[0].required = true;
+                y[0].required = reads_targets;
                 break;
             case Code::query_loss:
-                scores = y[1].required = true;
+                scores = true;
+                y[1].required = reads_targets;
                 weights.required = weights.required || in.seed;
                 break;
             case Code::cotangent:
@@ -60,7 +75,7 @@ void Signature::read_code(const Spec& s) {
                 break;
             case Code::hvp:
                 dx[0].required = dx[0].required || in.inputs;
-                y[0].required = true;
+                y[0].required = reads_targets;
                 break;
             case Code::accumulate:
                 reverse = true;

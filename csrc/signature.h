@@ -34,6 +34,9 @@ struct Signature {
 
   private:
     void read_code(const Spec& spec);
+    void read_targets(const Spec& spec, Scalar scalar);
+
+    bool reads_targets = true;
 };
 
 }  // namespace maml_fast

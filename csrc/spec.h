@@ -56,6 +56,7 @@ struct Spec {
     std::vector<long> features;  // per buffer; buffer 0 is the input
     std::vector<bool> once;      // per buffer: it has no sample axis
     int out = -1;
+    int outputs = -1;  // the buffer that the network returns: the output, but for a loss of a person's own
     std::vector<ParamSpec> params;
     std::vector<ReadSpec> constants, rates;
     std::vector<Instr> code;

@@ -70,21 +70,46 @@ LABELS: dict[str, LossLike] = {
     "view": lambda z, y: F.cross_entropy(z, y.long().view(-1)),
     "dict": lambda z, y: F.cross_entropy({"logits": z}["logits"], y),
 }
+OWN: dict[str, LossLike] = {
+    "penalty": lambda z, y: F.mse_loss(z, y) + 1e-3 * sum(p.square().sum() for p in NETWORK.parameters()),
+    "fourth-power": lambda z, y: (z - y).pow(4).mean(),
+    "expanded": lambda z, y: F.mse_loss(z, y[:, :1].expand(-1, 3)),
+    "of-a-constant": lambda z, y: F.mse_loss(z, torch.zeros_like(y)),
+    "of-no-targets": lambda z, y: z.square().mean() + z.abs().sum(-1).mean(),
+    "weights": lambda z, y: (torch.arange(3.0, dtype=z.dtype) * (z - y) ** 2).mean(),
+    "detached": lambda z, y: F.mse_loss(z, y) + F.mse_loss(z.detach(), y),
+    "masked-targets": lambda z, y: ((z - y) ** 2).masked_fill(y > 0.5, 0.0).mean(),
+    "mixed": lambda z, y: F.mse_loss(z, y) + F.l1_loss(z, y) - 0.5 * F.huber_loss(z, y, delta=0.3),
+    "log-cosh": lambda z, y: torch.log(torch.cosh(z - y)).mean(),
+    "cosine": lambda z, y: 1 - F.cosine_similarity(z, y).mean(),
+    "gaussian": lambda z, y: (0.5 * z[:, 2:].exp() * (y[:, :2] - z[:, :2]) ** 2 - 0.5 * z[:, 2:]).mean(),
+    "weighted-samples": lambda z, y: ((z - y) ** 2).mean(-1).mul(y[:, 0].abs()).sum() / y[:, 0].abs().sum(),
+    "correlation": lambda z, y: -((z - z.mean(0)) * (y - y.mean(0))).mean(),
+    "soft-targets": lambda z, y: -(F.log_softmax(z, -1) * torch.softmax(y, -1)).sum(-1).mean(),
+    "divergence": lambda z, y: F.kl_div(F.log_softmax(z, -1), torch.softmax(y, -1), reduction="batchmean"),
+    "binary-logits": lambda z, y: F.binary_cross_entropy_with_logits(z, torch.sigmoid(y)),
+    "poisson": lambda z, y: F.poisson_nll_loss(z, y.abs()),
+    "hinge": lambda z, y: F.relu(1 - z * y.sign()).mean(),
+    "sum-of-squares": lambda z, y: (z - y).square().sum() + z.square().sum(),
+    "absolute-of-residual-mean": lambda z, y: (z - y).mean(0).abs().sum(),
+}
+OWN_LABELS: dict[str, LossLike] = {
+    "gather": lambda z, y: -z.log_softmax(-1).gather(1, y[:, None]).mean(),
+    "nll-of-probabilities": lambda z, y: F.nll_loss(torch.log(torch.softmax(z, -1) + 1e-3), y),
+    "entropy-bonus": lambda z, y: F.cross_entropy(z, y) + 0.1 * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
+    "decay": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1) + 1e-2 * NETWORK[0].weight.square().sum(),
+    "focal": lambda z, y: ((1 - (p := z.softmax(-1).gather(1, y[:, None]))) ** 2 * -torch.log(p)).mean(),
+    "margin": lambda z, y: F.relu(1 + z - z.gather(1, y[:, None])).sum(-1).mean() - 1,
+    "as-numbers": lambda z, y: F.mse_loss(z[:, 0], y.to(z.dtype)),
+}
 DECLINED: dict[str, tuple[LossLike, str]] = {
-    "penalty": (lambda z, y: F.mse_loss(z, y) + 1e-3 * sum(p.square().sum() for p in NETWORK.parameters()), "is none"),
-    "fourth-power": (lambda z, y: (z - y).pow(4).mean(), "pow is applied"),
-    "broadcast": (lambda z, y: F.mse_loss(z, y[:, :1].expand(-1, 3)), "indexing|slice"),
-    "of-a-constant": (lambda z, y: F.mse_loss(z, torch.zeros_like(y)), "does not compare"),
-    "weights": (lambda z, y: (torch.arange(3.0, dtype=z.dtype) * (z - y) ** 2).mean(), ""),
-    "detached": (lambda z, y: F.mse_loss(z, y) + F.mse_loss(z.detach(), y), "different losses"),
     "kind-by-samples": (lambda z, y: F.l1_loss(z, y) if len(y) == 5 else F.mse_loss(z, y), "differs between"),
     "parameter-by-samples": (lambda z, y: F.huber_loss(z, y, delta=0.1 * len(y)), "differs between"),
-    "masked-targets": (lambda z, y: ((z - y) ** 2).masked_fill(y == -1, 0.0).mean(), "eq is applied"),
     "other-targets": (lambda z, y: ((z - y.float()) ** 2).mean(), ""),
     "asked-where-it-is": (lambda z, y: (2 if z.device.type == "cpu" else 1) * F.mse_loss(z, y), "asks a tensor"),
     "swallowed-read": (lambda z, y: _swallowed(y) * F.mse_loss(z, y), "asks a tensor for numpy"),
-    "mixed": (lambda z, y: F.mse_loss(z, y) + F.l1_loss(z, y), "different losses"),
-    "wrong-gradient": (lambda z, y: (z - y).detach().square().mean() + 0 * z.sum(), ""),
+    "sorted": (lambda z, y: (z.sort(-1)[0] - y.sort(-1)[0]).square().mean(), "sort"),
+    "samples-apart": (lambda z, y: (z @ z.t()).mean() + F.mse_loss(z, y), "product"),
 }  # fmt: skip
 
 
@@ -135,6 +160,33 @@ def test_fused_and_the_same(name: str, order: int, core: Any) -> None:
     loss, data = {**VALUES, **LABELS}[name], batch(name in LABELS)
     assert made(NETWORK, loss, "auto")[0].explain(*data).startswith("backend: cpu")
     assert agree(results(NETWORK, loss, data, "auto", order), results(NETWORK, loss, data, "reference", order))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("name", [*OWN, *OWN_LABELS])
+def test_losses_of_no_name_are_fused_too(name: str, order: int, core: Any) -> None:
+    loss, data = {**OWN, **OWN_LABELS}[name], batch(name in OWN_LABELS)
+    explained = made(NETWORK, loss, "auto")[0].explain(*data)
+    assert explained.startswith("backend: cpu"), explained
+    assert agree(results(NETWORK, loss, data, "auto", order), results(NETWORK, loss, data, "reference", order))
+
+
+@pytest.mark.parametrize("name", ["mixed", "penalty", "of-no-targets", "gather"])
+def test_outputs_come_beside_a_loss_of_no_name(name: str, core: Any) -> None:
+    loss, data = {**OWN, **OWN_LABELS}[name], batch(name in OWN_LABELS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = [made(NETWORK, loss, b)[0].backward(*data, outputs=True) for b in ("cpu", "reference")]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["gather", "entropy-bonus"])
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_beyond_the_classes_are_named(name: str, label: int, core: Any) -> None:
+    x_s, y_s, x_q, y_q = batch(labels=True)
+    y_q[1, 2] = label
+    with pytest.raises(ValueError, match="y_q: expected labels in"):
+        made(NETWORK, OWN_LABELS[name], "auto")[0].backward(x_s, y_s, x_q, y_q)
 
 
 @pytest.mark.parametrize(("loss", "why"), DECLINED.values(), ids=DECLINED)
@@ -263,12 +315,12 @@ def test_targets_of_another_type_are_left_to_pytorch(core: Any) -> None:
         made(NETWORK, loss, "cpu")[0].explain(*single)
 
 
-def test_targets_of_whole_numbers_are_left_to_pytorch(core: Any) -> None:
+def test_targets_of_whole_numbers_become_values(core: Any) -> None:
     x_s, _, x_q, _ = batch()
     data = x_s, torch.randint(3, (2, 5, 3)), x_q, torch.randint(3, (2, 7, 3))
     loss: LossLike = lambda z, y: ((z - y) ** 2).mean()  # noqa: E731
-    with pytest.raises(RuntimeError, match="int64 targets"):
-        made(NETWORK, loss, "cpu")[0].explain(*data)
+    assert made(NETWORK, loss, "auto")[0].explain(*data).startswith("backend: cpu")
+    assert agree(results(NETWORK, loss, data, "auto"), results(NETWORK, loss, data, "reference"))
 
 
 def test_outputs_that_a_loss_writes_are_returned_as_they_were(core: Any) -> None:

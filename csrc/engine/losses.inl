@@ -2,6 +2,7 @@
 
 void loss(int tape_index, int batch, S* losses, bool slope) {
     const TapeView& tape = view(tape_index);
+    if (plan_.loss == LossKind::value) return own_loss(tape, batch, losses, slope);
     long N = samples(tape), all = plan_.samples[batch], F = plan_.features[plan_.out], size = N * F;
     S d = S(plan_.loss_parameter), factor = S(plan_.loss_factor[batch]);
     for (long b = 0; b < B_; ++b) {
@@ -26,7 +27,26 @@ void loss(int tape_index, int batch, S* losses, bool slope) {
     }
 }
 
+// The output is the loss, but for a factor.
+void own_loss(const TapeView& tape, int batch, S* losses, bool slope) const {
+    const S factor = S(plan_.loss_factor[batch]), *z = value(tape, plan_.out);
+    S* dz = ws_ + tape.delta[plan_.out];
+    for (long b = 0; b < B_; ++b) {
+        if (losses) losses[b] = factor * z[b];
+        if (slope) dz[b] = batch == 1 ? factor * static_cast<const S*>(call_.weights)[t0_ + b] : factor;
+    }
+}
+
+// Targets as values of every sample.
+void target_values(const Op& op, const TapeView& tape, S* y) const {
+    const long size = B_ * per_task(tape, op.out), at = place(tape, plan_.features[op.out]);
+    if (op.f0 == 0) return copy(static_cast<const S*>(call_.y[tape.batch]) + at, y, size);
+    const std::int64_t* labels = static_cast<const std::int64_t*>(call_.y[tape.batch]) + at;
+    for (long i = 0; i < size; ++i) y[i] = S(labels[i]);
+}
+
 void loss_tangent(const TapeView& tape) {
+    if (plan_.loss == LossKind::value) return fill(ws_ + tangents_.delta[plan_.out], B_, S(0));
     long N = samples(tape), all = plan_.samples[tape.batch], F = plan_.features[plan_.out], size = N * F;
     S d = S(plan_.loss_parameter), factor = S(plan_.loss_factor[0]);  // inner gradients are the support's
     for (long b = 0; b < B_; ++b) {

@@ -88,6 +88,6 @@ void store_parameters(int theta) {
 
 void store_outputs(int tape_index) {
     const TapeView& tape = view(tape_index);
-    S* to = static_cast<S*>(call_.outputs) + place(tape, plan_.features[plan_.out]);
-    copy(value(tape, plan_.out), to, B_ * per_task(tape, plan_.out));
+    S* to = static_cast<S*>(call_.outputs) + place(tape, plan_.features[plan_.outputs]);
+    copy(value(tape, plan_.outputs), to, B_ * per_task(tape, plan_.outputs));
 }

@@ -2,6 +2,7 @@
 //   mse            (z − y)²              cross_entropy   −Σ_c q_c log softmax(z)_c
 //   bce_with_logits  max(z,0) − z y + log(1 + e^−|z|)
 //   l1             |z − y|               huber           r²/2 within d, d(|r| − d/2) beyond
+// A loss of a person's own is the network's output, `value`: a number for each task.
 // Label smoothing s: q = (1 − s) onehot + s / classes.
 
 template <class S>
@@ -21,8 +22,9 @@ MAML_FAST_INLINED S pointwise_value(LossKind kind, S z, S y, S d) {
             return abs_(r);
         case LossKind::huber:
             return abs_(r) > d ? d * (abs_(r) - S(0.5) * d) : S(0.5) * r * r;
-        case LossKind::cross_entropy:
-            break;  // works on rows
+        case LossKind::cross_entropy:  // works on rows
+        case LossKind::value:          // is the output
+            break;
     }
     __builtin_unreachable();
 }
@@ -40,6 +42,7 @@ MAML_FAST_INLINED S pointwise_slope(LossKind kind, S z, S y, S d) {
         case LossKind::huber:
             return abs_(r) > d ? d * sign_of(r) : r;
         case LossKind::cross_entropy:
+        case LossKind::value:
             break;
     }
     __builtin_unreachable();
@@ -59,6 +62,7 @@ MAML_FAST_INLINED S pointwise_curvature(LossKind kind, S z, S y, S d) {
         case LossKind::huber:
             return abs_(z - y) < d ? S(1) : S(0);  // none at the kink, as in PyTorch
         case LossKind::cross_entropy:
+        case LossKind::value:
             break;
     }
     __builtin_unreachable();

@@ -61,6 +61,7 @@ _KINDS = frozenset(
         "upsample",
         "parameter",
         "constant",
+        "target",
         "pointwise",
         "linear_map",
         "matmul",
@@ -96,7 +97,7 @@ def check_tables(core: Any) -> None:
         "OP_KINDS": dict.fromkeys(_KINDS, ()),
         "ACTIVATIONS": dict(ACTIVATIONS),
         "PRIMITIVES": {name: tuple("abc"[:n]) for name, n in PRIMITIVES.items()},
-        "LOSSES": dict.fromkeys(NAMES, ()),
+        "LOSSES": dict.fromkeys((*NAMES, "value"), ()),
         # an operand is found by its name: in which order they stand is of no consequence
         "INSTRUCTIONS": {name: tuple(sorted(operands)) for name, operands in _INSTRUCTIONS.values()},
     }
@@ -237,6 +238,8 @@ class _Call:
         self.constant_shapes = [
             plan.model.module.get_buffer(c).shape if isinstance(c, str) else None for c in self.constants
         ]
+        own = graph.loss is not None and graph.loss.name == "value"
+        self.reads_targets = not own or any(op.kind == "target" for op in graph.live_ops())
         self.new_objective = _new((), plan.dtype)
         self.new_outputs = _new((plan.tasks, plan.query, *(graph.returned or ())), plan.dtype)
         self.new_gradients = self._gradient_makers(plan, graph.used_parameters())
@@ -269,9 +272,9 @@ class _Call:
                 rate_gradient = like.new_zeros(sum(self.rate_sizes))
         self.core.run(
             t.x_s,
-            t.y_s,
+            t.y_s if self.reads_targets else None,
             t.x_q,
-            t.y_q,
+            t.y_q if self.reads_targets else None,
             t.weights,
             t.cotangent,
             result.losses,
@@ -467,6 +470,8 @@ class _Spec:
         shapes = [self.graph.shapes[v] for v in op.inputs]
         shape, attributes = self.graph.shapes[op.output], op.attributes
         match op.kind:
+            case "target":
+                return {"f0": float(attributes["labels"])}
             case "constant":
                 return {"c0": self.constants.index(_constant_of(op))}
             case "pointwise":
@@ -498,6 +503,13 @@ class _Spec:
             case _:
                 return {}
 
+    def _returned(self) -> int:
+        """The buffer that the network returns; some other where nobody asks."""
+        graph = self.graph
+        if graph.network is not None or graph.loss is None or graph.loss.name != "value":
+            return self.buffer[graph.output if graph.network is None else graph.network]
+        return 0
+
     def _conv_dims(self, parameter: int, shape: Shape) -> tuple[int, int, int]:
         """(out, in, taps) of a convolution's weights, zeros for other parameters."""
         return (shape[0], shape[1], math.prod(shape[2:])) if parameter in self.convolved else (0, 0, 0)
@@ -513,6 +525,7 @@ class _Spec:
             "features": self.features,
             "once": self.once,
             "out": self.buffer[graph.output],
+            "outputs": self._returned(),
             "params": [
                 {
                     "name": plan.model.names[i],

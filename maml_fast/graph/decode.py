@@ -23,6 +23,7 @@ from .operations.builder import (
     LogProbabilities,
     Losses,
     Nowhere,
+    Residual,
     Target,
     Unset,
     Value,
@@ -135,11 +136,31 @@ class _Decoder:
         self._refuse_tensor_hooks()
         meaning = self._read(loss) if isinstance(loss, Tensor) else None
         if not isinstance(meaning, Losses) or meaning.shape != ():
-            raise Untraceable(f"it is not a factor times one of {', '.join(NAMES)}")
-        taken, found = meaning.of, replace(meaning.loss, factors=(meaning.factor,))
+            return self._graph_of_value(meaning, returned)
+        factor = meaning.factor * (self.builder.samples if meaning.of_sum else 1)
+        taken, found = meaning.of, replace(meaning.loss, factors=(factor,))
         if returned is not None and self._elements(returned) == self._elements(taken):
             return self._graph(returned, returned.shape, found)
         return self._graph(taken, None, found)
+
+    def _graph_of_value(self, meaning: Any, returned: Value | None) -> Graph:
+        """Of a loss that is none of the named ones: the graph computes it."""
+        t = self.builder
+        if not isinstance(meaning, Value | Losses):
+            raise Untraceable(
+                f"it is no number made of outputs and targets, nor a factor times one of {', '.join(NAMES)}"
+            )
+        value = t.lifted(meaning, "a loss")
+        if not value.once or t.full_shape(value) != ():
+            raise Untraceable("it is not one number for each task")
+        if t.assumes_labels and not t.classes:
+            raise Untraceable("it compares labels with a negative number")
+        factor = 1.0
+        while (op := t.maker(value)) is not None and op.kind == "affine" and op.attributes["shift"] == 0.0:
+            factor *= op.attributes["factor"]
+            value = replace(value, index=op.inputs[0])
+        graph = self._graph(value, returned and returned.shape, LossOp("value", factors=(factor,), classes=t.classes))
+        return replace(graph, network=returned and returned.index)
 
     def _elements(self, value: Value) -> int:
         """The activation of which this one is a reshape, or itself."""
@@ -264,7 +285,7 @@ class _Decoder:
 
     def _cut(self, bound: _Bound) -> None:
         """From now on the tensor stands for the same without a derivative."""
-        if not isinstance(bound.meaning, Value | Weight | LogProbabilities):
+        if not isinstance(bound.meaning, Value | Weight | LogProbabilities | Residual | Losses):
             raise Untraceable("forward or loss cuts the gradient of something that is not an activation")
         cut = pointwise(self.builder, "detach", lambda v: expression("stop", v), bound.meaning)
         bound.meaning = replace(cut, folded=getattr(bound.meaning, "folded", False))

@@ -83,16 +83,18 @@ class Op:
 
 @dataclass(frozen=True)
 class LossOp:
-    """A task's loss: a factor per batch times one of the named losses of the graph's output.
+    """A task's loss: a factor per batch times one of the named losses of the graph's output, or times that output.
 
     Attributes:
-        name: one of `losses.NAMES`. parameter: see `losses.Loss`.
+        name: one of `losses.NAMES`, or `"value"` where the graph computes the loss, a number for each task.
+        parameter: see `losses.Loss`. classes: of the labels that the graph reads; 0 where it reads none.
         factors: for the support and the query batch; a sum over samples is a mean times their number.
     """
 
     name: str
     parameter: float = 0.0
     factors: tuple[float, ...] = (1.0, 1.0)
+    classes: int = 0
 
     @property
     def takes_labels(self) -> bool:
@@ -108,6 +110,7 @@ class Graph:
         output: index of the value that the network returns, or that a captured loss takes.
         returned: per-sample shape of what the network returns, where the output holds its elements; otherwise None.
         loss: of the output, where a person's own was captured with the network.
+        network: index of the value that the network returns, where the output is the loss itself; otherwise None.
     """
 
     ops: tuple[Op, ...]
@@ -115,6 +118,7 @@ class Graph:
     output: int
     returned: Shape | None
     loss: LossOp | None = None
+    network: int | None = None
 
     @cached_property
     def per_task(self) -> frozenset[int]:
@@ -134,8 +138,8 @@ class Graph:
         return {p for op in self.live_ops() for p in op.parameters if p is not None}
 
     def live_ops(self) -> tuple[Op, ...]:
-        """The operations that the output depends on, in order."""
-        needed, live = {self.output}, []
+        """The operations that the output, or what the network returns, depends on, in order."""
+        needed, live = {self.output} if self.network is None else {self.output, self.network}, []
         for op in reversed(self.ops):
             if op.output in needed:
                 needed.update(op.inputs)
@@ -164,7 +168,8 @@ class Graph:
         if self.loss is not None:
             factors = self.loss.factors[0] if len({*self.loss.factors}) == 1 else self.loss.factors
             end = f"loss = {factors} * {self.loss.name}({value[self.output]}; parameter={self.loss.parameter})"
-        return "\n".join([*lines, end])
+        returned = [] if self.network is None else [f"return {value[self.network]}"]
+        return "\n".join([*lines, *returned, end])
 
     def __str__(self) -> str:
         return self.text()

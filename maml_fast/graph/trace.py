@@ -58,9 +58,11 @@ def _common(objective: Objective, batches: Batches, in_shape: Shape, dtype: torc
             graphs.append(graph)
     if any(g.loss is None for g in graphs) and any(g.returned is None for g in graphs):
         return None, ["it goes on computing from the outputs, which are asked for too"]
+    if len({g.loss is not None and g.loss.name == "value" for g in graphs}) > 1:
+        return None, ["it is none of the named ones, and the query outputs are asked for without it"]
     if any(_computed(g) != _computed(graphs[0]) for g in graphs):
         return None, ["what forward computes depends on the number of samples"]
-    kinds = {(g.loss.name, g.loss.parameter) for g in graphs if g.loss is not None}
+    kinds = {(g.loss.name, g.loss.parameter, g.loss.classes) for g in graphs if g.loss is not None}
     if len(kinds) > 1:
         return None, ["it differs between the numbers of samples"]
     first = next((g for g in graphs if g.loss is not None), graphs[0])
@@ -69,7 +71,7 @@ def _common(objective: Objective, batches: Batches, in_shape: Shape, dtype: torc
 
 def _computed(graph: Graph) -> Any:
     live = graph.live_ops()
-    return live, [graph.shapes[op.output] for op in live], graph.output
+    return live, [graph.shapes[op.output] for op in live], graph.output, graph.network
 
 
 def _memorised(

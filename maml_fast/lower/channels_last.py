@@ -15,6 +15,7 @@ _ONE_ORDER = (
     "layer_norm",
     "parameter",
     "constant",
+    "target",
     "linear_map",
     "matmul",
     "softmax",
@@ -52,8 +53,9 @@ class _Rewriter:
             else:
                 inputs = tuple(self._in_first(v) for v in op.inputs)
                 self.first[op.output] = self._emit(replace(op, inputs=inputs), self.graph.shapes[op.output])
-        output = self._in_first(self.graph.output)
-        return replace(self.graph, ops=tuple(self.ops), shapes=tuple(self.shapes), output=output)
+        output, network = self._in_first(self.graph.output), self.graph.network
+        network = None if network is None else self._in_first(network)
+        return replace(self.graph, ops=tuple(self.ops), shapes=tuple(self.shapes), output=output, network=network)
 
     def _wants_images(self, op: Op) -> bool:
         """Whether the op works on images: it must, or it may and one of its inputs is one."""

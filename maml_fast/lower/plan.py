@@ -141,6 +141,8 @@ class Plan:
     def classes(self) -> int | None:
         """The number of classes, where the loss takes labels and the graph is known."""
         graph = self.trace[0]
+        if graph is not None and graph.loss is not None and graph.loss.classes:
+            return graph.loss.classes
         if graph is None or not self.loss.takes_labels:
             return None
         if graph.loss is not None:

@@ -8,29 +8,24 @@ from typing import Any
 from ..expressions import call
 from ..graph import Untraceable
 from .builder import (
-    Constant,
     Emitter,
     GraphBuilder,
     Literal,
-    LogProbabilities,
     Losses,
     Residual,
-    Target,
     Value,
-    Weight,
-    rows,
 )
 from .losses import added, product, residual
 from .pointwise import floor_quotient, pointwise
 
-_TENSORS = Value | Weight | Constant | Literal | LogProbabilities
-
 
 def scaled(t: GraphBuilder, x: Any, factor: float = 1.0, shift: float = 0.0) -> Any:
     """factor · x + shift."""
+    if isinstance(x, Losses) and x.of_sum and (factor, shift) == (1.0 / t.samples, 0.0):
+        return replace(x, of_sum=False)
     if isinstance(x, Losses) and shift == 0:
         return replace(x, factor=x.factor * factor)
-    x = rows(t.lifted(x, "arithmetic") if isinstance(x, _TENSORS) else x, "arithmetic")
+    x = t.lifted(x, "arithmetic")
     return t.emit("affine", [x], x.shape, dims=x.dims, factor=factor, shift=shift)
 
 
@@ -47,19 +42,16 @@ def _sum(t: GraphBuilder, a: Any, b: Any, alpha: float = 1.0) -> Any:
         return scaled(t, b, float(alpha), n)
     if (n := _number(b)) is not None:
         return scaled(t, a, shift=alpha * n)
-    if isinstance(a, Losses) and isinstance(b, Losses):
-        return added(a, b, alpha)
-    for x in (a, b):
-        if not isinstance(x, _TENSORS):
-            raise Untraceable("a sum of an activation and something that is none has no fused kernel")
+    if isinstance(a, Losses) and isinstance(b, Losses) and (one := added(a, b, alpha)) is not None:
+        return one
     if isinstance(a, Value) and isinstance(b, Value) and (a.shape, a.dims) == (b.shape, b.dims):
         return t.emit("add", [a, b], a.shape, dims=a.dims, alpha=float(alpha))
     return pointwise(t, "add", lambda x, y: x + y * float(alpha), a, b)
 
 
 def _difference(t: GraphBuilder, a: Any, b: Any, alpha: float = 1.0) -> Any:
-    if alpha == 1 and (isinstance(a, Target) or isinstance(b, Target)):
-        return residual(t, a, b)
+    if alpha == 1 and (one := residual(t, a, b)) is not None:
+        return one
     return _sum(t, a, b, -alpha)
 
 
@@ -68,8 +60,8 @@ def _reversed_difference(t: GraphBuilder, a: Any, b: Any, alpha: float = 1.0) ->
 
 
 def _product(t: GraphBuilder, a: Any, b: Any) -> Any:
-    if isinstance(a, Residual) and isinstance(b, Residual):
-        return product(t, a, b)
+    if isinstance(a, Residual) and isinstance(b, Residual) and (one := product(t, a, b)) is not None:
+        return one
     if (n := _number(a)) is not None:
         return scaled(t, b, n)
     if (n := _number(b)) is not None:

@@ -133,12 +133,14 @@ class Losses:
 
     Attributes:
         loss: the loss. of: what it is the loss of. shape: of these numbers.
+        of_sum: whether it is the sum over the samples in place of their mean.
     """
 
     loss: LossOp
     of: Value
     shape: Shape
     factor: float = 1.0
+    of_sum: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,10 @@ class Everywhere:
     shape: Shape
 
 
+LIFTS: dict[type, Callable[[GraphBuilder, Any], Value]] = {}
+"""What makes values of things that the builder does not know; those who know enter it."""
+
+
 class GraphBuilder:
     """The graph under construction.
 
@@ -177,6 +183,8 @@ class GraphBuilder:
         self.shapes: list[Shape] = [in_shape]
         self._makers: dict[int, Op] = {}
         self._lifted: dict[Any, Value] = {}
+        self.classes = 0  # of the labels that a loss has been written out for
+        self.assumes_labels = False  # whether a comparison has been taken to be false of all labels
 
     def emit(
         self,
@@ -335,6 +343,10 @@ class GraphBuilder:
             return x
         if isinstance(x, LogProbabilities):
             return self.emit("log_softmax", [x.of], x.of.shape)
+        if isinstance(x, Target):
+            return self._targets(x)
+        if (lift := LIFTS.get(type(x))) is not None:
+            return lift(self, x)
         if not isinstance(x, Weight | Constant | Literal):
             raise Untraceable(f"{what} is applied to something that is not an activation")
         key = (type(x), x.index) if isinstance(x, Weight) else id(x.tensor) if isinstance(x, Literal) else x.name
@@ -342,6 +354,22 @@ class GraphBuilder:
             self._lifted[key] = self._lift(x)
         value = self._lifted[key]
         return replace(value, dims=value.dims[::-1]) if isinstance(x, Weight) and x.transposed else value
+
+    def _targets(self, x: Target) -> Value:
+        """A task's targets as values of its samples.
+
+        Raises:
+            Untraceable: they have another type than the parameters and are no int64 labels.
+        """
+        labels = x.dtype == torch.int64
+        if not labels and x.dtype != self.dtype:
+            raise Untraceable(f"a loss of {self.dtype} outputs and {x.dtype} targets has no fused kernel")
+        if not x.shape or x.shape[0] % self.samples:
+            raise Untraceable(f"targets of shape {x.shape} whose samples are not first")
+        each = x.shape[0] // self.samples
+        shape = x.shape[1:] if each == 1 else (each, *x.shape[1:])
+        y = self.emit("target", [], shape, once=False, labels=labels, per_task=False)
+        return y if each == 1 else replace(y, dims=((SAMPLES, 0), *((d,) for d in range(1, len(shape)))))
 
     def _lift(self, x: Weight | Constant | Literal) -> Value:
         if isinstance(x, Weight):

@@ -1,35 +1,53 @@
 """Losses: what compares an activation with the targets, down to one number per task.
 
 A loss is recognised where it is a factor times one of the named losses: `((z - y) ** 2).sum(-1).mean()` is the mean
-squared error times the elements per sample.
+squared error times the elements per sample. Any other is written out as operations on values, down to its number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..expressions import call, constant
 from ..graph import LossOp, Untraceable
-from .builder import Emitter, Everywhere, GraphBuilder, LogProbabilities, Losses, Nowhere, Residual, Target, Value
+from .builder import (
+    LIFTS,
+    Emitter,
+    Everywhere,
+    GraphBuilder,
+    Literal,
+    LogProbabilities,
+    Losses,
+    Nowhere,
+    Residual,
+    Target,
+    Value,
+)
 from .pointwise import masked_filled, pointwise, power
+from .shapes import reshaped, squeezed, unsqueezed
+from .sums import summed
 
 _NONE, _MEAN, _SUM = range(3)  # ATen's reductions
 
 
-def residual(t: GraphBuilder, a: Any, b: Any) -> Residual:
-    """a − b where one is an activation and the other the targets."""
-    return Residual(_compared(t, a, b)[0], -1 if isinstance(a, Target) else 1)
+def residual(t: GraphBuilder, a: Any, b: Any) -> Residual | None:
+    """a − b where one is an activation and the other the targets, of one shape; else None."""
+    z, y = (b, a) if isinstance(a, Target) else (a, b)
+    if not _are_compared(t, z, y):
+        return None
+    return Residual(z, -1 if isinstance(a, Target) else 1)
 
 
-def product(t: GraphBuilder, a: Residual, b: Residual) -> Losses:
-    """Of two differences of the same activation and targets: their square, or minus it."""
+def product(t: GraphBuilder, a: Residual, b: Residual) -> Losses | None:
+    """Of two differences of the same activation and targets: their square, or minus it; else None."""
     if a.of != b.of:
-        raise Untraceable("a product of activations has no fused kernel")
+        return None
     squares = _of_elements(t, a.of, LossOp("mse"))
     return replace(squares, factor=float(a.sign * b.sign))
 
@@ -44,7 +62,7 @@ def _power(t: GraphBuilder, x: Any, exponent: Any) -> Any:
     return pointwise(t, "pow", power, x, exponent)
 
 
-def reduced(x: Losses, dim: Sequence[int] | None, keepdim: bool, summed: bool) -> Losses:
+def reduced(t: GraphBuilder, x: Losses, dim: Sequence[int] | None, keepdim: bool, summed: bool) -> Losses:
     """The mean or the sum over some or all axes."""
     rank = len(x.shape)
     if rank == 0:
@@ -52,7 +70,11 @@ def reduced(x: Losses, dim: Sequence[int] | None, keepdim: bool, summed: bool) -
     dims = {d % rank for d in dim} if dim else set(range(rank))
     size = math.prod(x.shape[d] for d in dims)
     shape = tuple(1 if d in dims else n for d, n in enumerate(x.shape) if keepdim or d not in dims)
-    return replace(x, shape=shape, factor=x.factor * size if summed else x.factor)
+    if not summed:
+        return replace(x, shape=shape)
+    if 0 in dims and not x.of_sum and size % t.samples == 0:  # exactly the same for any number of samples
+        return replace(x, shape=shape, factor=x.factor * (size // t.samples), of_sum=True)
+    return replace(x, shape=shape, factor=x.factor * size)
 
 
 def _absolute(t: GraphBuilder, x: Any) -> Any:
@@ -61,73 +83,106 @@ def _absolute(t: GraphBuilder, x: Any) -> Any:
     return _of_elements(t, x.of, LossOp("l1"))
 
 
-def added(a: Losses, b: Losses, alpha: float) -> Losses:
+def added(a: Losses, b: Losses, alpha: float) -> Losses | None:
     """a + alpha · b for losses of one kind; two cross entropies make one with the weighted mean of their smoothings."""
     factor = a.factor + alpha * b.factor
-    if (a.loss.name, a.of, a.shape) != (b.loss.name, b.of, b.shape) or factor == 0:
-        raise Untraceable("a sum of different losses has no fused kernel")
+    if (a.loss.name, a.of, a.shape, a.of_sum) != (b.loss.name, b.of, b.shape, b.of_sum) or factor == 0:
+        return None
     if a.loss == b.loss:
         return replace(a, factor=factor)
     if a.loss.name != "cross_entropy":
-        raise Untraceable("a sum of different losses has no fused kernel")
+        return None
     smoothing = (a.factor * a.loss.parameter + alpha * b.factor * b.loss.parameter) / factor
     return replace(a, factor=factor, loss=replace(a.loss, parameter=smoothing))
 
 
 def summed_losses(t: GraphBuilder, x: Any, dim: Sequence[int] | None, keepdim: bool, dtype: Any) -> Any:
-    """The sum of losses, or of what they are made of."""
+    """The sum of losses, or of what they are made of; None of anything else."""
     if isinstance(x, Everywhere):
         return math.prod(x.shape)
     if isinstance(x, LogProbabilities) and not keepdim and dtype is None and [*(dim or ())] in ([1], [-1]):
         uniform = Losses(LossOp("cross_entropy", 1.0), x.of, (t.samples,))  # every class is as likely
         return replace(uniform, factor=-float(x.of.shape[0]))
-    if not isinstance(x, Losses) or dtype is not None:
-        raise Untraceable("a sum of activations has no fused kernel")
-    return reduced(x, dim, keepdim, summed=True)
+    return reduced(t, x, dim, keepdim, summed=True) if isinstance(x, Losses) and dtype is None else None
 
 
-def _mse(t: GraphBuilder, a: Any, b: Any, reduction: int = _MEAN) -> Losses:
+def _mse(t: GraphBuilder, a: Any, b: Any, reduction: int = _MEAN) -> Any:
     return _elementwise(t, a, b, LossOp("mse"), reduction)
 
 
-def _huber(t: GraphBuilder, a: Any, b: Any, reduction: int = _MEAN, delta: float = 1.0) -> Losses:
+def _huber(t: GraphBuilder, a: Any, b: Any, reduction: int = _MEAN, delta: float = 1.0) -> Any:
     return _elementwise(t, a, b, LossOp("huber", float(delta)), reduction)
 
 
-def _smooth_l1(t: GraphBuilder, a: Any, b: Any, reduction: int = _MEAN, beta: float = 1.0) -> Losses:
+def _smooth_l1(t: GraphBuilder, a: Any, b: Any, reduction: int = _MEAN, beta: float = 1.0) -> Any:
     """The Huber loss over its delta; with beta 0 it is L1."""
     if beta == 0:
         return _elementwise(t, a, b, LossOp("l1"), reduction)
     huber = _elementwise(t, a, b, LossOp("huber", float(beta)), reduction)
-    return replace(huber, factor=huber.factor / beta)
+    if isinstance(huber, Losses):
+        return replace(huber, factor=huber.factor / beta)
+    return pointwise(t, "smooth_l1", lambda v: v / beta, huber)
 
 
 def _bce_with_logits(
     t: GraphBuilder, z: Any, y: Any, weight: Any = None, pos_weight: Any = None, reduction: int = _MEAN
-) -> Losses:
-    if weight is not None or pos_weight is not None:
-        raise Untraceable("binary cross entropy with weights has no fused kernel")
-    if not isinstance(z, Value):
-        raise Untraceable("binary cross entropy with logits takes something that is not an activation")
-    return _elementwise(t, z, y, LossOp("bce_with_logits"), reduction)
+) -> Any:
+    if weight is None and pos_weight is None:
+        return _elementwise(t, z, y, LossOp("bce_with_logits"), reduction)
+
+    def function(u: Any, v: Any, w: Any, positive: Any) -> Any:
+        """log(1 + e^u) weighs what is negative, log(1 + e^−u) what is positive."""
+        return w * ((1 - v) * _softplus(u) + positive * v * _softplus(-u))
+
+    given = [1.0 if w is None else w for w in (weight, pos_weight)]
+    return _with_reduction_of_values(t, pointwise(t, "bce_with_logits", function, z, y, *given), reduction)
 
 
-def _nll(t: GraphBuilder, x: Any, y: Any, weight: Any, reduction: int, ignore_index: int) -> tuple[Losses, None]:
-    labels = isinstance(y, Target) and y.shape == (t.samples,) and y.dtype == torch.int64
-    if not isinstance(x, LogProbabilities) or not labels:
-        raise Untraceable("nll_loss has a fused kernel only for log_softmax of an activation, and labels (samples,)")
+def _nll(t: GraphBuilder, x: Any, y: Any, weight: Any, reduction: int, ignore_index: int) -> tuple[Any, None]:
+    if not (isinstance(y, Target) and y.shape == (t.samples,) and y.dtype == torch.int64):
+        raise Untraceable("nll_loss has a fused kernel only for labels (samples,)")
     if weight is not None or ignore_index >= 0:
         raise Untraceable("cross entropy with weights of classes or ignore_index has no fused kernel")
-    losses = Losses(LossOp("cross_entropy"), x.of, y.shape)
-    return _with_reduction(losses, reduction), None
+    if isinstance(x, LogProbabilities):
+        return _with_reduction(t, Losses(LossOp("cross_entropy"), x.of, y.shape), reduction), None
+    chosen = squeezed(t, _gather(t, x, 1, unsqueezed(t, y, 1)), 1)
+    return _with_reduction_of_values(t, pointwise(t, "nll", lambda v: -v, chosen), reduction), None
 
 
-def _elementwise(t: GraphBuilder, a: Any, b: Any, loss: LossOp, reduction: int) -> Losses:
-    return _with_reduction(_of_elements(t, _compared(t, a, b)[0], loss), reduction)
+def _gather(t: GraphBuilder, x: Any, dim: int, index: Any, sparse_grad: bool = False) -> Value:
+    """Every sample's element at its label."""
+    x = t.lifted(x, "gather")
+    labels = isinstance(index, Target) and index.dtype == torch.int64 and index.shape == (t.samples, 1)
+    if not labels or len(x.dims) != 2 or dim not in (1, -1):
+        raise Untraceable("gather has a fused kernel only for one label of each sample")
+    here = _labels(t, index, t.full_shape(x)[1])
+    chosen = pointwise(t, "gather", lambda v, label, c: call("where", call("eq", label, c), v, 0), x, *here)
+    return summed(t, chosen, [1], keepdim=True)
 
 
-def _with_reduction(losses: Losses, reduction: int) -> Losses:
-    return losses if reduction == _NONE else reduced(losses, None, False, summed=reduction == _SUM)
+def _labels(t: GraphBuilder, labels: Target, classes: int) -> tuple[Value, Literal]:
+    """Labels (samples, 1), which the call then checks against the number of classes, and the numbers of the classes."""
+    if t.classes not in (0, classes):
+        raise Untraceable("labels are taken for those of different numbers of classes")
+    t.classes = classes
+    return t.lifted(labels, "labels"), Literal(torch.arange(classes, dtype=torch.float64))
+
+
+def _elementwise(t: GraphBuilder, a: Any, b: Any, loss: LossOp, reduction: int) -> Any:
+    """The named loss where it compares an activation with the targets, else the same of any two."""
+    z, y = (b, a) if isinstance(a, Target) and loss.name != "bce_with_logits" else (a, b)
+    if _are_compared(t, z, y):
+        return _with_reduction(t, _of_elements(t, z, loss), reduction)
+    values = pointwise(t, loss.name, partial(_FUNCTIONS[loss.name], loss.parameter), z, y)
+    return _with_reduction_of_values(t, values, reduction)
+
+
+def _with_reduction(t: GraphBuilder, losses: Losses, reduction: int) -> Losses:
+    return losses if reduction == _NONE else reduced(t, losses, None, False, summed=reduction == _SUM)
+
+
+def _with_reduction_of_values(t: GraphBuilder, x: Value, reduction: int) -> Value:
+    return x if reduction == _NONE else summed(t, x, mean=reduction == _MEAN)
 
 
 def _of_elements(t: GraphBuilder, z: Value, loss: LossOp) -> Losses:
@@ -135,23 +190,95 @@ def _of_elements(t: GraphBuilder, z: Value, loss: LossOp) -> Losses:
     return Losses(loss, t.in_memory_order(z, "a loss"), shape)
 
 
-def _compared(t: GraphBuilder, a: Any, b: Any) -> tuple[Value, Target]:
-    """The activation and the targets, of one shape."""
-    z, y = (b, a) if isinstance(a, Target) else (a, b)
-    if not isinstance(z, Value) or not isinstance(y, Target):
-        raise Untraceable("a loss that does not compare an activation with the targets has no fused kernel")
-    if y.dtype != t.dtype:
-        raise Untraceable(f"a loss of {t.dtype} outputs and {y.dtype} targets has no fused kernel")
-    if t.full_shape(z) != y.shape:
-        raise Untraceable(
-            f"a loss of outputs {t.full_shape(z)} and targets {y.shape}: broadcasting has no fused kernel"
-        )
-    return z, y
+def _are_compared(t: GraphBuilder, z: Any, y: Any) -> bool:
+    """Whether these are an activation by sample and the targets, of one shape and type."""
+    return (
+        isinstance(z, Value)
+        and not z.once
+        and isinstance(y, Target)
+        and y.dtype == t.dtype
+        and t.full_shape(z) == y.shape
+        and _as_in_memory(t, z)
+    )
+
+
+def _as_in_memory(t: GraphBuilder, z: Value) -> bool:
+    """Whether PyTorch sees the elements in the order in which they stand."""
+    order = [a for d in z.dims for a in d if t.length(z, a) != 1]
+    return order == sorted(order)
+
+
+# ---- written out ---------------------------------------------------------------------------------------
+
+
+def _softplus(z: Any) -> Any:
+    """log(1 + e^z), without overflow and with PyTorch's slopes at zero."""
+    below = z < 0
+    return call("where", below, 0, z) + call("log1p", call("exp", call("where", below, z, -z)))
+
+
+def _huber_of(delta: float, z: Any, y: Any) -> Any:
+    r = z - y
+    size = call("abs", r)
+    return call("where", size < delta, r * r * 0.5, (size - 0.5 * delta) * delta)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "mse": lambda d, z, y: (z - y) * (z - y),
+    "l1": lambda d, z, y: call("abs", z - y),
+    "huber": _huber_of,
+    "bce_with_logits": lambda d, z, y: _softplus(z) - z * y,
+}
+"""Of a loss's parameter, an output and a target."""
+
+
+def _residual_values(t: GraphBuilder, x: Residual) -> Value:
+    y = t.lifted(Target(t.full_shape(x.of), t.dtype), "a loss")
+    return pointwise(t, "sub", lambda u, v: (u - v) * x.sign, x.of, y)
+
+
+def _loss_values(t: GraphBuilder, x: Losses) -> Value:
+    """Every element's loss, every sample's mean of them, or the mean of all, times the factor."""
+    if x.loss.name == "cross_entropy":
+        values = _cross_entropies(t, x)
+    else:
+        y = t.lifted(Target(t.full_shape(x.of), t.dtype), "a loss")
+        values = pointwise(t, x.loss.name, partial(_FUNCTIONS[x.loss.name], x.loss.parameter), x.of, y)
+    full = t.full_shape(values)
+    others = math.prod(full[1:])
+    if math.prod(x.shape) == 1 and x.of_sum:
+        values, factor = reshaped(t, summed(t, values), x.shape), x.factor / others
+    elif math.prod(x.shape) == 1:
+        values, factor = reshaped(t, summed(t, values, mean=True), x.shape), x.factor
+    elif math.prod(x.shape) == math.prod(full):
+        values, factor = reshaped(t, values, x.shape), x.factor
+    elif x.shape[:1] == full[:1] and math.prod(x.shape) == full[0] != others:
+        each = summed(t, values, list(range(1, len(full))), mean=True)
+        values, factor = reshaped(t, each, x.shape), x.factor
+    else:
+        raise Untraceable("a loss that is reduced over some dimensions, and then something else, has no fused kernel")
+    return pointwise(t, "mul", lambda v: v * factor, values)
+
+
+def _cross_entropies(t: GraphBuilder, x: Losses) -> Value:
+    """−Σ_c q_c log p_c of every sample, q being 1 − s at its label and s / classes more everywhere."""
+    classes, smoothing = x.of.shape[-1], x.loss.parameter
+    labels, numbers = _labels(t, Target((t.samples, 1), torch.int64), classes)
+    logarithms = t.emit("log_softmax", [x.of], x.of.shape)
+
+    def function(u: Any, label: Any, c: Any) -> Any:
+        return -u * (call("eq", label, c) * (1 - smoothing) + smoothing / classes)
+
+    return summed(t, pointwise(t, "cross_entropy", function, logarithms, labels, numbers), [1])
+
+
+LIFTS[Losses], LIFTS[Residual] = _loss_values, _residual_values
 
 
 def _equal(t: GraphBuilder, a: Any, b: Any) -> Any:
     """Which labels are to be ignored: none, where labels below zero are refused."""
     if isinstance(a, Target) and a.dtype == torch.int64 and isinstance(b, int) and b < 0:
+        t.assumes_labels = True
         return Nowhere(a.shape)
     return pointwise(t, "eq", lambda u, v: call("eq", u, v), a, b, mask=True)
 
@@ -179,4 +306,5 @@ OPERATIONS: dict[str, Emitter] = {
     "smooth_l1_loss": _smooth_l1,
     "binary_cross_entropy_with_logits": _bce_with_logits,
     "nll_loss_forward": _nll,
+    "gather": _gather,
 }

@@ -265,6 +265,11 @@ def _padded(t: GraphBuilder, x: Any, pad: Sequence[int], value: float = 0.0) -> 
     return pointwise(t, "pad", lambda v, m: call("where", m, v, value), zero_padded(t, x, pad), inside)
 
 
+def _times_log(x: Any, y: Any) -> Any:
+    """x log y, and 0 where x is."""
+    return call("where", call("eq", x, 0), 0, x * call("log", y))
+
+
 def _hypot(a: Any, b: Any) -> Any:
     return call("sqrt", a * a + b * b)
 
@@ -305,6 +310,7 @@ OPERATIONS: dict[str, Emitter] = {
     "clamp_min": lambda t, x, low: _clamp(t, x, low, None),
     "clamp_max": lambda t, x, high: _clamp(t, x, None, high),
     "where": _where,
+    "xlogy": _of("xlogy", _times_log),
     "remainder": _of("remainder", _remainder),
     "fmod": _primitive("fmod"),
     "addcmul": _addcmul,

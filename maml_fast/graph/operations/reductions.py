@@ -15,61 +15,32 @@ from .builder import SAMPLES, Emitter, GraphBuilder, LogProbabilities, Losses, V
 from .losses import reduced, summed_losses
 from .pointwise import pointwise
 from .pools import spatial_mean
-from .shapes import squeezed, unsqueezed
-
-
-def _axes(t: GraphBuilder, x: Any, dim: int | Sequence[int] | None, what: str) -> tuple[Value, list[int]]:
-    """The value with one axis for each dimension, and which dimensions are meant."""
-    x = t.unmerged(t.lifted(x, what), what)
-    rank = len(x.dims)
-    if not rank:
-        raise Untraceable(f"{what} of a single number has no fused kernel")
-    given = [dim] if isinstance(dim, int) else list(dim) if dim else list(range(rank))
-    return x, sorted({d % rank for d in given})
-
-
-def _dropped(t: GraphBuilder, x: Value, dims: Sequence[int], keepdim: bool) -> Value:
-    """Without dimensions of one element."""
-    return x if keepdim else squeezed(t, x, list(dims))
-
-
-def summed(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False, mean: bool = False) -> Value:
-    """The sum or the mean over some dimensions; over the samples it is one for each task."""
-    name = "mean" if mean else "sum"
-    x, dims = _axes(t, x, dim, name)
-    axes = [x.dims[d][0] for d in dims if x.dims[d] != (SAMPLES,)]
-    over_samples = any(x.dims[d] == (SAMPLES,) for d in dims)
-    factor = 1.0 / math.prod(x.shape[a] for a in axes) if mean else 1.0
-    shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-    made = [boxes.summed(x.shape, axes, factor)]
-    y = t.linear_map(name, [x], made, shape, once=x.once or over_samples, axes=tuple(axes), mean=mean and over_samples)
-    seen = tuple(() if d == (SAMPLES,) and over_samples else d for d in x.dims)
-    return _dropped(t, replace(y, dims=seen), dims, keepdim)
+from .shapes import unsqueezed
+from .sums import axes_of, dropped, summed
 
 
 def _sum(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
-    if isinstance(x, Value):
-        return summed(t, x, dim, keepdim)
-    return summed_losses(t, x, dim, keepdim, dtype)
+    one = summed_losses(t, x, dim, keepdim, dtype)
+    return summed(t, x, dim, keepdim) if one is None else one
 
 
 def _mean(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
     if isinstance(x, Losses) and dtype is None:
-        return reduced(x, dim, keepdim, summed=False)
+        return reduced(t, x, dim, keepdim, summed=False)
     pooled = spatial_mean(t, x, dim, keepdim)
     return summed(t, x, dim, keepdim, mean=True) if pooled is None else pooled
 
 
 def largest(t: GraphBuilder, x: Any, dim: int, keepdim: bool = False) -> Value:
     """The first largest element along a dimension, and the derivative goes there."""
-    x, (d,) = _axes(t, x, dim, "max")
+    x, (d,) = axes_of(t, x, dim, "max")
     if x.dims[d] == (SAMPLES,):
         raise Untraceable("max over the samples has no fused kernel")
     axis = x.dims[d][0]
     shape = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
     outer, inner = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
     y = t.emit("max", [x], shape, dims=x.dims, outer=outer, length=x.shape[axis], inner=inner)
-    return _dropped(t, y, [d], keepdim)
+    return dropped(t, y, [d], keepdim)
 
 
 def _max(t: GraphBuilder, x: Any, dim: int | None = None, keepdim: bool = False) -> tuple[Any, ...]:
@@ -87,14 +58,14 @@ def _min(t: GraphBuilder, x: Any, dim: int | None = None, keepdim: bool = False)
 
 def _amax(t: GraphBuilder, x: Any, dim: Any = (), keepdim: bool = False, sign: int = 1) -> Value:
     """Where several elements are largest they share the derivative: the mean over those that equal the maximum."""
-    x, dims = _axes(t, x, dim, "amax")
+    x, dims = axes_of(t, x, dim, "amax")
     most = pointwise(t, "amax", lambda v: v * sign, x) if sign != 1 else x
     for d in dims:
         most = largest(t, most, d, keepdim=True)
     chosen = pointwise(t, "amax", lambda v, m: call("eq", v * sign, m), x, most)
     count = summed(t, chosen, dims, keepdim=True)
     total = summed(t, pointwise(t, "amax", lambda v, c: call("where", c, v, 0), x, chosen), dims, keepdim=True)
-    return _dropped(t, pointwise(t, "amax", lambda s, n: s / n, total, count), dims, keepdim)
+    return dropped(t, pointwise(t, "amax", lambda s, n: s / n, total, count), dims, keepdim)
 
 
 def _amin(t: GraphBuilder, x: Any, dim: Any = (), keepdim: bool = False) -> Value:
@@ -103,7 +74,7 @@ def _amin(t: GraphBuilder, x: Any, dim: Any = (), keepdim: bool = False) -> Valu
 
 def _rowwise(t: GraphBuilder, kind: str, x: Any, dim: int) -> Value:
     """An operation over one dimension, which is brought to the end."""
-    x, (d,) = _axes(t, x, dim, kind)
+    x, (d,) = axes_of(t, x, dim, kind)
     if x.dims[d] == (SAMPLES,):
         raise Untraceable(f"{kind} over the samples has no fused kernel")
     rank = len(x.dims)
@@ -130,14 +101,14 @@ def log_softmax(t: GraphBuilder, x: Any, dim: int, half_to_float: bool = False) 
 
 def _logsumexp(t: GraphBuilder, x: Any, dim: Any, keepdim: bool = False) -> Value:
     """m + log Σ exp(x − m), with the largest element for m, which cancels and so has no derivative."""
-    x, dims = _axes(t, x, dim, "logsumexp")
+    x, dims = axes_of(t, x, dim, "logsumexp")
     most = x
     for d in dims:
         most = largest(t, most, d, keepdim=True)
     shift = pointwise(t, "logsumexp", lambda m: call("where", call("eq", call("abs", m), math.inf), 0, _still(m)), most)
     total = summed(t, pointwise(t, "logsumexp", lambda v, m: call("exp", v - m), x, shift), dims, keepdim=True)
     y = pointwise(t, "logsumexp", lambda s, m: call("log", s) + m, total, shift)
-    return _dropped(t, y, dims, keepdim)
+    return dropped(t, y, dims, keepdim)
 
 
 def _still(x: Any) -> Any:
@@ -154,11 +125,11 @@ def _norm(t: GraphBuilder, x: Any, ord: float = 2, dim: Any = None, keepdim: boo
     """The Euclidean norm, whose derivative at zero is zero, as PyTorch has it; or the sum of absolute values."""
     if ord not in (1, 2) or dtype is not None:
         raise Untraceable(f"a norm of order {ord} has no fused kernel")
-    x, dims = _axes(t, x, dim, "norm")
+    x, dims = axes_of(t, x, dim, "norm")
     if ord == 1:
         return summed(t, pointwise(t, "abs", lambda v: call("abs", v), x), dims, keepdim)
     squares = summed(t, pointwise(t, "square", lambda v: v * v, x), dims, keepdim=True)
-    return _dropped(t, pointwise(t, "norm", _root, squares), dims, keepdim)
+    return dropped(t, pointwise(t, "norm", _root, squares), dims, keepdim)
 
 
 def _frobenius(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False) -> Value:
@@ -209,7 +180,7 @@ def variance(
     t: GraphBuilder, x: Any, dim: Any = None, correction: float | None = None, keepdim: bool = False
 ) -> tuple[Value, Value]:
     """The variance and the mean."""
-    x, dims = _axes(t, x, dim, "var")
+    x, dims = axes_of(t, x, dim, "var")
     if any(x.dims[d] == (SAMPLES,) for d in dims):
         raise Untraceable("a variance over the samples has no fused kernel")
     n = math.prod(t.full_shape(x)[d] for d in dims)
@@ -220,7 +191,7 @@ def variance(
     squares = pointwise(t, "var", lambda v, m: (v - m) * (v - m), x, mean)
     total = summed(t, squares, dims, keepdim=True)
     var = pointwise(t, "var", lambda s: s / left, total)
-    return _dropped(t, var, dims, keepdim), _dropped(t, mean, dims, keepdim)
+    return dropped(t, var, dims, keepdim), dropped(t, mean, dims, keepdim)
 
 
 def _var(t: GraphBuilder, x: Any, dim: Any = None, unbiased: Any = True, keepdim: bool = False, **named: Any) -> Value:
@@ -238,7 +209,7 @@ def _var_mean(t: GraphBuilder, x: Any, dim: Any = None, **named: Any) -> tuple[V
 
 def _cumsum(t: GraphBuilder, x: Any, dim: int, dtype: Any = None) -> Value:
     """Every element and all before it: a box for each place along the dimension."""
-    x, (d,) = _axes(t, x, dim, "cumsum")
+    x, (d,) = axes_of(t, x, dim, "cumsum")
     if x.dims[d] == (SAMPLES,):
         raise Untraceable("cumsum over the samples has no fused kernel")
     axis = x.dims[d][0]

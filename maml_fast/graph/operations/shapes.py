@@ -231,8 +231,6 @@ def _slice(
     chosen = range(length)[slice(start, end, step)]
     if chosen == range(length):
         return x
-    if isinstance(x, Target):
-        raise Untraceable("a slice of the targets has no fused kernel")
     return sliced(t, x, dim, chosen.start, step, len(chosen))
 
 
@@ -292,9 +290,7 @@ def _joined(t: GraphBuilder, name: str, parts: Sequence[Value], axis: int) -> Va
 
 def expanded(t: GraphBuilder, x: Any, size: Sequence[int]) -> Any:
     """Dimensions of one element repeated, and new ones in front."""
-    if isinstance(x, Target):
-        if tuple(size) != x.shape:
-            raise Untraceable(f"expand of targets of shape {x.shape} to {tuple(size)} has no fused kernel")
+    if isinstance(x, Target) and tuple(size) == x.shape:
         return x
     x = t.lifted(x, "expand")
     full = (1,) * (len(size) - len(x.dims)) + t.full_shape(x)
