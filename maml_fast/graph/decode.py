@@ -159,8 +159,8 @@ class _Decoder:
         while (op := t.maker(value)) is not None and op.kind == "affine" and op.attributes["shift"] == 0.0:
             factor *= op.attributes["factor"]
             value = replace(value, index=op.inputs[0])
-        graph = self._graph(value, returned and returned.shape, LossOp("value", factors=(factor,), classes=t.classes))
-        return replace(graph, network=returned and returned.index)
+        graph = self._graph(value, None, LossOp("value", factors=(factor,), classes=t.classes))
+        return graph if returned is None else replace(graph, returned=returned.shape, network=returned.index)
 
     def _elements(self, value: Value) -> int:
         """The activation of which this one is a reshape, or itself."""

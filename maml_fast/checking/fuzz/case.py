@@ -150,10 +150,27 @@ def _parameters(net: Sketch) -> list[str]:
     return [name for name in names if name not in gone]
 
 
+_OWN_LOSSES = (
+    "F.mse_loss(z, y) + 0.1 * z.square().mean()",
+    "((z - y) ** 2).sum() / len(y)",
+    "torch.log(torch.cosh(z - y)).mean()",
+    "F.smooth_l1_loss(z, y) - 0.2 * F.l1_loss(z, y.tanh())",
+    "((z - y) ** 2 * (y > 0)).mean()",
+    "1 - F.cosine_similarity(z, y).mean()",
+    "(z.exp().clamp(max=5.0) - y * z).mean()",
+)
+_OWN_CLASS_LOSSES = (
+    "-z.log_softmax(-1).gather(1, y[:, None]).mean()",
+    "F.cross_entropy(z, y) + 0.1 * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean()",
+)
+
+
 def _loss(c: Choices, shape: tuple[int, ...]) -> tuple[str, bool, bool]:
     """The loss as an expression; whether its targets are labels, or zeros and ones."""
     losses = ['"mse"', "nn.MSELoss()", '"bce_with_logits"', '"l1"', '"huber"', "nn.HuberLoss(delta=0.3)", "F.l1_loss"]
     classes = ['"cross_entropy"', "nn.CrossEntropyLoss(label_smoothing=0.2)", "F.cross_entropy"]
+    losses += [f"lambda z, y: {own}" for own in _OWN_LOSSES]
+    classes += [f"lambda z, y: {own}" for own in _OWN_CLASS_LOSSES]
     loss = c.of([*losses, *classes] if len(shape) == 1 else losses)
     return loss, loss in classes, "bce" in loss
 
