@@ -176,7 +176,10 @@ def _call_of(plan: Plan) -> _Call:
 
 
 def _refused(plan: Plan) -> list[str]:
-    """What the core says of a plan that it does not take: the model has slower backends."""
+    """What the core says of a plan with operations of families that it does not take: there are slower backends."""
+    graph = plan.kernel_graph
+    if graph is None or not any(op.kind in _FAMILIES for op in graph.live_ops()):
+        return []
     try:
         _call_of(plan)
     except (ValueError, LookupError) as error:

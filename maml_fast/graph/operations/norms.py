@@ -13,6 +13,7 @@ from .builder import (
     Emitter,
     GraphBuilder,
     Repeated,
+    Value,
     by_sample,
     constant,
     optional_weight,
@@ -32,14 +33,15 @@ def _batch_norm(
     eps: float,
 ) -> tuple[Any, ...]:
     x = t.lifted(x, "batch_norm")
-    per_sample = x.folded or x.dims == ((), (SAMPLES, 0), *((d,) for d in range(1, len(x.shape))))
-    dims = x.dims
     given = [p for p in (weight, bias, mean, variance) if p is not None]
+    folded = _is_folded(t, x)
+    per_sample = x.folded or folded
+    if given and t.samples == 1:  # whose axes do not tell
+        per_sample = any(isinstance(p, Repeated) for p in given)
     if any(isinstance(p, Repeated) != per_sample for p in given):
         raise Untraceable("a norm whose weights are repeated, but not one per sample, has no fused kernel")
-    if per_sample:
-        x = by_sample(x.index, x.shape)
-    x = value(t, x, "batch_norm")
+    dims = x.dims
+    x = by_sample(x.index, x.shape) if folded else value(t, x, "batch_norm")
     if not 1 <= len(x.shape) <= 3:
         raise Untraceable(f"batch_norm is applied to samples of shape {x.shape}")
     parameters = [optional_weight(_once(p), "batch_norm", x.shape[:1]) for p in (weight, bias)]
@@ -50,7 +52,15 @@ def _batch_norm(
         out = t.emit("group_norm", [x], x.shape, parameters, groups=x.shape[0], eps=eps)
     else:
         out = t.emit("batch_norm", [x], x.shape, parameters, eps=eps)
-    return replace(out, dims=dims, folded=x.folded) if per_sample else out, None, None
+    seen = replace(out, dims=dims) if folded else out
+    return replace(seen, folded=per_sample and t.samples == 1), None, None
+
+
+def _is_folded(t: GraphBuilder, x: Value) -> bool:
+    """Whether PyTorch sees several samples (C, *space) as one whose channels are those of all."""
+    full, (channels, *space) = t.full_shape(x), x.shape or (0,)
+    in_order = [a for d in x.dims for a in d] == [SAMPLES, *range(len(x.shape))]
+    return t.samples > 1 and in_order and full == (1, t.samples * channels, *space)
 
 
 def _once(p: Any) -> Any:
