@@ -364,6 +364,7 @@ void Layout::find_flags() {
     std::vector<bool> has_tangent(buffers), needs_grad(buffers, spec_.input_gradients), written(buffers);
     std::vector<bool> parameter_written(params_.size());
     find_dependence(has_tangent, needs_grad);
+    const std::vector<bool> reaches = find_reach();
     auto first_write = [](std::vector<bool>& seen, int index) {
         bool first = index >= 0 && !seen[index];
         if (index >= 0) seen[index] = true;
@@ -372,8 +373,9 @@ void Layout::find_flags() {
     for (auto op = ops_.rbegin(); op != ops_.rend(); ++op) {
         flags_.push_back(std::make_unique<bool[]>(3 * op->n_in));
         bool* flags = flags_.back().get();
+        const bool back = reaches[op->out];  // else no delta comes back to it, and it writes none
         for (int j = 0; j < op->n_in; ++j) {
-            flags[j] = first_write(written, op->in[j]);
+            flags[j] = back && first_write(written, op->in[j]);
             flags[op->n_in + j] = needs_grad[op->in[j]];
             flags[2 * op->n_in + j] = has_tangent[op->in[j]];
         }
@@ -381,11 +383,21 @@ void Layout::find_flags() {
         op->needs_grad = flags + op->n_in;
         op->has_tangent = flags + 2 * op->n_in;
         op->out_has_tangent = has_tangent[op->out];
-        op->out_needs_grad = needs_grad[op->out];
-        op->w_first = first_write(parameter_written, op->w);
-        op->b_first = first_write(parameter_written, op->b);
+        op->out_needs_grad = needs_grad[op->out] && back;
+        op->w_first = back && first_write(parameter_written, op->w);
+        op->b_first = back && first_write(parameter_written, op->b);
     }
     view_.has_tangent = has_tangent[spec_.out];
+}
+
+// Per buffer: whether the output depends on it. What the network returns need not: a loss may go another way.
+std::vector<bool> Layout::find_reach() const {
+    std::vector<bool> reaches(spec_.features.size());
+    reaches[std::size_t(spec_.out)] = true;
+    for (auto op = ops_.rbegin(); op != ops_.rend(); ++op)
+        for (int j = 0; j < op->n_in; ++j)
+            if (reaches[std::size_t(op->out)]) reaches[std::size_t(op->in[j])] = true;
+    return reaches;
 }
 
 // Per buffer: whether it depends on a parameter that adapts, and on anything whose gradient is wanted.

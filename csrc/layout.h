@@ -55,6 +55,7 @@ class Layout {
     void find_slots();
     void find_flags();
     void find_dependence(std::vector<bool>& has_tangent, std::vector<bool>& needs_grad) const;
+    std::vector<bool> find_reach() const;
     void find_pairs();
     void add_families();
     bool is_once(const OpSpec& op) const { return spec_.once[std::size_t(op.out)]; }

@@ -171,6 +171,56 @@ def test_losses_of_no_name_are_fused_too(name: str, order: int, core: Any) -> No
     assert agree(results(NETWORK, loss, data, "auto", order), results(NETWORK, loss, data, "reference", order))
 
 
+LOGARITHMS = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(-1)).double()
+IMAGES = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 2, 1)).double()
+ROWS = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Unflatten(1, (2, 3))).double()
+BESIDE: dict[str, tuple[nn.Module, LossLike]] = {
+    "of-logarithms": (LOGARITHMS, lambda z, y: z.square().mean()),
+    "probabilities": (LOGARITHMS, lambda z, y: (z.exp() - y.softmax(-1)).pow(4).mean()),
+    "divergence": (LOGARITHMS, lambda z, y: F.kl_div(z, y.softmax(1), reduction="batchmean")),
+    "of-a-parameter": (NETWORK, lambda z, y: NETWORK[0].weight.square().sum()),
+    "of-parameters": (NETWORK, lambda z, y: sum(p.square().sum() for p in NETWORK.parameters())),
+    "of-parameter-and-targets": (NETWORK, lambda z, y: (y @ NETWORK[2].weight).square().mean()),
+    "spatial-means": (IMAGES, lambda z, y: (z.mean((2, 3)) - y.mean((2, 3))).square().mean()),
+    "pools": (IMAGES, lambda z, y: (F.max_pool2d(z, 2) - F.avg_pool2d(y * 1, 2)).abs().mean()),
+    "over-samples-and-rows": (ROWS, lambda z, y: F.mse_loss(z, y, reduction="none").mean((0, 2)).square().mean()),
+    "over-samples-first": (ROWS, lambda z, y: F.l1_loss(z, y, reduction="none").mean(0).mean(1).exp().sum()),
+    "of-every-sample": (ROWS, lambda z, y: F.huber_loss(z, y, reduction="none").mean((1, 2)).square().mean()),
+}
+
+
+@pytest.mark.parametrize("samples", [(5, 7), (2, 2), (3, 1)])
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.filterwarnings("ignore:maml_fast falls back")
+def test_losses_that_go_past_the_output(name: str, samples: tuple[int, int], core: Any) -> None:
+    model, loss = BESIDE[name]
+    shape = model(torch.zeros(1, 4).double()).shape[1:]
+    data = [t for n in samples for t in (torch.randn(2, n, 4).double(), torch.randn(2, n, *shape).double())]
+    assert agree(results(model, loss, tuple(data), "auto"), results(model, loss, tuple(data), "reference"))
+    if not name.startswith("over-samples"):
+        assert made(model, loss, "auto")[0].explain(*data).startswith("backend: cpu")
+
+
+WHOLE: dict[str, LossLike] = {
+    "truncated": lambda z, y: ((z - y.long()) ** 2).mean(),
+    "as-booleans": lambda z, y: ((z - y.bool().to(z.dtype)) ** 2).mean(),
+    "bits": lambda z, y: ((z - (y.long() & 1)) ** 2).mean(),
+    "complement": lambda z, y: ((z - (~y.long()).to(z.dtype)) ** 2).mean(),
+    "remainder": lambda z, y: ((z - y.long() % 3) ** 2).mean(),
+    "compared": lambda z, y: (z**2 * (y.long() == 2)).mean(),
+}
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.float64])
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.filterwarnings("ignore:maml_fast falls back")
+def test_arithmetic_of_whole_numbers_is_pytorchs(name: str, kind: torch.dtype, core: Any) -> None:
+    x_s, _, x_q, _ = batch()
+    y_s, y_q = (3 * torch.rand(2, n, 3).double() for n in (5, 7))
+    data = x_s, y_s.to(kind), x_q, y_q.to(kind)
+    assert agree(results(NETWORK, WHOLE[name], data, "auto"), results(NETWORK, WHOLE[name], data, "reference"))
+
+
 @pytest.mark.parametrize("name", ["mixed", "penalty", "of-no-targets", "gather"])
 def test_outputs_come_beside_a_loss_of_no_name(name: str, core: Any) -> None:
     loss, data = {**OWN, **OWN_LABELS}[name], batch(name in OWN_LABELS)

@@ -34,28 +34,40 @@ def observe_calls(
     with threads_for(maml.backend):
         loss = maml.meta_loss(x_s, y_s, x_q, y_q)
         gradients = torch.autograd.grad(loss, leaves)
-        outputs = maml(x_s, y_s, x_q)
-        differentiable = structure.tensors(outputs)
-        product = torch.stack([(v * _cotangent(v)).sum() for v in differentiable if v.requires_grad]).sum()
-        pullback = torch.autograd.grad(product, leaves)
+        differentiable, pullback, plain = _outputs(maml, (x_s, y_s, x_q), batch, leaves)
         adapted = maml.adapt(batch[0], y_s)
         with torch.no_grad():
             task_losses = maml.meta_loss(*batch, reduction="none")
-            plain = structure.tensors(maml(*batch[:3]))
         last = len(parameters) + len(rates)
         return {
             "loss": (loss.detach(),),
             "task losses": (task_losses,),
-            "logits": (*[v.detach() for v in differentiable], *plain),
+            **({"logits": (*[v.detach() for v in differentiable], *plain)} if differentiable else {}),
             "adapted": tuple(adapted.parameters.values()),
             "adapted logits": tuple(structure.tensors(adapted(batch[2]))),
             "parameters": gradients[: len(parameters)],
             "rates": gradients[len(parameters) : last],
             **({"x_s": gradients[last : last + len(support)]} if support else {}),
             **({"x_q": gradients[last + len(support) :]} if query else {}),
-            "pullback": pullback,
+            **({"pullback": pullback} if differentiable else {}),
             "backward": _written(maml, batch, [*parameters, *rates]),
         }
+
+
+def _outputs(maml: MAML, inputs: Any, batch: Any, leaves: Sequence[Tensor]) -> tuple[Any, Any, Any]:
+    """Query outputs, their pull-back, and those without a graph; nothing where a backend has none without a loss."""
+    try:
+        outputs = maml(*inputs)
+    except RuntimeError as error:
+        if "the query outputs are asked for without it" not in str(error):
+            raise
+        return [], (), []
+    differentiable = structure.tensors(outputs)
+    product = torch.stack([(v * _cotangent(v)).sum() for v in differentiable if v.requires_grad]).sum()
+    pullback = torch.autograd.grad(product, leaves)
+    with torch.no_grad():
+        plain = structure.tensors(maml(*batch[:3]))
+    return differentiable, pullback, plain
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from .capture import AtenCall, Captured, custom_function, tensors_in
 from .expressions import call as expression
 from .graph import Graph, LossOp, Shape, Untraceable
 from .losses import NAMES
-from .operations import MASKS, OPERATIONS
+from .operations import MASKS, OF_LABELS, OPERATIONS
 from .operations.builder import (
     Constant,
     Everywhere,
@@ -63,6 +63,10 @@ def _filled(call: AtenCall) -> torch.Tensor | None:
 _OF_LABELS = Target | Nowhere | Everywhere  # whole numbers and masks; no activation comes of them alone
 
 
+def _is_labels(x: Any) -> bool:
+    return isinstance(x, Target) and not x.dtype.is_floating_point
+
+
 @dataclass(frozen=True)
 class Unknown:
     """What no fused kernel computes: a reason only where something that matters reads it."""
@@ -99,7 +103,7 @@ class _Decoder:
         for index, p in enumerate(captured.parameters):
             self._bind(p, Weight(index, tuple(p.shape)))
         for name, b in captured.buffers.items():
-            self._bind(b, Constant(name, tuple(b.shape)))
+            self._bind(b, Constant(name, tuple(b.shape), b.dtype == torch.bool))
         if captured.y is not None:
             self._bind(captured.y, Target(tuple(captured.y.shape), captured.y.dtype))
 
@@ -225,6 +229,8 @@ class _Decoder:
             if emit is None:
                 return Unknown(f"forward calls {name}, which has no fused kernel")
             self._check_dtype(call, of_labels=any(isinstance(a, _OF_LABELS) for a in args))
+            if call.outputs and call.outputs[0].dtype == torch.bool and any(map(_is_labels, args)) and name != "eq":
+                raise Untraceable("labels are compared, which has no fused kernel")
             return emit(self.builder, *args, **kwargs)
         except Untraceable as error:
             return Unknown(str(error))
@@ -252,6 +258,8 @@ class _Decoder:
         for tensor in call.outputs[:1]:
             if tensor.dtype == torch.bool and call.name in MASKS:
                 continue
+            if of_labels and not tensor.is_floating_point() and call.name not in OF_LABELS:
+                raise Untraceable(f"{call.name} of whole-number targets has no fused kernel")
             if tensor.dtype != dtype and (tensor.is_floating_point() or not of_labels):
                 raise Untraceable(f"forward computes {call.name} in {tensor.dtype}, not in the parameters' {dtype}")
 

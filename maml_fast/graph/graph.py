@@ -135,11 +135,14 @@ class Graph:
 
     def used_parameters(self) -> set[int]:
         """Indices of the parameters that the output depends on."""
-        return {p for op in self.live_ops() for p in op.parameters if p is not None}
+        return {p for op in self._leading_to({self.output}) for p in op.parameters if p is not None}
 
     def live_ops(self) -> tuple[Op, ...]:
         """The operations that the output, or what the network returns, depends on, in order."""
-        needed, live = {self.output} if self.network is None else {self.output, self.network}, []
+        return self._leading_to({self.output} if self.network is None else {self.output, self.network})
+
+    def _leading_to(self, needed: set[int]) -> tuple[Op, ...]:
+        live = []
         for op in reversed(self.ops):
             if op.output in needed:
                 needed.update(op.inputs)

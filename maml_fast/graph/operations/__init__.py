@@ -20,3 +20,6 @@ OPERATIONS: dict[str, Emitter] = {
 
 MASKS = frozenset((*pointwise.COMPARISONS, *shapes.OPERATIONS, "eq", "bitwise_not"))
 """What may give booleans; sums and products of such are other functions than those of numbers."""
+
+OF_LABELS = frozenset((*shapes.OPERATIONS, "eq", "bitwise_not", "sum", "masked_fill"))
+"""What may take whole-number targets, or masks of them, and give such: what only looks at them, or counts them."""

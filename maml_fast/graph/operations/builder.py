@@ -71,10 +71,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class Constant:
-    """A buffer as it is."""
+    """A buffer as it is; whether it holds booleans."""
 
     name: str
     shape: Shape
+    mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ class Losses:
     Attributes:
         loss: the loss. of: what it is the loss of. shape: of these numbers.
         of_sum: whether it is the sum over the samples in place of their mean.
+        axes: which of the dimensions that there were at first each dimension is, None for one that is reduced; at
+            first None itself.
     """
 
     loss: LossOp
@@ -141,6 +144,13 @@ class Losses:
     shape: Shape
     factor: float = 1.0
     of_sum: bool = False
+    axes: tuple[int | None, ...] | None = None
+
+    @property
+    def kept(self) -> list[int]:
+        """The dimensions over which it is not reduced."""
+        axes = range(len(self.shape)) if self.axes is None else self.axes
+        return [a for a in axes if a is not None]
 
 
 @dataclass(frozen=True)
@@ -349,7 +359,9 @@ class GraphBuilder:
             return lift(self, x)
         if not isinstance(x, Weight | Constant | Literal):
             raise Untraceable(f"{what} is applied to something that is not an activation")
-        key = (type(x), x.index) if isinstance(x, Weight) else id(x.tensor) if isinstance(x, Literal) else x.name
+        key: Any = (type(x), x.index) if isinstance(x, Weight) else x
+        if isinstance(x, Literal):
+            key = x.shape, x.tensor.dtype == torch.bool, _numbers(x.tensor)
         if key not in self._lifted:
             self._lifted[key] = self._lift(x)
         value = self._lifted[key]
@@ -375,10 +387,9 @@ class GraphBuilder:
         if isinstance(x, Weight):
             return self.emit("parameter", [], x.shape[::-1] if x.transposed else x.shape, [x])
         if isinstance(x, Constant):
-            return self.emit("constant", [], x.shape, [], [x])
+            return replace(self.emit("constant", [], x.shape, [], [x]), mask=x.mask)
         mask = x.tensor.dtype == torch.bool
-        numbers = Numbers(x.tensor.to(torch.float64).contiguous().numpy().tobytes())
-        return replace(self.emit("constant", [], x.shape, numbers=numbers), mask=mask)
+        return replace(self.emit("constant", [], x.shape, numbers=_numbers(x.tensor)), mask=mask)
 
     def alike(self, x: Value, dim: int) -> Value | None:
         """With a single element along a dimension of something that is equal all along it; else None.
@@ -442,6 +453,10 @@ class GraphBuilder:
         once = all(v.once for v in inputs) if once is None else once
         made = {"name": name, "boxes": tuple(boxes), "per_task": once, **attributes}
         return self.emit("linear_map", inputs, shape, once=once, **made)
+
+
+def _numbers(tensor: torch.Tensor) -> Numbers:
+    return Numbers(tensor.to(torch.float64).contiguous().numpy().tobytes())
 
 
 def value(t: GraphBuilder, x: Any, what: str) -> Value:

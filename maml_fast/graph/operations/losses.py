@@ -29,7 +29,7 @@ from .builder import (
     Target,
     Value,
 )
-from .pointwise import masked_filled, pointwise, power
+from .pointwise import masked_filled, masks_alone, pointwise, power
 from .shapes import reshaped, squeezed, unsqueezed
 from .sums import summed
 
@@ -70,6 +70,9 @@ def reduced(t: GraphBuilder, x: Losses, dim: Sequence[int] | None, keepdim: bool
     dims = {d % rank for d in dim} if dim else set(range(rank))
     size = math.prod(x.shape[d] for d in dims)
     shape = tuple(1 if d in dims else n for d, n in enumerate(x.shape) if keepdim or d not in dims)
+    axes = tuple(range(rank)) if x.axes is None else x.axes
+    left = tuple(None if d in dims else a for d, a in enumerate(axes) if keepdim or d not in dims)
+    x = replace(x, shape=x.shape, axes=left)
     if not summed:
         return replace(x, shape=shape)
     if 0 in dims and not x.of_sum and size % t.samples == 0:  # exactly the same for any number of samples
@@ -86,7 +89,8 @@ def _absolute(t: GraphBuilder, x: Any) -> Any:
 def added(a: Losses, b: Losses, alpha: float) -> Losses | None:
     """a + alpha · b for losses of one kind; two cross entropies make one with the weighted mean of their smoothings."""
     factor = a.factor + alpha * b.factor
-    if (a.loss.name, a.of, a.shape, a.of_sum) != (b.loss.name, b.of, b.shape, b.of_sum) or factor == 0:
+    alike = (a.loss.name, a.of, a.shape, a.of_sum, a.kept) == (b.loss.name, b.of, b.shape, b.of_sum, b.kept)
+    if not alike or factor == 0:
         return None
     if a.loss == b.loss:
         return replace(a, factor=factor)
@@ -246,13 +250,14 @@ def _loss_values(t: GraphBuilder, x: Losses) -> Value:
         values = pointwise(t, x.loss.name, partial(_FUNCTIONS[x.loss.name], x.loss.parameter), x.of, y)
     full = t.full_shape(values)
     others = math.prod(full[1:])
-    if math.prod(x.shape) == 1 and x.of_sum:
+    kept = x.kept
+    if not kept and x.of_sum:
         values, factor = reshaped(t, summed(t, values), x.shape), x.factor / others
-    elif math.prod(x.shape) == 1:
+    elif not kept:
         values, factor = reshaped(t, summed(t, values, mean=True), x.shape), x.factor
-    elif math.prod(x.shape) == math.prod(full):
+    elif math.prod(x.shape) == math.prod(full) and not x.of_sum:
         values, factor = reshaped(t, values, x.shape), x.factor
-    elif x.shape[:1] == full[:1] and math.prod(x.shape) == full[0] != others:
+    elif kept == [0] and x.shape[0] == full[0] and not x.of_sum:
         each = summed(t, values, list(range(1, len(full))), mean=True)
         values, factor = reshaped(t, each, x.shape), x.factor
     else:
@@ -280,12 +285,15 @@ def _equal(t: GraphBuilder, a: Any, b: Any) -> Any:
     if isinstance(a, Target) and a.dtype == torch.int64 and isinstance(b, int) and b < 0:
         t.assumes_labels = True
         return Nowhere(a.shape)
+    if any(isinstance(x, Target) and x.dtype == torch.int64 for x in (a, b)):
+        raise Untraceable("labels are compared, which has no fused kernel")
     return pointwise(t, "eq", lambda u, v: call("eq", u, v), a, b, mask=True)
 
 
 def _complement(t: GraphBuilder, x: Any) -> Any:
     if isinstance(x, Nowhere):
         return Everywhere(x.shape)
+    masks_alone("bitwise_not", x)
     return pointwise(t, "bitwise_not", lambda v: call("eq", v, 0), x, mask=True)
 
 

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ..expressions import Expression, call, constant, variable
 from ..graph import Shape, Untraceable
-from .builder import SAMPLES, Emitter, GraphBuilder, Literal, Value
+from .builder import SAMPLES, Constant, Emitter, GraphBuilder, Literal, Value
 from .shapes import sliced, zero_padded
 
 Function = Callable[..., Expression]
@@ -125,6 +127,23 @@ def _merged_again(dims: Any, merged: tuple[int, int] | None) -> Any:
 def _of(name: str, function: Function, mask: bool = False) -> Emitter:
     def emit(t: GraphBuilder, *operands: Any, **ignored: Any) -> Value:
         return pointwise(t, name, function, *operands, mask=mask)
+
+    return emit
+
+
+def masks_alone(name: str, *operands: Any) -> None:
+    """Refuse bits of whole numbers."""
+    for x in operands:
+        if not (isinstance(x, Value | Constant) and x.mask) and not (
+            isinstance(x, Literal) and x.tensor.dtype == torch.bool
+        ):
+            raise Untraceable(f"{name} of whole numbers has no fused kernel")
+
+
+def _of_masks(name: str, function: Function) -> Emitter:
+    def emit(t: GraphBuilder, *operands: Any) -> Value:
+        masks_alone(name, *operands)
+        return pointwise(t, name, function, *operands, mask=True)
 
     return emit
 
@@ -283,8 +302,8 @@ COMPARISONS: dict[str, Emitter] = {
     "logical_not": _of("logical_not", _not, mask=True),
     "logical_and": _of("logical_and", lambda a, b: _not(_not(a)) * _not(_not(b)), mask=True),
     "logical_or": _of("logical_or", lambda a, b: _not(_not(a) * _not(b)), mask=True),
-    "bitwise_and": _of("bitwise_and", lambda a, b: a * b, mask=True),
-    "bitwise_or": _of("bitwise_or", lambda a, b: call("maximum", a, b), mask=True),
+    "bitwise_and": _of_masks("bitwise_and", lambda a, b: a * b),
+    "bitwise_or": _of_masks("bitwise_or", lambda a, b: call("maximum", a, b)),
 }
 """Whose results are masks."""
 

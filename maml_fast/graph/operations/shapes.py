@@ -184,6 +184,10 @@ def _cast(t: GraphBuilder, x: Any, *args: Any, dtype: Any = None, **kwargs: Any)
     """To another type that holds the same numbers."""
     if isinstance(x, Literal):
         return Literal(x.tensor if dtype is None else x.tensor.to(dtype))
+    if isinstance(x, Target) and dtype not in (None, x.dtype):
+        if dtype != t.dtype:
+            raise Untraceable(f"targets of {x.dtype} are made {dtype}, which has no fused kernel")
+        return t.lifted(x, "a loss")
     if isinstance(x, Value) and x.mask and dtype is not None and dtype.is_floating_point:
         return replace(x, mask=False)
     return x
