@@ -29,7 +29,7 @@ test-exhaustive: chosen =
 test-all: chosen = -m "not exhaustive"
 test-all test-exhaustive: core $(VENV)/.test
 	$(pytest) $(parallel) $(chosen) $(without_gpu)
-	$(pytest) $(parallel) $(chosen) $(compiled) $(interpreted) $(also_interpreted)
+	$(pytest) $(chosen) $(compiled)
 	TRITON_INTERPRET=1 $(pytest) $(parallel) $(chosen) $(interpreted) $(also_interpreted)
 
 # The oldest Triton that the kernels are for: ahead of time, and a little of its interpreter, which needs an older NumPy.

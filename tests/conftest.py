@@ -27,6 +27,7 @@ EXHAUSTIVE = re.compile(
             r"test_same_bits_for_any_number_of_threads\[(float64.*|.*baseline)\]",
             r"test_random(_image)?_networks_match_the_reference\[vmap\]",
             r"test_mistakes_are_named\[gradient",
+            r"test_device_that_is_not_there_is_told_of_in_a_line",
             r"test_a_line_per_plan_and_call\[(vmap|reference)\]",
             r"test_a_second_derivative\[.*-(vmap|reference)\]",
             # a training run, a wait for a time limit, or a compiler of its own

@@ -54,7 +54,17 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
 meta_gradient = partial(interpreted.meta_gradient, "triton-wide")
 
 
-@pytest.mark.parametrize("case", [c for c in cases.SMALL if c.name not in LEFT_OUT + SMALL_TILES], ids=lambda c: c.name)
+FAMILIES = cases.select(tag="families")
+SECOND_ORDER = [c for c in cases.SMALL if c.name not in LEFT_OUT + SMALL_TILES and c not in FAMILIES]
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=lambda c: c.name)
+def test_declines_families_of_operations(case: cases.Case) -> None:
+    problem = case.build(torch.float32)
+    assert " has no kernel" in _why_not(problem.maml("triton-wide"), problem)
+
+
+@pytest.mark.parametrize("case", SECOND_ORDER, ids=lambda c: c.name)
 def test_second_order(case: cases.Case) -> None:
     assert_close(case, meta_gradient(case, first_order=False), first_order=False)
 
@@ -184,7 +194,7 @@ def test_declines_a_layer_without_kernels() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(dim=1))
     problem = cases.select(["linear"])[0].build(torch.float32)
     maml = MAML(model, 0.1, backend="triton-wide", loss="mse")
-    assert "_softmax, which has no fused kernel" in _why_not(maml, problem)
+    assert "layer softmax has no kernel" in _why_not(maml, problem)
 
 
 def _why_not(maml: MAML, problem: cases.Problem) -> str:
