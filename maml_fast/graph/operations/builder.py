@@ -60,6 +60,11 @@ def by_task(index: int, shape: Shape) -> Value:
     return Value(index, shape, tuple((d,) for d in range(len(shape))))
 
 
+def widened(x: Value, rank: int) -> Value:
+    """With dimensions of one element in front, up to so many."""
+    return replace(x, dims=((),) * (rank - len(x.dims)) + x.dims)
+
+
 @dataclass(frozen=True)
 class Weight:
     """A parameter as it is, or a matrix transposed."""

@@ -69,12 +69,10 @@ def _addmm(t: GraphBuilder, bias: Any, x: Any, matrix: Any, beta: float = 1, alp
 
 def _product(t: GraphBuilder, a: Any, b: Any) -> Value:
     """The product of two matrices, one of which no sample enters."""
-    right = t.lifted(b, "a product") if isinstance(b, Value) else None
-    left = t.lifted(a, "a product") if isinstance(a, Value) else None
-    if right is not None and not right.once:
-        if left is not None and not left.once:
+    if isinstance(b, Value) and not b.once:
+        if isinstance(a, Value) and not a.once:
             raise Untraceable("a product of two activations over the samples has no fused kernel")
-        turned = _linear(t, replace(right, dims=right.dims[::-1]), _turned(t, a))
+        turned = _linear(t, replace(b, dims=b.dims[::-1]), _turned(t, a))
         return replace(turned, dims=turned.dims[::-1])
     return _linear(t, a, b)
 
@@ -145,8 +143,8 @@ def _rows_by_group(t: GraphBuilder, a: Value, b: Value) -> Value:
         raise Untraceable("bmm with the samples inside the matrices has no fused kernel")
     a = t.in_order(a)
     inner = tuple(x for x in a.dims[1] if x != SAMPLES)
-    groups, width = math.prod(a.shape[x] for x in a.dims[0]), math.prod(a.shape[x] for x in a.dims[2])
-    count = math.prod(a.shape[x] for x in a.dims[1] if x != SAMPLES)
+    groups, width = (math.prod(a.shape[x] for x in a.dims[d]) for d in (0, 2))
+    count = math.prod(a.shape[x] for x in inner)
     first = t.reshaped(a, (groups, count, width))
     second = _matrices(t, b, [])
     y = t.emit("matmul", [first, second], (groups, count, second.shape[-1]), groups=groups)

@@ -11,7 +11,7 @@ import torch
 
 from ..expressions import Expression, call, constant, variable
 from ..graph import Shape, Untraceable
-from .builder import SAMPLES, Constant, Emitter, GraphBuilder, Literal, Value
+from .builder import SAMPLES, Constant, Emitter, GraphBuilder, Literal, Value, widened
 from .shapes import sliced, zero_padded
 
 Function = Callable[..., Expression]
@@ -41,7 +41,7 @@ def _aligned(t: GraphBuilder, operands: Sequence[Value], name: str) -> tuple[lis
     if all((o.dims, o.shape) == (first.dims, first.shape) for o in operands):
         return list(operands), first.shape, first.dims
     rank = max(len(o.dims) for o in operands)
-    wide = [replace(o, dims=((),) * (rank - len(o.dims)) + o.dims) for o in operands]
+    wide = [widened(o, rank) for o in operands]
     alone = [i for o in wide for i, d in enumerate(o.dims) if d == (SAMPLES,)]
     wide = [t.single_sample_in(o, alone[0]) for o in wide] if alone else wide
     wide, merged = _unmerged_samples(t, wide, name)
@@ -97,8 +97,7 @@ def _unmerged_samples(t: GraphBuilder, operands: list[Value], name: str) -> tupl
     apart = []
     for o in operands:
         if t.full_shape(o)[place] == 1 and o.once:
-            middle: tuple[tuple[int, ...], ...] = ((),) * len(pattern)
-            middle = (o.dims[place], *middle[1:])
+            middle = (o.dims[place], *((),) * (len(pattern) - 1))
         elif o.once:
             raise Untraceable(f"{name} of merged samples and something with as many elements")
         else:
@@ -203,12 +202,6 @@ def _scalar(x: Any) -> Any:
 def masked_filled(t: GraphBuilder, x: Any, mask: Any, value: Any) -> Value:
     fill = _scalar(value)
     return pointwise(t, "masked_fill", lambda c, v, f: call("where", c, f, v), mask, x, fill)
-
-
-def softplus(x: Any, beta: float = 1.0) -> Any:
-    """log(1 + exp(βx)) / β without overflow."""
-    z = x * beta
-    return (call("maximum", z, 0) + call("log1p", call("exp", -call("abs", z)))) / beta
 
 
 def _not(x: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from .builder import (
     Unset,
     Value,
     Weight,
-    by_sample,
+    widened,
 )
 
 # ---- views -------------------------------------------------------------------------------------------
@@ -222,6 +222,11 @@ def sliced(t: GraphBuilder, x: Any, dim: int, start: int, step: int, count: int)
         return x
     if count == 0:
         raise Untraceable("a slice without elements has no fused kernel")
+    return _part(t, x, axis, start, step, count)
+
+
+def _part(t: GraphBuilder, x: Value, axis: int, start: int, step: int, count: int) -> Value:
+    """The same along an axis, as it stands in memory."""
     shape = (*x.shape[:axis], count, *x.shape[axis + 1 :])
     made = [boxes.sliced(x.shape, axis, start, step, count)]
     return _map(t, "slice", x, made, shape, axis=axis, start=start, step=step)
@@ -274,17 +279,11 @@ def _roll(t: GraphBuilder, x: Any, shifts: Sequence[int], dims: Sequence[int] = 
         x, axis = along(t, x, dim, "roll")
         n = x.shape[axis]
         if first := shift % n:
-            x = _joined(t, "roll", [_part(t, x, axis, n - first, first), _part(t, x, axis, 0, n - first)], axis)
+            x = _joined(t, [_part(t, x, axis, n - first, 1, first), _part(t, x, axis, 0, 1, n - first)], axis)
     return x
 
 
-def _part(t: GraphBuilder, x: Value, axis: int, start: int, count: int) -> Value:
-    shape = (*x.shape[:axis], count, *x.shape[axis + 1 :])
-    made = [boxes.sliced(x.shape, axis, start, 1, count)]
-    return _map(t, "slice", x, made, shape, axis=axis, start=start, step=1)
-
-
-def _joined(t: GraphBuilder, name: str, parts: Sequence[Value], axis: int) -> Value:
+def _joined(t: GraphBuilder, parts: Sequence[Value], axis: int) -> Value:
     """Values one after another along an axis, as they stand in memory."""
     shape = list(parts[0].shape)
     shape[axis] = sum(p.shape[axis] for p in parts)
@@ -300,10 +299,10 @@ def expanded(t: GraphBuilder, x: Any, size: Sequence[int]) -> Any:
     full = (1,) * (len(size) - len(x.dims)) + t.full_shape(x)
     wanted = tuple(n if s == -1 else s for s, n in zip(size, full, strict=True))
     if wanted == full:
-        return x if len(size) == len(x.dims) else replace(x, dims=((),) * (len(size) - len(x.dims)) + x.dims)
+        return x if len(size) == len(x.dims) else widened(x, len(size))
     if x.once and wanted[0] == t.samples and full[0] == 1 and len(wanted) > 1:
         return _for_samples(t, x, wanted)
-    x = t.unmerged(replace(x, dims=((),) * (len(size) - len(x.dims)) + x.dims), "expand")
+    x = t.unmerged(widened(x, len(size)), "expand")
     place = next((i for i, d in enumerate(x.dims) if SAMPLES in d), None)
     shape = tuple(n for i, n in enumerate(wanted) if i != place)
     return _map(t, "expand", x, [boxes.expanded(x.shape, shape)], shape)
@@ -311,17 +310,14 @@ def expanded(t: GraphBuilder, x: Any, size: Sequence[int]) -> Any:
 
 def _for_samples(t: GraphBuilder, x: Value, wanted: Shape) -> Value:
     """Something of the task once for every sample, along the first dimension."""
-    x = t.unmerged(replace(x, dims=((),) * (len(wanted) - len(x.dims)) + x.dims), "expand")
-    inner = t.reshaped(x, x.shape[1:])
-    made = [boxes.expanded(inner.shape, wanted[1:])]
-    y = t.linear_map("expand", [inner], made, wanted[1:], once=False)
-    return replace(by_sample(y.index, wanted[1:]), mask=x.mask)
+    x = t.unmerged(widened(x, len(wanted)), "expand")
+    return replace(every_sample(t, t.reshaped(x, x.shape[1:]), wanted[1:]), mask=x.mask)
 
 
-def every_sample(t: GraphBuilder, x: Value) -> Value:
-    """Something of the task once for every sample, which come first."""
-    y = t.linear_map("expand", [t.in_order(x)], [boxes.expanded(x.shape, x.shape)], x.shape, once=False)
-    return by_sample(y.index, x.shape)
+def every_sample(t: GraphBuilder, x: Value, shape: Shape) -> Value:
+    """Something of the task once for every sample, which come first; axes of one element are repeated to `shape`."""
+    x = t.in_order(x)
+    return t.linear_map("expand", [x], [boxes.expanded(x.shape, shape)], shape, once=False)
 
 
 def _expand(t: GraphBuilder, x: Any, size: Sequence[int], implicit: bool = False) -> Any:
@@ -332,13 +328,13 @@ def _repeat(t: GraphBuilder, x: Any, repeats: Sequence[int]) -> Any:
     if isinstance(x, Weight | Constant) and len(x.shape) == 1 and tuple(repeats) == (t.samples,):
         return Repeated(x)
     x = t.lifted(x, "repeat")
-    x = replace(x, dims=((),) * (len(repeats) - len(x.dims)) + x.dims)
+    x = widened(x, len(repeats))
     if x.once and len(repeats) > 1 and repeats[0] == t.samples and t.full_shape(x)[0] == 1:
         x, repeats = _for_samples(t, x, (t.samples, *t.full_shape(x)[1:])), (1, *repeats[1:])
     for dim, times in enumerate(repeats):
         if times != 1:
             x, axis = along(t, x, dim, "repeat")
-            x = _joined(t, "repeat", [x] * times, axis)
+            x = _joined(t, [x] * times, axis)
     return x
 
 
@@ -351,14 +347,14 @@ def _cat(t: GraphBuilder, values: Sequence[Any], dim: int = 0) -> Any:
     alone = [_one_axis(p, dim) for p in parts]
     rests = {(p.dims, p.shape[:a], p.shape[a + 1 :]) for p, a in zip(parts, alone, strict=True) if a is not None}
     if None not in alone and len(rests) == 1:
-        return _joined(t, "cat", parts, parts[0].dims[dim][0])
+        return _joined(t, parts, parts[0].dims[dim][0])
     moved = [t.unmerged(p, "cat") for p in parts]
     axis = moved[0].dims[dim][0]
     if axis == SAMPLES:
         raise Untraceable("cat over the sample dimension has no fused kernel")
     if len({(p.dims, p.shape[:axis] + p.shape[axis + 1 :]) for p in moved}) != 1:
         raise Untraceable(f"cat of shapes {[t.full_shape(p) for p in parts]}, with samples in different places")
-    return _joined(t, "cat", moved, axis)
+    return _joined(t, moved, axis)
 
 
 def _one_axis(x: Value, dim: int) -> int | None:
@@ -374,7 +370,8 @@ def _with_samples(t: GraphBuilder, x: Value, like: Value) -> Value:
     if like.dims[place] != (SAMPLES,) or one is None or (t.samples != 1 and one is x):
         raise Untraceable("cat of activations and something without samples has no fused kernel")
     one = t.unmerged(one, "cat")
-    y = every_sample(t, _without(t, replace(one, dims=(*one.dims[:place], *one.dims[place + 1 :])), one.dims[place]))
+    one = _without(t, replace(one, dims=(*one.dims[:place], *one.dims[place + 1 :])), one.dims[place])
+    y = every_sample(t, one, one.shape)
     dims = list(y.dims[1:])
     dims.insert(place, (SAMPLES,))
     return replace(y, dims=tuple(dims))
@@ -420,20 +417,21 @@ def picked(t: GraphBuilder, x: Any, dim: int, indices: Sequence[int], name: str)
     return _map(t, name, x, made, shape, axis=axis, indices=tuple(indices))
 
 
-def _reflect(t: GraphBuilder, x: Any, pad: Sequence[int]) -> Any:
-    for i in range(len(pad) // 2):
-        n = t.full_shape(t.lifted(x, "reflection_pad"))[-1 - i]
-        reach = range(-pad[2 * i], n + pad[2 * i + 1])
-        x = picked(t, x, -1 - i, [abs((n - 1) - abs((n - 1) - j)) for j in reach], "reflection_pad")
-    return x
+def _padded(name: str, source: Callable[[int, int], int]) -> Emitter:
+    """Around the last dimensions, elements of the inside: `source(place, length)` is the number of one."""
+
+    def emit(t: GraphBuilder, x: Any, pad: Sequence[int]) -> Any:
+        for i in range(len(pad) // 2):
+            n = t.full_shape(t.lifted(x, name))[-1 - i]
+            reach = range(-pad[2 * i], n + pad[2 * i + 1])
+            x = picked(t, x, -1 - i, [source(j, n) for j in reach], name)
+        return x
+
+    return emit
 
 
-def _replicate(t: GraphBuilder, x: Any, pad: Sequence[int]) -> Any:
-    for i in range(len(pad) // 2):
-        n = t.full_shape(t.lifted(x, "replication_pad"))[-1 - i]
-        reach = range(-pad[2 * i], n + pad[2 * i + 1])
-        x = picked(t, x, -1 - i, [min(max(j, 0), n - 1) for j in reach], "replication_pad")
-    return x
+_reflect = _padded("reflection_pad", lambda j, n: abs((n - 1) - abs((n - 1) - j)))
+_replicate = _padded("replication_pad", lambda j, n: min(max(j, 0), n - 1))
 
 
 def _index_select(t: GraphBuilder, x: Any, dim: int, index: Any) -> Any:
