@@ -71,6 +71,8 @@ class OpCheck {
     std::pair<std::size_t, std::size_t> inputs() const {
         const OpKind kind = op_.kind;
         if (kind == OpKind::parameter || kind == OpKind::constant || kind == OpKind::target) return {0, 0};
+        if (kind == OpKind::input || kind == OpKind::draw) return {0, 0};
+        if (kind == OpKind::lookup) return {1, 2};
         if (kind == OpKind::add || kind == OpKind::matmul) return {2, 2};
         if (kind == OpKind::linear) return {1, 2};
         if (kind == OpKind::pointwise) return {1, kMostOperands};
@@ -83,8 +85,10 @@ class OpCheck {
         bool all = true;
         for (int v : op_.inputs) all = all && spec_.once[v];
         const bool out = spec_.once[op_.out], mixes = op_.kind == OpKind::pointwise || op_.kind == OpKind::matmul;
-        if (op_.kind == OpKind::linear_map) return;
-        if (op_.kind == OpKind::target) return require(!out, where_, "targets have a sample axis");
+        if (op_.kind == OpKind::linear_map || op_.kind == OpKind::draw) return;
+        if (op_.kind == OpKind::target || op_.kind == OpKind::input)
+            return require(!out, where_, "targets and inputs have a sample axis");
+        if (op_.kind == OpKind::lookup) return lookup_axes();
         require(out == all, where_, "its output and its inputs disagree about the sample axis");
         const bool image = op_.kind == OpKind::conv || is_channel_norm(op_.kind);
         require(!(image && all), where_, "it needs a sample axis");
@@ -92,6 +96,11 @@ class OpCheck {
             const bool once = spec_.once[op_.inputs[j]];
             require(op_.kind == OpKind::linear ? once : once == all, where_, "an input has, or lacks, a sample axis");
         }
+    }
+
+    void lookup_axes() const {
+        require(spec_.once[op_.out] == spec_.once[op_.inputs[0]], where_, "its rows and its indices disagree");
+        require(op_.inputs.size() == 1 || spec_.once[op_.inputs[1]], where_, "its table has a sample axis");
     }
 
     void sizes() const {
@@ -110,11 +119,12 @@ class OpCheck {
     void parameters() const {
         bool conv = op_.kind == OpKind::conv, norm = op_.kind == OpKind::layer_norm || is_channel_norm(op_.kind);
         bool weighted = conv || (op_.kind == OpKind::linear && op_.inputs.size() == 1), alone = is_alone();
+        weighted = weighted || (op_.kind == OpKind::lookup && op_.inputs.size() == 1);
         for (int p : {op_.w, op_.b}) require_index(where_, "parameter", p, -1, spec_.params.size());
         bool biased = norm || (op_.kind == OpKind::linear && !weighted && op_.w < 0);
         require(weighted || alone ? op_.w >= 0 : biased || (op_.w < 0 && op_.b < 0), where_,
                 "wrong number of parameters");
-        require(!alone || op_.b < 0, where_, "wrong number of parameters");
+        require(!(alone || op_.kind == OpKind::lookup) || op_.b < 0, where_, "wrong number of parameters");
         if (op_.w >= 0) {
             require_equal(quoted(spec_.params[op_.w]), weight_size(), spec_.params[op_.w].size);
             require((spec_.params[op_.w].taps > 0) == conv, where_, "convolutions share no weights with other layers");
@@ -138,7 +148,7 @@ class OpCheck {
 
     long weight_size() const {
         if (is_alone()) return out();
-        if (op_.kind == OpKind::linear) return op_.width * op_.out_width;
+        if (op_.kind == OpKind::linear || op_.kind == OpKind::lookup) return op_.width * op_.out_width;
         if (op_.kind != OpKind::conv) return op_.width;
         const ParamSpec& p = spec_.params[op_.w];
         bool divides = op_.width % op_.groups == 0 && op_.out_width % op_.groups == 0;
@@ -170,6 +180,14 @@ class OpCheck {
                 return;
             case OpKind::target:
                 return require(spec_.loss == LossKind::value, where_, "a named loss reads the targets itself");
+            case OpKind::input:
+                return require_index(where_, "input", int(op_.width), 0, spec_.inputs);
+            case OpKind::draw:
+                return require(out() % op_.rows == 0 && op_.width < (1L << 31), where_, "its rows do not divide it");
+            case OpKind::lookup:
+                require(op_.width > 0 && op_.width <= (1L << 24), where_, "no or too many rows of a table");
+                if (op_.inputs.size() == 2) require_equal(where_ + ", the table", op_.width * op_.out_width, in(1));
+                return features(op_.rows, op_.rows * op_.out_width);
             case OpKind::pointwise:
                 return pointwise();
             case OpKind::linear_map:
@@ -428,6 +446,21 @@ void check_output(const Spec& s) {
     }
 }
 
+constexpr std::size_t kMostInputs = 1 << 10;
+
+// What several operations read of one input is of one size and type.
+void check_inputs(const Spec& s) {
+    require(s.inputs <= kMostInputs, "inputs", "too many of them");
+    std::vector<const OpSpec*> first(s.inputs);
+    for (const OpSpec& op : s.ops) {
+        if (op.kind != OpKind::input) continue;
+        const OpSpec*& known = first[std::size_t(op.width)];
+        const bool same = !known || (s.features[known->out] == s.features[op.out] && known->f0 == op.f0);
+        require(same, "inputs", "one is read as of several shapes or types");
+        known = &op;
+    }
+}
+
 }  // namespace
 
 void check(const Spec& s) {
@@ -440,6 +473,7 @@ void check(const Spec& s) {
         made[s.ops[i].out] = true;
     }
     check_convolved(s);
+    check_inputs(s);
     require_index("output", "buffer", s.out, 1, s.features.size());
     require(made[s.out], "output", "no layer writes it");
     require(s.outputs < 0 || s.outputs >= int(made.size()) || made[s.outputs], "outputs", "no layer writes it");

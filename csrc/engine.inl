@@ -12,6 +12,7 @@
 #include "primitives/indirect.inl"
 #include "primitives/math.inl"
 #include "primitives/reduce.inl"
+#include "primitives/philox.inl"
 #include "layers/activation.inl"
 #include "layers/norm_statistics.inl"
 #include "layers/norm_windows.inl"
@@ -195,7 +196,13 @@ class Engine {
             case OpKind::constant:
                 return spread_parameter({constant(op.c0), 0}, size, y);
             case OpKind::target:
-                return target_values(op, tape, y);
+                return given_values(op, tape, call_.y[tape.batch], y);
+            case OpKind::input:
+                return given_values(op, tape, call_.inputs[tape.batch][op.width], y);
+            case OpKind::draw:
+                return draw_values(op, in.draws, tape, y);
+            case OpKind::lookup:
+                return lookup_values(op, tape, table(op, tape, weight(in.theta, op.w)), true, y);
             case OpKind::pointwise:
                 return pointwise_forward(op, tape, y);
             case OpKind::linear_map:
@@ -280,7 +287,11 @@ class Engine {
                 return add_parameter_gradient(gradient(in.out, op.w, adapted_only), op.w_first, size / B_, dy);
             case OpKind::constant:
             case OpKind::target:
+            case OpKind::input:
+            case OpKind::draw:
                 return;
+            case OpKind::lookup:
+                return lookup_deltas(op, tape, dy, gradient(in.out, op.w, adapted_only), delta);
             case OpKind::pointwise:
                 return pointwise_backward(op, tape, dy, delta);
             case OpKind::linear_map:
@@ -358,7 +369,11 @@ class Engine {
                 return spread_parameter(direction(in.vector, op.w), size / B_, ty);
             case OpKind::constant:
             case OpKind::target:
+            case OpKind::input:
+            case OpKind::draw:
                 return;
+            case OpKind::lookup:
+                return lookup_values(op, tape, table_tangent(op, in.vector), false, ty);
             case OpKind::pointwise:
                 return pointwise_tangent(op, tape, ty);
             case OpKind::linear_map:
@@ -437,7 +452,11 @@ class Engine {
                 return add_parameter_gradient(gradient(in.out, op.w, false), op.w_first, size / B_, ey);
             case OpKind::constant:
             case OpKind::target:
+            case OpKind::input:
+            case OpKind::draw:
                 return;
+            case OpKind::lookup:
+                return lookup_deltas(op, tape, ey, gradient(in.out, op.w, false), delta);
             case OpKind::pointwise:
                 return pointwise_backward_tangent(op, tape, dy, ey, delta);
             case OpKind::linear_map:
@@ -471,6 +490,7 @@ class Engine {
 #include "engine/norms.inl"
 #include "engine/layer_norms.inl"
 #include "engine/families.inl"
+#include "engine/lookups.inl"
 #include "engine/linear_maps.inl"
 #include "engine/sums.inl"
 #include "engine/losses.inl"
@@ -513,5 +533,5 @@ void run_block(const PlanView& plan, const Call& call, const S* arena, S* worksp
 
 template <class S>
 constexpr KernelsOf<S> kernels_of() {
-    return {lanes<S>, kBlockDepth, pack_op<S>, run_block<S>};
+    return {lanes<S>, kBlockDepth, pack_op<S>, run_block<S>, draw_run<S>};
 }

@@ -125,8 +125,9 @@ Instr parse_instruction(const py::dict& d) {
     Instr in;
     in.code = instruction(text(d, "code"));
     const std::pair<const char*, int*> operands[] = {
-        {"slot", &in.slot},     {"theta", &in.theta},     {"out", &in.out},   {"gradient", &in.gradient},
-        {"vector", &in.vector}, {"adjoint", &in.adjoint}, {"tape", &in.tape}, {"batch", &in.batch}};
+        {"slot", &in.slot},         {"theta", &in.theta},   {"out", &in.out},
+        {"gradient", &in.gradient}, {"vector", &in.vector}, {"adjoint", &in.adjoint},
+        {"tape", &in.tape},         {"batch", &in.batch},   {"draws", &in.draws}};
     for (const std::string& field : fields_of(kInstructions[int(in.code)])) {
         if (field == "seed" || field == "inputs") {
             (field == "seed" ? in.seed : in.inputs) = get<bool>(d, field.c_str());
@@ -164,6 +165,7 @@ Spec parse(const py::dict& d) {
     s.params = parse_list(d, "params", parse_param);
     s.constants = parse_read(d["constants"]);
     s.rates = parse_read(d["rates"]);
+    s.inputs = get<std::size_t>(d, "inputs");
     s.code = parse_list(d, "code", parse_instruction);
     s.tapes = get<std::vector<int>>(d, "tapes");
     s.slots = get<int>(d, "slots");
@@ -227,12 +229,14 @@ class Plan {
     void run(py::handle x_s, py::handle y_s, py::handle x_q, py::handle y_q, py::handle weights, py::handle cotangent,
              py::handle losses, py::handle objective, py::handle outputs, py::handle rate_gradient, py::handle dx_s,
              py::handle dx_q, py::handle params, py::handle constants, py::handle rates, py::handle adapted,
-             py::handle gradients, py::handle adapted_out, bool add, long threads, py::object spent) {
+             py::handle gradients, py::handle adapted_out, py::handle inputs_s, py::handle inputs_q, std::uint64_t seed,
+             bool add, long threads, py::object spent) {
         check_threads(threads);
         const Signature& s = signature_;
         const std::vector<Expected> none;
         Tensors tensors;
         auto read = [&](py::handle t, const Expected& e) { return tensors.read(t, e); };
+        auto read_batch = [&](py::handle t, const Expected& e) { return tensors.read_batch(t, e); };
         auto made = [&](py::handle t, const Expected& e) { return tensors.made(t, e); };
         auto grown = [&](py::handle t, const Expected& e) { return add ? tensors.written(t, e) : tensors.made(t, e); };
         Call call{};
@@ -253,13 +257,20 @@ class Plan {
                    c = addresses(constants, "buffers", s.constants, read), r = addresses(rates, "lr", s.rates, read),
                    a = addresses(adapted, "adapted", s.loads ? s.adapted : none, read),
                    g = addresses(gradients, "gradients", s.reverse ? s.gradients : none, grown),
-                   o = addresses(adapted_out, "adapted", s.stores ? s.adapted_out : none, made);
+                   o = addresses(adapted_out, "adapted", s.stores ? s.adapted_out : none, made),
+                   more_s = addresses(inputs_s, "x_s", s.inputs[0], read_batch),
+                   more_q = addresses(inputs_q, "x_q", s.inputs[1], read_batch);
+        std::int64_t outside[2] = {0, 0};
         call.params = p.data();
         call.constants = c.data();
         call.rates = r.data();
         call.adapted = a.data();
         call.gradients = s.reverse ? g.data() : nullptr;
         call.adapted_out = o.data();
+        call.inputs[0] = more_s.data();
+        call.inputs[1] = more_q.data();
+        call.seed = seed;
+        call.outside = outside;
         call.add = add;
         call.threads = int(threads);
         s.check(call);
@@ -295,6 +306,18 @@ class Plan {
     std::unique_ptr<Runner<float>> f32_;
     std::unique_ptr<Runner<double>> f64_;
 };
+
+void draw(py::handle out, std::uint64_t seed, std::uint32_t number, long step, std::uint32_t first_task) {
+    const auto shape = out.attr("shape").cast<std::pair<long, long>>();
+    const bool f64 = py::str(out.attr("dtype")).cast<std::string>() == "torch.float64";
+    const Tensors tensors;
+    void* y = tensors.written(out, {"out", shape.first * shape.second, f64 ? Scalar::float64 : Scalar::float32, true});
+    const Draw d{number, std::uint32_t(step), first_task, seed};
+    if (f64)
+        draw_tasks(d, shape.first, shape.second, static_cast<double*>(y));
+    else
+        draw_tasks(d, shape.first, shape.second, static_cast<float*>(y));
+}
 
 // ---- tables ------------------------------------------------------------------------------------
 
@@ -333,5 +356,6 @@ PYBIND11_MODULE(_core, m) {
     m.attr("MOST_THREADS") = kMostThreads;
     m.attr("MOST_AXES") = kMostAxes;
     m.def("available", &available_names);
+    m.def("draw", &draw, py::arg("out"), py::arg("seed"), py::arg("number"), py::arg("step"), py::arg("first_task"));
     m.def("choose", [] { return std::string(name(choose())); });
 }

@@ -22,6 +22,9 @@
     X(parameter)              \
     X(constant)               \
     X(target)                 \
+    X(input)                  \
+    X(draw)                   \
+    X(lookup)                 \
     X(pointwise)              \
     X(linear_map)             \
     X(matmul)                 \
@@ -88,7 +91,7 @@
 // Instructions and their operands: slots, tapes and flags, as in maml_fast/algorithms/program.py.
 #define MAML_FAST_INSTRUCTIONS(X)                \
     X(load, slot)                                \
-    X(forward, theta, batch, tape)               \
+    X(forward, theta, batch, tape, draws)        \
     X(support_loss, tape)                        \
     X(query_loss, tape, seed)                    \
     X(cotangent, tape)                           \

@@ -90,6 +90,7 @@ struct Instr {
     Code code{};
     int slot = -1, theta = -1, out = -1, gradient = -1, vector = -1, adjoint = -1;
     int tape = -1;
+    int draws = -1;       // a forward pass: the inner step whose random numbers it draws, or -1 for the query's
     bool seed = false;    // a query loss: also its slope
     bool inputs = false;  // also the gradient w.r.t. the batch's inputs
     int batch = 0;
@@ -163,7 +164,8 @@ struct Call {
     const void* const* constants;
     const void* const* rates;
     const void* x[2];
-    const void* y[2];  // int64 labels or values
+    const void* const* inputs[2];  // the inputs beside x, of S or int64
+    const void* y[2];              // int64 labels or values
     const void* weights;
     const void* cotangent;
     const void* const* adapted;
@@ -174,12 +176,20 @@ struct Call {
     void* rate_gradient;
     void* dx[2];
     void* const* adapted_out;
-    bool add;  // add to `gradients` rather than overwrite
+    std::uint64_t seed;     // of the random numbers
+    std::int64_t* outside;  // what a lookup reads beside its table: (row, rows), or (0, 0) for nothing
+    bool add;               // add to `gradients` rather than overwrite
     int threads;
     int team;  // threads that share one task: more than 1 where there are fewer tasks than threads
     void (*parallel)(int threads, void (*fn)(void* context, int worker), void* context);
     std::int64_t (*clock)();  // nanoseconds; null where instructions are not timed
     std::int64_t* spent;      // per instruction of the plan: this thread's nanoseconds
+};
+
+// What a draw's random numbers depend on beside the element.
+struct Draw {
+    std::uint32_t number, pass, task;
+    std::uint64_t seed;
 };
 
 // The kernels of one instruction set for one scalar type.
@@ -191,6 +201,8 @@ struct KernelsOf {
     void (*pack)(const PlanView&, const Call&, int op, S* arena);
     // Runs the program for tasks [first, first + count); adds their gradients to `partial`.
     void (*block)(const PlanView&, const Call&, const S* arena, S* workspace, S* partial, long first, long count);
+    // Elements [first, first + n) of a draw.
+    void (*draw)(const Draw&, long first, long n, S* y);
 };
 
 // The argument's type chooses.

@@ -8,6 +8,8 @@
 #include <limits>
 #include <new>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 #include <thread>
 
 #include "thread_pool.h"
@@ -255,6 +257,11 @@ void Runner<S>::run(Call& call, Times* times) {
     ThreadPool::instance().run(call.threads, [](void* c, int worker) { static_cast<Job<S>*>(c)->work(worker); }, &job);
     if (times) share_out(spent, std::size_t(plan.n_code), watch.lap(), *times);
     learn(job.nanoseconds);
+    if (call.outside[1]) {
+        give_back(std::move(memory));
+        throw std::out_of_range("model: expected indices in [0, " + std::to_string(call.outside[1]) + "), got " +
+                                std::to_string(call.outside[0]));
+    }
     if (call.gradients) reduce(call, memory->total.get());
     if (call.objective) add_up(call);
     if (times) times->sums = watch.lap();
@@ -305,6 +312,15 @@ void Runner<S>::add_up(const Call& call) {
     for (long t = 0; t < call.tasks; ++t) sum += weights[t] * losses[t];
     *static_cast<S*>(call.objective) = sum;
 }
+
+template <class S>
+void draw_tasks(Draw draw, long tasks, long elements, S* y) {
+    const KernelsOf<S>& kernels = kernels_for<S>(choose());
+    for (long t = 0; t < tasks; ++t, ++draw.task) kernels.draw(draw, 0, elements, y + t * elements);
+}
+
+template void draw_tasks<float>(Draw, long, long, float*);
+template void draw_tasks<double>(Draw, long, long, double*);
 
 template class Runner<float>;
 template class Runner<double>;

@@ -20,6 +20,10 @@ struct Times {
     std::int64_t sums = 0;
 };
 
+// Fills `y`, of so many elements for each of the tasks from draw.task on, with random numbers.
+template <class S>
+void draw_tasks(Draw draw, long tasks, long elements, S* y);
+
 // Memory of one call, reused by the next: shared panels, and a workspace and a partial sum per thread.
 template <class S>
 struct Memory;

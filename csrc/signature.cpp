@@ -1,5 +1,6 @@
 #include "signature.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace maml_fast {
@@ -35,7 +36,28 @@ Signature::Signature(const Spec& s, Scalar scalar) {
         gradients.push_back({"gradient of " + quoted, p.size, scalar, false});
         adapted_out.push_back({"adapted " + quoted, s.tasks * p.size, scalar, true});
     }
+    read_inputs(s, scalar);
     read_code(s);
+}
+
+// Buffer 0, and what stands beside it: only of the batches that the program works on.
+void Signature::read_inputs(const Spec& s, Scalar scalar) {
+    for (const OpSpec& op : s.ops)
+        for (int v : op.inputs) reads_x = reads_x || v == 0;
+    reads_x = reads_x || s.out == 0;
+    for (int b = 0; b < 2; ++b) {
+        const bool used = std::count(s.tapes.begin(), s.tapes.end(), b) > 0;
+        const std::string name = b == 0 ? "x_s" : "x_q";
+        for (std::size_t i = 0; used && i < s.inputs; ++i) inputs[b].push_back({name, 0, scalar, false});
+    }
+    for (const OpSpec& op : s.ops) {
+        if (op.kind != OpKind::input) continue;
+        for (int b = 0; b < 2; ++b) {
+            if (inputs[b].empty()) continue;
+            Expected& e = inputs[b][std::size_t(op.width)];
+            e = {e.name, s.tasks * s.samples[b] * s.features[op.out], op.f0 != 0 ? Scalar::int64 : scalar, true};
+        }
+    }
 }
 
 // Of a loss of a person's own: as its graph reads them, if it does.
@@ -57,7 +79,7 @@ void Signature::read_code(const Spec& s) {
                 loads = true;
                 break;
             case Code::forward:
-                x[in.batch].required = true;
+                x[in.batch].required = reads_x;
                 break;
             case Code::support_loss:
                 y[0].required = reads_targets;

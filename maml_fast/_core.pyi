@@ -55,6 +55,9 @@ class Plan:
         adapted: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
         adapted_out: Sequence[Tensor],
+        inputs_s: Sequence[Tensor | None],
+        inputs_q: Sequence[Tensor | None],
+        seed: int,
         add: bool,
         threads: int,
         spent: dict[str, Any] | None,
@@ -111,3 +114,11 @@ class Kinds:
 
 def existing_gradients(parameters: list[Tensor]) -> list[Tensor]:
     """Their gradients, if each has a contiguous one of its own type and shape; otherwise none."""
+
+def draw(out: Tensor, seed: int, number: int, step: int, first_task: int) -> None:
+    """Fill `out` (tasks, elements), float32 or float64, with the random numbers of a draw.
+
+    Args:
+        seed: of the call. number: of the draw within its pass. step: the inner step, −1 for the query's pass.
+        first_task: that of the first row.
+    """

@@ -106,7 +106,6 @@ DECLINED: dict[str, tuple[LossLike, str]] = {
     "kind-by-samples": (lambda z, y: F.l1_loss(z, y) if len(y) == 5 else F.mse_loss(z, y), "differs between"),
     "parameter-by-samples": (lambda z, y: F.huber_loss(z, y, delta=0.1 * len(y)), "differs between"),
     "other-targets": (lambda z, y: ((z - y.float()) ** 2).mean(), ""),
-    "asked-where-it-is": (lambda z, y: (2 if z.device.type == "cpu" else 1) * F.mse_loss(z, y), "asks a tensor"),
     "swallowed-read": (lambda z, y: _swallowed(y) * F.mse_loss(z, y), "asks a tensor for numpy"),
     "sorted": (lambda z, y: (z.sort(-1)[0] - y.sort(-1)[0]).square().mean(), "sort"),
     "samples-apart": (lambda z, y: (z @ z.t()).mean() + F.mse_loss(z, y), "product"),

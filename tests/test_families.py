@@ -409,7 +409,7 @@ REFUSED: dict[str, tuple[Forward, str]] = {
     "triangle-of-samples": (lambda m, x: torch.tril(m.hidden(x)), "triangle of the samples"),
     "folded-and-turned": (_folded_and_turned, "samples are merged"),
     "sorted": (lambda m, x: m.hidden(x).sort(1)[0], "sort"),
-    "random": (lambda m, x: F.dropout(m.hidden(x)), "random numbers"),
+    "random": (lambda m, x: m.hidden(x)[:, torch.randperm(x.shape[1])], "random numbers"),
 }
 
 

@@ -314,7 +314,7 @@ def test_explain_prints_the_program(backend: str) -> None:
     plan = instance._prepare(Mode.META_GRADIENT, *problem.batch).call.plan
     short, long = instance.explain(*problem.batch), instance.explain(*problem.batch, level="program")
     assert long.startswith(f"{short}\n{text(plan)}")
-    assert "tape0 = forward(θ0, support)" in long
+    assert "tape0 = forward(θ0, support, step 0)" in long
     assert "linear(x0; 0.weight, 0.bias)" in long
     assert "outputs = tape" in instance.explain(*problem.batch[:3], level="program")
 
@@ -331,5 +331,5 @@ def test_a_model_without_a_graph_prints_its_program() -> None:
     model.forward = lambda x: model[1](model[0](x))[0]  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match="slower"):
         said = MAML(model, 0.1, loss="mse").explain(*problem.batch, level="program")
-    assert "tape0 = forward(θ0, support)" in said
+    assert "tape0 = forward(θ0, support, step 0)" in said
     assert "graph" not in said.split("program:")[1]

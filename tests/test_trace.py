@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml_fast.graph.graph import Graph
+from maml_fast.graph.inputs import Inputs, Leaf
 from maml_fast.graph.losses import resolve
 from maml_fast.graph.model import Model
 from maml_fast.graph.objective import Objective
@@ -45,7 +46,7 @@ def traced(module: nn.Module, in_shape: tuple[int, ...]) -> Graph:
 
 def found(module: nn.Module, in_shape: tuple[int, ...], samples: tuple[int, ...] = (2, 3)) -> Any:
     objective = Objective(Model(module), resolve("mse"))
-    return trace(objective, [(n, None) for n in samples], in_shape, torch.float32, False)
+    return trace(objective, [(n, None) for n in samples], Inputs((Leaf(in_shape, torch.float32),)))
 
 
 def kinds(graph: Graph) -> list[str]:
@@ -253,14 +254,14 @@ DECLINED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "mean-over-all": (Function(lambda m, x: x.mean()), IMAGE, "samples are not first"),
     "upsample-fraction": (nn.Upsample(scale_factor=1.5), IMAGE, "only whole factors"),
     "upsample-smaller": (nn.Upsample((3, 9)), IMAGE, "only whole factors"),
-    "dropout": (nn.Dropout(0.5), IMAGE, "random numbers"),
-    "noise": (*_of(lambda m, x: linear(m, x) + torch.randn(3)), "random numbers"),
+    "own-generator": (*_of(lambda m, x: linear(m, x) + torch.randn(3, generator=GENERATOR)), "random numbers"),
+    "permutation": (*_of(lambda m, x: linear(m, x)[:, torch.randperm(3)]), "random numbers"),
     "cat-samples": (Function(lambda m, x: torch.cat([x, x])), IMAGE, "cat over the sample dimension"),
     "reshape-samples": (Function(lambda m, x: x.reshape(-1, 9)), IMAGE, "samples are merged"),
     "squeezed-sample": (Function(lambda m, x: x.reshape(1, -1)), (9,), "samples are merged"),
     "constant-attribute": (*_of(lambda m, x: linear(m, x) + CONSTANT), "constant of shape"),
 }  # fmt: skip
-CONSTANT = torch.ones(3)
+CONSTANT, GENERATOR = torch.ones(3), torch.Generator()
 
 
 @pytest.mark.parametrize(("module", "in_shape", "reason"), DECLINED.values(), ids=DECLINED)

@@ -15,6 +15,7 @@ from maml_fast.backends.triton.kernels import launch
 from maml_fast.backends.triton.kernels.activation import activation
 from maml_fast.backends.triton.memory import Memory
 from maml_fast.graph.graph import ACTIVATIONS as KINDS
+from maml_fast.graph.inputs import Inputs, Leaf
 from maml_fast.graph.losses import resolve
 from maml_fast.graph.model import Model
 from maml_fast.graph.objective import Objective
@@ -36,7 +37,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernel(name: str) -> None:
     """f, f' and f'' as `activate` gives them to every kernel."""
     layer, x = ACTIVATIONS[name](), points(torch.float32)
-    graph, _ = trace(Objective(Model(layer), resolve("mse")), [(1, None)], (1,), torch.float32, False)
+    graph, _ = trace(Objective(Model(layer), resolve("mse")), [(1, None)], Inputs((Leaf((1,), torch.float32),)))
     assert graph is not None
     (op,) = graph.live_ops()
     parameters = (*(op.attributes[attribute] for attribute in KINDS[op.kind]), 0.0, 0.0)[:2]

@@ -110,7 +110,7 @@ def test_a_line_per_instruction_adds_up() -> None:
         parts = [float(line.split()[1]) for line in found[begin + 1 : end]]
         assert total == pytest.approx(sum(kinds), abs=2e-3 * len(kinds))
         assert total == pytest.approx(sum(parts), abs=2e-3 * len(parts))
-        assert any("tape0 = forward(θ0, support)" in line for line in found[begin + 1 : end])
+        assert any("tape0 = forward(θ0, support, step 0)" in line for line in found[begin + 1 : end])
 
 
 @pytest.mark.usefixtures("core")

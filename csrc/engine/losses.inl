@@ -37,14 +37,6 @@ void own_loss(const TapeView& tape, int batch, S* losses, bool slope) const {
     }
 }
 
-// Targets as values of every sample.
-void target_values(const Op& op, const TapeView& tape, S* y) const {
-    const long size = B_ * per_task(tape, op.out), at = place(tape, plan_.features[op.out]);
-    if (op.f0 == 0) return copy(static_cast<const S*>(call_.y[tape.batch]) + at, y, size);
-    const std::int64_t* labels = static_cast<const std::int64_t*>(call_.y[tape.batch]) + at;
-    for (long i = 0; i < size; ++i) y[i] = S(labels[i]);
-}
-
 void loss_tangent(const TapeView& tape) {
     if (plan_.loss == LossKind::value) return fill(ws_ + tangents_.delta[plan_.out], B_, S(0));
     long N = samples(tape), all = plan_.samples[tape.batch], F = plan_.features[plan_.out], size = N * F;

@@ -81,7 +81,7 @@ class _Emitter:
         for k in range(self.steps):
             tape = self._tape(Batch.SUPPORT) if keep_tapes or k == 0 else self.support_tapes[0]
             gradient = self._slot() if self.rate_gradients or k == 0 else self.gradients[0]
-            self._support_pass(thetas[k], tape, gradient)
+            self._support_pass(k, thetas[k], tape, gradient)
             following = self._slot() if self.second_order or k == 0 else thetas[1]
             self.code.append(Update(following, thetas[k], gradient))
             thetas.append(following)
@@ -89,9 +89,9 @@ class _Emitter:
             self.gradients.append(gradient)
         return thetas
 
-    def _support_pass(self, theta: int, tape: int, gradient: int | None) -> None:
+    def _support_pass(self, step: int, theta: int, tape: int, gradient: int | None) -> None:
         self.code += [
-            Forward(theta, Batch.SUPPORT, tape),
+            Forward(theta, Batch.SUPPORT, tape, step),
             SupportLoss(tape),
             Backward(theta, Batch.SUPPORT, tape, gradient),
         ]
@@ -120,7 +120,7 @@ class _Emitter:
             if not self.second_order:
                 continue
             if not self.save and k < self.steps - 1:
-                self._support_pass(thetas[k], self.support_tapes[k], None)
+                self._support_pass(k, thetas[k], self.support_tapes[k], None)
             self.code += [
                 Scale(vector, adjoint),
                 Hvp(thetas[k], self.support_tapes[k], vector, product, inputs=self.goal.needs.x_s),

@@ -37,11 +37,15 @@ class Load:
 
 @dataclass(frozen=True)
 class Forward:
-    """tape ← activations of the network with parameters `theta` on `batch`."""
+    """tape ← activations of the network with parameters `theta` on `batch`.
+
+    `draws` is the inner step whose random numbers the network draws; None for the query's.
+    """
 
     theta: int
     batch: Batch
     tape: int
+    draws: int | None = None
 
 
 @dataclass(frozen=True)
@@ -236,8 +240,9 @@ def _text(i: Instruction, read: Callable[[int], str]) -> str:
     match i:
         case Load():
             return "load()"
-        case Forward(theta, batch, tape):
-            return f"tape{tape} = forward({read(theta)}, {batch})"
+        case Forward(theta, batch, tape, draws):
+            step = "" if draws is None else f", step {draws}"
+            return f"tape{tape} = forward({read(theta)}, {batch}{step})"
         case SupportLoss(tape):
             return f"support_loss(tape{tape})"
         case QueryLoss(tape, seed):

@@ -117,7 +117,7 @@ class _Later(torch.autograd.Function):
             ctx.pull = result.pull
         else:
             t = prepared.tensors
-            result = preparer.prepare(mode, t.x_s, t.y_s, t.x_q, t.y_q).run()
+            result = preparer.prepare(mode, t.x_s, t.y_s, t.x_q, t.y_q, seed=t.seed).run()
             ctx.pull = functools.partial(_adapt_again, prepared, reads)
         if mode is Mode.LOSS:
             assert result.losses is not None

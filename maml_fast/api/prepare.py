@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ..algorithms.goal import Inner, Mode, Needs
 from ..backends import dispatch, verbose
+from ..backends.randomness import new_seed
 from ..graph import losses, structure
 from ..graph.conditions import check_storage
 from ..graph.errors import warn
@@ -227,6 +228,7 @@ class Preparer:
         y_q: Data | None = None,
         outputs: bool = False,
         given: StandIns | None = None,
+        seed: int | None = None,
     ) -> Prepared:
         """Check everything and find the plan.
 
@@ -235,6 +237,7 @@ class Preparer:
         Args:
             outputs: whether a meta-gradient returns the query outputs too.
             given: takes the place of the parameters, rates and settings that there are.
+            seed: of the random numbers; None for a new one.
         """
         parameters = self._current_parameters()
         batch: tuple[Any, Any, Any, Any] = (x_s, y_s, x_q, y_q)
@@ -283,7 +286,9 @@ class Preparer:
             learned: Sequence[Tensor] = self.objective.learned.parameters()
         else:
             rates, learned = given.rates, given.learned
-        tensors = Tensors(parameters, rates, x_s, y_s, x_q, y_q, learned=learned)
+        tensors = Tensors(parameters, rates, x_s, y_s, x_q, y_q, learned=learned, seed=seed)
+        if call.plan.draws and seed is None:
+            tensors.seed = new_seed()
         if new or self._settings.check == "always":
             with torch.inference_mode(False):
                 call = Call(call.plan, self._selfcheck.settle(call.choice, tensors, self._settings.check))

@@ -15,6 +15,7 @@ from ..backends.agreement import Error, Results, errors_of, judge, order_of, rou
 from ..backends.base import Backend
 from ..backends.dispatch import Choice
 from ..backends.textbook import Textbook, classes
+from ..graph import structure
 from ..graph.errors import warn
 from ..lower.plan import Plan, Tensors
 
@@ -152,17 +153,20 @@ def _whole_gradient(plan: Plan, t: Tensors) -> tuple[Plan, Tensors]:
     if plan.mode is Mode.APPLY:
         assert t.x_q is not None
         adapted = [p.expand(plan.tasks, *p.shape) for p in parameters]
-        return plan, Tensors(parameters, rates, x_q=t.x_q.detach(), learned=learned, adapted=adapted)
+        x_q = structure.mapped(t.x_q, Tensor.detach)
+        return plan, Tensors(parameters, rates, x_q=x_q, learned=learned, adapted=adapted, seed=t.seed)
     assert t.x_s is not None and t.y_s is not None
     x_q = t.x_s if t.x_q is None else t.x_q
-    y_q = t.y_s[:, torch.arange(x_q.shape[1], device=x_q.device) % plan.support] if t.y_q is None else t.y_q
+    samples = structure.first(x_q).shape[1]
+    y_q = t.y_s[:, torch.arange(samples, device=plan.device) % plan.support] if t.y_q is None else t.y_q
     if plan.mode is not Mode.META_GRADIENT or plan.inner.steps > MOST_STEPS:
         trace, inner = plan.trace, replace(plan.inner, steps=min(plan.inner.steps, MOST_STEPS))
-        plan = replace(plan, mode=Mode.META_GRADIENT, inner=inner, query=x_q.shape[1], state={})
+        plan = replace(plan, mode=Mode.META_GRADIENT, inner=inner, query=samples, state={})
         plan.__dict__["trace"] = trace
     weights = torch.zeros(plan.tasks, dtype=plan.dtype, device=plan.device)
     weights[0] = 1
-    return plan, Tensors(parameters, rates, _varied(t.x_s), t.y_s, _varied(x_q), y_q, weights, learned=learned)
+    x_s, x_q = (structure.mapped(x, _varied) for x in (t.x_s, x_q))
+    return plan, Tensors(parameters, rates, x_s, t.y_s, x_q, y_q, weights, learned=learned, seed=t.seed)
 
 
 def _varied(x: Tensor) -> Tensor:
@@ -179,8 +183,8 @@ def _varied(x: Tensor) -> Tensor:
 def _alike(t: Tensors) -> Tensors:
     """The call with the first task in every task's place."""
 
-    def first(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[:1].expand_as(value).contiguous()
+    def first(value: Any) -> Any:
+        return structure.mapped(value, lambda v: v[:1].expand_as(v).contiguous())
 
     return replace(t, x_s=first(t.x_s), y_s=first(t.y_s), x_q=first(t.x_q), y_q=first(t.y_q))
 

@@ -79,7 +79,7 @@ def _fresh_leaves(plan: Plan, tensors: Tensors) -> Tensors:
 
     def inputs(x: Any, needed: Sequence[bool]) -> Any:
         each = iter(needed)
-        return structure.mapped(x, lambda v: leaf(v, next(each)))
+        return structure.mapped(x, lambda v: leaf(v, next(each, False)))
 
     return replace(
         tensors,

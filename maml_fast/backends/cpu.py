@@ -15,10 +15,12 @@ from torch import Tensor
 from ..algorithms.goal import Mode
 from ..algorithms.program import Batch, Instruction, Load, RateGradient, StoreParameters, Update
 from ..cached import cached_property
+from ..graph import structure
 from ..graph.boxes import Box
 from ..graph.expressions import Expression, derivatives
 from ..graph.expressions.language import PRIMITIVES
 from ..graph.graph import ACTIVATIONS, Attribute, Graph, Numbers, Op, Shape
+from ..graph.inputs import Inputs
 from ..graph.losses import NAMES
 from ..lower.broadcast import axes
 from ..lower.expression_code import Code, compiled
@@ -62,6 +64,9 @@ _KINDS = frozenset(
         "parameter",
         "constant",
         "target",
+        "input",
+        "draw",
+        "lookup",
         "pointwise",
         "linear_map",
         "matmul",
@@ -243,6 +248,9 @@ class _Call:
         ]
         own = graph.loss is not None and graph.loss.name == "value"
         self.reads_targets = not own or any(op.kind == "target" for op in graph.live_ops())
+        self.inputs = plan.inputs
+        self.one_input = not plan.inputs.several and plan.inputs.primary is not None
+        self.read = _read_inputs(graph, plan.inputs)
         self.new_objective = _new((), plan.dtype)
         self.new_outputs = _new((plan.tasks, plan.query, *(graph.returned or ())), plan.dtype)
         self.new_gradients = self._gradient_makers(plan, graph.used_parameters())
@@ -268,15 +276,17 @@ class _Call:
             result.adapted = [like.new_empty(plan.tasks, *s) for s in plan.model.shapes]
         if plan.needs.outputs or plan.mode in (Mode.QUERY_OUTPUTS, Mode.APPLY):
             result.outputs = self.new_outputs()
-        rate_gradient = None
+        rate_gradient = dx_s = dx_q = None
         if self.reverse:
-            self._allocate_gradients(plan, result, t)
+            dx_s, dx_q = self._allocate_gradients(plan, result, t)
             if self.rates_wanted:
                 rate_gradient = like.new_zeros(sum(self.rate_sizes))
+        x_s, more_s = self._inputs(t.x_s)
+        x_q, more_q = self._inputs(t.x_q)
         self.core.run(
-            t.x_s,
+            x_s,
             t.y_s if self.reads_targets else None,
-            t.x_q,
+            x_q,
             t.y_q if self.reads_targets else None,
             t.weights,
             t.cotangent,
@@ -284,14 +294,17 @@ class _Call:
             result.objective,
             result.outputs,
             rate_gradient,
-            result.x_s,
-            result.x_q,
+            dx_s,
+            dx_q,
             t.parameters,
             self._buffers(plan) if self.constants else (),
             t.rates,
             t.adapted,
             t.into or result.parameters,
             result.adapted,
+            more_s,
+            more_q,
+            t.seed or 0,
             bool(t.into),
             _threads(plan),
             spent,
@@ -300,6 +313,14 @@ class _Call:
             pieces = zip(rate_gradient.split(self.rate_sizes), plan.rates.shapes, plan.needs.rates, strict=True)
             result.rates = [g.view(s) if need else None for g, s, need in pieces]
         return result
+
+    def _inputs(self, x: Any) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+        """The tensor of buffer 0, and those that operations `input` read."""
+        if x is None or self.one_input:
+            return x, ()
+        given = structure.tensors(x)
+        others = [None if leaf is None else _as_given(given[leaf]) for leaf in self.read]
+        return None if self.inputs.primary is None else given[self.inputs.primary], others
 
     def _buffers(self, plan: Plan) -> list[Tensor]:
         """The buffers that layers read as constants, in the core's type."""
@@ -324,13 +345,34 @@ class _Call:
             made.append(_nothing if not need else _new(shape, plan.dtype) if i in used else zeros)
         return made
 
-    def _allocate_gradients(self, plan: Plan, result: Result, t: Tensors) -> None:
+    def _allocate_gradients(self, plan: Plan, result: Result, t: Tensors) -> list[Tensor | None]:
+        """Fills in the gradients; those of the inputs that the core writes."""
         assert t.x_s is not None and t.x_q is not None
         needs = plan.needs
         result.parameters = [None] * len(t.parameters) if t.into else [make() for make in self.new_gradients]
         result.rates = [None] * len(needs.rates)
-        result.x_s = _zeros(t.x_s) if needs.x_s else None
-        result.x_q = _zeros(t.x_q) if needs.x_q else None
+        result.x_s, dx_s = self._input_gradients(t.x_s, needs.x_s)
+        result.x_q, dx_q = self._input_gradients(t.x_q, needs.x_q)
+        return [dx_s, dx_q]
+
+    def _input_gradients(self, x: Any, needed: bool) -> tuple[Any, Tensor | None]:
+        """The gradient, or a list of one for each of several inputs; and the one that the core writes."""
+        if isinstance(x, Tensor):
+            made = _zeros(x) if needed else None
+            return made, made
+        each = [_zeros(v) if needed and i == self.inputs.primary else None for i, v in enumerate(structure.tensors(x))]
+        return each, None if self.inputs.primary is None else each[self.inputs.primary]
+
+
+def _read_inputs(graph: Graph, inputs: Inputs) -> list[int | None]:
+    """The leaf that each of the other inputs is; None for what nothing reads."""
+    read = {op.attributes["number"] for op in graph.live_ops() if op.kind == "input"}
+    return [leaf if number in read else None for number, leaf in enumerate(inputs.others)]
+
+
+def _as_given(x: Tensor) -> Tensor:
+    """Whole numbers of any type as int64."""
+    return x if x.is_floating_point() else x.to(torch.int64)
 
 
 def _new(shape: Shape, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -346,7 +388,7 @@ def _zeros(like: Tensor) -> Tensor:
     return torch.zeros_like(like, memory_format=torch.contiguous_format)
 
 
-_FAMILIES = frozenset(("pointwise", "linear_map", "matmul", "softmax", "log_softmax", "max"))
+_FAMILIES = frozenset(("pointwise", "linear_map", "matmul", "softmax", "log_softmax", "max", "lookup"))
 
 Constant = str | Numbers
 """A buffer's name, or numbers."""
@@ -475,6 +517,14 @@ class _Spec:
         match op.kind:
             case "target":
                 return {"f0": float(attributes["labels"])}
+            case "input":
+                return {"width": attributes["number"], "f0": float(attributes["whole"])}
+            case "draw":
+                return {"width": attributes["number"], "rows": attributes["outer"]}
+            case "lookup":
+                rows, count = attributes["rows"], math.prod(shapes[0])
+                sizes = {"rows": count, "width": rows, "out_width": math.prod(shape) // count}
+                return {**sizes, "f0": float(attributes["padding"])}
             case "constant":
                 return {"c0": self.constants.index(_constant_of(op))}
             case "pointwise":
@@ -542,6 +592,7 @@ class _Spec:
                     zip(plan.model.shapes, plan.model.adapts, plan.model.trainable, strict=True)
                 )
             ],
+            "inputs": len(plan.inputs.others),
             "constants": [{"name": _name(c), "size": _elements(plan, c)} for c in self.constants],
             "code": [_encode(i) for i in program.instructions],
             "tapes": [int(batch) for batch in program.tapes],

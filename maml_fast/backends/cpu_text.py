@@ -63,8 +63,9 @@ def _instruction(d: Mapping[str, Any], kind: type[Instruction]) -> Instruction:
     operands = {f.name: d[f.name] for f in fields(kind)}
     if "batch" in operands:
         operands["batch"] = Batch(operands["batch"])
-    if operands.get("out") == -1:
-        operands["out"] = None
+    for name in ("out", "draws"):
+        if operands.get(name) == -1:
+            operands[name] = None
     return kind(**operands)
 
 

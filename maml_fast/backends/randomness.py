@@ -7,8 +7,27 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
+
+_seeds: ContextVar[torch.Generator | None] = ContextVar("seeds", default=None)
+
+
+def new_seed() -> int:
+    """The seed of a call's random numbers, from PyTorch's generator of the CPU."""
+    with torch.inference_mode(False):
+        return int(torch.randint(1 << 62, (), generator=_seeds.get(), device="cpu"))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, the calls' seeds are those that follow from this one, and PyTorch's generator gives none."""
+    token = _seeds.set(torch.Generator().manual_seed(seed))
+    try:
+        yield
+    finally:
+        _seeds.reset(token)
 
 
 @contextmanager

@@ -5,8 +5,9 @@ It shares no mathematics with the fused backends, so that agreement means someth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..lower.plan import Plan, Result, Tensors
 from .autograd import differentiate
 from .base import Backend
 from .composed import Composed
+from .philox import Drawing
 
 _HOOKS = (
     "model: expected a forward without saved_tensors_hooks, which torch.utils.checkpoint is made of: it would compute "
@@ -36,8 +38,16 @@ class ReferenceBackend(Backend):
         return []
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
-        with _no_hooks(), Composed(batched=False, twice=plan.second_order):
-            return differentiate(plan, tensors, _query_outputs, _losses, _adapt, _apply)
+        draws = Drawing(tensors.seed, batched=False)
+        with _no_hooks(), Composed(batched=False, twice=plan.second_order), draws.during(plan):
+            return differentiate(
+                plan,
+                tensors,
+                partial(_query_outputs, draws),
+                partial(_losses, draws),
+                partial(_adapt, draws),
+                partial(_apply, draws),
+            )
 
 
 def _no_hooks() -> AbstractContextManager[None]:
@@ -50,11 +60,12 @@ def _no_hooks() -> AbstractContextManager[None]:
     return torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS)
 
 
-def _adapt_task(plan: Plan, t: Tensors, task: int) -> list[Tensor]:
+def _adapt_task(draws: Drawing, plan: Plan, t: Tensors, task: int) -> list[Tensor]:
     """θ_K of one task; with a graph back to θ_0 where the mode is a gradient's."""
     theta = list(t.parameters) if plan.mode.differentiates else _leaves(t.parameters, plan.model.trainable)
     adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
-    for _ in range(plan.inner.steps if adapted else 0):
+    for step in range(plan.inner.steps if adapted else 0):
+        draws.begin(step, task)
         loss = plan.objective.value(_point(plan, theta, t.learned), _of(t.x_s, task), _of(t.y_s, task))
         gradients: Sequence[Tensor | None] = [None] * len(adapted)
         if loss.requires_grad:
@@ -94,34 +105,44 @@ def _tasks(plan: Plan, outputs: Iterator[Any]) -> Any:
     return structure.stacked(list(outputs))
 
 
-def _query_outputs(plan: Plan, t: Tensors) -> Any:
-    points = (_point(plan, _adapt_task(plan, t, task), t.learned) for task in range(plan.tasks))
-    return _tasks(plan, (plan.objective.outputs(at, _of(t.x_q, task)) for task, at in enumerate(points)))
+def _points(
+    draws: Drawing, plan: Plan, t: Tensors, theta: Callable[[int], Sequence[Tensor]]
+) -> Iterator[tuple[int, Point]]:
+    """Every task, and where its query pass is evaluated."""
+    for task in range(plan.tasks):
+        at = _point(plan, theta(task), t.learned)
+        draws.begin(None, task)
+        yield task, at
 
 
-def _losses(plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
-    points = (_point(plan, _adapt_task(plan, t, task), t.learned) for task in range(plan.tasks))
+def _adapted_points(draws: Drawing, plan: Plan, t: Tensors) -> Iterator[tuple[int, Point]]:
+    return _points(draws, plan, t, lambda task: _adapt_task(draws, plan, t, task))
+
+
+def _query_outputs(draws: Drawing, plan: Plan, t: Tensors) -> Any:
+    points = _adapted_points(draws, plan, t)
+    return _tasks(plan, (plan.objective.outputs(at, _of(t.x_q, task)) for task, at in points))
+
+
+def _losses(draws: Drawing, plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
+    points = _adapted_points(draws, plan, t)
     if plan.needs.outputs:
-        both = (
-            plan.objective.value_and_outputs(at, _of(t.x_q, task), _of(t.y_q, task)) for task, at in enumerate(points)
-        )
+        both = (plan.objective.value_and_outputs(at, _of(t.x_q, task), _of(t.y_q, task)) for task, at in points)
         losses, outputs = zip(*both, strict=True)
         return torch.stack(losses), structure.stacked(outputs)
-    values = _tasks(
-        plan, (plan.objective.value(at, _of(t.x_q, task), _of(t.y_q, task)) for task, at in enumerate(points))
-    )
+    values = _tasks(plan, (plan.objective.value(at, _of(t.x_q, task), _of(t.y_q, task)) for task, at in points))
     assert isinstance(values, Tensor)
     return values, None
 
 
-def _adapt(plan: Plan, t: Tensors) -> list[Tensor]:
-    tasks = [_adapt_task(plan, t, task) for task in range(plan.tasks)]
+def _adapt(draws: Drawing, plan: Plan, t: Tensors) -> list[Tensor]:
+    tasks = [_adapt_task(draws, plan, t, task) for task in range(plan.tasks)]
     return [torch.stack(values) for values in zip(*tasks, strict=True)]
 
 
-def _apply(plan: Plan, t: Tensors) -> Any:
-    points = (
-        _point(plan, _leaves([p[task] for p in t.adapted], plan.model.trainable), t.learned)
-        for task in range(plan.tasks)
-    )
-    return _tasks(plan, (plan.objective.outputs(at, _of(t.x_q, task)) for task, at in enumerate(points)))
+def _apply(draws: Drawing, plan: Plan, t: Tensors) -> Any:
+    def given(task: int) -> list[Tensor]:
+        return _leaves([p[task] for p in t.adapted], plan.model.trainable)
+
+    points = _points(draws, plan, t, given)
+    return _tasks(plan, (plan.objective.outputs(at, _of(t.x_q, task)) for task, at in points))

@@ -101,4 +101,5 @@ def _first(t: Tensors, cut: Callable[[Tensor], Tensor]) -> Tensors:
         weights=parameters[0].new_ones(1),
         learned=[cut(p) for p in t.learned],
         adapted=[cut(v[:1]) for v in t.adapted],
+        seed=t.seed,
     )

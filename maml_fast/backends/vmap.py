@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..lower.plan import Plan, Result, Tensors
 from .autograd import differentiate
 from .base import Backend
 from .composed import Composed
+from .philox import Drawing
 
 
 class VmapBackend(Backend):
@@ -40,11 +42,19 @@ class VmapBackend(Backend):
         return [str(reason)] if reason else []
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
-        with Composed(batched=True, twice=plan.second_order):
-            return differentiate(plan, tensors, _query_outputs, _losses, _adapt, _apply)
+        draws = Drawing(tensors.seed, batched=True)
+        with Composed(batched=True, twice=plan.second_order), draws.during(plan):
+            return differentiate(
+                plan,
+                tensors,
+                partial(_query_outputs, draws),
+                partial(_losses, draws),
+                partial(_adapt, draws),
+                partial(_apply, draws),
+            )
 
 
-def _adapt_task(plan: Plan, t: Tensors, buffers: Sequence[Tensor], x: Data, y: Data) -> list[Tensor]:
+def _adapt_task(draws: Drawing, plan: Plan, t: Tensors, buffers: Sequence[Tensor], x: Data, y: Data) -> list[Tensor]:
     """θ_K of the task that vmap is at."""
     theta = list(t.parameters)
     adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
@@ -55,7 +65,8 @@ def _adapt_task(plan: Plan, t: Tensors, buffers: Sequence[Tensor], x: Data, y: D
             values[i] = p
         return plan.objective.value(_point(values, t, buffers), x, y, keep_new=False)
 
-    for _ in range(plan.inner.steps if adapted else 0):
+    for step in range(plan.inner.steps if adapted else 0):
+        draws.begin(step)
         gradients = grad(support_loss)([theta[i] for i in adapted], theta)
         theta = list(theta)
         for i, g in zip(adapted, gradients, strict=True):
@@ -91,17 +102,19 @@ def _outputs(plan: Plan, task: Callable[..., Any], *arguments: Any) -> Any:
     return structure.replaced(form[0], values)
 
 
-def _query_outputs(plan: Plan, t: Tensors) -> Any:
+def _query_outputs(draws: Drawing, plan: Plan, t: Tensors) -> Any:
     def task(buffers: list[Tensor], x_s: Data, y_s: Data, x_q: Data) -> Any:
-        theta = _adapt_task(plan, t, buffers, x_s, y_s)
+        theta = _adapt_task(draws, plan, t, buffers, x_s, y_s)
+        draws.begin(None)
         return plan.objective.outputs(_point(theta, t, buffers), x_q, keep_new=False)
 
     return _outputs(plan, task, t.x_s, t.y_s, t.x_q)
 
 
-def _losses(plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
+def _losses(draws: Drawing, plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
     def task(buffers: list[Tensor], x_s: Data, y_s: Data, x_q: Data, y_q: Data) -> Any:
-        at = _point(_adapt_task(plan, t, buffers, x_s, y_s), t, buffers)
+        at = _point(_adapt_task(draws, plan, t, buffers, x_s, y_s), t, buffers)
+        draws.begin(None)
         if plan.needs.outputs:
             return plan.objective.value_and_outputs(at, x_q, y_q, keep_new=False)
         return plan.objective.value(at, x_q, y_q, keep_new=False), None
@@ -110,15 +123,16 @@ def _losses(plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
     return losses, outputs
 
 
-def _adapt(plan: Plan, t: Tensors) -> list[Tensor]:
+def _adapt(draws: Drawing, plan: Plan, t: Tensors) -> list[Tensor]:
     def task(buffers: list[Tensor], x_s: Data, y_s: Data) -> list[Tensor]:
-        return _adapt_task(plan, t, buffers, x_s, y_s)
+        return _adapt_task(draws, plan, t, buffers, x_s, y_s)
 
     return _each_task(plan, task, t.x_s, t.y_s)
 
 
-def _apply(plan: Plan, t: Tensors) -> Any:
+def _apply(draws: Drawing, plan: Plan, t: Tensors) -> Any:
     def task(buffers: list[Tensor], theta: list[Tensor], x: Data) -> Any:
+        draws.begin(None)
         return plan.objective.outputs(_point(theta, t, buffers), x, keep_new=False)
 
     return _outputs(plan, task, list(t.adapted), t.x_q)

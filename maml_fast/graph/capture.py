@@ -22,12 +22,14 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import structure
+from .draws import precise, replaced
 from .graph import ReadsValues, Untraceable
+from .inputs import META, Inputs
 from .lookups import is_library
 from .losses import Loss
 from .model import Model
 
-META = torch.device("meta")
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -58,22 +60,32 @@ class Captured:
     """One forward pass.
 
     Attributes:
-        calls: in the order of execution. parameters, buffers, x: the tensors that stood for those of the module.
+        calls: in the order of execution. parameters, buffers: the tensors that stood for those of the module.
+        inputs: the tensors that stood for its inputs, in order.
         output: what forward returned.
         constants: real tensors that the calls read beside these, by the `id` of their stand-ins.
+        literals: stand-ins of tensors that were made of Python's numbers, and these.
         y, loss: the stand-in of the targets, and what the loss returned, where it was captured too.
         of_forward: how many of the calls are forward's; the others are the loss's.
+        draws: how many times random numbers were drawn.
     """
 
     calls: tuple[AtenCall, ...]
     parameters: tuple[Tensor, ...]
     buffers: Mapping[str, Tensor]
-    x: Tensor
+    inputs: tuple[Tensor, ...]
     output: Any
     constants: Mapping[int, Tensor]
+    literals: tuple[tuple[Tensor, Tensor], ...]
     y: Tensor | None = None
     loss: Any = None
     of_forward: int = 0
+    draws: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters; where there is none, of the inputs."""
+        return (*self.parameters, *self.inputs)[0].dtype
 
 
 @dataclass(frozen=True)
@@ -93,30 +105,26 @@ class Criterion:
 def capture(
     model: Model,
     samples: int,
-    in_shape: tuple[int, ...],
-    dtype: torch.dtype,
-    x_grad: bool,
+    inputs: Inputs,
     criterion: Criterion | None = None,
 ) -> Captured:
     """Run the module once on stand-ins, and the loss of what it returns.
 
     Args:
-        samples, in_shape, dtype: the input is (samples, *in_shape) of this type.
-        x_grad: whether gradients with respect to the input will be asked for.
+        samples, inputs: what it takes.
 
     Raises:
         Untraceable: forward or loss needs numbers, or fails.
     """
     parameters = tuple(_stand_in(p).requires_grad_(p.requires_grad) for p in model.parameters())
     buffers = {name: _stand_in(b) for name, b in model.module.named_buffers()}
-    x = torch.empty((samples, *in_shape), dtype=dtype, device=META, requires_grad=x_grad)
+    given = inputs.stand_ins(samples)
     y = None if criterion is None else torch.empty((samples, *criterion.shape), dtype=criterion.dtype, device=META)
     recorder, loss = Recorder(model.named(parameters), buffers), None
     try:
         standing_in = model.standing_in(model.named(parameters), buffers)
-        with _plain_pytorch(), META, recorder, standing_in, Questions(recorder):
-            # in-place operations refuse leaves that require grad, which a person's input is none of
-            output = model.module(x.clone() if x_grad else x)
+        with _plain_pytorch(), META, recorder, standing_in, Questions(recorder, inputs.device):
+            output = _called(model.module, inputs, given)
             of_forward = len(recorder.calls)
             if criterion is not None and y is not None:
                 loss = criterion.loss(output, y)
@@ -124,9 +132,38 @@ def capture(
         raise recorder.refusal or Untraceable(f"forward cannot be captured: {_first_line(error)}") from error
     if recorder.refusal:
         raise recorder.refusal
-    if x.requires_grad != x_grad:
+    _refuse_overwritten(recorder.calls, output if loss is None else loss)
+    if any(v.requires_grad != (inputs.grad and i == inputs.primary) for i, v in enumerate(given)):
         raise Untraceable("forward calls requires_grad_ on its input")
-    return Captured(tuple(recorder.calls), parameters, buffers, x, output, recorder.constants, y, loss, of_forward)
+    calls, constants, literals = tuple(recorder.calls), recorder.constants, tuple(recorder.literals)
+    return Captured(calls, parameters, buffers, given, output, constants, literals, y, loss, of_forward, recorder.draws)
+
+
+def _called(module: nn.Module, inputs: Inputs, given: tuple[Tensor, ...]) -> Any:
+    """What forward returns. In-place operations refuse leaves that require grad, which a person's input is none of."""
+    if inputs.several or inputs.grad:
+        return structure.called(module, inputs.structured(given))
+    return module(given[0])
+
+
+def _refuse_overwritten(calls: list[AtenCall], result: Any) -> None:
+    """Let autograd itself see whether a write in place has spoilt what it saved for a derivative.
+
+    Raises:
+        Untraceable: it has.
+    """
+    if not any(t.requires_grad for call in calls for t in call.written):
+        return
+    if any(custom_function(t) for call in calls for t in call.outputs):
+        return  # refused where it is decoded, and no business of ours to run
+    try:
+        if ends := [v for v in structure.tensors(result) if v.requires_grad]:
+            torch.autograd.backward(ends, [torch.empty_like(v) for v in ends])
+    except RuntimeError as error:
+        if "inplace" in str(error):
+            raise Untraceable(f"autograd refuses a write in place: {_first_line(error)}") from error
+    except TypeError:
+        pass  # the result is no structure of tensors, which is refused later
 
 
 @contextmanager
@@ -160,7 +197,10 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[AtenCall] = []
         self.constants: dict[int, Tensor] = {}
+        self.literals: list[tuple[Tensor, Tensor]] = []
         self.refusal: Untraceable | None = None
+        self.draws = 0
+        self._silent = False
         self._stand_ins: dict[int, Tensor] = {}
         self._buffers = {id(t) for t in buffers.values()}
         self._names = {id(t): f"parameter {n!r}" for n, t in parameters.items()}
@@ -174,7 +214,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         namespace, name = func._schema.name.split("::")
-        if namespace == "prim":
+        if namespace == "prim" or self._silent:
             return func(*args, **(kwargs or {}))
         if name in _READS:
             if _called_by_batch_norm():
@@ -185,6 +225,11 @@ class Recorder(TorchDispatchMode):
         if self.refusal is None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             self.refusal = Untraceable("forward sets saved_tensors_hooks, which fused kernels would not call")
         args, kwargs = self._abstract(args), self._abstract(kwargs or {})
+        if (draw := replaced(func, kwargs)) is not None:
+            with self:
+                return draw(self._uniform, *args, **kwargs)
+        if isinstance(kwargs.get("device"), torch.device):
+            kwargs["device"] = META  # which forward knows by the name of the real one
         output = func(*args, **kwargs)
         outputs = tuple(output) if isinstance(output, tuple | list) else (output,)
         outputs = tuple(t for t in outputs if isinstance(t, Tensor))
@@ -192,6 +237,26 @@ class Recorder(TorchDispatchMode):
             AtenCall(name, func, args, kwargs, outputs, _written(func, args, kwargs), torch.is_grad_enabled())
         )
         return output
+
+    def literal(self, numbers: Any, dtype: torch.dtype | None) -> Tensor:
+        """What stands for a tensor made of Python's numbers."""
+        self._silent = True
+        try:
+            real = torch.tensor(numbers, dtype=dtype, device="cpu")
+        finally:
+            self._silent = False
+        self.literals.append((_stand_in(real), real))
+        return self.literals[-1][0]
+
+    def _uniform(self, like: Tensor) -> Tensor:
+        """Writes a draw down; see `draws.Uniform`."""
+        self._silent = True
+        u = torch.empty_like(like, dtype=precise(like.dtype))
+        self._silent = False
+        arguments = self.draws, like, tuple(like.shape)
+        self.calls.append(AtenCall("draw", torch.empty_like, arguments, {}, (u,), (), True))
+        self.draws += 1
+        return u
 
     def read_of(self, tensor: Tensor) -> type[Untraceable]:
         """What it is to read the elements of this tensor: those of buffers are the same for all tasks."""
@@ -215,16 +280,32 @@ class Recorder(TorchDispatchMode):
 
 
 class Questions(TorchFunctionMode):
-    """Refuses code that asks a tensor for what stand-ins answer differently, also where it swallows the exception."""
+    """Answers for stand-ins where a tensor is, as the real one would.
 
-    def __init__(self, recorder: Recorder) -> None:
+    Refuses code that asks for anything else that stand-ins answer differently, also where it swallows the exception.
+    """
+
+    def __init__(self, recorder: Recorder, device: torch.device) -> None:
         super().__init__()
         self._recorder = recorder
+        self._places = {
+            "device": device,
+            "is_cpu": device.type == "cpu",
+            "is_cuda": device.type == "cuda",
+            "is_meta": device.type == "meta",
+            "get_device": -1 if device.index is None else device.index,
+        }
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.tensor and _is_made_of_numbers(args, kwargs):
+            return self._recorder.literal(args[0], (kwargs or {}).get("dtype"))
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
+        if name in self._places:
+            if not is_library(sys._getframe(1).f_globals.get("__name__")):
+                return self._places[name]
+            return func(*args, **(kwargs or {}))
         asked = name in _ANSWERS and not is_library(sys._getframe(1).f_globals.get("__name__"))
         if (asked or name in _ELEMENTS or name in _PLACE_AND_TEXT) and self._recorder.refusal is None:
             kind = self._recorder.read_of(args[0]) if name in _ELEMENTS else Untraceable
@@ -232,11 +313,22 @@ class Questions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _is_made_of_numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether a call of torch.tensor depends on nothing but Python's numbers, which guards know."""
+    return len(args) == 1 and not {*(kwargs or {})} - {"dtype", "device"} and _are_numbers(args[0])
+
+
+def _are_numbers(data: Any) -> bool:
+    if isinstance(data, list | tuple):
+        return all(map(_are_numbers, data))
+    return isinstance(data, bool | int | float)
+
+
 _ELEMENTS = frozenset(("tolist", "numpy", "__array__"))
 _PLACE_AND_TEXT = frozenset(("data_ptr", "__repr__", "__format__"))
 _ANSWERS = frozenset(
-    ("device", "is_cpu", "is_cuda", "is_meta", "is_leaf", "untyped_storage", "storage", "is_contiguous", "stride",
-     "grad", "grad_fn", "_version", "get_device", "type")
+    ("is_leaf", "untyped_storage", "storage", "is_contiguous", "stride",
+     "grad", "grad_fn", "_version", "type")
 )  # fmt: skip
 
 

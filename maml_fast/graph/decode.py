@@ -13,8 +13,9 @@ from torch import Tensor
 from .capture import AtenCall, Captured, custom_function, tensors_in
 from .expressions import call as expression
 from .graph import Graph, LossOp, Shape, Untraceable
+from .inputs import Inputs
 from .losses import NAMES
-from .operations import MASKS, OF_LABELS, OPERATIONS
+from .operations import MASKS, OF_LABELS, OF_WHOLE_NUMBERS, OPERATIONS
 from .operations.builder import (
     Constant,
     Everywhere,
@@ -36,6 +37,7 @@ _DRAWS = ("bernoulli", "native_dropout", "rand", "normal", "uniform", "multinomi
 
 
 _UNSET = ("empty", "new_empty", "lift_fresh", "_local_scalar")  # their elements are not in their arguments
+_EXACT = 1 << 24  # below this float32 tells whole numbers apart
 _LARGEST = 1 << 20  # elements of a literal
 
 
@@ -83,29 +85,41 @@ class _Bound:
     stale: bool = False
 
 
-def decode(captured: Captured, samples: int, in_shape: Shape) -> Graph:
+def decode(captured: Captured, samples: int, inputs: Inputs) -> Graph:
     """The graph of a captured pass.
 
     Raises:
         Untraceable: the output needs something that no fused kernel computes.
     """
-    return _Decoder(captured, samples, in_shape).graph()
+    return _Decoder(captured, samples, inputs).graph()
 
 
 class _Decoder:
-    def __init__(self, captured: Captured, samples: int, in_shape: Shape) -> None:
+    def __init__(self, captured: Captured, samples: int, inputs: Inputs) -> None:
         self.captured = captured
-        self.builder = GraphBuilder(samples, in_shape, (*captured.parameters, captured.x)[0].dtype)
+        self.builder = GraphBuilder(samples, inputs.primary_shape, captured.dtype)
         self.bound: dict[int, _Bound] = {}
         self.in_memory: dict[int, list[int]] = {}
         self.made_by: dict[int, AtenCall] = {}
-        self._bind(captured.x, by_sample(0, in_shape))
+        for place, tensor in enumerate(captured.inputs):
+            self._bind(tensor, self._given(inputs, place))
         for index, p in enumerate(captured.parameters):
             self._bind(p, Weight(index, tuple(p.shape)))
         for name, b in captured.buffers.items():
             self._bind(b, Constant(name, tuple(b.shape), b.dtype == torch.bool))
+        for tensor, real in captured.literals:
+            self._bind(tensor, Literal(real))
         if captured.y is not None:
             self._bind(captured.y, Target(tuple(captured.y.shape), captured.y.dtype))
+
+    def _given(self, inputs: Inputs, place: int) -> Value:
+        """One of the tensors that the model takes."""
+        shape, dtype = inputs.leaves[place]
+        if place == inputs.primary:
+            return by_sample(0, shape)
+        number, whole = inputs.others.index(place), not dtype.is_floating_point
+        x = self.builder.emit("input", [], shape, once=False, number=number, whole=whole, per_task=False)
+        return replace(x, mask=dtype == torch.bool)
 
     def graph(self) -> Graph:
         for call in self.captured.calls[: self.captured.of_forward]:
@@ -191,6 +205,8 @@ class _Decoder:
         """The written tensor stands for the result; what else shares its memory is out of date."""
         target = call.written[0]
         meaning = self._meaning(call, call.name.removesuffix("_"))
+        if isinstance(meaning, Value) and target.is_floating_point():
+            meaning = replace(meaning, mask=False)
         if target.requires_grad and not call.differentiated:
             meaning = self._grafted(target, meaning)
         self._out_of_date(target)
@@ -222,7 +238,7 @@ class _Decoder:
     def _meaning(self, call: AtenCall, name: str) -> Any:
         """What the operation's outputs stand for."""
         if name.startswith(_DRAWS):
-            return Unknown(f"forward draws random numbers ({call.name}); call eval() or set p=0 where it is dropout")
+            return Unknown(f"forward draws random numbers by {call.name}, or from a generator of its own")
         emit = OPERATIONS.get(name)
         try:
             args, kwargs = self._resolve(call.args), self._resolve(call.kwargs)
@@ -239,7 +255,7 @@ class _Decoder:
 
     def _literal(self, call: AtenCall) -> Literal | tuple[Literal, ...] | None:
         """What an operation gives that reads no tensors but literals."""
-        if call.written or call.name.startswith((*_DRAWS, *_UNSET)) or not call.outputs:
+        if call.written or call.name.startswith((*_DRAWS, *_UNSET, "draw")) or not call.outputs:
             return None
         if sum(o.numel() for o in call.outputs) > _LARGEST:
             return None
@@ -254,9 +270,11 @@ class _Decoder:
         return tuple(map(Literal, made)) if isinstance(made, tuple | list) else Literal(made)
 
     def _check_dtype(self, call: AtenCall, of_labels: bool) -> None:
-        dtype = (*self.captured.parameters, self.captured.x)[0].dtype
+        dtype = self.captured.dtype
         for tensor in call.outputs[:1]:
             if tensor.dtype == torch.bool and call.name in MASKS:
+                continue
+            if not of_labels and _is_whole(tensor) and _keeps_whole(call):
                 continue
             if of_labels and not tensor.is_floating_point() and call.name not in OF_LABELS:
                 raise Untraceable(f"{call.name} of whole-number targets has no fused kernel")
@@ -313,7 +331,7 @@ class _Decoder:
             Untraceable: its derivative is a person's own.
         """
         call = self.made_by.get(id(tensor))
-        if call is None or isinstance(self.bound[id(tensor)].meaning, Unset):
+        if call is None or isinstance(self.bound[id(tensor)].meaning, Unset | Literal | Constant):
             return False
         if (function := custom_function(tensor)) is not None:
             raise Untraceable(f"forward calls the autograd.Function {function}, whose backward is its own")
@@ -326,6 +344,26 @@ class _Decoder:
         for bound in self.bound.values():
             if bound.tensor._backward_hooks:
                 raise Untraceable("forward registers a hook on a tensor, which fused kernels would not call")
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.int64, torch.int32)
+
+
+def _keeps_whole(call: AtenCall) -> bool:
+    """Whether an operation of whole numbers gives such that floating point numbers can stand for."""
+    given = [t.dtype.is_floating_point for t in tensors_in((call.args, call.kwargs))]
+    of_table = call.name in ("embedding", "index", "index_select")
+    return call.name in OF_WHOLE_NUMBERS and not of_table and not any(given) and _is_small((call.args, call.kwargs))
+
+
+def _is_small(arguments: Any) -> bool:
+    """Whether float32 tells all whole numbers among the arguments apart."""
+    if isinstance(arguments, tuple | list):
+        return all(map(_is_small, arguments))
+    if isinstance(arguments, dict):
+        return _is_small(list(arguments.values()))
+    return not isinstance(arguments, int | float) or abs(arguments) < _EXACT
 
 
 def _requires_grad(arguments: Any) -> bool:

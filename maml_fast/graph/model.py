@@ -31,6 +31,7 @@ class Model(Snapshot):
         self.module = module
         self.graphs: dict[Any, Any] = {}  # what trace() found, by shapes
         self.guards = Guards(module)
+        self.draws: bool | None = None  # whether captures have drawn random numbers; None where none came to its end
         self.reads_values = False  # a capture has found that forward reads elements that differ between tasks
         self.chosen = _choose(dict(zip(self.names, self.parameters(), strict=True)), adapts)
         self.adapts = tuple(c and t for c, t in zip(self.chosen, self.trainable, strict=True))

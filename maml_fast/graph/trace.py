@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch.nn.modules import module
 
 from .capture import Criterion, capture
 from .decode import decode
-from .graph import Graph, ReadsValues, Shape, Untraceable
+from .graph import Graph, ReadsValues, Untraceable
+from .inputs import Inputs
 from .model import Model
 from .objective import Objective
 from .stand_ins import lock
@@ -26,31 +26,27 @@ MOST_GRAPHS = 512
 """Kept for one module, with their reasons."""
 
 
-def trace(objective: Objective, batches: Batches, in_shape: Shape, dtype: torch.dtype, x_grad: bool) -> Traced:
-    """The one graph of every batch.
-
-    Args:
-        x_grad: whether gradients with respect to inputs will be asked for.
-    """
+def trace(objective: Objective, batches: Batches, inputs: Inputs) -> Traced:
+    """The one graph of every batch."""
     own = any(criterion is not None for _, criterion in batches)
     refusal = objective.captured_refusal() if own else ""
     why_not = [refusal]
     if not refusal:
-        graph, why_not = _common(objective, batches, in_shape, dtype, x_grad)
+        graph, why_not = _common(objective, batches, inputs)
         if graph is not None or not own:
             return graph, why_not
-    _, reasons = _common(objective, [(n, None) for n, _ in batches], in_shape, dtype, x_grad)
+    _, reasons = _common(objective, [(n, None) for n, _ in batches], inputs)
     of_loss = [f"{objective.loss.why_not}: {r}" for r in why_not]
     return None, [*reasons, *of_loss] if refusal else reasons or of_loss
 
 
-def _common(objective: Objective, batches: Batches, in_shape: Shape, dtype: torch.dtype, x_grad: bool) -> Traced:
+def _common(objective: Objective, batches: Batches, inputs: Inputs) -> Traced:
     """The graph that the batches share, with each batch's factor of the loss."""
     graphs: list[Graph] = []
     factors = [1.0, 1.0]
     for batch, (samples, criterion) in enumerate(batches):
         if samples:
-            graph, reasons = _memorised(objective, samples, criterion, in_shape, dtype, x_grad)
+            graph, reasons = _memorised(objective, samples, criterion, inputs)
             if graph is None:
                 return None, reasons
             if graph.loss is not None:
@@ -74,22 +70,18 @@ def _computed(graph: Graph) -> Any:
     return live, [graph.shapes[op.output] for op in live], graph.output, graph.network
 
 
-def _memorised(
-    objective: Objective, samples: int, criterion: Criterion | None, in_shape: Shape, dtype: torch.dtype, x_grad: bool
-) -> Traced:
+def _memorised(objective: Objective, samples: int, criterion: Criterion | None, inputs: Inputs) -> Traced:
     graphs, guards = objective.model.graphs, objective.model.guards
-    key = (samples, criterion, in_shape, dtype, x_grad, guards.state, objective.guards.state if criterion else None)
+    key = (samples, criterion, inputs, guards.state, objective.guards.state if criterion else None)
     if key not in graphs:
         if len(graphs) >= MOST_GRAPHS:
             graphs.pop(next(iter(graphs)), None)
-        graphs[key] = _trace(objective, samples, criterion, in_shape, dtype, x_grad)
+        graphs[key] = _trace(objective, samples, criterion, inputs)
     traced: Traced = graphs[key]
     return traced
 
 
-def _trace(
-    objective: Objective, samples: int, criterion: Criterion | None, in_shape: Shape, dtype: torch.dtype, x_grad: bool
-) -> Traced:
+def _trace(objective: Objective, samples: int, criterion: Criterion | None, inputs: Inputs) -> Traced:
     model = objective.model
     try:
         if model.guards.refusal:
@@ -97,13 +89,14 @@ def _trace(
         _refuse_backward_hooks(model)
         with lock:  # also afterwards: another thread's stand-ins are no change of state
             with watching(objective.watched(criterion is not None)) as watched:
-                captured = capture(model, samples, in_shape, dtype, x_grad, criterion)
+                captured = capture(model, samples, inputs, criterion)
+            model.draws = bool(model.draws) or captured.draws > 0
             for guards in (model.guards, objective.guards):
                 if not guards.hold():
                     guards.put_back()
                     raise Untraceable("forward or loss changes lists or tables that it reads")
                 guards.learn(watched)
-            return decode(captured, samples, in_shape), []  # under the lock: equal expressions are one object
+            return decode(captured, samples, inputs), []  # under the lock: equal expressions are one object
     except Untraceable as error:
         model.reads_values |= isinstance(error, ReadsValues)
         return None, [str(error)]

@@ -1,4 +1,4 @@
-"""What fused kernels take of a person's inputs and targets: one tensor each, with samples of one shape."""
+"""What fused kernels take of a person's inputs and targets: tensors with samples of one shape."""
 
 from __future__ import annotations
 
@@ -9,29 +9,36 @@ import torch
 from torch import Tensor
 
 from ..graph import structure
+from ..graph.inputs import Inputs
 
 Differing: TypeAlias = tuple[str, tuple[int, ...], str, tuple[int, ...]]
 """A tensor's name and sample shape in the support set, and in the query set."""
 
 
-def why_not_one(data: Mapping[str, Any], dtype: torch.dtype, targets: bool) -> list[str]:
+_WHOLE = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def why_not_one(data: Mapping[str, Any], dtype: torch.dtype, targets: bool, inputs: Inputs) -> list[str]:
     """Every reason why it is something else; see `Plan.data`.
 
     Args:
-        targets: whether targets may be several or of different shapes: those of named losses have been checked.
+        dtype: of the parameters. inputs: what they are.
+        targets: whether these may be several or of different shapes: those of named losses have been checked.
     """
     reasons = []
     for support, query in (("x_s", "x_q"), ("y_s", "y_q")) if targets else (("x_s", "x_q"),):
         given = [name for name in (support, query) if name in data]
         several = [name for name in given if not isinstance(data[name], Tensor)]
-        if several:
+        if several and support == "y_s":
             reasons.append(f"{several[0]} is {_described(data[several[0]])}; fused kernels take one tensor")
         elif differing := differing_shapes(data, support, query):
             _, a, _, b = differing[0]
             reasons.append(f"{support} and {query} have samples of different shapes, {a} and {b}")
-    x = data.get("x_s", data.get("x_q"))
-    if isinstance(x, Tensor) and x.dtype != dtype:
-        reasons.append(f"inputs are {x.dtype}; fused kernels take {dtype} like the parameters")
+    strange = [leaf.dtype for leaf in inputs.leaves if leaf.dtype not in (dtype, *_WHOLE)]
+    if strange:
+        reasons.append(f"inputs are {strange[0]}; fused kernels take {dtype} like the parameters, and whole numbers")
+    if inputs.wanted > 1:
+        reasons.append("gradients of several inputs are asked for; fused kernels have that of one")
     return reasons
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..cached import cached_property
 from ..graph import structure
 from ..graph.capture import Criterion
 from ..graph.graph import Graph, LossOp
+from ..graph.inputs import Inputs
 from ..graph.model import Model
 from ..graph.objective import Objective
 from ..graph.trace import trace
@@ -93,20 +95,29 @@ class Plan:
         return self.model.adapts
 
     @cached_property
-    def in_shape(self) -> tuple[int, ...]:
-        """Shape of one sample, where a sample is one tensor."""
-        return tuple(structure.first(self.data.get("x_s", self.data.get("x_q"))).shape[1:])
+    def inputs(self) -> Inputs:
+        """What the model takes of every sample."""
+        needs, data = self.needs, self.data.get("x_s", self.data.get("x_q"))
+        each = [needs.x_s_each or (needs.x_s,), needs.x_q_each or (needs.x_q,)]
+        wanted = [any(pair) for pair in zip_longest(*each, fillvalue=False)]
+        return Inputs.of(data, self.dtype, wanted, self.device)
+
+    @property
+    def draws(self) -> bool | None:
+        """Whether the model or the loss draws random numbers; None where no capture came to its end."""
+        _ = self.trace
+        return self.model.draws
 
     @cached_property
     def trace(self) -> tuple[Graph | None, list[str]]:
         """The model's graph, or the reasons why it has none."""
         loss, own = self.inner.loss, self.inner.loss.name == "custom"
-        if reasons := why_not_one(self.data, self.dtype, own):
+        if reasons := why_not_one(self.data, self.dtype, own, self.inputs):
             return None, reasons
         targets = [self.data.get(name) if own else None for name in ("y_s", "y_q")]
         criteria = [None if y is None else Criterion(loss, tuple(y.shape[1:]), y.dtype) for y in targets]
         batches = list(zip((self.support, self.query), criteria, strict=True))
-        graph, reasons = trace(self.objective, batches, self.in_shape, self.dtype, self.needs.x_s or self.needs.x_q)
+        graph, reasons = trace(self.objective, batches, self.inputs)
         if graph is not None and graph.returned is None and self.needs.outputs:
             return None, [f"{loss.why_not}: it goes on computing from the outputs, which are asked for too"]
         return graph, reasons
@@ -187,6 +198,7 @@ class Tensors:
         cotangents: in its place where the model returns several: one for each, None for zeros.
         learned: the loss's own parameters, in `Objective.learned` order.
         adapted: per-task parameters for `Mode.APPLY`, each (T, *shape).
+        seed: of the call's random numbers; None where a backend is to draw one when it comes to it.
         into: contiguous gradients of all parameters, to which a backend adds that has found them by `into`,
             instead of returning new ones.
     """
@@ -203,6 +215,7 @@ class Tensors:
     learned: Sequence[Tensor] = ()
     adapted: Sequence[Tensor] = ()
     into: Sequence[Tensor] = ()
+    seed: int | None = None
 
     def leaves(self) -> list[Tensor]:
         """What a meta-gradient is taken with respect to, in the order of `Result.gradients`."""

@@ -51,6 +51,8 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
     from .layers.table import KINDS
 
     reasons = [] if graph.used_parameters() else ["the output depends on no parameter"]
+    if plan.inputs.several or plan.inputs.primary is None:
+        reasons.append("inputs of whole numbers, or several, have no kernel")
     if plan.loss.name == "value":
         reasons.append("the loss is none of the named ones, which has no kernel")
     if plan.loss.factors != (1.0, 1.0):

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from . import activations, arithmetic, convolutions, linear, losses, norms, pointwise, pools, reductions, shapes
+from . import (
+    activations,
+    arithmetic,
+    convolutions,
+    linear,
+    lookups,
+    losses,
+    norms,
+    pointwise,
+    pools,
+    random,
+    reductions,
+    shapes,
+)
 from .builder import Emitter
 
 OPERATIONS: dict[str, Emitter] = {
@@ -16,10 +29,16 @@ OPERATIONS: dict[str, Emitter] = {
     **reductions.OPERATIONS,
     **shapes.OPERATIONS,
     **losses.OPERATIONS,
+    **lookups.OPERATIONS,
+    **random.OPERATIONS,
 }
 
 MASKS = frozenset((*pointwise.COMPARISONS, *shapes.OPERATIONS, "eq", "bitwise_not"))
 """What may give booleans; sums and products of such are other functions than those of numbers."""
+
+_EXACT = ("add", "sub", "rsub", "mul", "neg", "where", "masked_fill", "clamp", "minimum", "maximum", "sum")
+OF_WHOLE_NUMBERS = frozenset((*_EXACT, *shapes.OPERATIONS, *lookups.OPERATIONS))
+"""What may give whole numbers, which floating point numbers stand for: exactly, up to 2²⁴ in float32."""
 
 OF_LABELS = frozenset((*shapes.OPERATIONS, "eq", "bitwise_not", "sum", "masked_fill"))
 """What may take whole-number targets, or masks of them, and give such: what only looks at them, or counts them."""

@@ -100,7 +100,14 @@ class Literal:
 
 @dataclass(frozen=True)
 class Unset:
-    """A tensor whose elements nobody has written."""
+    """A tensor whose elements nobody has written.
+
+    Attributes:
+        shape: of it. like: the value that it was made like.
+    """
+
+    shape: Shape
+    like: Value | None = None
 
 
 @dataclass(frozen=True)

@@ -176,8 +176,19 @@ def _same(t: GraphBuilder, x: Any, *args: Any, **kwargs: Any) -> Any:
     return x
 
 
-def _unset(t: GraphBuilder, *args: Any, **kwargs: Any) -> Unset:
-    return Unset()
+def _unset(t: GraphBuilder, x: Any = None, size: Any = None, **kwargs: Any) -> Unset:
+    """Of x's shape, or of another; alone x is the size."""
+    if not isinstance(x, Value | Weight | Constant | Literal | Target | Unset):
+        return Unset(tuple(x))
+    full = t.full_shape(x) if isinstance(x, Value) else x.shape
+    shape = full if size is None else tuple(size)
+    return Unset(shape, x if isinstance(x, Value) and shape == full else None)
+
+
+def _copy(t: GraphBuilder, target: Any, source: Any, *args: Any) -> Any:
+    """What a tensor stands for after it has been written over."""
+    full = target.shape if isinstance(target, Unset) else t.full_shape(t.lifted(target, "copy_"))
+    return expanded(t, source, full)
 
 
 def _cast(t: GraphBuilder, x: Any, *args: Any, dtype: Any = None, **kwargs: Any) -> Any:
@@ -434,13 +445,8 @@ _reflect = _padded("reflection_pad", lambda j, n: abs((n - 1) - abs((n - 1) - j)
 _replicate = _padded("replication_pad", lambda j, n: min(max(j, 0), n - 1))
 
 
-def _index_select(t: GraphBuilder, x: Any, dim: int, index: Any) -> Any:
-    if not isinstance(index, Literal):
-        raise Untraceable("indexing with a tensor that depends on the data has no fused kernel")
-    return picked(t, x, dim, [int(i) for i in index.tensor.flatten()], "index_select")
-
-
-def _index(t: GraphBuilder, x: Any, indices: Sequence[Any]) -> Any:
+def constant_index(t: GraphBuilder, x: Any, indices: Sequence[Any]) -> Any:
+    """Elements at constant places along one dimension."""
     given = [(d, i) for d, i in enumerate(indices) if i is not None]
     if len(given) != 1 or not isinstance(given[0][1], Literal) or given[0][1].tensor.dtype == torch.bool:
         raise Untraceable("indexing with several tensors, or one that depends on the data, has no fused kernel")
@@ -535,8 +541,6 @@ OPERATIONS: dict[str, Emitter] = {
     "reflection_pad2d": _reflect,
     "replication_pad1d": _replicate,
     "replication_pad2d": _replicate,
-    "index_select": _index_select,
-    "index": _index,
     "unfold": _unfold,
     "pixel_shuffle": _pixel_shuffle,
     "pixel_unshuffle": _pixel_unshuffle,
@@ -545,6 +549,7 @@ OPERATIONS: dict[str, Emitter] = {
     "tril": _tril,
     "triu": _triu,
     "clone": _same,
+    "copy": _copy,
     "alias": _same,
     "contiguous": _same,
     "detach": _same,  # the decoder takes away the derivative

@@ -38,11 +38,11 @@ class Buffers:
         outputs = (t, plan.query, *graph.shapes[graph.output])
         self.theta = sure(flat.total)
         self.constants = {name: sure(*plan.model.module.get_buffer(name).shape) for name in network.constants}
-        self.x = {b: sure(t, n, *plan.in_shape) for b, n in samples.items()}
+        self.x = {b: sure(t, n, *plan.inputs.primary_shape) for b, n in samples.items()}
         self.y = {b: self._targets(n, device) for b, n in samples.items()}
         self.dx = {
-            Batch.SUPPORT: numbers(t, plan.support, *plan.in_shape, wanted=reverse and plan.needs.x_s),
-            Batch.QUERY: numbers(t, plan.query, *plan.in_shape, wanted=reverse and plan.needs.x_q),
+            Batch.SUPPORT: numbers(t, plan.support, *plan.inputs.primary_shape, wanted=reverse and plan.needs.x_s),
+            Batch.QUERY: numbers(t, plan.query, *plan.inputs.primary_shape, wanted=reverse and plan.needs.x_q),
         }
         self.weights = numbers(t, wanted=plan.mode is Mode.META_GRADIENT)
         self.cotangent = numbers(*outputs, wanted=plan.mode is Mode.VJP)

@@ -1,0 +1,83 @@
+"""What a model takes of every sample: one tensor, or several by position or by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import structure
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+class Leaf(NamedTuple):
+    """One tensor of the inputs: the shape of a sample, and its type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors that a model takes.
+
+    Attributes:
+        leaves: in order. keys: the names that they are passed by; None where by position.
+        several: whether the model takes them as several arguments.
+        primary: the leaf that is the graph's value 0, None where none is of the parameters' type: of all inputs it
+            alone may have a gradient.
+        wanted: how many gradients are asked for; fused kernels have that of the primary leaf. device: of all tensors.
+    """
+
+    leaves: tuple[Leaf, ...]
+    keys: tuple[Any, ...] | None = None
+    several: bool = False
+    primary: int | None = 0
+    wanted: int = 0
+    device: torch.device = CPU
+
+    @staticmethod
+    def of(data: Any, dtype: torch.dtype, wanted: Sequence[bool], device: torch.device) -> Inputs:
+        """Of one task's inputs (N, *shape).
+
+        Args:
+            dtype: of the parameters. wanted: of which of the tensors the gradient is asked for.
+        """
+        tensors = structure.tensors(data)
+        leaves = tuple(Leaf(tuple(v.shape[1:]), v.dtype) for v in tensors)
+        found = [i for i, w in enumerate(wanted) if w] or [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
+        keys = tuple(data) if isinstance(data, Mapping) else None
+        primary = next(iter(found), None)
+        return Inputs(leaves, keys, not isinstance(data, Tensor), primary, sum(wanted), device)
+
+    @property
+    def grad(self) -> bool:
+        """Whether the gradient of the primary leaf is asked for."""
+        return self.wanted > 0
+
+    @property
+    def primary_shape(self) -> tuple[int, ...]:
+        """Shape of a sample of the graph's value 0; of one number that nothing reads where there is none."""
+        return () if self.primary is None else self.leaves[self.primary].shape
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """The leaves beside the primary one, which operations `input` read by their place in this list."""
+        return tuple(i for i in range(len(self.leaves)) if i != self.primary)
+
+    def stand_ins(self, samples: int) -> tuple[Tensor, ...]:
+        """Tensors without elements for so many samples."""
+        return tuple(
+            torch.empty((samples, *shape), dtype=dtype, device=META, requires_grad=self.grad and i == self.primary)
+            for i, (shape, dtype) in enumerate(self.leaves)
+        )
+
+    def structured(self, tensors: Sequence[Tensor]) -> Any:
+        """The tensors as the model takes them."""
+        if not self.several:
+            return tensors[0]
+        return tuple(tensors) if self.keys is None else dict(zip(self.keys, tensors, strict=True))
