@@ -85,14 +85,21 @@ def uniform(
 ) -> Tensor:
     """Elements of a draw of tasks first, first + 1, …, as float64 (tasks, elements)."""
     counters = torch.arange(-(-elements // 4), device=device)
-    c = [counters, *[torch.tensor(v & _MASK, device=device) for v in (number, step)]]
-    c.append(torch.arange(first, first + tasks, device=device).unsqueeze(1))
+    number_and_step = [torch.tensor(v & _MASK, device=device) for v in (number, step)]
+    task = torch.arange(first, first + tasks, device=device).unsqueeze(1)
+    found = words([counters, *number_and_step, task], seed)
+    drawn = torch.stack(torch.broadcast_tensors(*found), -1).reshape(tasks, -1)[:, :elements]
+    return (drawn >> 8).double() * 2.0**-24
+
+
+def words(counter: list[Tensor], seed: int) -> list[Tensor]:
+    """The four words of Philox 4x32-10 for a counter of four, each an int64 tensor of 32 bits; they are broadcast."""
+    c = counter
     for r in range(_ROUNDS):
         key = [(k + r * w) & _MASK for k, w in zip((seed & _MASK, seed >> 32), _WEYL, strict=True)]
         (high_a, low_a), (high_b, low_b) = _product(_MULTIPLIERS[0], c[0]), _product(_MULTIPLIERS[1], c[2])
         c = [high_b ^ c[1] ^ key[0], low_b, high_a ^ c[3] ^ key[1], low_a]
-    words = torch.stack(torch.broadcast_tensors(*c), -1).reshape(tasks, -1)[:, :elements]
-    return (words >> 8).double() * 2.0**-24
+    return c
 
 
 def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

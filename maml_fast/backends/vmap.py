@@ -187,6 +187,7 @@ def _rehearse(plan: Plan, device: torch.device) -> None:
         weights=torch.ones(2, dtype=plan.dtype, device=device),
         learned=[p.detach().to(device) for p in plan.objective.learned.parameters()],
         adapted=[p.expand(2, *p.shape) for p in parameters],
+        seed=0,
     )
     if plan.mode is Mode.VJP:
         outputs = VmapBackend().run(replace(small, mode=Mode.QUERY_OUTPUTS), tensors).outputs

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..api.maml import MAML
 from ..backends import dispatch
+from ..backends.randomness import seeded
 from ..graph import structure
 from ..graph.structure import Data
 
@@ -31,7 +32,7 @@ def observe_calls(
     x_s, x_q = structure.mapped(x_s, _leaf), structure.mapped(x_q, _leaf)
     support, query = ([v for v in structure.tensors(x) if v.requires_grad] for x in (x_s, x_q))
     leaves = [*parameters, *rates, *support, *query]
-    with threads_for(maml.backend):
+    with threads_for(maml.backend), seeded(0):  # the same random numbers for every backend
         loss = maml.meta_loss(x_s, y_s, x_q, y_q)
         gradients = torch.autograd.grad(loss, leaves)
         differentiable, pullback, plain = _outputs(maml, (x_s, y_s, x_q), batch, leaves)
@@ -57,7 +58,8 @@ def observe_calls(
 def _outputs(maml: MAML, inputs: Any, batch: Any, leaves: Sequence[Tensor]) -> tuple[Any, Any, Any]:
     """Query outputs, their pull-back, and those without a graph; nothing where a backend has none without a loss."""
     try:
-        outputs = maml(*inputs)
+        with seeded(1):
+            outputs = maml(*inputs)
     except RuntimeError as error:
         if "the query outputs are asked for without it" not in str(error):
             raise
@@ -65,7 +67,7 @@ def _outputs(maml: MAML, inputs: Any, batch: Any, leaves: Sequence[Tensor]) -> t
     differentiable = structure.tensors(outputs)
     product = torch.stack([(v * _cotangent(v)).sum() for v in differentiable if v.requires_grad]).sum()
     pullback = torch.autograd.grad(product, leaves)
-    with torch.no_grad():
+    with torch.no_grad(), seeded(2):
         plain = structure.tensors(maml(*batch[:3]))
     return differentiable, pullback, plain
 

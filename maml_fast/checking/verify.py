@@ -18,6 +18,7 @@ import torch
 from ..backends import dispatch
 from ..backends.agreement import FLOORS, Error, errors_of, order_of, relative_error
 from ..backends.agreement import judge as by_the_rule
+from ..backends.randomness import seeded
 from ..cases import SMALL, Case, Problem
 from ..messages import sentence
 from .device import usable
@@ -91,7 +92,7 @@ def observe_gradient(problem: Problem, backend: str, first_order: bool) -> Resul
     """Only what the benchmark's contenders compute: the loss and the parameters' meta-gradient."""
     maml = problem.maml(backend, first_order)
     parameters = list(problem.model.parameters())
-    with threads_for(backend):
+    with threads_for(backend), seeded(0):
         loss = maml.meta_loss(*problem.batch)
         return {"loss": (loss.detach(),), "parameters": torch.autograd.grad(loss, parameters)}
 
