@@ -89,7 +89,9 @@ MODELS: dict[str, tuple[Forward, int | None, Callable[[int], Any]]] = {
     "indexed": (lambda m, x: m.words.weight[x - 4].mean(1), None, tokens),
     "selected": (lambda m, x: m.words.weight.index_select(0, x), None, whole),
     "twice": (lambda m, x: m.words(x).mean(1) @ m.words.weight[:6, :6] + m.words(x)[:, 0], None, tokens),
-    "one-hot": (lambda m, x: F.one_hot(x, 6).to(m.out.weight.dtype) * m.out.weight[0], None, lambda n: whole(n, below=6)),
+    "one-hot": (
+        lambda m, x: F.one_hot(x, 6).to(m.out.weight.dtype) * m.out.weight[0], None, lambda n: whole(n, below=6),
+    ),
     "as-numbers": (lambda m, x: m.words.weight[0] * x.to(m.out.weight.dtype).mean(1, keepdim=True), None, tokens),
     "bytes": (lambda m, x: x.to(m.out.weight.dtype) / 255, None, lambda n: whole(n, 6, below=256).byte()),
     "int32": (lambda m, x: m.words(x).mean(1), None, lambda n: tokens(n).int()),

@@ -147,10 +147,10 @@ class Reads:
     """What a call's result depends on: its tensors, and the buffers that a fused backend will look up again."""
 
     def __init__(self, prepared: Prepared) -> None:
-        plan, module = prepared.call.plan, prepared.call.plan.model.module
+        plan = prepared.call.plan
         names = () if prepared.call.choice.backend.records else plan.constants
-        self._module = module
-        self._buffers = {name: module.get_buffer(name) for name in names}
+        self._objective = plan.objective
+        self._buffers = {name: plan.objective.tensor(name) for name in names}
         t = prepared.tensors
         self._given = [*t.leaves(), *structure.tensors(t.y_s), *structure.tensors(t.y_q)]
 
@@ -161,7 +161,7 @@ class Reads:
     def check_buffers(self) -> None:
         """Raise RuntimeError if a buffer is another tensor than before."""
         for name, buffer in self._buffers.items():
-            if self._module.get_buffer(name) is not buffer:
+            if self._objective.tensor(name) is not buffer:
                 raise RuntimeError(f"maml_fast: buffer {name!r} was changed between the forward and the backward pass")
 
 

@@ -85,10 +85,11 @@ def target_shape(name: str, y: Tensor, out_shape: tuple[int, ...], loss: Loss) -
         raise ValueError(f"{name}: expected shape {wanted} for outputs of shape {out_shape}, got {tuple(y.shape)}")
 
 
-def all_labels_in_range(classes: int, **targets: Any) -> None:
-    """Raise ValueError unless every label is in [0, classes)."""
+def all_labels_in_range(classes: int, ignored: int | None = None, **targets: Any) -> None:
+    """Raise ValueError unless every label is in [0, classes), or the one that is ignored."""
     for name, y in targets.items():
-        if y is not None:
+        y = y if y is None or ignored is None else y[y != ignored]
+        if y is not None and y.numel():
             low, high = torch.aminmax(y)
             if low < 0 or high >= classes:
                 raise ValueError(f"{name}: expected labels in [0, {classes}), got {int(low)}..{int(high)}")

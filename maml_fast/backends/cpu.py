@@ -243,9 +243,7 @@ class _Call:
             None if isinstance(c, str) else torch.frombuffer(bytearray(c.data), dtype=torch.float64).to(plan.dtype)
             for c in self.constants
         ]
-        self.constant_shapes = [
-            plan.model.module.get_buffer(c).shape if isinstance(c, str) else None for c in self.constants
-        ]
+        self.constant_shapes = [plan.objective.tensor(c).shape if isinstance(c, str) else None for c in self.constants]
         own = graph.loss is not None and graph.loss.name == "value"
         self.reads_targets = not own or any(op.kind == "target" for op in graph.live_ops())
         self.inputs = plan.inputs
@@ -330,7 +328,7 @@ class _Call:
                 found.append(literal)
                 continue
             assert isinstance(constant, str) and shape is not None
-            buffer = plan.model.module.get_buffer(constant)
+            buffer = plan.objective.tensor(constant)
             if buffer.shape != shape:
                 expected, got = tuple(shape), tuple(buffer.shape)
                 raise ValueError(f"model: expected buffer {constant!r} of shape {expected}, got {got}")
@@ -410,7 +408,7 @@ def _name(c: Constant) -> str:
 
 
 def _elements(plan: Plan, c: Constant) -> int:
-    return plan.model.module.get_buffer(c).numel() if isinstance(c, str) else len(c)
+    return plan.objective.tensor(c).numel() if isinstance(c, str) else len(c)
 
 
 def _box(box: Box) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class Captured:
         inputs: the tensors that stood for its inputs, in order.
         output: what forward returned.
         constants: real tensors that the calls read beside these, by the `id` of their stand-ins.
+        stand_ins: these.
         literals: stand-ins of tensors that were made of Python's numbers, and these.
         y, loss: the stand-in of the targets, and what the loss returned, where it was captured too.
         of_forward: how many of the calls are forward's; the others are the loss's.
@@ -76,6 +77,7 @@ class Captured:
     inputs: tuple[Tensor, ...]
     output: Any
     constants: Mapping[int, Tensor]
+    stand_ins: tuple[Tensor, ...]
     literals: tuple[tuple[Tensor, Tensor], ...]
     y: Tensor | None = None
     loss: Any = None
@@ -135,8 +137,20 @@ def capture(
     _refuse_overwritten(recorder.calls, output if loss is None else loss)
     if any(v.requires_grad != (inputs.grad and i == inputs.primary) for i, v in enumerate(given)):
         raise Untraceable("forward calls requires_grad_ on its input")
-    calls, constants, literals = tuple(recorder.calls), recorder.constants, tuple(recorder.literals)
-    return Captured(calls, parameters, buffers, given, output, constants, literals, y, loss, of_forward, recorder.draws)
+    return Captured(
+        tuple(recorder.calls),
+        parameters,
+        buffers,
+        given,
+        output,
+        recorder.constants,
+        recorder.stand_ins,
+        tuple(recorder.literals),
+        y,
+        loss,
+        of_forward,
+        recorder.draws,
+    )
 
 
 def _called(module: nn.Module, inputs: Inputs, given: tuple[Tensor, ...]) -> Any:
@@ -237,6 +251,11 @@ class Recorder(TorchDispatchMode):
             AtenCall(name, func, args, kwargs, outputs, _written(func, args, kwargs), torch.is_grad_enabled())
         )
         return output
+
+    @property
+    def stand_ins(self) -> tuple[Tensor, ...]:
+        """Those of real tensors."""
+        return tuple(self._stand_ins.values())
 
     def literal(self, numbers: Any, dtype: torch.dtype | None) -> Tensor:
         """What stands for a tensor made of Python's numbers."""

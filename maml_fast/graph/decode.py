@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,22 +86,26 @@ class _Bound:
     stale: bool = False
 
 
-def decode(captured: Captured, samples: int, inputs: Inputs) -> Graph:
+def decode(captured: Captured, samples: int, inputs: Inputs, name_of: Callable[[Tensor], str]) -> Graph:
     """The graph of a captured pass.
+
+    Args:
+        name_of: the name of a constant that is no buffer, or raises Untraceable.
 
     Raises:
         Untraceable: the output needs something that no fused kernel computes.
     """
-    return _Decoder(captured, samples, inputs).graph()
+    return _Decoder(captured, samples, inputs, name_of).graph()
 
 
 class _Decoder:
-    def __init__(self, captured: Captured, samples: int, inputs: Inputs) -> None:
-        self.captured = captured
+    def __init__(self, captured: Captured, samples: int, inputs: Inputs, name_of: Callable[[Tensor], str]) -> None:
+        self.captured, self.name_of = captured, name_of
         self.builder = GraphBuilder(samples, inputs.primary_shape, captured.dtype)
         self.bound: dict[int, _Bound] = {}
         self.in_memory: dict[int, list[int]] = {}
         self.made_by: dict[int, AtenCall] = {}
+        self.kept = {_memory(t) for t in captured.stand_ins}
         for place, tensor in enumerate(captured.inputs):
             self._bind(tensor, self._given(inputs, place))
         for index, p in enumerate(captured.parameters):
@@ -177,7 +182,7 @@ class _Decoder:
         while (op := t.maker(value)) is not None and op.kind == "affine" and op.attributes["shift"] == 0.0:
             factor *= op.attributes["factor"]
             value = replace(value, index=op.inputs[0])
-        graph = self._graph(value, None, LossOp("value", factors=(factor,), classes=t.classes))
+        graph = self._graph(value, None, LossOp("value", factors=(factor,), classes=t.classes, ignored=t.ignored))
         return graph if returned is None else replace(graph, returned=returned.shape, network=returned.index)
 
     def _elements(self, value: Value) -> int:
@@ -191,6 +196,8 @@ class _Decoder:
     def _call(self, call: AtenCall) -> None:
         if call.name == "native_batch_norm" and call.written:
             call = replace(call, args=(*call.args[:3], None, None, *call.args[5:]))
+        if any(_memory(t) in self.kept for t in call.written):
+            raise Untraceable("forward writes a tensor that is neither a parameter nor a buffer, and lasts")
         if call.written and call.written[0] is call.args[0]:
             self._write(call)
             return
@@ -299,8 +306,8 @@ class _Decoder:
         """
         bound = self.bound.get(id(tensor))
         if bound is None:
-            self._unknown(tensor)
-        assert bound is not None
+            self._bind(tensor, self._constant(tensor))
+            bound = self.bound[id(tensor)]
         if isinstance(bound.meaning, Unknown):
             raise Untraceable(bound.meaning.reason)
         if bound.stale:
@@ -317,12 +324,17 @@ class _Decoder:
         bound.meaning = replace(cut, folded=getattr(bound.meaning, "folded", False))
         self.made_by.pop(id(bound.tensor))
 
-    def _unknown(self, tensor: Tensor) -> None:
+    def _constant(self, tensor: Tensor) -> Constant:
+        """A tensor that forward reads beside the model's own."""
         real = self.captured.constants.get(id(tensor))
         if real is None:
             raise Untraceable("forward makes a tensor of its own")
-        what = "parameter-like tensor that requires grad" if real.requires_grad else "constant"
-        raise Untraceable(f"forward reads a {what} of shape {tuple(real.shape)} that is not registered in the model")
+        if real.requires_grad:
+            raise Untraceable(
+                f"forward reads a parameter-like tensor that requires grad of shape {tuple(real.shape)} that is not "
+                "registered in the model"
+            )
+        return Constant(self.name_of(real), tuple(real.shape), real.dtype == torch.bool)
 
     def _is_cut(self, tensor: Tensor) -> bool:
         """Whether the tensor has no derivative although what it was made of has one (no_grad, detach).

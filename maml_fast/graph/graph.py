@@ -88,6 +88,7 @@ class LossOp:
     Attributes:
         name: one of `losses.NAMES`, or `"value"` where the graph computes the loss, a number for each task.
         parameter: see `losses.Loss`. classes: of the labels that the graph reads; 0 where it reads none.
+        ignored: the label that it ignores; None where the graph reads none.
         factors: for the support and the query batch; a sum over samples is a mean times their number.
     """
 
@@ -95,6 +96,7 @@ class LossOp:
     parameter: float = 0.0
     factors: tuple[float, ...] = (1.0, 1.0)
     classes: int = 0
+    ignored: int | None = None
 
     @property
     def takes_labels(self) -> bool:

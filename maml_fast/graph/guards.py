@@ -138,6 +138,14 @@ class Guards:
     def _name(self, module: str, attribute: str) -> str:
         return f"attribute {attribute!r} of {f'layer {module!r}' if module else self._called}"
 
+    def name_of(self, value: Any) -> str | None:
+        """The name under which something is held that is compared by identity at every call; None for anything else."""
+        for _, names, values, _ in self._shelves:
+            for at, held in enumerate(values):
+                if held is value:
+                    return str(names[at]) if at < len(names) else "tensor"
+        return None
+
     def put_back(self) -> None:
         """Undo what was added to lists and tables, or taken from them, since the state was numbered."""
         for holder, names, values, some in self._shelves:

@@ -8,9 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .graph import Untraceable
 from .guards import Guards
 from .snapshot import Snapshot
 from .stand_ins import exchanged
+
+MOST_CONSTANTS = 512
 
 Adapts = Callable[[str, nn.Parameter], bool] | Iterable[str] | None
 
@@ -31,10 +34,22 @@ class Model(Snapshot):
         self.module = module
         self.graphs: dict[Any, Any] = {}  # what trace() found, by shapes
         self.guards = Guards(module)
+        self.constants: dict[str, Tensor] = {}  # what plans read that is neither a parameter nor a buffer
         self.draws: bool | None = None  # whether captures have drawn random numbers; None where none came to its end
         self.reads_values = False  # a capture has found that forward reads elements that differ between tasks
         self.chosen = _choose(dict(zip(self.names, self.parameters(), strict=True)), adapts)
         self.adapts = tuple(c and t for c, t in zip(self.chosen, self.trainable, strict=True))
+
+    def name_constant(self, tensor: Tensor, found_as: str) -> str:
+        """A name in `constants`, the same whenever it is asked for."""
+        for name, held in self.constants.items():
+            if held is tensor:
+                return name
+        if len(self.constants) >= MOST_CONSTANTS:
+            raise Untraceable(f"forward has read more than {MOST_CONSTANTS} constants that are not buffers")
+        name = f"{found_as} (constant {len(self.constants)})"
+        self.constants[name] = tensor
+        return name
 
     def call(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Tensor) -> Any:
         """The module's output with these parameters and buffers, by name, in place of its own."""

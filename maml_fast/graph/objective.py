@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import structure
 from .conditions import check_storage
+from .graph import Untraceable
 from .guards import Guards
 from .losses import Loss
 from .model import Model
@@ -54,6 +55,25 @@ class Objective:
         self.modules = model.modules + self.learned.modules
         self._held = _Held(loss)
         self.guards = Guards(self._held, "the loss")
+
+    def constant(self, tensor: Tensor) -> str:
+        """The name by which `tensor` finds one that belongs to no module's parameters and buffers.
+
+        Whoever finds it reads its numbers of that moment. Another one in its place makes another plan.
+
+        Raises:
+            Untraceable: nothing guards which tensor it is.
+        """
+        names = [guards.name_of(tensor) for guards in (self.model.guards, self.guards)]
+        found = next((name for name in names if name is not None), None)
+        if found is None:
+            raise Untraceable(f"forward reads a constant of shape {tuple(tensor.shape)} that it makes itself")
+        return self.model.name_constant(tensor, found)
+
+    def tensor(self, name: str) -> Tensor:
+        """A buffer of the model, or a constant."""
+        held = self.model.constants.get(name)
+        return self.model.module.get_buffer(name) if held is None else held
 
     def captured_refusal(self) -> str:
         """Why the loss cannot be captured with the network; empty where that can be tried."""

@@ -58,7 +58,7 @@ def _common(objective: Objective, batches: Batches, inputs: Inputs) -> Traced:
         return None, ["it is none of the named ones, and the query outputs are asked for without it"]
     if any(_computed(g) != _computed(graphs[0]) for g in graphs):
         return None, ["what forward computes depends on the number of samples"]
-    kinds = {(g.loss.name, g.loss.parameter, g.loss.classes) for g in graphs if g.loss is not None}
+    kinds = {(g.loss.name, g.loss.parameter, g.loss.classes, g.loss.ignored) for g in graphs if g.loss is not None}
     if len(kinds) > 1:
         return None, ["it differs between the numbers of samples"]
     first = next((g for g in graphs if g.loss is not None), graphs[0])
@@ -96,7 +96,9 @@ def _trace(objective: Objective, samples: int, criterion: Criterion | None, inpu
                     guards.put_back()
                     raise Untraceable("forward or loss changes lists or tables that it reads")
                 guards.learn(watched)
-            return decode(captured, samples, inputs), []  # under the lock: equal expressions are one object
+            return decode(
+                captured, samples, inputs, objective.constant
+            ), []  # under the lock: equal expressions are one object
     except Untraceable as error:
         model.reads_values |= isinstance(error, ReadsValues)
         return None, [str(error)]

@@ -108,10 +108,17 @@ class Plan:
         _ = self.trace
         return self.model.draws
 
+    @property
+    def captures_loss(self) -> bool:
+        """Whether the loss is captured with the network: one of a person's own, or of labels that are not one each."""
+        labels = [self.data[name] for name in ("y_s", "y_q") if name in self.data]
+        several = self.inner.loss.takes_labels and any(isinstance(y, Tensor) and y.ndim > 1 for y in labels)
+        return several or self.inner.loss.name == "custom"
+
     @cached_property
     def trace(self) -> tuple[Graph | None, list[str]]:
         """The model's graph, or the reasons why it has none."""
-        loss, own = self.inner.loss, self.inner.loss.name == "custom"
+        loss, own = self.inner.loss, self.captures_loss
         if reasons := why_not_one(self.data, self.dtype, own, self.inputs):
             return None, reasons
         targets = [self.data.get(name) if own else None for name in ("y_s", "y_q")]
@@ -134,7 +141,7 @@ class Plan:
         graph, loss = self.trace[0], self.inner.loss
         if graph is not None and graph.loss is not None:
             return graph.loss
-        return LossOp("mse") if loss.name == "custom" else LossOp(loss.name, loss.parameter)
+        return LossOp("mse") if self.captures_loss else LossOp(loss.name, loss.parameter)
 
     @cached_property
     def kernel_graph(self) -> Graph | None:
@@ -159,6 +166,12 @@ class Plan:
         if graph.loss is not None:
             return graph.features(graph.output)
         return next(iter(graph.shapes[graph.output]), None)
+
+    @property
+    def ignored(self) -> int | None:
+        """The label that the loss ignores, where it does."""
+        graph = self.trace[0]
+        return None if graph is None or graph.loss is None else graph.loss.ignored
 
     @cached_property
     def constants(self) -> tuple[str, ...]:

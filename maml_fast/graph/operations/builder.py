@@ -206,6 +206,7 @@ class GraphBuilder:
         self._makers: dict[int, Op] = {}
         self._lifted: dict[Any, Value] = {}
         self.classes = 0  # of the labels that a loss has been written out for
+        self.ignored: int | None = None  # the label that such a loss ignores
         self.assumes_labels = False  # whether a comparison has been taken to be false of all labels
 
     def emit(
@@ -298,10 +299,10 @@ class GraphBuilder:
         Raises:
             Untraceable: the samples are merged with another axis.
         """
-        if self._merged(x) and self.samples == 1:
+        if self.is_merged(x) and self.samples == 1:
             free = [i for i, n in enumerate(self.full_shape(x)) if n == 1]
             x = self.single_sample_in(x, free[0]) if free else x
-        if self._merged(x):
+        if self.is_merged(x):
             raise Untraceable(f"{what} is applied to activations whose samples are merged with another axis")
         x = self.in_order(replace(x, dims=tuple((SAMPLES,) if SAMPLES in d else d for d in x.dims)))
         full = self.full_shape(x)
@@ -309,9 +310,23 @@ class GraphBuilder:
         shape = tuple(n for i, n in enumerate(full) if i != place)
         return x if shape == x.shape and all(len(d) == 1 for d in x.dims) else self._seen(x, shape, place)
 
-    def _merged(self, x: Value) -> bool:
+    def is_merged(self, x: Value) -> bool:
         """Whether the samples share a dimension with another axis that is longer than one element."""
         return any(SAMPLES in d and any(a != SAMPLES and x.shape[a] != 1 for a in d) for d in x.dims)
+
+    def apart(self, x: Value) -> tuple[Value, list[list[int]]]:
+        """The same with a dimension for each axis that is merged with the samples; which dimensions each one became."""
+        dims: list[tuple[int, ...]] = []
+        became = []
+        for d in x.dims:
+            parts = [(a,) for a in d] if SAMPLES in d else [d]
+            became.append([len(dims) + i for i in range(len(parts))])
+            dims += parts
+        return replace(x, dims=tuple(dims)), became
+
+    def together(self, x: Value, became: Sequence[Sequence[int]]) -> Value:
+        """With the dimensions that `apart` made one again."""
+        return replace(x, dims=tuple(tuple(a for d in dims for a in x.dims[d]) for dims in became))
 
     def _seen(self, x: Value, shape: Shape, place: int | None) -> Value:
         """Reshaped, with the samples at a place of what PyTorch sees."""

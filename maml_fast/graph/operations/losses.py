@@ -18,6 +18,7 @@ from ..expressions import call, constant
 from ..graph import LossOp, Untraceable
 from .builder import (
     LIFTS,
+    Constant,
     Emitter,
     Everywhere,
     GraphBuilder,
@@ -33,6 +34,7 @@ from .pointwise import masked_filled, masks_alone, pointwise, power
 from .shapes import reshaped, squeezed, unsqueezed
 from .sums import summed
 
+_NOT_IGNORED = -100  # what PyTorch takes for labels to be ignored where nobody says which
 _NONE, _MEAN, _SUM = range(3)  # ATen's reductions
 
 
@@ -143,14 +145,39 @@ def _bce_with_logits(
 
 
 def _nll(t: GraphBuilder, x: Any, y: Any, weight: Any, reduction: int, ignore_index: int) -> tuple[Any, None]:
-    if not (isinstance(y, Target) and y.shape == (t.samples,) and y.dtype == torch.int64):
-        raise Untraceable("nll_loss has a fused kernel only for labels (samples,)")
-    if weight is not None or ignore_index >= 0:
-        raise Untraceable("cross entropy with weights of classes or ignore_index has no fused kernel")
-    if isinstance(x, LogProbabilities):
+    """−w_y x_y of every label but those to be ignored; the mean is the weighted one."""
+    if not isinstance(y, Target) or y.dtype != torch.int64 or not y.shape or y.shape[0] % t.samples:
+        raise Untraceable("nll_loss has a fused kernel only for labels whose samples come first")
+    plain = weight is None and ignore_index < 0 and y.shape == (t.samples,)
+    if plain and isinstance(x, LogProbabilities):
         return _with_reduction(t, Losses(LossOp("cross_entropy"), x.of, y.shape), reduction), None
-    chosen = squeezed(t, _gather(t, x, 1, unsqueezed(t, y, 1)), 1)
-    return _with_reduction_of_values(t, pointwise(t, "nll", lambda v: -v, chosen), reduction), None
+    x = t.lifted(x, "nll_loss")
+    label, numbers = _labels_and_classes(t, x, y, ignore_index)
+    chosen = _at_labels(t, label, numbers, x)
+    if plain:
+        return _with_reduction_of_values(t, pointwise(t, "nll", lambda v: -v, chosen), reduction), None
+    kept = pointwise(t, "kept", lambda v: call("eq", call("eq", v, ignore_index), 0), squeezed(t, label, [1]))
+    if weight is not None:
+        weights = reshaped(t, t.lifted(weight, "class weights"), numbers.shape)
+        kept = pointwise(t, "mul", lambda k, w: k * w, kept, _at_labels(t, label, numbers, weights))
+    losses = pointwise(t, "nll", lambda v, k: -v * k, chosen, kept)
+    if reduction != _MEAN:
+        return _with_reduction_of_values(t, losses, reduction), None
+    return pointwise(t, "mean", lambda a, b: a / b, summed(t, losses), summed(t, kept)), None
+
+
+def _labels_and_classes(t: GraphBuilder, x: Value, y: Target, ignored: int) -> tuple[Value, Literal]:
+    """Labels with a dimension of classes behind the samples, which the call checks, and the classes' numbers there."""
+    classes, *space = t.full_shape(x)[1:]
+    _take_labels(t, classes, ignored)
+    label = unsqueezed(t, t.lifted(y, "labels"), 1)
+    return label, Literal(torch.arange(classes, dtype=torch.float64).reshape(classes, *(1 for _ in space)))
+
+
+def _at_labels(t: GraphBuilder, label: Value, numbers: Literal, x: Any) -> Value:
+    """x at the labels, along its dimension of classes."""
+    chosen = pointwise(t, "at labels", lambda u, c, v: call("where", call("eq", u, c), v, 0), label, numbers, x)
+    return summed(t, chosen, [1])
 
 
 def _gather(t: GraphBuilder, x: Any, dim: int, index: Any, sparse_grad: bool = False) -> Value:
@@ -166,10 +193,15 @@ def _gather(t: GraphBuilder, x: Any, dim: int, index: Any, sparse_grad: bool = F
 
 def _labels(t: GraphBuilder, labels: Target, classes: int) -> tuple[Value, Literal]:
     """Labels (samples, 1), which the call then checks against the number of classes, and the numbers of the classes."""
-    if t.classes not in (0, classes):
-        raise Untraceable("labels are taken for those of different numbers of classes")
-    t.classes = classes
+    _take_labels(t, classes, _NOT_IGNORED)
     return t.lifted(labels, "labels"), Literal(torch.arange(classes, dtype=torch.float64))
+
+
+def _take_labels(t: GraphBuilder, classes: int, ignored: int) -> None:
+    """Have the call check that labels are in [0, classes), or are the one that is ignored."""
+    if (t.classes or classes, t.ignored or ignored) != (classes, ignored):
+        raise Untraceable("labels are taken for those of different numbers of classes, or to be ignored")
+    t.classes, t.ignored = classes, ignored
 
 
 def _elementwise(t: GraphBuilder, a: Any, b: Any, loss: LossOp, reduction: int) -> Any:
@@ -225,6 +257,28 @@ def _huber_of(delta: float, z: Any, y: Any) -> Any:
     r = z - y
     size = call("abs", r)
     return call("where", size < delta, r * r * 0.5, (size - 0.5 * delta) * delta)
+
+
+def _bce(t: GraphBuilder, p: Any, y: Any, weight: Any = None, reduction: int = _MEAN) -> Value:
+    """−w (y log p + (1 − y) log(1 − p)), with logarithms of at least −100.
+
+    Both derivatives have a small number in the denominator, as PyTorch's have: they are what a polynomial has that is
+    zero at p.
+    """
+    if not isinstance(y, Target | Literal | Constant):
+        raise Untraceable("binary_cross_entropy with targets that have a derivative has no fused kernel")
+    small = 1e-12
+
+    def function(u: Any, v: Any, w: Any) -> Any:
+        p, both = call("stop", u), call("stop", u * (1 - u))
+        ones, zeros = (call("maximum", call("log", q), -100) for q in (p, 1 - p))
+        slope = (p - v) / call("maximum", both, small)
+        curvature = (p * p - 2 * p * v + v) / ((p + small) * (p + small) * (1 - p + small) * (1 - p + small))
+        near = u - p
+        return call("graft", -(v * ones + (1 - v) * zeros), slope * near + curvature * near * near * 0.5) * w
+
+    values = pointwise(t, "binary_cross_entropy", function, p, y, 1.0 if weight is None else weight)
+    return _with_reduction_of_values(t, values, reduction)
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -298,7 +352,7 @@ def _complement(t: GraphBuilder, x: Any) -> Any:
 
 
 def _masked_fill(t: GraphBuilder, x: Any, mask: Any, value: float) -> Any:
-    if isinstance(mask, Nowhere) and isinstance(x, Losses):
+    if isinstance(mask, Nowhere) and isinstance(x, Losses | Value):
         return x
     return masked_filled(t, x, mask, value)
 
@@ -313,6 +367,8 @@ OPERATIONS: dict[str, Emitter] = {
     "huber_loss": _huber,
     "smooth_l1_loss": _smooth_l1,
     "binary_cross_entropy_with_logits": _bce_with_logits,
+    "binary_cross_entropy": _bce,
     "nll_loss_forward": _nll,
+    "nll_loss2d_forward": _nll,
     "gather": _gather,
 }

@@ -16,7 +16,7 @@ from .losses import reduced, summed_losses
 from .pointwise import pointwise
 from .pools import spatial_mean
 from .shapes import unsqueezed
-from .sums import axes_of, dropped, summed
+from .sums import axes_of, dropped, over_merged, summed
 
 
 def _sum(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
@@ -33,6 +33,8 @@ def _mean(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False, dtype
 
 def largest(t: GraphBuilder, x: Any, dim: int, keepdim: bool = False) -> Value:
     """The first largest element along a dimension, and the derivative goes there."""
+    if isinstance(x, Value) and t.samples > 1 and t.is_merged(x) and SAMPLES not in x.dims[dim]:
+        return over_merged(t, x, dim, keepdim, lambda v, d: largest(t, v, d, True))
     x, (d,) = axes_of(t, x, dim, "max")
     if x.dims[d] == (SAMPLES,):
         raise Untraceable("max over the samples has no fused kernel")
@@ -74,6 +76,9 @@ def _amin(t: GraphBuilder, x: Any, dim: Any = (), keepdim: bool = False) -> Valu
 
 def _rowwise(t: GraphBuilder, kind: str, x: Any, dim: int) -> Value:
     """An operation over one dimension, which is brought to the end."""
+    if isinstance(x, Value) and t.samples > 1 and t.is_merged(x) and SAMPLES not in x.dims[dim]:
+        y, became = t.apart(x)
+        return t.together(_rowwise(t, kind, y, became[dim][0]), became)
     x, (d,) = axes_of(t, x, dim, kind)
     if x.dims[d] == (SAMPLES,):
         raise Untraceable(f"{kind} over the samples has no fused kernel")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,9 +28,30 @@ def dropped(t: GraphBuilder, x: Value, dims: Sequence[int], keepdim: bool) -> Va
     return x if keepdim else squeezed(t, x, list(dims))
 
 
+def over_merged(
+    t: GraphBuilder, x: Value, dim: int | Sequence[int] | None, keepdim: bool, function: Callable[[Value, int], Value]
+) -> Value:
+    """A function of some dimensions, one after another, where the samples are merged with other axes.
+
+    Args:
+        keepdim: whether the dimensions stay, with one element.
+        function: of the value with the samples apart and one dimension, along which one element is left.
+    """
+    rank = len(x.dims)
+    given = [dim] if isinstance(dim, int) else list(dim) if dim else list(range(rank))
+    dims = sorted({d % rank for d in given})
+    y, became = t.apart(x)
+    for d in dims:
+        for part in became[d]:
+            y = function(y, part)
+    return dropped(t, t.together(y, became), dims, keepdim)
+
+
 def summed(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False, mean: bool = False) -> Value:
     """The sum or the mean over some dimensions; over the samples it is one for each task."""
     name = "mean" if mean else "sum"
+    if isinstance(x, Value) and t.samples > 1 and t.is_merged(x):
+        return over_merged(t, x, dim, keepdim, lambda v, d: summed(t, v, d, True, mean))
     x, dims = axes_of(t, x, dim, name)
     axes = [x.dims[d][0] for d in dims if x.dims[d] != (SAMPLES,)]
     over_samples = any(x.dims[d] == (SAMPLES,) for d in dims)

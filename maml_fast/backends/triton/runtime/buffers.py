@@ -37,7 +37,7 @@ class Buffers:
         samples = {Batch.SUPPORT: plan.support, Batch.QUERY: plan.query}
         outputs = (t, plan.query, *graph.shapes[graph.output])
         self.theta = sure(flat.total)
-        self.constants = {name: sure(*plan.model.module.get_buffer(name).shape) for name in network.constants}
+        self.constants = {name: sure(*plan.objective.tensor(name).shape) for name in network.constants}
         self.x = {b: sure(t, n, *plan.inputs.primary_shape) for b, n in samples.items()}
         self.y = {b: self._targets(n, device) for b, n in samples.items()}
         self.dx = {
