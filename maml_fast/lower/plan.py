@@ -21,6 +21,7 @@ from ..graph.inputs import Inputs
 from ..graph.model import Model
 from ..graph.objective import Objective
 from ..graph.trace import trace
+from .chains import chain
 from .channels_last import channels_last
 from .fusion import fuse
 from .inputs import why_not_one
@@ -145,9 +146,9 @@ class Plan:
 
     @cached_property
     def kernel_graph(self) -> Graph | None:
-        """The graph as fused kernels take it: norms with what follows them, images channels last."""
+        """The graph as fused kernels take it: norms with what follows them, chains as one op, images channels last."""
         graph = self.trace[0]
-        return None if graph is None else channels_last(fuse(graph), pad_apart=_FEW_CHANNELS)
+        return None if graph is None else channels_last(chain(fuse(graph)), pad_apart=_FEW_CHANNELS)
 
     @cached_property
     def out_shape(self) -> tuple[int, ...] | None:
