@@ -410,3 +410,13 @@ def test_what_cannot_be_copied() -> None:
     model.generator = (n for n in range(3))
     with pytest.raises(RuntimeError, match=r"cannot be copied: .*generator"):
         maml_fast.verify(model, *features(3), lr=0.1, loss=F.mse_loss)
+
+
+@pytest.mark.skipif(not cpu.info()["built"], reason="the core is not built")
+def test_a_loss_that_gives_no_outputs_is_no_failure() -> None:
+    """The core writes such a loss into the graph, which then returns nothing else."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(-1))
+    x, y = torch.randn(2, 5, 4), torch.randint(3, (2, 5))
+    report = maml_fast.verify(model, x, y, x, y, lr=0.1, loss=nn.NLLLoss(), backend="cpu")
+    assert report.ok, str(report)
+    assert "outputs" not in {line.result for line in report.lines}
