@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 
 from maml_fast import bench
 from maml_fast.bench import peers, report, timing
-from maml_fast.cases import BENCH, Case, Problem, conv4, select, siren, strided_conv
+from maml_fast.cases import BENCH, MODELS, Case, Problem, conv4, select, siren, strided_conv
 
 SINUSOID = replace(select(["sinusoid-k1"])[0], tasks=3, steps=2)
 # small stand-ins for the timed networks: every kind of layer that the peers must know
@@ -23,6 +25,11 @@ TINY = [
     Case("waves", partial(siren, 2, 8, 3), (2,), (3,), tasks=2, support=9, query=8, lr=0.01),
     Case("strided", partial(strided_conv, 1, 4, 3), (1, 16, 16), (3,), "cross_entropy", tasks=2, support=4, query=3),
     Case("pooled", partial(conv4, 3, 4, 3, 16), (3, 32, 32), (3,), "cross_entropy", tasks=2, support=4, query=3),
+]
+# and for the timed models: norms, attention, embeddings, recurrence, and what adapts
+SMALL_MODELS = [
+    *select(["transformer-encoder", "gru-classifier", "functa", "melu", "eegnet", "text-cnn", "bert", "lora"]),
+    Case("head", partial(conv4, 1, 4, 3, 4), (1, 16, 16), (3,), "cross_entropy", tasks=2, adapts=("17.weight",)),
 ]
 CONTENDERS = [c for c in peers.contenders() if c.name != "compile(vmap)"]
 # JAX takes tens of seconds to compile a convolutional meta-gradient
@@ -43,6 +50,42 @@ def test_contenders_compute_the_meta_gradient(contender: peers.Contender, case: 
     step()
     _, note = bench.check(contender, case, step, "cpu")
     assert note == ""
+
+
+@pytest.mark.parametrize("case", SMALL_MODELS, ids=lambda c: c.name)
+@pytest.mark.parametrize("make", [peers.torch_loop, peers.torch_vmap], ids=lambda m: m.__name__)
+def test_peers_compute_models(make: Callable[[Problem], peers.Step], case: Case) -> None:
+    contender = peers.Contender("peer", make)
+    _, note = bench.check(contender, case, make(case.build(torch.float32)), "cpu")
+    assert note == ""
+
+
+def test_groups() -> None:
+    assert select(["networks"], "bench") == list(BENCH)
+    assert select(["models", "siren"], "bench") == [*MODELS, *select(["siren"])]
+    assert len(MODELS) == 9
+    assert not set(MODELS) & set(BENCH)
+
+
+def test_the_default_is_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(bench, "select", lambda *names: asked.append(names) or [])
+    bench.run("cpu", None, None, 0.1)
+    assert asked == [(["networks"], "bench")]
+
+
+def test_what_does_not_run_fused_is_told_and_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed: list[Case] = []
+    (case,) = select(["pinn"])
+    monkeypatch.setattr(bench, "select", lambda names, tag: [case])
+    monkeypatch.setattr(bench, "_time_case", lambda case, *_: timed.append(case) or report.Outcome(case, ()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert bench.run("cpu", None, ["pinn"], 0.1) == 0
+    assert timed == [case]
+    assert "pinn: no fused backend supports it: backend: reference" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -70,7 +113,7 @@ def broken(problem: Problem) -> peers.Step:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "select", lambda names, tag: [SINUSOID])
-    monkeypatch.setattr(bench, "_unsupported", lambda case, device: "")
+    monkeypatch.setattr(bench, "_unsupported", lambda case, device: (True, ""))
     monkeypatch.setattr(bench, "_too_slow", lambda once, fastest_peer, seconds: "")
     everyone = [
         peers.Contender("vmap", peers.torch_vmap),

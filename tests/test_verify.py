@@ -14,7 +14,7 @@ from torch import Tensor
 from maml_fast.algorithms.goal import Mode
 from maml_fast.backends import dispatch
 from maml_fast.backends.reference import ReferenceBackend
-from maml_fast.cases import BENCH, SMALL, select
+from maml_fast.cases import BENCH, MODELS, SMALL, ZOO, select
 from maml_fast.checking import verify
 from maml_fast.lower.plan import Plan, Result, Tensors
 
@@ -51,7 +51,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_case_names_are_unique() -> None:
-    names = [case.name for case in (*SMALL, *BENCH)]
+    names = [case.name for case in (*SMALL, *BENCH, *MODELS, *ZOO)]
     assert len(set(names)) == len(names)
 
 

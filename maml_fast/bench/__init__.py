@@ -1,4 +1,4 @@
-"""The benchmark: this package against the strongest peers installed, on the cases of `cases.BENCH`.
+"""The benchmark: this package against the strongest peers installed, on `cases.BENCH` and `MODELS`.
 
 No result is timed before it has been compared with the float64 reference.
 """
@@ -34,7 +34,7 @@ def run(device: str = "cpu", out: Path | None = None, cases: list[str] | None = 
     Args:
         device: `"cpu"` or a CUDA device.
         out: where the JSON goes, again after every case; None writes none.
-        cases: names in `cases.BENCH`; None for all that a fused backend supports.
+        cases: names, or groups: `"networks"`, which is `cases.BENCH` and the default, or `"models"`, `cases.MODELS`.
         seconds: time spent on samples, per case (compiling the peers comes on top).
 
     Returns:
@@ -48,10 +48,11 @@ def run(device: str = "cpu", out: Path | None = None, cases: list[str] | None = 
         # exact float32 for everybody, as on the CPU
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     outcomes = []
-    for case in select(cases, "bench"):
-        reason = _unsupported(case, device)
+    for case in select(cases or ["networks"], "bench"):
+        runs, reason = _unsupported(case, device)
         if reason:
-            print(f"{case.name}: no fused backend supports it yet: {reason}")
+            print(f"{case.name}: no fused backend supports it: {reason}")
+        if not runs:
             continue
         outcomes.append(_time_case(case, device, seconds))
         show(outcomes[-1:])
@@ -62,13 +63,15 @@ def run(device: str = "cpu", out: Path | None = None, cases: list[str] | None = 
     return int(any(e.ours and e.samples is None for o in outcomes for e in o.entries))
 
 
-def _unsupported(case: Case, device: str) -> str:
+def _unsupported(case: Case, device: str) -> tuple[bool, str]:
+    """Whether this package runs the case at all, and why none of its fused backends does."""
     problem = case.build(torch.float32, device)
     try:
         explained = fused(problem).explain(*problem.batch).splitlines()
     except RuntimeError as error:
-        return "; ".join(line.strip(" -") for line in str(error).splitlines()[1:])
-    return "" if explained[0] not in ("backend: vmap", "backend: reference") else "; ".join(explained[1:])
+        return False, "; ".join(line.strip(" -") for line in str(error).splitlines()[1:])
+    slower = explained[0] in ("backend: vmap", "backend: reference")
+    return True, "; ".join(line.strip() for line in explained[:2]) if slower else ""
 
 
 def _time_case(case: Case, device: str, seconds: float) -> Outcome:

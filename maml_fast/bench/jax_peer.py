@@ -16,7 +16,7 @@ from jax import lax
 from torch import Tensor, nn
 
 from ..cases import Problem
-from ..graph import losses
+from ..graph import losses, structure
 from ..nn.sine import Sine
 
 Array = Any
@@ -25,9 +25,11 @@ Layer = Callable[[list[Array], Array], Array]
 
 def make(problem: Problem) -> Callable[[], tuple[Array, list[Array]]]:
     """A compiled step on the problem's device."""
-    device = jax.devices("cpu" if problem.x_s.device.type == "cpu" else "gpu")[0]
+    device = jax.devices("cpu" if problem.device.type == "cpu" else "gpu")[0]
+    if problem.case.adapts is not None or not isinstance(problem.model, nn.Sequential):
+        raise NotImplementedError("no twin of this model is written in JAX")
     forward = _network(problem.model)
-    loss_of = _LOSSES[losses.resolve(problem.case.loss).name]
+    loss_of = _LOSSES[losses.resolve(problem.loss).name]
     steps, lr = problem.case.steps, problem.case.lr
 
     def support_loss(theta: list[Array], x: Array, y: Array) -> Array:
@@ -45,7 +47,7 @@ def make(problem: Problem) -> Callable[[], tuple[Array, list[Array]]]:
     function = jax.jit(jax.value_and_grad(objective))
     put = lambda v: jax.device_put(v, device)  # noqa: E731
     theta = [put(_to_jax(p.detach().cpu())) for p in problem.model.parameters()]
-    batch = [put(_images_last(v.cpu())) for v in problem.batch]
+    batch = [put(_images_last(structure.first(v).cpu())) for v in problem.batch]
 
     def step() -> tuple[Array, list[Array]]:
         loss, gradients = function(theta, *batch)

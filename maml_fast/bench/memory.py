@@ -24,7 +24,7 @@ def show_memory(cases: list[str] | None) -> dict[str, dict[str, list[float | str
         ValueError: no case of that name.
     """
     found: dict[str, dict[str, list[float | str]]] = {}
-    for case in select(cases, "bench"):
+    for case in select(cases or ["networks"], "bench"):
         sizes = ((case.tasks, case.steps), (4 * case.tasks, case.steps), (case.tasks, case.steps + 4))
         found[case.name] = {c: [_memory_or_note(case.name, c, *size) for size in sizes] for c in CONTENDERS}
         rows = [(case.name, c, *map(_cell, cells)) for c, cells in found[case.name].items()]

@@ -7,18 +7,23 @@ parameter, finished (not queued) when it returns.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..api.maml import MAML
 from ..cases import Problem
-from ..graph import losses
+from ..graph import losses, structure
+from ..graph.model import choose
+from ..graph.structure import Data
+from .batchable import for_vmap
 
 Step = Callable[[], tuple[Any, Sequence[Any]]]
 
@@ -42,12 +47,12 @@ class Contender:
 
 def fused(problem: Problem) -> MAML:
     """This package with the fused backend of the device; the Triton kernels run only by name."""
-    return problem.maml("triton" if problem.x_s.is_cuda else "auto")
+    return problem.maml("triton" if problem.device.type == "cuda" else "auto")
 
 
 def meta_loss_backward(problem: Problem) -> Step:
     """`maml.meta_loss(…).backward()`, after clearing the gradients."""
-    maml, parameters = fused(problem), list(problem.model.parameters())
+    maml, parameters = fused(problem), list(_trainable(problem).values())
 
     def step() -> tuple[Tensor, list[Tensor | None]]:
         for p in parameters:
@@ -61,7 +66,7 @@ def meta_loss_backward(problem: Problem) -> Step:
 
 def direct_backward(problem: Problem) -> Step:
     """`maml.backward(…)`, after clearing the gradients."""
-    maml, parameters = fused(problem), list(problem.model.parameters())
+    maml, parameters = fused(problem), list(_trainable(problem).values())
 
     def step() -> tuple[Tensor, list[Tensor | None]]:
         for p in parameters:
@@ -75,24 +80,29 @@ def direct_backward(problem: Problem) -> Step:
 def torch_loop(problem: Problem) -> Step:
     """The natural code: a loop over tasks, `autograd.grad(create_graph=True)`, one backward."""
     model, (loss_of, steps, lr) = problem.model, _inner(problem)
-    parameters = dict(model.named_parameters())
+    parameters, adapts = _trainable(problem), _adapting(problem)
 
-    def task_loss(x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor) -> Tensor:
+    def task_loss(x_s: Data, y_s: Data, x_q: Data, y_q: Data) -> Tensor:
         theta: dict[str, Tensor] = dict(parameters)
         for _ in range(steps):
-            loss = loss_of(functional_call(model, theta, (x_s,)), y_s)
-            gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
-            theta = {name: p - lr * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
-        return loss_of(functional_call(model, theta, (x_q,)), y_q)
+            loss = loss_of(_outputs(model, theta, x_s), y_s)
+            gradients = torch.autograd.grad(loss, [theta[name] for name in adapts], create_graph=True)
+            theta |= {name: theta[name] - lr * g for name, g in zip(adapts, gradients, strict=True)}
+        return loss_of(_outputs(model, theta, x_q), y_q)
 
     def step() -> tuple[Tensor, list[Tensor | None]]:
         for p in parameters.values():
             p.grad = None
-        loss = torch.stack([task_loss(*task) for task in zip(*problem.batch, strict=True)]).mean()
-        loss.backward()
+        with _twice_differentiable():
+            loss = torch.stack([task_loss(*_task(problem, t)) for t in range(problem.case.tasks)]).mean()
+            loss.backward()
         return loss, [p.grad for p in parameters.values()]
 
     return step
+
+
+def _task(problem: Problem, t: int) -> list[Data]:
+    return [structure.mapped(v, itemgetter(t)) for v in problem.batch]
 
 
 def torch_vmap(problem: Problem) -> Step:
@@ -107,55 +117,62 @@ def torch_compiled(problem: Problem) -> Step:
 
 
 def _functional(problem: Problem, function: Callable[..., tuple[dict[str, Tensor], Tensor]]) -> Step:
-    parameters = {name: p.detach() for name, p in problem.model.named_parameters()}
+    parameters = {name: p.detach() for name, p in _trainable(problem).items()}
 
     def step() -> tuple[Tensor, list[Tensor]]:
-        gradients, loss = function(parameters, *problem.batch)
+        with _twice_differentiable():
+            gradients, loss = function(parameters, *problem.batch)
         return loss, list(gradients.values())
 
     return step
 
 
-class _NormThenAffine(nn.Module):
-    """BatchNorm whose weight PyTorch does not see: with it, vmap's second derivatives are wrong."""
-
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.batch_norm(x, None, None, training=True, eps=self.eps)
-        return normed * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
-
-
-def _for_vmap(model: nn.Module) -> nn.Module:
-    """The sequential model with norms that vmap differentiates correctly; same parameter names."""
-    layers = [_NormThenAffine(m) if isinstance(m, nn.BatchNorm2d) else m for m in model.children()]
-    return nn.Sequential(*layers)
-
-
 def _objective(problem: Problem) -> Callable[..., Tensor]:
     """(parameters, batch) -> mean query loss, through torch.func."""
-    model, (loss_of, steps, lr) = _for_vmap(problem.model), _inner(problem)
+    model, (loss_of, steps, lr) = for_vmap(problem.model), _inner(problem)
+    adapts = _adapting(problem)
 
-    def support_loss(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss_of(functional_call(model, theta, (x,)), y)
+    def support_loss(fast: dict[str, Tensor], theta: dict[str, Tensor], x: Data, y: Data) -> Tensor:
+        return loss_of(_outputs(model, theta | fast, x), y)
 
-    def task_loss(theta: dict[str, Tensor], x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor) -> Tensor:
+    def task_loss(theta: dict[str, Tensor], x_s: Data, y_s: Data, x_q: Data, y_q: Data) -> Tensor:
+        fast = {name: theta[name] for name in adapts}
         for _ in range(steps):
-            gradients = grad(support_loss)(theta, x_s, y_s)
-            theta = {name: p - lr * gradients[name] for name, p in theta.items()}
-        return support_loss(theta, x_q, y_q)
+            gradients = grad(support_loss)(fast, theta, x_s, y_s)
+            fast = {name: p - lr * gradients[name] for name, p in fast.items()}
+        return support_loss(fast, theta, x_q, y_q)
 
-    def objective(theta: dict[str, Tensor], *batch: Tensor) -> Tensor:
+    def objective(theta: dict[str, Tensor], *batch: Data) -> Tensor:
         return vmap(task_loss, in_dims=(None, 0, 0, 0, 0))(theta, *batch).mean()
 
     return objective
 
 
-def _inner(problem: Problem) -> tuple[Callable[[Tensor, Tensor], Tensor], int, float]:
-    case = problem.case
-    return losses.resolve(case.loss).function, case.steps, case.lr
+def _outputs(model: nn.Module, theta: Mapping[str, Tensor], x: Data) -> Any:
+    if isinstance(x, Mapping):
+        return functional_call(model, dict(theta), (), dict(x))
+    return functional_call(model, dict(theta), (x,) if isinstance(x, Tensor) else tuple(x))
+
+
+def _trainable(problem: Problem) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in problem.model.named_parameters() if p.requires_grad}
+
+
+def _adapting(problem: Problem) -> list[str]:
+    """Names of the parameters that the inner loop updates."""
+    named = _trainable(problem)
+    return [name for name, adapts in zip(named, choose(named, problem.case.adapts), strict=True) if adapts]
+
+
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """PyTorch's fused kernels for attention have one derivative only."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def _inner(problem: Problem) -> tuple[Callable[[Any, Any], Tensor], int, float]:
+    return losses.resolve(problem.loss), problem.case.steps, problem.case.lr
 
 
 def contenders() -> list[Contender]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,10 +13,11 @@ from torch import Tensor, nn
 
 from ..api.maml import MAML
 from ..api.rates import RateLike
-from ..graph import losses
+from ..graph import losses, structure
 from ..graph.model import Adapts
+from ..graph.structure import Data
+from .draw import Draw, Shape
 
-Shape = tuple[int, ...]
 Rate = Literal["constant", "scalar", "per_tensor", "per_element"]
 
 
@@ -24,15 +27,17 @@ class Case:
 
     Attributes:
         network: makes the module; its parameters come from PyTorch's global generator.
-        in_shape, out_shape: shape of one sample and of its output.
+        in_shape, out_shape: shape of one sample and of its output, of normal numbers or what a named loss takes; or
+            what draws inputs and targets. Floating-point numbers are cast to the case's dtype.
         rate: α as a number, one learnable scalar, a scalar per parameter tensor, or one per element.
         tags: what `select` looks for: `"bench"`, `"conv"`, or what is varied.
+        still: the same network without its random numbers, where it draws any; see `stilled`.
     """
 
     name: str
     network: Callable[[], nn.Module]
-    in_shape: Shape
-    out_shape: Shape
+    in_shape: Shape | Draw
+    out_shape: Shape | Draw
     loss: losses.LossLike = "mse"
     tasks: int = 3
     support: int = 5
@@ -42,30 +47,39 @@ class Case:
     rate: Rate = "constant"
     adapts: Adapts = None
     tags: frozenset[str] = frozenset()
+    still: Callable[[], nn.Module] | None = None
 
     def build(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Problem:
         """The case's numbers, drawn in float32 and then cast: every dtype sees the same ones."""
+        cast = partial(_cast, dtype=dtype, device=device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = _perturb_norms(self.network()).to(device, dtype)
-            x_s, y_s = self._batch(self.support, dtype, device)
-            x_q, y_q = self._batch(self.query, dtype, device)
+            model = _perturbed(self.network()).to(device, dtype)
+            x_s, y_s, x_q, y_q = (
+                structure.mapped(v, cast) for samples in (self.support, self.query) for v in self._batch(samples)
+            )
             lr = self._rates(model)
-        return Problem(self, model, lr, x_s, y_s, x_q, y_q)
+        loss = deepcopy(self.loss).to(device, dtype) if isinstance(self.loss, nn.Module) else self.loss
+        return Problem(self, model, lr, x_s, y_s, x_q, y_q, loss)
+
+    def stilled(self) -> Case:
+        """The case as it can be compared: no two backends draw the same random numbers, so that it draws none."""
+        return self if self.still is None else replace(self, network=self.still, still=None)
 
     def tagged(self, *tags: str) -> Case:
         """The same case with further tags."""
         return replace(self, tags=self.tags.union(tags))
 
-    def _batch(self, samples: int, dtype: torch.dtype, device: str | torch.device) -> tuple[Tensor, Tensor]:
-        x = torch.randn(self.tasks, samples, *self.in_shape)
+    def _batch(self, samples: int) -> tuple[Data, Data]:
+        lead, shape = (self.tasks, samples), self.out_shape
+        x = self.in_shape(lead) if callable(self.in_shape) else torch.randn(*lead, *self.in_shape)
+        if callable(shape):
+            return x, shape(lead)
         loss = losses.resolve(self.loss)
         if loss.takes_labels:
-            labels = torch.randint(self.out_shape[0], (self.tasks, samples, *self.out_shape[1:]))
-            return x.to(device, dtype), labels.to(device)
-        y = torch.randn(self.tasks, samples, *self.out_shape)
-        y = (y > 0).float() if loss.name == "bce_with_logits" else y
-        return x.to(device, dtype), y.to(device, dtype)
+            return x, torch.randint(shape[0], (*lead, *shape[1:]))
+        y = torch.randn(*lead, *shape)
+        return x, (y > 0).float() if loss.name == "bce_with_logits" else y
 
     def _rates(self, model: nn.Module) -> RateLike:
         if self.rate == "constant":
@@ -85,14 +99,19 @@ class Problem:
     case: Case
     model: nn.Module
     lr: RateLike
-    x_s: Tensor
-    y_s: Tensor
-    x_q: Tensor
-    y_q: Tensor
+    x_s: Data
+    y_s: Data
+    x_q: Data
+    y_q: Data
+    loss: losses.LossLike
 
     @property
-    def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def batch(self) -> tuple[Data, Data, Data, Data]:
         return self.x_s, self.y_s, self.x_q, self.y_q
+
+    @property
+    def device(self) -> torch.device:
+        return structure.first(self.x_s).device
 
     @property
     def rates(self) -> list[Tensor]:
@@ -113,21 +132,32 @@ class Problem:
             self.lr,
             first_order,
             steps=case.steps,
-            loss=case.loss,
+            loss=self.loss,
             backend=backend,
             adapts=case.adapts,
             check="never",
         )
 
 
-def _perturb_norms(model: nn.Module) -> nn.Module:
-    """Norms start as identities; random scales, shifts and running statistics show more mistakes."""
+def _cast(value: Tensor, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+
+def _perturbed(model: nn.Module) -> nn.Module:
+    """Norms start as identities, gates and corrections as nothing; random numbers in their place show more mistakes."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm):
-                for p in module.parameters(recurse=False):
+            norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm)
+            for p in module.parameters(recurse=False):
+                if norm or _constant(p):
                     p.add_(torch.randn_like(p), alpha=0.3)
-                for name, buffer in module.named_buffers(recurse=False):
-                    if buffer.is_floating_point():
-                        buffer.add_(torch.rand_like(buffer) if name == "running_var" else torch.randn_like(buffer))
+            for name, buffer in module.named_buffers(recurse=False) if norm else ():
+                if buffer.is_floating_point():
+                    buffer.add_(torch.rand_like(buffer) if name == "running_var" else torch.randn_like(buffer))
     return model
+
+
+def _constant(p: Tensor) -> bool:
+    """Whether the parameter's author started it from one number."""
+    number = p.flatten()[0]
+    return bool((p == number).all()) and (p.numel() > 1 or number in (0, 1))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..graph import losses
 from ..nn.networks import mlp, siren
 from ..nn.sine import Sine
-from .case import Case, Shape
+from .case import Case
+from .draw import Shape
 
 # ---- networks -----------------------------------------------------------------------------------
 

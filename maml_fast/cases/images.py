@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..graph.model import Adapts
 from ..nn.networks import conv4, resnet12, strided_conv
-from .case import Case, Rate, Shape
+from .case import Case, Rate
+from .draw import Shape
 
 IMAGE = (2, 5, 7)
 SIGNAL = (2, 11)

@@ -1,4 +1,4 @@
-"""The sizes whose speed is reported."""
+"""The sizes whose speed is reported: `BENCH` by default, `MODELS` by name or as a group."""
 
 from __future__ import annotations
 
@@ -6,13 +6,23 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..graph.model import Adapts
 from ..nn.networks import conv4, mlp, siren, strided_conv
-from .case import Case, Shape
+from . import draw
+from .case import Case
+from .draw import Draw, Shape
+from .zoo.adapters import SinusoidMLP
+from .zoo.convnets import SqueezeExcite
+from .zoo.fields import ModulatedSiren
+from .zoo.recommenders import HEAD, MeLU
+from .zoo.sequences import GRUClassifier, TextCNN, TransformerClassifier
+from .zoo.signals import EEGNet
 
 
 def _timed(name: str, network: Callable[[], nn.Module], in_shape: Shape, out: int, loss: str, tasks: int,
            samples: tuple[int, int], steps: int, lr: float, *tags: str) -> Case:  # fmt: skip
-    return Case(name, network, in_shape, (out,), loss, tasks, *samples, steps, lr, tags=frozenset({"bench", *tags}))
+    tags = ("bench", "networks", *tags)
+    return Case(name, network, in_shape, (out,), loss, tasks, *samples, steps, lr, tags=frozenset(tags))
 
 
 BENCH: tuple[Case, ...] = (
@@ -29,3 +39,39 @@ BENCH: tuple[Case, ...] = (
     _timed("miniimagenet", lambda: conv4(3, 32, 5, 800), (3, 84, 84), 5, "cross_entropy", 2, (5, 75), 5, 0.01, "conv"),
     _timed("siren", lambda: siren(2, 128, 128, 128, 3), (2,), 3, "mse", 8, (1024, 1024), 3, 0.01, "mlp"),
 )
+
+
+def squeeze_excite_conv4(width: int = 32, classes: int = 5) -> nn.Module:
+    """Conv4 with a gate in every block."""
+    layers: list[nn.Module] = []
+    for i in range(4):
+        layers += [nn.Conv2d(width if i else 1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [SqueezeExcite(width, reduction=4), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, classes))
+
+
+def _model(name: str, network: Callable[[], nn.Module], x: Shape | Draw, y: Shape | Draw, loss: str, tasks: int,
+           samples: tuple[int, int], steps: int, lr: float, adapts: Adapts = None) -> Case:  # fmt: skip
+    return Case(
+        name, network, x, y, loss, tasks, *samples, steps, lr, adapts=adapts, tags=frozenset({"bench", "models"})
+    )
+
+
+MODELS: tuple[Case, ...] = (
+    _model("transformer", lambda: TransformerClassifier(16, 64, 4, 2, 16, 5), (16, 16), (5,), "cross_entropy",
+           16, (10, 10), 3, 0.01),
+    _model("gru", lambda: GRUClassifier(8, 32, 5), (20, 8), (5,), "cross_entropy", 16, (10, 10), 3, 0.1),
+    _model("conv4-squeeze-excite", squeeze_excite_conv4, (1, 28, 28), (5,), "cross_entropy", 8, (5, 15), 1, 0.1),
+    _model("siren-modulated", lambda: ModulatedSiren(128, 5, 64), draw.uniform(-1, 1, 2), (3,), "mse",
+           8, (512, 512), 3, 0.01, ("latent",)),
+    _model("recommender", lambda: MeLU((100, 100, 100, 100), 32, 64), draw.whole(100, 4), (1,), "mse",
+           32, (20, 20), 1, 0.01, HEAD),
+    _model("brain-waves", lambda: EEGNet(16, 128, dropout=0.0), (16, 128), (4,), "cross_entropy",
+           8, (16, 16), 1, 0.05),
+    _model("sinusoid-learned-scale", lambda: SinusoidMLP(40), (1,), (), "mse", 25, (10, 10), 5, 0.01),
+    _model("text-convolution", lambda: TextCNN(500, 32, 32, 5), draw.whole(500, 24), draw.whole(5), "cross_entropy",
+           16, (10, 10), 2, 0.1),
+    _model("anil-conv4", lambda: conv4(1, 64, 5, 64), (1, 28, 28), (5,), "cross_entropy",
+           8, (5, 75), 5, 0.1, ("17.weight", "17.bias")),
+)  # fmt: skip
+"""What needs families of operations. EEGNet and the text CNN are without dropout: no two contenders draw the same."""

@@ -37,7 +37,7 @@ class Model(Snapshot):
         self.constants: dict[str, Tensor] = {}  # what plans read that is neither a parameter nor a buffer
         self.draws: bool | None = None  # whether captures have drawn random numbers; None where none came to its end
         self.reads_values = False  # a capture has found that forward reads elements that differ between tasks
-        self.chosen = _choose(dict(zip(self.names, self.parameters(), strict=True)), adapts)
+        self.chosen = choose(dict(zip(self.names, self.parameters(), strict=True)), adapts)
         self.adapts = tuple(c and t for c, t in zip(self.chosen, self.trainable, strict=True))
 
     def name_constant(self, tensor: Tensor, found_as: str) -> str:
@@ -65,7 +65,12 @@ class Model(Snapshot):
             yield
 
 
-def _choose(named: Mapping[str, nn.Parameter], adapts: Adapts) -> tuple[bool, ...]:
+def choose(named: Mapping[str, nn.Parameter], adapts: Adapts) -> tuple[bool, ...]:
+    """Which of the parameters the inner loop updates.
+
+    Raises:
+        TypeError, ValueError: `adapts` is a string, or names a parameter that is not there.
+    """
     if adapts is None:
         return (True,) * len(named)
     if callable(adapts):
