@@ -22,9 +22,10 @@ def _plain() -> int:
     verify.add_argument("--seed", type=int, default=0, help="Of the random networks.")
     verify.add_argument("--from", type=int, default=0, dest="first", help="Number of the first random network.")
     verify.add_argument("--out", type=Path, default=Path("fuzz"), help="Folder for the scripts of failing networks.")
+    verify.add_argument("--zoo", action="store_true", help="Published models; the case is then a name or pattern.")
     bench = commands.add_parser("bench", help="Time meta-gradients against the installed peers.")
     bench.add_argument("--out", type=Path, help="JSON file, or folder, for the results.")
-    bench.add_argument("--case", action="append", help="A case by name; may be repeated.")
+    bench.add_argument("--case", action="append", help="A case or group (networks, models); may be repeated.")
     bench.add_argument("--seconds", type=float, default=20.0, help="Time spent on samples in each case.")
     for command in (verify, bench):
         command.add_argument("--device", default="cpu", help="Where to run: cpu, cuda, cuda:N.")
@@ -41,7 +42,8 @@ def _run(given: argparse.Namespace) -> int:
     if given.command == "verify":
         from .checking.command import run as run_verify
 
-        return run_verify(given.case, given.backend, given.device, given.fuzz, given.seed, given.first, given.out)
+        where = given.case, given.backend, given.device
+        return run_verify(*where, given.fuzz, given.seed, given.first, given.out, given.zoo)
     from .checking.device import usable
 
     usable(given.device)  # before all else is imported

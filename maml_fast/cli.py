@@ -88,7 +88,8 @@ def verify(
     case: Annotated[
         str | None,
         typer.Argument(
-            help="module:function or file.py:function that returns a model, a meta-batch and settings.",
+            help="module:function or file.py:function that returns a model, a meta-batch and settings; "
+            "with --zoo a model's name or pattern.",
             show_default="the package's own cases",
         ),
     ] = None,
@@ -98,12 +99,13 @@ def verify(
     seed: Annotated[int, typer.Option(help="Of the random networks.")] = 0,
     first: Annotated[int, typer.Option("--from", min=0, help="Number of the first random network, to go on.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the scripts of failing networks.")] = Path("fuzz"),
+    zoo: Annotated[bool, typer.Option("--zoo", help="Published models: which run fused, error and time.")] = False,
 ) -> None:
     """Compare the backends with the float64 reference; exit code 1 on any failure."""
     with _explained(_typed("backend", "device", "fuzz", "out"), (*MISTAKES, TypeError)):
         from .checking.command import run
 
-        code = run(case, backend, device, fuzz, seed, first, out)
+        code = run(case, backend, device, fuzz, seed, first, out, zoo)
     raise typer.Exit(code)
 
 
@@ -111,7 +113,10 @@ def verify(
 def bench(
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:N.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="JSON file for the results.", show_default="none")] = None,
-    case: Annotated[list[str] | None, typer.Option(help="A case by name; may be repeated.", show_default="all")] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="A case or group (networks, models); may be repeated.", show_default="networks"),
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time spent on samples in each case.")] = 20.0,
     memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory on the CPU instead of time.")] = False,
 ) -> None:

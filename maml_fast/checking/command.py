@@ -1,4 +1,4 @@
-"""What `maml-fast verify` does: the case list, a person's own case, or random networks."""
+"""What `maml-fast verify` does: the case list, the zoo, a person's own case, or random networks."""
 
 from __future__ import annotations
 
@@ -24,17 +24,24 @@ def run(
     seed: int = 0,
     first: int = 0,
     out: Path = Path("fuzz"),
+    zoo: bool = False,
 ) -> int:
     """Verify, print what came of it, and return the exit code: 0 if everything agrees.
 
     Args:
-        case: `module:function` or `file.py:function`; see `own_case`.
-        fuzz: how many random networks; 0 for none. seed, first, out: see `fuzz`.
+        case: `module:function` or `file.py:function`, see `own_case`; with `zoo` a model's name or pattern.
+        fuzz: how many random networks; 0 for none. seed, first, out: see `fuzz`. zoo: published models.
 
     Raises:
         ValueError: a case that cannot be found, or two things at once; no such backend or device.
     """
     usable(device)  # before all else is imported
+    if zoo:
+        if fuzz:
+            raise ValueError("fuzz: expected either the zoo or random networks, got both")
+        from .zoo import run as run_zoo
+
+        return run_zoo(case, backend, device)
     if case is not None and fuzz:
         raise ValueError("fuzz: expected either a case or random networks, got both")
     if case is not None:

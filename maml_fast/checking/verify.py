@@ -91,7 +91,7 @@ def observe(problem: Problem, backend: str, first_order: bool) -> Results:
 def observe_gradient(problem: Problem, backend: str, first_order: bool) -> Results:
     """Only what the benchmark's contenders compute: the loss and the parameters' meta-gradient."""
     maml = problem.maml(backend, first_order)
-    parameters = list(problem.model.parameters())
+    parameters = [p for p in problem.model.parameters() if p.requires_grad]
     with threads_for(backend), seeded(0):
         loss = maml.meta_loss(*problem.batch)
         return {"loss": (loss.detach(),), "parameters": torch.autograd.grad(loss, parameters)}
