@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import maml_fast as mf
+from maml_fast.cases.zoo.few_shot import PerStepBatchNorm
 
 Forward = Callable[["Net", Tensor], Tensor]
 
@@ -171,6 +172,15 @@ FORWARDS: dict[str, Forward] = {
     "max": lambda m, x: m.two(torch.tanh(parts(m, x)).max(-1)[0] - parts(m, x).min(-1).values),
     "amax-of-ties": lambda m, x: m.two(torch.relu(parts(m, x)).amax(-1)),
     "norms": lambda m, x: m.two(parts(m, x).norm(dim=-1)) + m.b(F.normalize(m.hidden(x), dim=-1)),
+    "dot": lambda m, x: m.b(m.hidden(x) * torch.dot(m.scale, m.tall[0]) + torch.vdot(m.tall[1], m.scale)),
+    "norms-of-slices": lambda m, x: m.b(
+        F.layer_norm(m.hidden(x), (6,), m.tall[0], m.tall[1]) + F.layer_norm(m.c(x), (6,), m.scale, m.tall[0])
+        + F.group_norm(m.hidden(x), 2, m.tall[1], m.tall[2]) + F.group_norm(m.c(x), 3, 1 + m.scale)
+    ),
+    "standardised-by-slices": lambda m, x: m.b(
+        F.batch_norm(m.hidden(x), m.tall.detach()[0], 1 + m.tall.detach()[1].square(), m.scale, m.tall[2])
+        + F.batch_norm(m.c(x), m.grid + 1, m.grid.square() + 1, m.tall[0], m.scale)
+    ),
     "lora": lambda m, x: m.b(torch.tanh(m.hidden(x) + (x @ m.u) @ m.v)),
     "lora-of-weights": _lora,
     "cosine": _cosine,
@@ -268,6 +278,13 @@ class Lambda(nn.Module):
 
 
 BODIES: dict[str, Callable[[], nn.Module]] = {
+    "per-step-norm": lambda: PerStepBatchNorm(4),
+    "norm-of-computed-weights": lambda: Lambda(lambda x: F.batch_norm(x, None, None, x.mean((0, 2, 3)), None, True)),
+    "response-norm": lambda: nn.LocalResponseNorm(3),
+    "average-of-volumes": lambda: nn.Sequential(nn.Unflatten(1, (2, 2)), nn.AvgPool3d(2, 1, (0, 1, 1))),
+    "average-inside-volumes": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 4)), nn.AvgPool3d((3, 2, 1), (1, 2, 3), (1, 1, 0), count_include_pad=False)
+    ),
     "squeeze": Squeeze,
     "channels-last": ChannelsLastBlock,
     "standardised": lambda: Standardised(4, 4, 3, padding=1, groups=2),

@@ -24,13 +24,13 @@ each_model = pytest.mark.parametrize("case", ZOO, ids=lambda c: c.name)
 # their reasons: `maml-fast verify --zoo`
 NOT_FUSED = (
     "actor-critic", "attention-over-examples", "attentive-process", "autoencoder", "bert", "bert-dropout",
-    "categorical-policy", "conv4-per-step-norm", "convnext-drop-path", "cosine-embedding", "deep-fm",
+    "categorical-policy", "convnext-drop-path", "cosine-embedding", "deep-fm",
     "deep-interest", "dueling-q", "dynamics-model", "eegnet-dropout", "efficientnet", "fast-text", "fcn-8",
-    "feature-planes", "fingerprint-mlp-dropout", "gat", "gaussian-policy", "gcn", "gcn-dropout", "gin", "googlenet",
+    "feature-planes", "fingerprint-mlp-dropout", "gat", "gaussian-policy", "gcn", "gcn-dropout", "gin",
     "gpt", "gpt-flash", "graph-sage", "hash-grid", "hinge-embedding", "language-rnn", "llama-block", "lstm-dropout",
     "melu", "mobilenet-v2", "nerf", "neural-collaborative-filtering", "neural-process", "padded-attention", "pinn",
     "pinn-torch-func", "relation-network", "resnet-1d", "resnet12-dropblock", "set-transformer", "siamese-bilinear",
-    "sparse-experts", "sparsemax", "spectrally-normed", "squashed-gaussian", "squeeze-excite", "swin", "tabnet",
+    "sparse-experts", "sparsemax", "squashed-gaussian", "squeeze-excite", "swin", "tabnet",
     "tcn-dropout", "text-cnn", "text-cnn-dropout", "triplet-embedding", "ts-can", "ts-can-dropout", "unet",
     "vit-dropout", "weight-normed", "wide-resnet",
 )  # fmt: skip

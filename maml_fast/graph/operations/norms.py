@@ -7,18 +7,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..expressions import call
 from ..graph import Untraceable
 from .builder import (
     SAMPLES,
+    Constant,
     Emitter,
     GraphBuilder,
     Repeated,
     Value,
+    Weight,
     by_sample,
     constant,
     optional_weight,
     value,
 )
+from .pointwise import pointwise
+from .shapes import unsqueezed
 
 
 def _batch_norm(
@@ -33,6 +38,12 @@ def _batch_norm(
     eps: float,
 ) -> tuple[Any, ...]:
     x = t.lifted(x, "batch_norm")
+    if _is_computed(weight, bias):
+        plain = _batch_norm(t, x, None, None, mean, variance, training, momentum, eps)[0]
+        return _scaled(t, plain, weight, bias, len(x.dims) - 2), None, None
+    if not training and any(not isinstance(c, Constant | Repeated) for c in (mean, variance)):
+        y = _standardised(t, x, mean, variance, eps)
+        return _scaled(t, y, weight, bias, len(x.dims) - 2), None, None
     given = [p for p in (weight, bias, mean, variance) if p is not None]
     folded = _is_folded(t, x)
     per_sample = x.folded or folded
@@ -67,9 +78,41 @@ def _once(p: Any) -> Any:
     return p.of if isinstance(p, Repeated) else p
 
 
+def _is_computed(*parameters: Any) -> bool:
+    """Whether any is something else than a parameter of the model as it is: a slice of one, say."""
+    return any(
+        p is not None and not isinstance(p, Repeated) and (not isinstance(p, Weight) or p.transposed)
+        for p in parameters
+    )
+
+
+def _scaled(t: GraphBuilder, x: Any, weight: Any, bias: Any, after: int) -> Any:
+    """weight · x + bias, whose elements belong to the dimensions before the last `after`."""
+    for name, function, p in (("mul", lambda u, v: u * v, weight), ("add", lambda u, v: u + v, bias)):
+        if p is not None:
+            x = pointwise(t, name, function, x, _before(t, p, after))
+    return x
+
+
+def _standardised(t: GraphBuilder, x: Value, mean: Any, variance: Any, eps: float) -> Value:
+    """By statistics that are computed."""
+    given = [_before(t, c, len(x.dims) - 2) for c in (mean, variance)]
+    return pointwise(t, "standardise", lambda v, m, s: (v - m) / call("sqrt", s + eps), x, *given)
+
+
+def _before(t: GraphBuilder, x: Any, after: int) -> Any:
+    """With so many dimensions of one element behind."""
+    for _ in range(after):
+        x = unsqueezed(t, x, -1)
+    return x
+
+
 def _layer_norm(
     t: GraphBuilder, x: Any, normalized_shape: Sequence[int], weight: Any, bias: Any, eps: float
 ) -> tuple[Any, ...]:
+    if _is_computed(weight, bias):
+        plain = _layer_norm(t, x, normalized_shape, None, None, eps)[0]
+        return _scaled(t, plain, weight, bias, 0), None, None
     x, size = t.unmerged(t.lifted(x, "layer_norm"), "layer_norm"), tuple(normalized_shape)
     if any(SAMPLES in d for d in x.dims[len(x.dims) - len(size) :]):
         raise Untraceable("layer_norm over the samples has no fused kernel")
@@ -91,6 +134,9 @@ def _group_norm(
     groups: int,
     eps: float,
 ) -> tuple[Any, ...]:
+    if _is_computed(weight, bias):
+        plain = _group_norm(t, x, None, None, samples, channels, positions, groups, eps)[0]
+        return _scaled(t, plain, weight, bias, len(plain.dims) - 2), None, None
     x = value(t, x, "group_norm")
     if not 1 <= len(x.shape) <= 3 or samples != t.samples or channels != x.shape[0] or channels % groups:
         raise Untraceable(f"group_norm of {groups} groups is applied to samples of shape {x.shape}")

@@ -90,6 +90,33 @@ def _avg_pool(
     return _average(t, x, space, kernel, steps, padded, count_include_pad)
 
 
+def _avg_pool3d(
+    t: GraphBuilder,
+    x: Any,
+    kernel_size: _Sizes,
+    stride: _Sizes = (),
+    padding: _Sizes = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Value:
+    """Along one dimension after the other: the number of elements in a window is a product too."""
+    x = images(t, x, 3, "avg_pool3d")
+    if divisor_override is not None or ceil_mode:
+        raise Untraceable("avg_pool3d with divisor_override or ceil_mode has no fused kernel")
+    kernel, padded = per_dim(kernel_size, 3), per_dim(padding, 3)
+    steps = kernel if isinstance(stride, Sequence) and not len(stride) else per_dim(stride, 3)
+    space = windows(x.shape[1:], kernel, steps, padded, (1, 1, 1), "avg_pool3d")
+    for d, (count, k, s, p) in enumerate(zip(space, kernel, steps, padded, strict=True)):
+        n = x.shape[1 + d]
+        found = [range(max(i * s - p, 0), min(i * s - p + k, n)) for i in range(count)]
+        if not all(found):
+            raise Untraceable("avg_pool3d has windows of nothing but padding")
+        sizes = [k if count_include_pad else len(w) for w in found]
+        x = value(t, _means_over(t, x, 2 + d, found, sizes, "avg_pool3d"), "avg_pool3d")
+    return x
+
+
 def _average(
     t: GraphBuilder, x: Value, space: Shape, kernel: Shape, stride: Shape, padding: Shape, include_pad: bool
 ) -> Value:
@@ -128,15 +155,21 @@ def _adaptive_windows(n: int, count: int) -> list[range]:
 
 
 def _window_means(t: GraphBuilder, x: Value, dim: int, count: int) -> Value:
-    x, axis = along(t, x, dim, "adaptive_avg_pool")
-    shape = (*x.shape[:axis], count, *x.shape[axis + 1 :])
+    found = _adaptive_windows(t.full_shape(x)[dim], count)
+    return _means_over(t, x, dim, found, list(map(len, found)), "adaptive_avg_pool")
+
+
+def _means_over(t: GraphBuilder, x: Value, dim: int, found: Sequence[range], sizes: Sequence[int], name: str) -> Value:
+    """The sums over windows along a dimension, each over its size."""
+    x, axis = along(t, x, dim, name)
+    shape = (*x.shape[:axis], len(found), *x.shape[axis + 1 :])
     here = strides(shape)
     made = []
-    for i, window in enumerate(_adaptive_windows(x.shape[axis], count)):
+    for i, (window, size) in enumerate(zip(found, sizes, strict=True)):
         box = sliced_box(x.shape, axis, window.start, 1, len(window))
         to = tuple(0 if a == axis else s for a, s in enumerate(here))
-        made.append(box._replace(factor=1.0 / len(window), start_out=i * here[axis], strides_out=to))
-    return replace(t.linear_map("adaptive_avg_pool", [x], made, shape, axis=axis), dims=x.dims)
+        made.append(box._replace(factor=1.0 / size, start_out=i * here[axis], strides_out=to))
+    return replace(t.linear_map(name, [x], made, shape, axis=axis), dims=x.dims)
 
 
 def _adaptive_max_pool(t: GraphBuilder, x: Any, output_size: Sequence[int]) -> tuple[Any, ...]:
@@ -216,6 +249,7 @@ def _upsample(t: GraphBuilder, x: Any, output_size: Sequence[int], *scales: floa
 OPERATIONS: dict[str, Emitter] = {
     "max_pool2d_with_indices": _max_pool,
     "avg_pool2d": _avg_pool,
+    "avg_pool3d": _avg_pool3d,
     "_adaptive_avg_pool2d": _adaptive_avg_pool,
     "adaptive_max_pool2d": _adaptive_max_pool,
     "upsample_linear1d": _bilinear,

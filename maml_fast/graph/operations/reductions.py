@@ -157,6 +157,11 @@ def _safe_softmax(t: GraphBuilder, x: Any, dim: int, dtype: Any = None) -> Value
     return pointwise(t, "safe_softmax", lambda v, m: call("where", call("eq", m, -math.inf), 0, v), y, most)
 
 
+def _dot(t: GraphBuilder, a: Any, b: Any) -> Value:
+    """Of two vectors."""
+    return summed(t, pointwise(t, "dot", lambda u, v: u * v, a, b))
+
+
 def _trilinear(
     t: GraphBuilder, a: Any, b: Any, c: Any, ea: Sequence[int], eb: Sequence[int], ec: Sequence[int],
     dims: Sequence[int], unroll_dim: int = 1,
@@ -240,6 +245,8 @@ OPERATIONS: dict[str, Emitter] = {
     "_cdist_forward": _distances,
     "_euclidean_dist": _distances,
     "_trilinear": _trilinear,
+    "dot": _dot,
+    "vdot": _dot,
     "_weight_norm_interface": _weight_norm,
     "logsumexp": _logsumexp,
     "linalg_vector_norm": _norm,
