@@ -189,6 +189,9 @@ FORWARDS: dict[str, Forward] = {
     "vector-weight": lambda m, x: m.b(torch.tanh(m.hidden(x))) + (x @ m.wide[0])[:, None],
     "attention": _attention,
     "distances": lambda m, x: -torch.cdist(torch.tanh(m.hidden(x)), m.tall),
+    "grouped-keys": lambda m, x: m.two(
+        (parts(m, x)[:, :, None] @ m.b(m.hidden(x)).view(-1, 1, 3, 1).repeat_interleave(2, 1)).flatten(1)
+    ),
     "permuted": lambda m, x: m.b(torch.tanh(m.two(parts(m, x).permute(0, 2, 1))).flatten(1)[:, :6]),
     "glu": lambda m, x: m.three(F.glu(m.hidden(x))),
     "prelu": lambda m, x: m.b(m.prelu(m.hidden(x))),
@@ -428,6 +431,22 @@ REFUSED: dict[str, tuple[Forward, str]] = {
     "sorted": (lambda m, x: m.hidden(x).sort(1)[0], "sort"),
     "random": (lambda m, x: m.hidden(x)[:, torch.randperm(x.shape[1])], "random numbers"),
 }
+
+
+def _other_order(m: Net, x: Tensor) -> Tensor:
+    """As many samples as groups, in both orders."""
+    a, b = m.twelve(x).view(-1, 4, 1, 3), m.twelve(x).view(-1, 4, 3, 1)
+    return torch.bmm(a.reshape(-1, 1, 3), b.transpose(0, 1).reshape(-1, 3, 1)).view(len(x), 4)
+
+
+@pytest.mark.parametrize("samples", [3, 4])
+def test_groups_are_told_apart_by_their_order(samples: int, core: Any) -> None:
+    torch.manual_seed(0)
+    model = Net(_other_order).double()
+    x, y = (torch.randn(3, samples, 4, dtype=torch.float64) for _ in range(2))
+    maml = mf.MAML(model, 0.05, loss="mse", backend="cpu")
+    with pytest.raises(RuntimeError, match="in different ways"):
+        maml.meta_loss(x, y, x, y)
 
 
 @pytest.mark.parametrize("name", REFUSED)

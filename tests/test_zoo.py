@@ -27,7 +27,7 @@ NOT_FUSED = (
     "categorical-policy", "convnext-drop-path", "cosine-embedding", "deep-fm",
     "deep-interest", "dueling-q", "dynamics-model", "eegnet-dropout", "efficientnet", "fast-text", "fcn-8",
     "feature-planes", "fingerprint-mlp-dropout", "gat", "gaussian-policy", "gcn", "gcn-dropout", "gin",
-    "gpt", "gpt-flash", "graph-sage", "hash-grid", "hinge-embedding", "language-rnn", "llama-block", "lstm-dropout",
+    "gpt", "gpt-flash", "graph-sage", "hash-grid", "hinge-embedding", "language-rnn", "lstm-dropout",
     "melu", "mobilenet-v2", "nerf", "neural-collaborative-filtering", "neural-process", "padded-attention", "pinn",
     "pinn-torch-func", "relation-network", "resnet-1d", "resnet12-dropblock", "set-transformer", "siamese-bilinear",
     "sparse-experts", "sparsemax", "squashed-gaussian", "squeeze-excite", "swin", "tabnet",

@@ -100,7 +100,7 @@ def _bmm(t: GraphBuilder, a: Any, b: Any) -> Value:
     both = [v for v in (a, b) if not v.once]
     if any(SAMPLES in d for v in both for d in v.dims[1:]):
         raise Untraceable("bmm with the samples inside the matrices has no fused kernel")
-    groups = {tuple(t.length(v, x) for x in v.dims[0]) for v in both}
+    groups = {_grouping(v) for v in both}
     task = [v for v in (a, b) if v.once]
     if len(groups) > 1 or (both and any(t.full_shape(v)[0] != 1 for v in task)):
         raise Untraceable("bmm whose groups are made of the samples in different ways has no fused kernel")
@@ -111,6 +111,11 @@ def _bmm(t: GraphBuilder, a: Any, b: Any) -> Value:
     y = t.emit("matmul", [first, second], (*lead, rows, columns), groups=count)
     inner = len(lead)
     return replace(y, dims=(_group_dim(both, inner), (inner,), (inner + 1,)))
+
+
+def _grouping(x: Value) -> tuple[int, ...]:
+    """How the groups are made: the samples, and the lengths of the other axes, in order."""
+    return tuple(a if a == SAMPLES else x.shape[a] for a in x.dims[0] if a == SAMPLES or x.shape[a] != 1)
 
 
 def product_of_groups(t: GraphBuilder, a: Value, b: Value) -> Value:
