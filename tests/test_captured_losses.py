@@ -273,6 +273,22 @@ def test_models_that_return_what_only_a_loss_takes(core: Any) -> None:
         torch.testing.assert_close(*outputs)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_label_of_each_position(reduction: str, core: Any) -> None:
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        found = F.cross_entropy(z, y, reduction=reduction)
+        return found.mean((1, 2)).sum() if reduction == "none" else found
+
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1)).double()
+    x_s, x_q = (torch.randn(2, n, 1, 4, 5, dtype=torch.float64) for n in (3, 2))
+    y_s, y_q = (torch.randint(3, (2, n, 4, 5)) for n in (3, 2))
+    report = mf.verify(model, x_s, y_s, x_q, y_q, lr=0.01, steps=2, loss=loss, backend="cpu")
+    assert report.ok, str(report)
+    y_q[1, 0, 0, 0] = 3
+    with pytest.raises(ValueError, match="expected labels in"):
+        mf.MAML(model, 0.01, loss=loss, backend="cpu").meta_loss(x_s, y_s, x_q, y_q)
+
+
 def _of(holder: Any, name: str, value: Any) -> Callable[[], None]:
     return lambda: setattr(holder, name, value)
 

@@ -175,6 +175,13 @@ class TSCAN(nn.Module):
         return self.dense2(torch.tanh(self.dense1(flat))).view(n, frames)
 
 
+def pixelwise(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy and overlap, as segmentation mixes them."""
+    p = outputs.softmax(1)[:, 1]
+    overlap = 2 * (p * (targets == 1)).sum() / (p.sum() + (targets == 1).sum() + 1)
+    return F.cross_entropy(outputs, targets) + 1 - overlap
+
+
 def of_output(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs["out"], targets, ignore_index=3)
 
@@ -183,6 +190,7 @@ GREY = (1, 8, 8)
 
 CASES = (
     model("unet", lambda: UNet(3, bilinear=False), (1, 8, 8), draw.whole(3, 8, 8), "cross_entropy", steps=1),
+    model("unet-mixed-loss", lambda: UNet(2, bilinear=True), (1, 8, 8), draw.whole(2, 8, 8), pixelwise, steps=1),
     model("unet-bilinear-dice", lambda: UNet(1, bilinear=True), (1, 9, 8), draw.bits(1, 9, 8), dice, steps=1),
     model("autoencoder", Autoencoder, draw.uniform(0, 1, *GREY), draw.uniform(0, 1, *GREY), nn.BCELoss()),
     model("super-resolution", ESPCN, (1, 6, 6), (1, 12, 12), charbonnier),
