@@ -31,8 +31,8 @@ NOT_FUSED = (
     "melu", "mobilenet-v2", "nerf", "neural-collaborative-filtering", "neural-process", "padded-attention", "pinn",
     "pinn-torch-func", "relation-network", "resnet-1d", "resnet12-dropblock", "set-transformer", "siamese-bilinear",
     "sparse-experts", "sparsemax", "squashed-gaussian", "squeeze-excite", "swin", "tabnet",
-    "tcn-dropout", "text-cnn", "text-cnn-dropout", "triplet-embedding", "ts-can", "ts-can-dropout", "unet", "unet-mixed-loss",
-    "vit-dropout", "weight-normed", "wide-resnet",
+    "tcn-dropout", "text-cnn", "text-cnn-dropout", "triplet-embedding", "ts-can", "ts-can-dropout", "unet",
+    "unet-mixed-loss", "vit-dropout", "weight-normed", "wide-resnet",
 )  # fmt: skip
 
 
