@@ -42,7 +42,7 @@ EXHAUSTIVE = re.compile(
             r"test_stress_under_sanitizer",
             r"test_a_pytorch_without_inductors_allocator",
             r"test_inductor|test_compiled_peer",
-            r"test_kernels_compile_within_the_limits\[(80|100|120)\]",
+            r"test_kernels(_of_families)?_compile_within_the_limits\[(80|100|120)\]",
         ]
     )
 )

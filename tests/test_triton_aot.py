@@ -61,5 +61,30 @@ def test_kernels_compile_within_the_limits(capability: int, tmp_path: Path) -> N
     assert _precisions(rows, "resident") == (precisions if capability == 90 else {"ieee"})
 
 
+def _chosen_of_families(capability: int) -> list[int]:
+    from maml_fast.checking import triton_aot as aot
+
+    return [n for n, (of, _) in enumerate(aot.family_work()) if of == capability]
+
+
+def _compiled_family(n: int) -> tuple[str, int, Any]:
+    from maml_fast.checking import triton_aot as aot
+
+    return aot.compile_family(n)
+
+
+@pytest.mark.parametrize("capability", sorted(CAPABILITIES, key=lambda c: c != 90))
+def test_kernels_of_families_compile_within_the_limits(capability: int, tmp_path: Path) -> None:
+    """Those whose source is made for an expression among them."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(WORKERS, context, _compiler, (str(tmp_path),)) as pool:
+        rows = list(pool.map(_compiled_family, pool.submit(_chosen_of_families, capability).result(), chunksize=8))
+    for name, of, usage in rows:
+        print(f"{of:4d} {usage.shared:6d} B {usage.registers:3d} regs {usage.spills:4d} B spilt  {name}")
+    assert any("sum_expression" in name for name, _, _ in rows)
+    assert not [row for row in rows if row[2].shared > LIMIT[capability]]
+    assert not [row for row in rows if row[2].spills > MOST_SPILLS]
+
+
 def _precisions(rows: list[tuple[str, int, Any]], kernel: str) -> set[str]:
     return {name.split("PRECISION=")[1].split()[0] for name, _, _ in rows if kernel in name and "PRECISION=" in name}

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..backends.triton.kernels.tiles import Product
 from ..backends.triton.runtime import tuning
 from ..backends.triton.runtime.call import PRECISIONS
 from ..backends.triton.runtime.launches import launches, start
+from ..backends.triton.support import why_not_network
 from ..cases import BENCH, select
 from ..lower.plan import Plan
 
@@ -225,6 +227,26 @@ def work(every: bool = False, tuned: bool = True) -> tuple[tuple[int, Instance],
     return tuple(pairs | {(90, i): None for one in hardest.values() for i in candidates(one)})
 
 
+@cache
+def family_work() -> tuple[tuple[int, Instance], ...]:
+    """Pairs of capability and instance: what the cases with operations of families need and `work` has nothing like."""
+    known = {i.variant for _, i in work(tuned=False)}
+    found: dict[tuple[int, Instance], None] = {}
+    for case in select(tag="families"):
+        problem = case.build(torch.float32)
+        plan = problem.maml("reference")._prepare(Mode.META_GRADIENT, *problem.batch).call.plan
+        graph = plan.trace[0]
+        if graph is not None and not why_not_network(plan, graph):
+            found |= {(c, i): None for i in instances(plan) if i.variant not in known for c in SHARED_LIMIT}
+    return tuple(found)
+
+
+def compile_family(n: int) -> tuple[str, int, Usage]:
+    """The same as `compile_nth` of one piece of `family_work`."""
+    capability, instance = family_work()[n]
+    return instance.name, capability, compile(instance, capability)
+
+
 def _hardness(one: Product) -> tuple[int, int]:
     return sum(a is not None for a in one.arguments), one.m * one.n * one.k
 
@@ -246,7 +268,9 @@ def main() -> None:
         print(f"{name}: {len(launches(plan))} launches a call")
         if TritonBackend().variant(plan) == "resident":
             print(f"{name}, resident: {len(launches(plan, 'resident'))} launches a call")
-    for name, capability, usage in (compile_nth(n, every=True) for n in range(len(work(every=True)))):
+    rows = (compile_nth(n, every=True) for n in range(len(work(every=True))))
+    families = map(compile_family, range(len(family_work())))
+    for name, capability, usage in chain(rows, families):
         print(f"{capability:4d} {usage.shared:6d} B {usage.registers:3d} regs {usage.spills:4d} B spilt  {name}")
 
 

@@ -8,12 +8,13 @@ import os
 
 import torch
 
-from ...graph.graph import ACTIVATIONS, Graph
+from ...graph.graph import ACTIVATIONS, Graph, Op
 from ...lower.plan import Plan
 
 _OLDEST = (8, 0)
 _MOST_NUMBERS = 1 << 31  # a task's array, whose offsets are 32-bit
 
+_BROADCASTING = ("pointwise", "linear_map", "matmul", "linear")
 _NORMS = ("layer_norm", "batch_norm", "running_norm")
 _INSTRUCTIONS = frozenset(("linear", *ACTIVATIONS, "affine", "add", "cat", "reshape", *_NORMS))
 
@@ -60,6 +61,7 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
     for op in graph.live_ops():
         if op.kind not in KINDS and op.kind != "reshape":
             reasons.append(f"layer {op.kind} has no kernel")
+        reasons += _why_not_family(graph, op)
         if op.kind == "layer_norm" and op.attributes["size"] > WIDEST:
             reasons.append(f"LayerNorm over {op.attributes['size']} features, more than {WIDEST}")
         if op.kind == "batch_norm":
@@ -78,6 +80,19 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
     output = graph.shapes[graph.output]
     if plan.loss.takes_labels and (len(output) != 1 or output[0] > MOST_CLASSES):
         reasons.append(f"cross_entropy over outputs of shape {output}, not (classes,) of at most {MOST_CLASSES}")
+    return reasons
+
+
+def _why_not_family(graph: Graph, op: Op) -> list[str]:
+    """Reasons that lie in what an operation is applied to."""
+    reasons = []
+    values = (*op.inputs, op.output)
+    if op.kind not in _BROADCASTING and len({v in graph.per_task for v in values}) > 1:
+        reasons.append(f"layer {op.kind} of activations and values without samples has no kernel")
+    if op.kind == "linear" and len(op.inputs) > 1:
+        reasons.append("layer linear with a computed weight has no kernel")
+    if any(graph.features(v) == 0 for v in values):
+        reasons.append(f"layer {op.kind} has no elements to work on")
     return reasons
 
 

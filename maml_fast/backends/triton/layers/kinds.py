@@ -51,6 +51,10 @@ class Kind:
         """Elements per task that `tangent` keeps, by the index for `Pass.tangent_aux`."""
         return {}
 
+    def statics(self, layer: Layer) -> tuple[Tensor, ...]:
+        """What the layer reads besides and no call changes."""
+        return ()
+
     def scratch(self, layer: Layer, samples: int) -> int:
         """Elements per task that one function needs for itself."""
         return 0

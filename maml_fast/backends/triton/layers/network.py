@@ -15,6 +15,7 @@ from ....graph.graph import ACTIVATIONS, Graph, Op
 from ....lower.channels_last import channels_last
 from ....lower.fusion import tiles
 from ....lower.plan import Plan
+from .selecting import selecting
 
 _PRODUCTS = ("linear", "conv")
 _POOLED = ("batch_norm", "running_norm")
@@ -28,13 +29,15 @@ class Layer:
 
     Attributes:
         inputs, output: buffers. weight, bias: parameters.
-        shape, source: of one sample of the output and of the first input; images are channels last.
+        shape, sources: of one sample of the output and of the inputs; images are channels last.
+        once: whether neither inputs nor output have a sample axis: the layer works once for each task.
         activation: what is applied to the output, and its two parameters.
         pool: the windows of the max-pool behind that, which is part of the layer.
         first: per input, whether this layer is the first to write that input's delta.
         needs_grad: per input, whether its delta is wanted. has_tangent: per input, whether it has a tangent.
         first_weight, first_bias: whether this layer is the first to write that gradient.
-        output_needs_grad, output_has_tangent: the same of the output.
+        output_needs_grad, output_has_tangent: the same of the output; nothing comes back to a layer on which the loss
+            does not depend.
     """
 
     index: int
@@ -46,7 +49,8 @@ class Layer:
     constants: tuple[str, ...]
     attributes: Mapping[str, Any]
     shape: tuple[int, ...]
-    source: tuple[int, ...]
+    sources: tuple[tuple[int, ...], ...]
+    once: bool
     activation: tuple[str, float, float]
     pool: tuple[int, ...] | None
     first: tuple[bool, ...]
@@ -56,6 +60,11 @@ class Layer:
     first_bias: bool
     output_needs_grad: bool
     output_has_tangent: bool
+
+    @property
+    def source(self) -> tuple[int, ...]:
+        """The shape of one sample of the first input."""
+        return self.sources[0]
 
 
 class Flat:
@@ -109,22 +118,24 @@ class Network:
         fused: whether activations and pools are part of the norms before them.
 
     Attributes:
-        features: per buffer, the elements of a sample. Buffer 0 is the input.
-        out: the buffer that the network returns. out_has_tangent: whether it depends on adapting parameters.
+        features: per buffer, the elements of a sample. Buffer 0 is the input. once: whether it has no sample axis.
+        out: the buffer that the loss is of. out_has_tangent: whether it depends on adapting parameters.
+        returned: the buffer that the network returns; None where none is that.
         tails: per value, the operation that makes it and, before it, those that are part of the same layer.
         after, before: per linear layer or convolution, by its index, the activation whose forward functions ride on its
             own, and the one whose backward functions do.
     """
 
     def __init__(self, plan: Plan, graph: Graph, fused: bool) -> None:
-        self.graph = graph = channels_last(graph)
+        self.graph = graph = channels_last(selecting(graph))
         filters = {p for op in graph.ops if op.kind == "conv" and (p := op.parameters[0]) is not None}
         self.flat = Flat(plan, graph.used_parameters(), filters)
         self.buffers = {0: 0}
-        self.features = [graph.features(0)]
+        self.features, self.once = [graph.features(0)], [False]
         self.tails: dict[int, list[Op]] = {}
         ops = [op for op in self._with_tails(graph, fused) if not self._name(op)]
         self.out = self.buffers[graph.output]
+        self.returned = self._returned(graph)
         self.layers = self._layers(ops, plan.needs.x_s or plan.needs.x_q)
         self.out_has_tangent = any(layer.output_has_tangent for layer in self.layers if layer.output == self.out)
         self.after, self.before = self._fused_activations()
@@ -132,7 +143,8 @@ class Network:
 
     def _with_tails(self, graph: Graph, fused: bool) -> list[Op]:
         """The operations; if `fused`, with activations and pools made part of the norms before them."""
-        readers = Counter([i for op in graph.ops for i in op.inputs] + [graph.output])
+        ends = [graph.output] if graph.network is None else [graph.output, graph.network]
+        readers = Counter([i for op in graph.ops for i in op.inputs] + ends)
         followers = {op.inputs[0]: op for op in graph.ops if op.inputs and readers[op.inputs[0]] == 1}
         found: list[Op] = []
         gone: set[int] = set()
@@ -148,7 +160,8 @@ class Network:
         return found
 
     def _fused_activations(self) -> tuple[dict[int, Layer], dict[int, Layer]]:
-        readers = Counter([i for layer in self.layers for i in layer.inputs] + [self.out])
+        ends = [b for b in (self.out, self.returned) if b is not None]
+        readers = Counter([i for layer in self.layers for i in layer.inputs] + list(dict.fromkeys(ends)))
         writers = {layer.output: layer for layer in self.layers}
         after, before = {}, {}
         for act in (layer for layer in self.layers if layer.kind in ACTIVATIONS):
@@ -157,16 +170,18 @@ class Network:
             if maker is not None and self._multiplies(maker) and readers[maker.output] == 1:
                 after[maker.index] = act
             alone = readers[act.inputs[0]] == 1 == readers[act.output]
-            if alone and takers and takers[0].kind in _PRODUCTS:
+            if alone and takers and takers[0].kind in _PRODUCTS and takers[0].inputs[0] == act.output:
                 before[takers[0].index] = act
         return after, before
 
     def _multiplies(self, layer: Layer) -> bool:
         """Whether products make the layer's output and its tangent."""
+        if layer.kind != "conv":
+            return layer.kind == "linear"
         only_bias_has_tangent = (
             layer.output_has_tangent and not layer.has_tangent[0] and layer.weight not in self.flat.adapting_set
         )
-        return layer.kind == "linear" or (layer.kind == "conv" and not only_bias_has_tangent)
+        return not only_bias_has_tangent
 
     def _activation(self, op: Op) -> tuple[str, float, float]:
         act = next((one for one in self.tails[op.output] if _activates(one)), None)
@@ -185,7 +200,25 @@ class Network:
             return True
         self.buffers[op.output] = len(self.features)
         self.features.append(self.graph.features(op.output))
+        self.once.append(op.output in self.graph.per_task)
         return False
+
+    def _returned(self, graph: Graph) -> int | None:
+        if graph.network is not None:
+            return self.buffers[graph.network]
+        return None if graph.loss is not None and graph.loss.name == "value" else self.out
+
+    def held(self, buffer: int, samples: int) -> int:
+        """How many times a task has the buffer's features."""
+        return 1 if self.once[buffer] else samples
+
+    def _reach(self, ops: list[Op]) -> set[int]:
+        """Buffers that the loss depends on; what the network returns need not be one of them."""
+        found = {self.out}
+        for op in reversed(ops):
+            if self.buffers[op.output] in found:
+                found.update(self.buffers[i] for i in op.inputs)
+        return found
 
     def _dependence(self, ops: list[Op], input_gradients: bool) -> tuple[list[bool], list[bool]]:
         """Per buffer: whether it has a tangent, and whether its delta is wanted."""
@@ -202,6 +235,7 @@ class Network:
 
     def _layers(self, ops: list[Op], input_gradients: bool) -> list[Layer]:
         has_tangent, needs_grad = self._dependence(ops, input_gradients)
+        reach = self._reach(ops)
         written: set[tuple[str, int]] = set()
 
         def first(kind: str, index: int | None) -> bool:
@@ -214,6 +248,7 @@ class Network:
         for index, op in reversed(list(enumerate(ops))):
             sources, out = tuple(self.buffers[i] for i in op.inputs), self.buffers[op.output]
             weight, bias = (*op.parameters, None, None)[:2]
+            back = out in reach
             layers.append(
                 Layer(
                     index=index,
@@ -225,16 +260,17 @@ class Network:
                     constants=op.constants,
                     attributes=op.attributes,
                     shape=self.graph.shapes[op.output],
-                    source=self.graph.shapes[op.inputs[0]],
+                    sources=tuple(self.graph.shapes[i] for i in op.inputs),
+                    once=all(self.once[i] for i in (*sources, out)),
                     activation=self._activation(op),
                     pool=self._pool(op),
-                    first=tuple(first("delta", i) for i in sources),
+                    first=tuple(back and first("delta", i) for i in sources),
                     needs_grad=tuple(needs_grad[i] for i in sources),
                     has_tangent=tuple(has_tangent[i] for i in sources),
-                    first_weight=first("parameter", weight),
-                    first_bias=first("parameter", bias),
-                    output_needs_grad=needs_grad[out],
-                    output_has_tangent=has_tangent[out],
+                    first_weight=back and first("parameter", weight),
+                    first_bias=back and first("parameter", bias),
+                    output_needs_grad=back and needs_grad[out],
+                    output_has_tangent=back and has_tangent[out],
                 )
             )
         return layers[::-1]

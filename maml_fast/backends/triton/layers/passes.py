@@ -15,7 +15,7 @@ from .network import Layer, Network
 
 @dataclass(frozen=True)
 class Pass:
-    """Arrays of `tasks` tasks: values (tasks, samples · features), weights (tasks, size).
+    """Arrays of `tasks` tasks: values (tasks, samples · features), weights (tasks, size); `batch` samples in all.
 
     An accessor returns None where the plan has no such array. y, dy, ty and ey are the output's value,
     delta, tangent and delta's tangent; x, dx, tx and ex input j's; vw and vb the direction of
@@ -28,16 +28,22 @@ class Pass:
     network: Network
     memory: Memory
     tasks: int
-    samples: int
+    batch: int
     tape: int
     x_batch: Tensor
     dx_batch: Tensor | None
     constants: Mapping[str, Tensor]
+    statics: Mapping[int, tuple[Tensor, ...]]
     weights: Callable[[int], Tensor | None]
     direction: Callable[[int], Tensor | None]
     gradients: Callable[[int], Tensor | None]
     taken: Callable[[int], Step | None]
     layer: Layer
+
+    @property
+    def samples(self) -> int:
+        """How many the layer works on: one where it works once for each task."""
+        return 1 if self.layer.once else self.batch
 
     def of(self, layer: Layer) -> Pass:
         """The same instruction at another layer."""
@@ -132,6 +138,14 @@ class Pass:
 
     def constant(self, name: str) -> Tensor:
         return self.constants[name]
+
+    def static(self) -> tuple[Tensor, ...]:
+        """What the layer reads and no call changes: see its `statics`."""
+        return self.statics.get(self.layer.index, ())
+
+    def shared(self, j: int) -> bool:
+        """Whether all samples that the layer works on share input j."""
+        return self.network.once[self.layer.inputs[j]] and not self.layer.once
 
     def w(self) -> Tensor | None:
         return None if self.layer.weight is None else self.weights(self.layer.weight)

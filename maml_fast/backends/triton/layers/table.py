@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ....graph.graph import ACTIVATIONS
 from .dense import Activation, Add, Affine, Cat, Linear, Transpose
+from .families import Constant, Expression, Parameter
 from .image_layers import AvgPool, Convolution, MaxPool, SpatialMean, Upsample
 from .kinds import Kind
 from .norms import BatchNorm, ImageNorm, RowNorm
@@ -24,5 +25,8 @@ KINDS: dict[str, Kind] = {
     "add": Add(),
     "cat": Cat(),
     "transpose": Transpose(),
+    "parameter": Parameter(),
+    "constant": Constant(),
+    "pointwise": Expression(),
 }
 """A new layer is one class and one line here."""

@@ -12,6 +12,7 @@ from ....algorithms.program import Batch
 from ....lower.plan import Plan, Result, Tensors
 from ..kernels.vectors import segments
 from ..layers.network import Network
+from ..layers.table import KINDS
 
 
 class Buffers:
@@ -19,6 +20,7 @@ class Buffers:
 
     Attributes:
         theta: (total,) parameters. rates: all rate tensors, flat. rate_at: (adapting,) int32.
+        statics: of layers by their index, as their kinds say.
         x, y, dx: by `Batch`. given: (T, adapting). adapted: (T, total).
         gradient: (trainable,). rate_products: (adapting,) Σ −g ∘ λ. rate_sums: one a rate.
     """
@@ -37,6 +39,8 @@ class Buffers:
         samples = {Batch.SUPPORT: plan.support, Batch.QUERY: plan.query}
         outputs = (t, plan.query, *graph.shapes[graph.output])
         self.theta = sure(flat.total)
+        kinds = [(layer, KINDS[layer.kind].statics(layer)) for layer in network.layers]
+        self.statics = {layer.index: tuple(t.to(device) for t in found) for layer, found in kinds if found}
         self.constants = {name: sure(*plan.objective.tensor(name).shape) for name in network.constants}
         self.x = {b: sure(t, n, *plan.inputs.primary_shape) for b, n in samples.items()}
         self.y = {b: self._targets(n, device) for b, n in samples.items()}
@@ -94,7 +98,8 @@ class Buffers:
     def _all(self) -> Iterable[Tensor]:
         for value in vars(self).values():
             values = value.values() if isinstance(value, dict) else [value]
-            yield from (v for v in values if isinstance(v, Tensor))
+            for one in values:
+                yield from (v for v in (one if isinstance(one, tuple) else [one]) if isinstance(v, Tensor))
 
     # ---- before and after a run ----------------------------------------------------------------
 

@@ -30,7 +30,11 @@ def array_sizes(plan: Plan, network: Network, program: Program) -> dict[Key, int
     if curved:
         sizes.update(_tangents(network, plan.support))
     sizes["scratch",] = max(
-        (KINDS[layer.kind].scratch(layer, samples[b]) for layer in network.layers for b in set(program.tapes)),
+        (
+            KINDS[layer.kind].scratch(layer, 1 if layer.once else samples[b])
+            for layer in network.layers
+            for b in set(program.tapes)
+        ),
         default=0,
     )
     return sizes
@@ -39,13 +43,15 @@ def array_sizes(plan: Plan, network: Network, program: Program) -> dict[Key, int
 def _tape(network: Network, tape: int, samples: int, differentiated: bool, curved: bool) -> Iterator[tuple[Key, int]]:
     backwards = {act.index for act in network.before.values()}
     for layer in network.layers:
-        size = samples * network.features[layer.output]
+        size = network.held(layer.output, samples) * network.features[layer.output]
         if layer.index not in network.after:
             yield ("value", tape, layer.output), size
         wanted = layer.output_needs_grad or layer.output == network.out
         if differentiated and wanted and (layer.index not in backwards or (curved and _needs_second_derivative(layer))):
             yield ("delta", tape, layer.output), size
-        for which, numbers in KINDS[layer.kind].aux(layer, samples, differentiated, curved).items():
+        for which, numbers in (
+            KINDS[layer.kind].aux(layer, 1 if layer.once else samples, differentiated, curved).items()
+        ):
             yield ("aux", tape, layer.index, which), numbers
 
 
@@ -53,13 +59,13 @@ def _tangents(network: Network, samples: int) -> Iterator[tuple[Key, int]]:
     backwards = {act.index for act in network.before.values()}
     yield ("tangent_delta", 0), samples * network.features[0]
     for layer in network.layers:
-        size = samples * network.features[layer.output]
+        size = network.held(layer.output, samples) * network.features[layer.output]
         act = network.after.get(layer.index)
         if act is None or _needs_second_derivative(act):
             yield ("tangent", layer.output), size
         if layer.index not in backwards:
             yield ("tangent_delta", layer.output), size
-        for which, numbers in KINDS[layer.kind].tangent_aux(layer, samples).items():
+        for which, numbers in KINDS[layer.kind].tangent_aux(layer, 1 if layer.once else samples).items():
             yield ("tangent_aux", layer.index, which), numbers
 
 

@@ -1,0 +1,185 @@
+"""Operations of families in the wide Triton kernels, under Triton's interpreter: see `test_triton_interpreter.py`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import interpreted
+import pytest
+import test_families
+import torch
+from interpreted import assert_close, assert_equal, record
+from torch import Tensor, nn
+
+from maml_fast import cases
+from maml_fast.backends import agreement, dispatch
+from maml_fast.backends.triton import TritonBackend
+from maml_fast.backends.triton.kernels import launch, tiles
+from maml_fast.backends.triton.kernels.expressions import Pointwise
+from maml_fast.backends.triton.memory import Memory
+from maml_fast.graph.expressions import call, variable
+from maml_fast.graph.expressions.language import PRIMITIVES
+
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")  # NumPy's
+
+
+@pytest.fixture(autouse=True)
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend with memory that is NaN until something is written; and large tiles, which the interpreter likes."""
+    torch.set_num_threads(1)
+    monkeypatch.setitem(dispatch.BACKENDS, "triton-wide", TritonBackend("wide"))
+    monkeypatch.setattr(tiles, "product", interpreted.large_tile)
+    interpreted.poison(monkeypatch, Memory)
+
+
+# ---- the shared case list ------------------------------------------------------------------------------
+
+CASES = ("elementary", "chosen", "gate")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_second_order(name: str) -> None:
+    (case,) = cases.select([name])
+    assert_close(case, interpreted.meta_gradient("triton-wide", case, first_order=False), first_order=False)
+
+
+@pytest.mark.parametrize("name", ["gate"])
+def test_first_order(name: str) -> None:
+    (case,) = cases.select([name])
+    assert_close(case, interpreted.meta_gradient("triton-wide", case, first_order=True), first_order=True)
+
+
+@pytest.mark.parametrize("name", ["gate"])
+def test_same_bits_every_time(name: str) -> None:
+    (case,) = cases.select([name])
+    first, second = (interpreted.meta_gradient("triton-wide", case, first_order=False) for _ in range(2))
+    assert_equal(first, second)
+
+
+# ---- the models of the cpu backend's tests ----------------------------------------------------------------
+
+KINDS_OF_RESULT = ("loss", "parameters", "x_s", "x_q")
+
+
+def results(model: nn.Module, backend: str, data: Sequence[Tensor], first_order: bool) -> dict[str, list[Tensor]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = test_families.numbers(model, backend, tuple(data), first_order=first_order)
+    return dict(zip(KINDS_OF_RESULT, ([one] for one in found), strict=False)) | {"adapted": found[4:]}
+
+
+def assert_like_the_textbook(name: str, first_order: bool, samples: tuple[int, int] = (5, 4)) -> None:
+    """By the rule of `agreement.py`, in float32 against the float64 reference."""
+    model, shape = test_families.made(name)
+    model = model.float()
+    data = [d.float() for d in test_families.batch(model.double(), shape, samples)]
+    wanted = results(model.double(), "reference", [d.double() for d in data], first_order)
+    found = results(model.float(), "triton-wide", data, first_order)
+
+    def own() -> Iterator[dict[str, float]]:
+        yield agreement.errors_of(results(model, "reference", data, first_order), wanted)
+        for moved in agreement.roundings(torch.float32):
+            yield agreement.errors_of(results(model, "reference", list(map(moved, data)), first_order), wanted)
+
+    orders = {kind: agreement.order_of(kind, 2, first_order) for kind in found}
+    errors = agreement.judge(agreement.errors_of(found, wanted), own(), orders, torch.float32)
+    assert all(e.ok for e in errors), [e for e in errors if not e.ok]
+
+
+SHOWN = ("scale", "zero-d-scale", "buffer", "masks", "straight-through", "transposed-samples", "image-squeeze")
+"""Models of every kind; the others are left to `make test-exhaustive`."""
+
+MODELS = (
+    *("exp", "powers", "roots", "logarithms", "trigonometry", "one-scale", "gate", "quotient", "film", "mean"),
+    *("prelu", "where", "clamp", "extremes", "positions", "activations", "detached", "data", "undifferentiable"),
+    *("written-without-gradient", "whole-multiples", "image-dilated-ceil-maximum"),
+)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_model(name: str) -> None:
+    assert_like_the_textbook(name, first_order=False)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", MODELS)
+def test_other_model(name: str) -> None:
+    assert_like_the_textbook(name, first_order=False)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [n for n in (*SHOWN, *MODELS) if n not in test_families._AMBIGUOUS])
+def test_one_sample_and_first_order(name: str) -> None:
+    assert_like_the_textbook(name, first_order=True, samples=(1, 3))
+
+
+def test_cuts_select_where_slopes_are_infinite() -> None:
+    """0 · ∞ would be NaN."""
+    assert_like_the_textbook("infinite-slopes", first_order=True)
+
+
+# ---- expressions ------------------------------------------------------------------------------------------
+
+IN_TORCH: dict[str, Callable[..., Tensor]] = {
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "neg": torch.neg, "abs": torch.abs,
+    "sign": torch.sign, "exp": torch.exp, "expm1": torch.expm1, "log": torch.log, "log1p": torch.log1p,
+    "sqrt": torch.sqrt, "sin": torch.sin, "cos": torch.cos, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
+    "erf": torch.erf, "pow": torch.pow, "fmod": torch.fmod, "floor": torch.floor, "ceil": torch.ceil,
+    "round": torch.round, "trunc": torch.trunc, "minimum": torch.minimum, "maximum": torch.maximum,
+    "lt": lambda a, b: (a < b).to(a), "le": lambda a, b: (a <= b).to(a), "eq": lambda a, b: (a == b).to(a),
+    "where": lambda c, a, b: torch.where(c != 0, a, b),
+}  # fmt: skip
+POINTS = (0.0, -0.0, 1e-30, -1e-6, 1e-3, 0.5, -0.5, 1.0, -1.5, 2.5, -3.0, 20.0, -90.0, 1e5, 3e38, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_primitive(name: str) -> None:
+    """At ordinary and extreme numbers; NaN stays NaN, or whatever PyTorch makes of it."""
+    points = torch.tensor([*POINTS, math.nan])
+    count = PRIMITIVES[name]
+    operands = [g.reshape(1, -1).contiguous() for g in torch.meshgrid([points] * count, indexing="ij")]
+    function = call(name, *(variable(f"x{j}") for j in range(count)))
+    size = operands[0].numel()
+    y = torch.full((1, size), math.nan)
+    Pointwise(launch.run, 1, 1, function, [(size,)] * count, (size,), [False] * count).forward(operands, y)
+    wanted = IN_TORCH[name](*(o.double() for o in operands)).float()
+    if name == "sign":
+        wanted = wanted.nan_to_num(nan=0.0, posinf=1.0, neginf=-1.0)  # as the core has it
+    torch.testing.assert_close(y, wanted, rtol=1e-6, atol=1e-37, equal_nan=True)
+
+
+@pytest.mark.parametrize("shared", [(False, False, False), (False, True, False), (True, False, True)])
+@pytest.mark.parametrize("shapes", [((2, 3, 4), (2, 1, 4), (1, 3, 1)), ((1, 1, 1), (2, 3, 4), (2, 1, 1))])
+def test_broadcast_operands(shapes: tuple[tuple[int, ...], ...], shared: tuple[bool, ...]) -> None:
+    """Every delta is the sum over whatever its operand is repeated along, and is added where it should be."""
+    tasks, samples, shape = 2, 3, (2, 3, 4)
+    function = variable("x0") * variable("x1") * variable("x1") + call("exp", variable("x2")) * variable("x0")
+    full = [(tasks, 1 if one else samples, *s) for one, s in zip(shared, shapes, strict=True)]
+    x = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in full]
+    dy = torch.randn(tasks, samples, *shape, dtype=torch.float64)
+    y = x[0] * x[1] ** 2 + torch.exp(x[2]) * x[0]
+    wanted = torch.autograd.grad((y.expand_as(dy) * dy).sum(), x)
+    kernels = Pointwise(launch.run, tasks, samples, function, shapes, shape, shared)
+    given = [v.detach().float().flatten(1) for v in x]
+    found = [torch.ones_like(v) for v in given]
+    kernels.backward(given, dy.float().flatten(1), [(to, j == 1, j) for j, to in enumerate(found)])
+    for j, (mine, right) in enumerate(zip(found, wanted, strict=True)):
+        torch.testing.assert_close(mine.double(), right.flatten(1) + (j == 1), rtol=1e-5, atol=1e-5)
+
+
+def test_two_operands_in_one_buffer_add_up() -> None:
+    kernels = Pointwise(launch.run, 1, 1, variable("x0") * variable("x1"), [(4,), (4,)], (4,), [False, False])
+    x, dy = torch.randn(1, 4), torch.randn(1, 4)
+    to = torch.full((1, 4), math.nan)
+    kernels.backward([x, x], dy, [(to, False, 7), (to, True, 7)])
+    torch.testing.assert_close(to, 2 * x * dy)
+
+
+def test_deltas_of_the_outputs_shape_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = record(monkeypatch)
+    kernels = Pointwise(launch.run, 1, 1, variable("x0") * variable("x1"), [(4,), (4,)], (4,), [False, False])
+    x, dy, to = torch.randn(1, 4), torch.randn(1, 4), [torch.empty(1, 4) for _ in range(2)]
+    kernels.backward([x, x], dy, [(to[0], False, 1), (to[1], False, 2)])
+    assert [name for name, _ in seen] == ["expression_kernel"]
