@@ -18,7 +18,9 @@ from maml_fast.backends import agreement, dispatch
 from maml_fast.backends.triton import TritonBackend
 from maml_fast.backends.triton.kernels import launch, tiles
 from maml_fast.backends.triton.kernels.expressions import Pointwise
+from maml_fast.backends.triton.kernels.gather import Array, both_ways, gather
 from maml_fast.backends.triton.memory import Memory
+from maml_fast.graph.boxes import Box, sliced, summed
 from maml_fast.graph.expressions import call, variable
 from maml_fast.graph.expressions.language import PRIMITIVES
 
@@ -36,7 +38,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- the shared case list ------------------------------------------------------------------------------
 
-CASES = ("elementary", "chosen", "gate")
+CASES = ("elementary", "chosen", "gate", "rearranged", "over-samples")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -51,7 +53,7 @@ def test_first_order(name: str) -> None:
     assert_close(case, interpreted.meta_gradient("triton-wide", case, first_order=True), first_order=True)
 
 
-@pytest.mark.parametrize("name", ["gate"])
+@pytest.mark.parametrize("name", ["gate", "over-samples"])
 def test_same_bits_every_time(name: str) -> None:
     (case,) = cases.select([name])
     first, second = (interpreted.meta_gradient("triton-wide", case, first_order=False) for _ in range(2))
@@ -89,12 +91,28 @@ def assert_like_the_textbook(name: str, first_order: bool, samples: tuple[int, i
 
 
 SHOWN = ("scale", "zero-d-scale", "buffer", "masks", "straight-through", "transposed-samples", "image-squeeze")
+SHOWN += ("stacked", "cumsum", "norms", "image-bilinear")
 """Models of every kind; the others are left to `make test-exhaustive`."""
 
 MODELS = (
     *("exp", "powers", "roots", "logarithms", "trigonometry", "one-scale", "gate", "quotient", "film", "mean"),
     *("prelu", "where", "clamp", "extremes", "positions", "activations", "detached", "data", "undifferentiable"),
     *("written-without-gradient", "whole-multiples", "image-dilated-ceil-maximum"),
+    *(
+        "halves",
+        "chunks",
+        "every-other",
+        "selected",
+        "joined-with-itself",
+        "flipped",
+        "padded",
+        "reflected",
+        "repeated",
+    ),
+    *("sum", "variance", "distances", "permuted", "glu", "fourier", "cosine-similarity", "zero-d-of-rows"),
+    *("before-the-first", "written-in-part", "rnn", "gru"),
+    *(f"image-{body}" for body in ("channels-last", "bilinear-corners", "pixel-shuffle", "uneven-average")),
+    *(f"image-{body}" for body in ("ceil-maximum", "reflect", "replicate", "mean-of-channels", "rms-norm", "rows")),
 )
 
 
@@ -115,9 +133,10 @@ def test_one_sample_and_first_order(name: str) -> None:
     assert_like_the_textbook(name, first_order=True, samples=(1, 3))
 
 
-def test_cuts_select_where_slopes_are_infinite() -> None:
+@pytest.mark.parametrize("name", test_families._ONCE_ONLY)
+def test_cuts_select_where_slopes_are_infinite(name: str) -> None:
     """0 · ∞ would be NaN."""
-    assert_like_the_textbook("infinite-slopes", first_order=True)
+    assert_like_the_textbook(name, first_order=True)
 
 
 # ---- expressions ------------------------------------------------------------------------------------------
@@ -183,3 +202,39 @@ def test_deltas_of_the_outputs_shape_share_a_launch(monkeypatch: pytest.MonkeyPa
     x, dy, to = torch.randn(1, 4), torch.randn(1, 4), [torch.empty(1, 4) for _ in range(2)]
     kernels.backward([x, x], dy, [(to[0], False, 1), (to[1], False, 2)])
     assert [name for name, _ in seen] == ["expression_kernel"]
+
+
+# ---- linear maps ------------------------------------------------------------------------------------------
+
+MAPS: dict[str, tuple[int, int, tuple[Box, ...]]] = {
+    "flipped": (6, 6, (sliced((6,), 0, 5, -1, 6),)),
+    "placed": (4, 7, (sliced((4,), 0, 0, 1, 4)._replace(start_out=2),)),
+    "summed": (24, 8, (summed((2, 3, 4), [1], 0.25),)),
+    "overlapping": (5, 6, (Box(0, 1.0, 0, 0, (5,), (1,), (1,)), Box(0, -2.0, 1, 3, (3, 2), (1, 0), (1, 0)))),
+    "to-one": (40, 1, (Box(0, 0.5, 0, 0, (40,), (1,), (0,)),)),
+    "nothing": (3, 2, ()),
+}
+
+
+@pytest.mark.parametrize("sampled", [(True, True), (False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("name", MAPS)
+def test_boxes(name: str, sampled: tuple[bool, bool]) -> None:
+    """Both ways, against the map as a matrix; where only one side has samples they are summed or repeated."""
+    width, features, boxes = MAPS[name]
+    matrix = torch.zeros(features, width, dtype=torch.float64)
+    for box in boxes:
+        for place in torch.cartesian_prod(*map(torch.arange, box.sizes)).reshape(-1, len(box.sizes)):
+            at = int((place * torch.tensor(box.strides_in)).sum()), int((place * torch.tensor(box.strides_out)).sum())
+            matrix[box.start_out + at[1], box.start_in + at[0]] += box.factor
+    tasks, samples = 2, 3
+    for terms, m, (a_sampled, out_sampled) in zip(
+        both_ways(boxes, width, features), (matrix, matrix.mT), (sampled, sampled[::-1]), strict=True
+    ):
+        a = torch.randn(tasks, samples if a_sampled else 1, m.shape[1], dtype=torch.float64)
+        wanted = a @ m.mT if out_sampled else (a @ m.mT).sum(1, keepdim=True)
+        wanted = wanted.expand(tasks, samples if out_sampled else 1, -1).flatten(1)
+        for add in (False, True):
+            out = torch.full(wanted.shape, 1.0 if add else math.nan)
+            arrays = Array(a.float().flatten(1), m.shape[1], a_sampled), Array(out, m.shape[0], out_sampled)
+            gather(launch.run, terms, terms.tensors, *arrays, samples, 3.0, add)
+            torch.testing.assert_close(out.double(), 3 * wanted + add, rtol=1e-5, atol=1e-5)

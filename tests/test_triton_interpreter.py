@@ -58,7 +58,7 @@ FAMILIES = cases.select(tag="families")
 SECOND_ORDER = [c for c in cases.SMALL if c.name not in LEFT_OUT + SMALL_TILES and c not in FAMILIES]
 
 
-DECLINED = ("attended", "rearranged", "reduced", "computed-weight", "over-samples", "cut-gradients", "computed-filters")
+DECLINED = ("attended", "reduced", "computed-weight", "cut-gradients", "computed-filters")
 
 
 @pytest.mark.parametrize("case", cases.select([*DECLINED]), ids=lambda c: c.name)

@@ -85,10 +85,14 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
 
 def _why_not_family(graph: Graph, op: Op) -> list[str]:
     """Reasons that lie in what an operation is applied to."""
+    from .kernels.gather import MOST_TERMS, count
+
     reasons = []
     values = (*op.inputs, op.output)
     if op.kind not in _BROADCASTING and len({v in graph.per_task for v in values}) > 1:
         reasons.append(f"layer {op.kind} of activations and values without samples has no kernel")
+    if op.kind == "linear_map" and (terms := count(op.attributes["boxes"])) > MOST_TERMS:
+        reasons.append(f"layer {op.attributes['name']} has {terms} terms for each sample, more than {MOST_TERMS}")
     if op.kind == "linear" and len(op.inputs) > 1:
         reasons.append("layer linear with a computed weight has no kernel")
     if any(graph.features(v) == 0 for v in values):

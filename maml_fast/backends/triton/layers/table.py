@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ....graph.graph import ACTIVATIONS
+from .boxes import Boxes
 from .dense import Activation, Add, Affine, Cat, Linear, Transpose
 from .families import Constant, Expression, Parameter
 from .image_layers import AvgPool, Convolution, MaxPool, SpatialMean, Upsample
@@ -28,5 +29,6 @@ KINDS: dict[str, Kind] = {
     "parameter": Parameter(),
     "constant": Constant(),
     "pointwise": Expression(),
+    "linear_map": Boxes(),
 }
 """A new layer is one class and one line here."""
