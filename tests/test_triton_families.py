@@ -13,12 +13,14 @@ import torch
 from interpreted import assert_close, assert_equal, record
 from torch import Tensor, nn
 
-from maml_fast import cases
+from maml_fast import MAML, cases
 from maml_fast.backends import agreement, dispatch
 from maml_fast.backends.triton import TritonBackend
 from maml_fast.backends.triton.kernels import launch, tiles
 from maml_fast.backends.triton.kernels.expressions import Pointwise
 from maml_fast.backends.triton.kernels.gather import Array, both_ways, gather
+from maml_fast.backends.triton.kernels.largest import Largest
+from maml_fast.backends.triton.kernels.softmax import Rows
 from maml_fast.backends.triton.memory import Memory
 from maml_fast.graph.boxes import Box, sliced, summed
 from maml_fast.graph.expressions import call, variable
@@ -38,7 +40,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- the shared case list ------------------------------------------------------------------------------
 
-CASES = ("elementary", "chosen", "gate", "rearranged", "over-samples")
+CASES = ("elementary", "chosen", "gate", "rearranged", "over-samples", "reduced", "cut-gradients")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -91,7 +93,7 @@ def assert_like_the_textbook(name: str, first_order: bool, samples: tuple[int, i
 
 
 SHOWN = ("scale", "zero-d-scale", "buffer", "masks", "straight-through", "transposed-samples", "image-squeeze")
-SHOWN += ("stacked", "cumsum", "norms", "image-bilinear")
+SHOWN += ("stacked", "cumsum", "norms", "image-bilinear", "softmax-inside", "log-softmax", "max")
 """Models of every kind; the others are left to `make test-exhaustive`."""
 
 MODELS = (
@@ -112,6 +114,8 @@ MODELS = (
     *("sum", "variance", "distances", "permuted", "glu", "fourier", "cosine-similarity", "zero-d-of-rows"),
     *("before-the-first", "written-in-part", "rnn", "gru"),
     *(f"image-{body}" for body in ("channels-last", "bilinear-corners", "pixel-shuffle", "uneven-average")),
+    *("softmax", "log-probabilities", "logsumexp", "amax-of-ties", "ruled-out", "far-below", "set"),
+    *("image-uneven-maximum",),
     *(f"image-{body}" for body in ("ceil-maximum", "reflect", "replicate", "mean-of-channels", "rms-norm", "rows")),
 )
 
@@ -238,3 +242,93 @@ def test_boxes(name: str, sampled: tuple[bool, bool]) -> None:
             arrays = Array(a.float().flatten(1), m.shape[1], a_sampled), Array(out, m.shape[0], out_sampled)
             gather(launch.run, terms, terms.tensors, *arrays, samples, 3.0, add)
             torch.testing.assert_close(out.double(), 3 * wanted + add, rtol=1e-5, atol=1e-5)
+
+
+# ---- softmax and the largest element -------------------------------------------------------------------------
+
+
+def _rows() -> Tensor:
+    """Ordinary rows, some with classes ruled out, one far from the others, one of equal elements."""
+    x = torch.randn(7, 5)
+    x[1, 2:4], x[2], x[3, 0], x[4] = -math.inf, 0.0, 80.0, x[4] * 1e4
+    return x
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("add", [False, True])
+def test_softmax(log: bool, add: bool) -> None:
+    x, tx, dy, ey = _rows(), *(torch.randn(7, 5) for _ in range(3))
+    function = torch.log_softmax if log else torch.softmax
+    exact = [v.double() for v in (x, tx, dy, ey)]
+
+    def back(v: Tensor, d: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(function(v, -1), v, d, create_graph=True)
+        return found
+
+    exact[0].requires_grad_()
+    y = function(exact[0], -1)
+    p = torch.softmax(exact[0], -1)
+    ty = exact[1] - (p * exact[1]).sum(-1, keepdim=True)
+    ty = ty if log else p * ty
+    dx = back(exact[0], exact[2])
+    (ex,) = torch.autograd.grad(dx, exact[0], exact[1], retain_graph=True)
+    ex = ex + back(exact[0], exact[3])
+    rows = Rows(launch.run, 5, log)
+    mine = [torch.full((7, 5), 1.0 if add and j > 1 else math.nan) for j in range(4)]
+    rows.forward(x, mine[0])
+    rows.tangent(mine[0], tx, mine[1])
+    rows.backward(mine[0], dy, mine[2], add)
+    rows.backward_tangent(mine[0], mine[1], dy, ey, mine[3], add)
+    for j, wanted in enumerate((y, ty, dx, ex)):
+        torch.testing.assert_close(mine[j].double(), wanted.detach() + (add and j > 1), rtol=2e-6, atol=2e-6)
+
+
+def test_softmax_of_what_has_none() -> None:
+    """NaN in a row, or nothing but −∞, is NaN all along it, and nowhere else."""
+    x = torch.randn(4, 3)
+    x[1, 1], x[2] = math.nan, -math.inf
+    for log in (False, True):
+        y = torch.empty_like(x)
+        Rows(launch.run, 3, log).forward(x, y)
+        assert y.isnan().all(1).tolist() == [False, True, True, False]
+        assert not y[[0, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("inner", [1, 3])
+def test_largest(inner: int) -> None:
+    """The first of equal ones, and the first NaN, as PyTorch has it."""
+    x = torch.randint(0, 3, (6, 4, inner)).float()
+    x[0, 2], x[1] = math.nan, -math.inf
+    wanted, places = x.max(1)
+    y, where = torch.empty(6, inner), torch.empty(6, inner, dtype=torch.int32)
+    kernels = Largest(launch.run, 4, inner)
+    kernels.forward(x, y, where)
+    first = x.isnan().float().argmax(1)
+    places = torch.where(x.isnan().any(1), first, (x == wanted[:, None]).float().argmax(1))
+    torch.testing.assert_close(y, wanted, equal_nan=True)
+    assert torch.equal(where.long(), places)
+    dy, dx = torch.randn(6, inner), torch.ones(6, 4, inner)
+    kernels.backward(dy, where, dx, add=True)
+    torch.testing.assert_close(dx, 1 + torch.zeros_like(x).scatter(1, places[:, None], dy[:, None]))
+    tx, ty = torch.randn(6, 4, inner), torch.empty(6, inner)
+    kernels.tangent(tx, where, ty)
+    torch.testing.assert_close(ty, tx.gather(1, places[:, None])[:, 0])
+
+
+def test_declines_rows_that_are_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maml_fast.backends.triton.kernels.softmax.WIDEST", 5)
+    assert "softmax over 6 elements, more than 5" in declined(nn.Sequential(nn.Linear(4, 6), nn.Softmax(-1)), 6)
+
+
+def declined(model: nn.Module, width: int) -> str:
+    """What the backend says of a network from 4 numbers."""
+    batch = [torch.randn(2, 3, 4), torch.randn(2, 3, width)] * 2
+    with pytest.raises(RuntimeError) as error:
+        MAML(model, 0.1, backend="triton-wide", loss="mse").explain(*batch)
+    return str(error.value)
+
+
+def test_declines_maps_that_are_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maml_fast.backends.triton.kernels.gather.MOST_TERMS", 5)
+    model = nn.Sequential(nn.Linear(4, 6), test_families.Lambda(lambda x: x.flip(1)))
+    assert "layer flip has 6 terms for each sample, more than 5" in declined(model, 6)

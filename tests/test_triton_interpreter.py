@@ -20,6 +20,7 @@ from maml_fast.algorithms.goal import Mode
 from maml_fast.backends import dispatch
 from maml_fast.backends.triton import TritonBackend
 from maml_fast.backends.triton.kernels import tiles
+from maml_fast.backends.triton.layers.table import KINDS
 from maml_fast.backends.triton.memory import Memory
 from maml_fast.backends.triton.runtime import executor
 from maml_fast.backends.triton.runtime.launches import launches
@@ -58,7 +59,7 @@ FAMILIES = cases.select(tag="families")
 SECOND_ORDER = [c for c in cases.SMALL if c.name not in LEFT_OUT + SMALL_TILES and c not in FAMILIES]
 
 
-DECLINED = ("attended", "reduced", "computed-weight", "cut-gradients", "computed-filters")
+DECLINED = ("attended", "computed-weight", "computed-filters")
 
 
 @pytest.mark.parametrize("case", cases.select([*DECLINED]), ids=lambda c: c.name)
@@ -188,7 +189,8 @@ def test_declines_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "triton is not installed" in _why_not(problem.maml("triton-wide"), problem)
 
 
-def test_declines_a_layer_without_kernels() -> None:
+def test_declines_a_layer_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(KINDS, "softmax")
     model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(dim=1))
     problem = cases.select(["linear"])[0].build(torch.float32)
     maml = MAML(model, 0.1, backend="triton-wide", loss="mse")

@@ -231,14 +231,15 @@ def work(every: bool = False, tuned: bool = True) -> tuple[tuple[int, Instance],
 def family_work() -> tuple[tuple[int, Instance], ...]:
     """Pairs of capability and instance: what the cases with operations of families need and `work` has nothing like."""
     known = {i.variant for _, i in work(tuned=False)}
-    found: dict[tuple[int, Instance], None] = {}
+    found: dict[object, Instance] = {}
     for case in select(tag="families"):
         problem = case.build(torch.float32)
         plan = problem.maml("reference")._prepare(Mode.META_GRADIENT, *problem.batch).call.plan
         graph = plan.trace[0]
         if graph is not None and not why_not_network(plan, graph):
-            found |= {(c, i): None for i in instances(plan) if i.variant not in known for c in SHARED_LIMIT}
-    return tuple(found)
+            for i in (i for i in instances(plan) if i.variant not in known):
+                found[i.variant] = max(i, found.get(i.variant, i), key=lambda i: (i.tile, len(i.aligned)))
+    return tuple((c, i) for i in found.values() for c in SHARED_LIMIT)
 
 
 def compile_family(n: int) -> tuple[str, int, Usage]:

@@ -86,11 +86,14 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
 def _why_not_family(graph: Graph, op: Op) -> list[str]:
     """Reasons that lie in what an operation is applied to."""
     from .kernels.gather import MOST_TERMS, count
+    from .kernels.softmax import WIDEST as SOFTMAX_WIDEST
 
     reasons = []
     values = (*op.inputs, op.output)
     if op.kind not in _BROADCASTING and len({v in graph.per_task for v in values}) > 1:
         reasons.append(f"layer {op.kind} of activations and values without samples has no kernel")
+    if op.kind in ("softmax", "log_softmax") and (width := graph.shapes[op.output][-1]) > SOFTMAX_WIDEST:
+        reasons.append(f"layer {op.kind} over {width} elements, more than {SOFTMAX_WIDEST}")
     if op.kind == "linear_map" and (terms := count(op.attributes["boxes"])) > MOST_TERMS:
         reasons.append(f"layer {op.attributes['name']} has {terms} terms for each sample, more than {MOST_TERMS}")
     if op.kind == "linear" and len(op.inputs) > 1:

@@ -9,6 +9,7 @@ from .families import Constant, Expression, Parameter
 from .image_layers import AvgPool, Convolution, MaxPool, SpatialMean, Upsample
 from .kinds import Kind
 from .norms import BatchNorm, ImageNorm, RowNorm
+from .rows import Maximum, Softmax
 
 KINDS: dict[str, Kind] = {
     "linear": Linear(),
@@ -30,5 +31,7 @@ KINDS: dict[str, Kind] = {
     "constant": Constant(),
     "pointwise": Expression(),
     "linear_map": Boxes(),
+    **dict.fromkeys(("softmax", "log_softmax"), Softmax()),
+    "max": Maximum(),
 }
 """A new layer is one class and one line here."""
