@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import interpreted
 import pytest
+import test_captured_losses
 import test_families
 import torch
 from interpreted import assert_close, assert_equal, record
@@ -25,6 +26,7 @@ from maml_fast.backends.triton.memory import Memory
 from maml_fast.graph.boxes import Box, sliced, summed
 from maml_fast.graph.expressions import call, variable
 from maml_fast.graph.expressions.language import PRIMITIVES
+from maml_fast.graph.losses import LossLike
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")  # NumPy's
 
@@ -141,6 +143,90 @@ def test_one_sample_and_first_order(name: str) -> None:
 def test_cuts_select_where_slopes_are_infinite(name: str) -> None:
     """0 · ∞ would be NaN."""
     assert_like_the_textbook(name, first_order=True)
+
+
+# ---- losses of no name, and multiples of those with one ----------------------------------------------------
+
+NETWORK = test_captured_losses.NETWORK
+LOSSES: dict[str, tuple[nn.Module, LossLike]] = {
+    **{name: (NETWORK, loss) for name, loss in {**test_captured_losses.VALUES, **test_captured_losses.OWN}.items()},
+    **{name: (NETWORK, loss) for name, loss in test_captured_losses.LABELS.items()},
+    **{name: (NETWORK, loss) for name, loss in test_captured_losses.OWN_LABELS.items()},
+    **test_captured_losses.BESIDE,
+}
+LABELS = (*test_captured_losses.LABELS, *test_captured_losses.OWN_LABELS)
+SHOWN_LOSSES = ("sum", "maximised", "nll-sum", "penalty", "weighted-samples", "of-no-targets", "gather", "as-numbers")
+SHOWN_LOSSES += ("divergence",)
+REFUSED_LOSSES = ("over-samples-and-rows", "over-samples-first", "of-parameter-and-targets")
+
+
+def of_loss(name: str, backend: str, dtype: torch.dtype, moved: agreement.Rounding | None = None) -> agreement.Results:
+    """A meta-gradient with outputs, every task's loss and adapted parameters, in numbers that float32 has."""
+    model, loss = LOSSES[name]
+    model.float().to(dtype)
+    torch.manual_seed(1)
+    samples = 4, 3
+    shape = model(torch.zeros(1, 4, dtype=dtype)).shape[1:]
+    y = [torch.randint(3, (2, n)) if name in LABELS else torch.randn(2, n, *shape).to(dtype) for n in samples]
+    x = [torch.randn(2, n, 4).to(dtype) for n in samples]
+    data = [t if moved is None else moved(t) for pair in zip(x, y, strict=True) for t in pair]
+    rate = nn.Parameter(torch.tensor(0.25, dtype=dtype))
+    maml = MAML(model, rate, steps=2, loss=loss, backend=backend, check="never")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        losses = maml.meta_loss(*data, reduction="none")
+        leaves = [*model.parameters(), rate]
+        gradients = torch.autograd.grad(losses @ torch.tensor([1.0, 2.0], dtype=dtype), leaves, allow_unused=True)
+        for leaf in leaves:
+            leaf.grad = None
+        total, outputs = maml.backward(*data, outputs=True)
+        adapted = list(maml.adapt(*data[:2]).parameters.values())
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
+    pulled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, leaves, strict=True)]
+    return {
+        "loss": (losses.detach(), total.detach()), "outputs": (outputs.detach(),), "adapted": adapted,
+        "parameters": pulled[:-1], "backward": own[:-1], "rates": [pulled[-1], own[-1]],
+    }  # fmt: skip
+
+
+def assert_loss_like_the_textbook(name: str) -> None:
+    model, _ = LOSSES[name]
+    try:
+        wanted = of_loss(name, "reference", torch.float64)
+        found = of_loss(name, "triton-wide", torch.float32)
+
+        def own() -> Iterator[dict[str, float]]:
+            for moved in (None, *agreement.roundings(torch.float32)):
+                yield agreement.errors_of(of_loss(name, "reference", torch.float32, moved), wanted)
+
+        orders = {kind: agreement.order_of(kind, 2, False) for kind in found}
+        errors = agreement.judge(agreement.errors_of(found, wanted), own(), orders, torch.float32)
+    finally:
+        model.double()
+    assert all(e.ok for e in errors), [e for e in errors if not e.ok]
+
+
+@pytest.mark.parametrize("name", SHOWN_LOSSES)
+def test_loss(name: str) -> None:
+    assert_loss_like_the_textbook(name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [n for n in LOSSES if n not in SHOWN_LOSSES + REFUSED_LOSSES])
+def test_other_loss(name: str) -> None:
+    assert_loss_like_the_textbook(name)
+
+
+@pytest.mark.parametrize(("name", "why"), [("half", "a multiple of a mean"), ("penalty", "none of the named ones")])
+def test_the_resident_variant_declines_such_losses(name: str, why: str) -> None:
+    model, loss = LOSSES[name]
+    small = [torch.randn(2, 3, 4), torch.randn(2, 3, 3)] * 2
+    try:
+        with pytest.raises(RuntimeError, match=f"{why}.* has no instruction in the resident kernel"):
+            MAML(model.float(), 0.1, loss=loss, backend="triton-resident").explain(*small)
+        assert "variant wide" in MAML(model.float(), 0.1, loss=loss, backend="triton").explain(*small)
+    finally:
+        model.double()
 
 
 # ---- expressions ------------------------------------------------------------------------------------------

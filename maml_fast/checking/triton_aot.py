@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..algorithms.goal import Mode
+from ..api.maml import MAML
 from ..backends.triton import TritonBackend
 from ..backends.triton.kernels import tiles
 from ..backends.triton.kernels.launch import OPTIONS
@@ -31,7 +32,7 @@ from ..backends.triton.runtime import tuning
 from ..backends.triton.runtime.call import PRECISIONS
 from ..backends.triton.runtime.launches import launches, start
 from ..backends.triton.support import why_not_network
-from ..cases import BENCH, select
+from ..cases import BENCH, Problem, select
 from ..lower.plan import Plan
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -230,16 +231,34 @@ def work(every: bool = False, tuned: bool = True) -> tuple[tuple[int, Instance],
 @cache
 def family_work() -> tuple[tuple[int, Instance], ...]:
     """Pairs of capability and instance: what the cases with operations of families need and `work` has nothing like."""
-    known = {i.variant for _, i in work(tuned=False)}
+    known = {_kind(i) for _, i in work(tuned=False)}
     found: dict[object, Instance] = {}
-    for case in select(tag="families"):
-        problem = case.build(torch.float32)
-        plan = problem.maml("reference")._prepare(Mode.META_GRADIENT, *problem.batch).call.plan
+    problems = [case.build(torch.float32) for case in select(tag="families")]
+    calls = [(problem.maml("reference"), problem.batch) for problem in problems]
+    calls += [_with_loss_of_labels(problems[0])]
+    for maml, batch in calls:
+        plan = maml._prepare(Mode.META_GRADIENT, *batch).call.plan
         graph = plan.trace[0]
         if graph is not None and not why_not_network(plan, graph):
-            for i in (i for i in instances(plan) if i.variant not in known):
-                found[i.variant] = max(i, found.get(i.variant, i), key=lambda i: (i.tile, len(i.aligned)))
+            for i in (i for i in instances(plan) if _kind(i) not in known):
+                found[_kind(i)] = max(i, found.get(_kind(i), i), key=lambda i: (i.tile, len(i.aligned)))
     return tuple((c, i) for i in found.values() for c in SHARED_LIMIT)
+
+
+def _kind(i: Instance) -> object:
+    """What it shares with instances for arrays of the same types, but for tile and alignment."""
+    return i.variant, tuple(t for _, t in i.signature if t.startswith("*"))
+
+
+def _with_loss_of_labels(problem: Problem) -> tuple[MAML, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """A loss of no name that reads labels."""
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return -z.log_softmax(-1).gather(1, y[:, None]).mean()
+
+    labels = [torch.zeros(y.shape[:2], dtype=torch.int64) for y in (problem.y_s, problem.y_q)]
+    batch = problem.x_s, labels[0], problem.x_q, labels[1]
+    return MAML(problem.model, 0.1, loss=loss, backend="reference", check="never"), batch
 
 
 def compile_family(n: int) -> tuple[str, int, Usage]:

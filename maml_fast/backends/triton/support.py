@@ -54,10 +54,6 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
     reasons = [] if graph.used_parameters() else ["the output depends on no parameter"]
     if plan.inputs.several or plan.inputs.primary is None:
         reasons.append("inputs of whole numbers, or several, have no kernel")
-    if plan.loss.name == "value":
-        reasons.append("the loss is none of the named ones, which has no kernel")
-    if plan.loss.factors != (1.0, 1.0):
-        reasons.append("the loss is a multiple of a mean over samples, which has no kernel")
     for op in graph.live_ops():
         if op.kind not in KINDS and op.kind != "reshape":
             reasons.append(f"layer {op.kind} has no kernel")
@@ -117,6 +113,10 @@ def why_not_resident(plan: Plan, graph: Graph) -> list[str]:
         rows = _samples(plan) * math.prod(graph.shapes[op.output][1:])
         if op.kind in ("batch_norm", "running_norm") and rows > SPAN:
             reasons.append(f"BatchNorm over {rows} rows per task, more than the resident kernel's {SPAN}")
+    if plan.loss.name == "value":
+        reasons.append("the loss is none of the named ones, which has no instruction in the resident kernel")
+    if plan.loss.factors != (1.0, 1.0):
+        reasons.append("the loss is a multiple of a mean over samples, which has no instruction in the resident kernel")
     classes = graph.features(graph.output)
     if plan.loss.takes_labels and classes > MOST_CLASSES:
         reasons.append(f"cross_entropy over {classes} classes, more than the resident kernel's {MOST_CLASSES}")
@@ -130,8 +130,9 @@ def too_large(plan: Plan, graph: Graph) -> list[str]:
         numbers = _samples(plan) * max(graph.features(v) for v in (*op.inputs, op.output))
         if numbers > _SMALL_VALUE:
             reasons.append(f"layer {op.kind} has {numbers} elements per task, more than {_SMALL_VALUE}")
-        work = _samples(plan) * graph.features(op.output) * graph.shapes[op.inputs[0]][-1]
-        if op.kind == "linear" and work > _SMALL_PRODUCT:
+        width = graph.shapes[op.inputs[0]][-1] if op.kind == "linear" else 0
+        work = _samples(plan) * graph.features(op.output) * width
+        if work > _SMALL_PRODUCT:
             reasons.append(f"layer linear has {work} multiplications per task, more than {_SMALL_PRODUCT}")
     return list(dict.fromkeys(reasons))
 

@@ -3,7 +3,8 @@
     mse              (z − y)²                               cross_entropy  −Σ_c q_c log softmax(z)_c
     bce_with_logits  max(z, 0) − z y + log(1 + e^−|z|)
     l1               |z − y|                                huber  r²/2 within d, d(|r| − d/2) beyond
-Label smoothing s: q = (1 − s) onehot + s / classes.
+Label smoothing s: q = (1 − s) onehot + s / classes. All of them may be multiplied by a factor. A loss of a person's own
+is the network's output, `value`: a number for each task.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import log1p_unit, sigmoid
-from .launch import Launch, power_of_two
+from .elementwise import combine, copy_rows
+from .launch import Launch, blocks, power_of_two
 from .optional import given
 
 MOST_CLASSES = 16384
@@ -188,15 +190,46 @@ def cross_entropy_tangent_kernel(z, tz, ez, samples, classes, BN: tl.constexpr, 
     cross_entropy_tangent_task(z + at, tz + at, ez + at, samples, classes, BN, BC)
 
 
+@triton.jit(do_not_specialize=["tasks"])
+def value_kernel(z, weights, losses, dz, factor, tasks, BLOCK: tl.constexpr):
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = t < tasks
+    if losses is not None:
+        tl.store(losses + t, factor * tl.load(z + t, mask=inside, other=0.0), mask=inside)
+    if dz is not None:
+        slope = tl.zeros((BLOCK,), tl.float32) + factor
+        if weights is not None:
+            slope *= tl.load(weights + t, mask=inside, other=0.0)
+        tl.store(dz + t, slope, mask=inside)
+
+
+class ValueLoss:
+    """A factor times the output z of (T, 1), float32."""
+
+    def __init__(self, launch: Launch, tasks: int, factor: float) -> None:
+        self.launch, self.tasks, self.factor = launch, tasks, factor
+
+    def value(self, z: Tensor, y: None, weights: Tensor | None, losses: Tensor | None, dz: Tensor | None) -> None:
+        """losses (T,) and dz, each where wanted; weights (T,) scale dz."""
+        programs, tasks = blocks(self.tasks, 128), self.tasks
+        self.launch(value_kernel, programs, z, weights, losses, dz, self.factor, tasks, BLOCK=128)
+
+    def tangent(self, z: Tensor, y: None, tz: Tensor, ez: Tensor) -> None:
+        """ez ← 0: the slope is the same everywhere."""
+        copy_rows(self.launch, ez, None)
+
+
 class TaskLoss:
     """A loss over outputs z of (T, samples, features), flat and contiguous, float32.
 
     Args:
-        name: one of `losses.NAMES`. parameter: label smoothing or delta.
+        name: one of `losses.NAMES`. parameter: label smoothing or delta. factor: times the mean over samples.
     """
 
-    def __init__(self, launch: Launch, name: str, parameter: float, tasks: int, samples: int, features: int) -> None:
-        self.launch, self.tasks = launch, tasks
+    def __init__(
+        self, launch: Launch, name: str, parameter: float, tasks: int, samples: int, features: int, factor: float
+    ) -> None:
+        self.launch, self.tasks, self.factor = launch, tasks, factor
         self.labels = name == "cross_entropy"
         self.parameter = parameter
         if self.labels:
@@ -211,6 +244,7 @@ class TaskLoss:
         """losses (T,) and dz, each where wanted; y are int64 labels or values, weights (T,) scale dz."""
         kernel = cross_entropy_kernel if self.labels else pointwise_kernel
         self.launch(kernel, self.tasks, z, y, weights, losses, dz, *self.sizes, self.parameter, **self.constants)
+        self._multiply(losses, dz)
 
     def tangent(self, z: Tensor, y: Tensor, tz: Tensor, ez: Tensor) -> None:
         """ez ← (∂²L/∂z²) tz."""
@@ -220,3 +254,9 @@ class TaskLoss:
             self.launch(
                 pointwise_tangent_kernel, self.tasks, z, y, tz, ez, *self.sizes, self.parameter, **self.constants
             )
+        self._multiply(ez)
+
+    def _multiply(self, *found: Tensor | None) -> None:
+        for one in found:
+            if self.factor != 1 and one is not None:
+                combine(self.launch, one, one, f=self.factor)

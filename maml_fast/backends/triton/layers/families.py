@@ -52,6 +52,17 @@ class Constant(Kind):
         return (torch.frombuffer(bytearray(numbers.data), dtype=torch.float64).to(torch.float32),)
 
 
+class Target(Kind):
+    """y = the targets of every sample, labels as numbers."""
+
+    def forward(self, p: Pass) -> None:
+        assert p.y_batch is not None
+        copy_rows(p.launch, p.y(), p.y_batch)
+
+    def backward(self, p: Pass) -> None:
+        """Nothing comes back."""
+
+
 class Expression(Kind):
     """y = f(x₀, x₁, …): see `expressions.py`."""
 

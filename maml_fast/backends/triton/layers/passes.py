@@ -31,6 +31,7 @@ class Pass:
     batch: int
     tape: int
     x_batch: Tensor
+    y_batch: Tensor | None
     dx_batch: Tensor | None
     constants: Mapping[str, Tensor]
     statics: Mapping[int, tuple[Tensor, ...]]

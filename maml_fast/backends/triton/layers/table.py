@@ -5,7 +5,7 @@ from __future__ import annotations
 from ....graph.graph import ACTIVATIONS
 from .boxes import Boxes
 from .dense import Activation, Add, Affine, Cat, Linear, Transpose
-from .families import Constant, Expression, Parameter
+from .families import Constant, Expression, Parameter, Target
 from .image_layers import AvgPool, Convolution, MaxPool, SpatialMean, Upsample
 from .kinds import Kind
 from .norms import BatchNorm, ImageNorm, RowNorm
@@ -29,6 +29,7 @@ KINDS: dict[str, Kind] = {
     "transpose": Transpose(),
     "parameter": Parameter(),
     "constant": Constant(),
+    "target": Target(),
     "pointwise": Expression(),
     "linear_map": Boxes(),
     **dict.fromkeys(("softmax", "log_softmax"), Softmax()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +38,16 @@ class Buffers:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
         samples = {Batch.SUPPORT: plan.support, Batch.QUERY: plan.query}
-        outputs = (t, plan.query, *graph.shapes[graph.output])
+        outputs = (t, plan.query, *(graph.shapes[graph.output] if graph.returned is None else graph.returned))
         self.theta = sure(flat.total)
         kinds = [(layer, KINDS[layer.kind].statics(layer)) for layer in network.layers]
         self.statics = {layer.index: tuple(t.to(device) for t in found) for layer, found in kinds if found}
         self.constants = {name: sure(*plan.objective.tensor(name).shape) for name in network.constants}
         self.x = {b: sure(t, n, *plan.inputs.primary_shape) for b, n in samples.items()}
-        self.y = {b: self._targets(n, device) for b, n in samples.items()}
+        self.y = {
+            b: self._targets(plan.data.get(name), samples[b], device)
+            for b, name in zip(Batch, ("y_s", "y_q"), strict=True)
+        }
         self.dx = {
             Batch.SUPPORT: numbers(t, plan.support, *plan.inputs.primary_shape, wanted=reverse and plan.needs.x_s),
             Batch.QUERY: numbers(t, plan.query, *plan.inputs.primary_shape, wanted=reverse and plan.needs.x_q),
@@ -57,11 +61,18 @@ class Buffers:
         self.gradient = numbers(flat.trainable, wanted=reverse)
         self._place_rates(device, reverse and any(plan.needs.rates))
 
-    def _targets(self, samples: int, device: torch.device) -> Tensor:
+    def _targets(self, given: Any, samples: int, device: torch.device) -> Tensor | None:
+        """Of all tasks, as they are given; None where nobody reads them."""
         plan, graph = self.plan, self.network.graph
-        if plan.loss.takes_labels:
-            return torch.zeros((plan.tasks, samples), dtype=torch.int64, device=device)
-        return torch.zeros((plan.tasks, samples, *graph.shapes[graph.output]), dtype=torch.float32, device=device)
+        labels = plan.loss.takes_labels
+        if plan.loss.name == "value":
+            reads = [layer for layer in self.network.layers if layer.kind == "target"]
+            if given is None or not reads:
+                return None
+            labels = bool(reads[0].attributes["labels"])
+        own = graph.shapes[graph.output]
+        shape = tuple(given.shape) if isinstance(given, Tensor) else (samples, *(() if labels else own))
+        return torch.zeros((plan.tasks, *shape), dtype=torch.int64 if labels else torch.float32, device=device)
 
     def _place_rates(self, device: torch.device, wanted: bool) -> None:
         plan, flat = self.plan, self.network.flat

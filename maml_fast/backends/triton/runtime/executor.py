@@ -31,7 +31,7 @@ from ....lower.plan import Plan
 from ..kernels import vectors
 from ..kernels.elementwise import combine, copy_rows
 from ..kernels.launch import Launch
-from ..kernels.losses import TaskLoss
+from ..kernels.losses import TaskLoss, ValueLoss
 from ..kernels.vectors import Step
 from ..layers.network import Network
 from ..layers.passes import Pass
@@ -165,6 +165,7 @@ class Executor:
             batch=self.samples[batch],
             tape=tape,
             x_batch=self._mine(self.buffers.x[batch]),
+            y_batch=None if self.buffers.y[batch] is None else self._mine(self.buffers.y[batch]),
             dx_batch=self._mine(self.buffers.dx[batch]) if inputs else None,
             constants=self.buffers.constants,
             statics=self.buffers.statics,
@@ -175,9 +176,16 @@ class Executor:
             layer=self.network.layers[0],
         )
 
-    def _loss(self, batch: Batch) -> TaskLoss:
+    def _loss(self, batch: Batch) -> TaskLoss | ValueLoss:
         loss, features = self.plan.loss, self.network.features[self.network.out]
-        return TaskLoss(self.launch, loss.name, loss.parameter, self.tasks, self.samples[batch], features)
+        factor = loss.factors[batch]
+        if loss.name == "value":
+            return ValueLoss(self.launch, self.tasks, factor)
+        return TaskLoss(self.launch, loss.name, loss.parameter, self.tasks, self.samples[batch], features, factor)
+
+    def _targets(self, batch: Batch) -> Any:
+        """None where the loss is the output, whatever it has read."""
+        return None if self.plan.loss.name == "value" else self._mine(self.buffers.y[batch])
 
     def _output(self, kind: str, tape: int) -> Tensor:
         found = self.memory.view(self.tasks, kind, tape, self.network.out)
@@ -192,12 +200,12 @@ class Executor:
             KINDS[layer.kind].forward(p.of(layer))
 
     def support_loss(self, i: SupportLoss) -> None:
-        y = self._mine(self.buffers.y[Batch.SUPPORT])
+        y = self._targets(Batch.SUPPORT)
         self._loss(Batch.SUPPORT).value(self._output("value", i.tape), y, None, None, self._output("delta", i.tape))
 
     def query_loss(self, i: QueryLoss) -> None:
         buffers = self.buffers
-        y, losses = self._mine(buffers.y[Batch.QUERY]), self._task_numbers(buffers.losses)
+        y, losses = self._targets(Batch.QUERY), self._task_numbers(buffers.losses)
         weights = self._task_numbers(buffers.weights) if i.seed else None
         slope = self._output("delta", i.tape) if i.seed else None
         self._loss(Batch.QUERY).value(self._output("value", i.tape), y, weights, losses, slope)
@@ -207,6 +215,7 @@ class Executor:
         return x[self.first : self.first + self.tasks]
 
     def cotangent(self, i: Cotangent) -> None:
+        assert self.network.returned == self.network.out
         combine(self.launch, self._output("delta", i.tape), self._mine(self.buffers.cotangent))
 
     def backward(self, i: Backward) -> None:
@@ -235,7 +244,7 @@ class Executor:
         for layer in self.network.layers:
             if layer.output_has_tangent or KINDS[layer.kind].always_tangent:
                 KINDS[layer.kind].tangent(p.of(layer))
-        out, y = self.network.out, self._mine(self.buffers.y[Batch.SUPPORT])
+        out, y = self.network.out, self._targets(Batch.SUPPORT)
         tz, ez = p.view("tangent", out), p.view("tangent_delta", out)
         assert tz is not None and ez is not None
         self._loss(Batch.SUPPORT).tangent(p.value(out), y, tz, ez)
@@ -285,7 +294,8 @@ class Executor:
             copy_rows(self.launch, adapted[:, edge:], self._slot(0)[:, edge:])
 
     def store_outputs(self, i: StoreOutputs) -> None:
-        combine(self.launch, self._mine(self.buffers.outputs), self._output("value", i.tape))
+        assert self.network.returned is not None
+        combine(self.launch, self._mine(self.buffers.outputs), self._pass(i.tape).value(self.network.returned))
 
 
 def _absent(parameter: int) -> None:
