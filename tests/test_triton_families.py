@@ -21,6 +21,7 @@ from maml_fast.backends.triton.kernels import launch, tiles
 from maml_fast.backends.triton.kernels.expressions import Pointwise
 from maml_fast.backends.triton.kernels.gather import Array, both_ways, gather
 from maml_fast.backends.triton.kernels.largest import Largest
+from maml_fast.backends.triton.kernels.matmul import Matrices, matmul
 from maml_fast.backends.triton.kernels.softmax import Rows
 from maml_fast.backends.triton.memory import Memory
 from maml_fast.graph.boxes import Box, sliced, summed
@@ -29,6 +30,9 @@ from maml_fast.graph.expressions.language import PRIMITIVES
 from maml_fast.graph.losses import LossLike
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")  # NumPy's
+
+
+OWN_TILES = tiles.product
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +47,11 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the shared case list ------------------------------------------------------------------------------
 
 CASES = ("elementary", "chosen", "gate", "rearranged", "over-samples", "reduced", "cut-gradients")
+CASES += ("attended", "computed-weight")
+LARGE_CASES = ("computed-filters",)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in LARGE_CASES)])
 def test_second_order(name: str) -> None:
     (case,) = cases.select([name])
     assert_close(case, interpreted.meta_gradient("triton-wide", case, first_order=False), first_order=False)
@@ -96,6 +102,7 @@ def assert_like_the_textbook(name: str, first_order: bool, samples: tuple[int, i
 
 SHOWN = ("scale", "zero-d-scale", "buffer", "masks", "straight-through", "transposed-samples", "image-squeeze")
 SHOWN += ("stacked", "cumsum", "norms", "image-bilinear", "softmax-inside", "log-softmax", "max")
+SHOWN += ("lora", "hypernetwork", "no-grad", "attention")
 """Models of every kind; the others are left to `make test-exhaustive`."""
 
 MODELS = (
@@ -117,7 +124,9 @@ MODELS = (
     *("before-the-first", "written-in-part", "rnn", "gru"),
     *(f"image-{body}" for body in ("channels-last", "bilinear-corners", "pixel-shuffle", "uneven-average")),
     *("softmax", "log-probabilities", "logsumexp", "amax-of-ties", "ruled-out", "far-below", "set"),
-    *("image-uneven-maximum",),
+    *("lora-of-weights", "cosine", "weight-slice", "vector-weight", "detached-weight", "causal", "token"),
+    *("causal-function", "sequence-first"),
+    *(f"image-{body}" for body in ("uneven-maximum", "weight-norm", "standardised", "transposed", "volumes")),
     *(f"image-{body}" for body in ("ceil-maximum", "reflect", "replicate", "mean-of-channels", "rms-norm", "rows")),
 )
 
@@ -156,8 +165,8 @@ LOSSES: dict[str, tuple[nn.Module, LossLike]] = {
 }
 LABELS = (*test_captured_losses.LABELS, *test_captured_losses.OWN_LABELS)
 SHOWN_LOSSES = ("sum", "maximised", "nll-sum", "penalty", "weighted-samples", "of-no-targets", "gather", "as-numbers")
-SHOWN_LOSSES += ("divergence",)
-REFUSED_LOSSES = ("over-samples-and-rows", "over-samples-first", "of-parameter-and-targets")
+SHOWN_LOSSES += ("divergence", "of-parameter-and-targets")
+REFUSED_LOSSES = ("over-samples-and-rows", "over-samples-first")
 
 
 def of_loss(name: str, backend: str, dtype: torch.dtype, moved: agreement.Rounding | None = None) -> agreement.Results:
@@ -418,3 +427,69 @@ def test_declines_maps_that_are_too_large(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("maml_fast.backends.triton.kernels.gather.MOST_TERMS", 5)
     model = nn.Sequential(nn.Linear(4, 6), test_families.Lambda(lambda x: x.flip(1)))
     assert "layer flip has 6 terms for each sample, more than 5" in declined(model, 6)
+
+
+# ---- products ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampled", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("samples", "groups", "sizes"), [(3, 2, (2, 5, 3)), (2, 1, (20, 35, 70))])
+def test_matmul(
+    samples: int, groups: int, sizes: tuple[int, int, int], sampled: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The three products with both pairs, in more than one tile."""
+    monkeypatch.setattr(tiles, "product", OWN_TILES)
+    rows, width, columns = sizes
+    of_y = any(sampled)
+
+    def drawn(one: bool, *shape: int) -> Tensor:
+        return torch.randn(2, samples if one else 1, groups, *shape, dtype=torch.float64)
+
+    a, b, y = ([drawn(one, *s) for _ in range(2)] for one, s in (
+        (sampled[0], (rows, width)), (sampled[1], (width, columns)), (of_y, (rows, columns)),
+    ))  # fmt: skip
+    products = {
+        "y": ((a, b, of_y), lambda a, b: a @ b, (rows, columns)),
+        "a": ((y, b, sampled[0]), lambda y, b: y @ b.mT, (rows, width)),
+        "b": ((a, y, sampled[1]), lambda a, y: a.mT @ y, (width, columns)),
+    }
+    for which, ((left, right, kept), function, shape) in products.items():
+        pairs = [function(u, v) for u, v in zip(left, right, strict=True)]
+        for twice in (False, True):
+            wanted = sum(pairs[1:] if twice else [], start=pairs[0])
+            wanted = wanted if kept else wanted.sum(1, keepdim=True)
+            c = torch.full(wanted.shape, 1.0 if twice else math.nan)
+            factors = []
+            for u, v in zip(left, right, strict=True):
+                one, other = (
+                    Matrices(x.float().flatten(1), *x.shape[-2:], x.shape[1] == samples) for x in (u, v)
+                )  # fmt: skip
+                factors.append((one.mT if which == "b" else one, other.mT if which == "a" else other))
+            to = Matrices(c, *shape, kept)
+            matmul(launch.run, to, factors[0], factors[1] if twice else None, samples, groups, twice, "ieee")
+            torch.testing.assert_close(c.double(), wanted + twice, rtol=1e-4, atol=1e-4)
+
+
+def _of_a_sigmoid(m: test_families.Net, x: Tensor) -> Tensor:
+    """Activations of parameters, as a weight and as what every sample meets."""
+    return m.b(torch.tanh(nn.functional.linear(x, torch.sigmoid(m.a.weight)) + torch.tanh(m.scale)))
+
+
+def _squares(m: test_families.Net, x: Tensor) -> Tensor:
+    """Products of a value with itself, of samples and of the task."""
+    h, w = m.twelve(x)[:, :9].view(-1, 3, 3), torch.tanh(m.three.weight)
+    return m.three((torch.bmm(h, h) / 3).sum(1)) @ nn.functional.linear(w, w)
+
+
+def _branch(m: test_families.Net, x: Tensor) -> Tensor:
+    """A linear layer of the task, and the activation behind it."""
+    return m.b(torch.tanh(m.a(x)) * torch.relu(m.g(torch.tanh(m.z))))
+
+
+MIXED = {"of-a-sigmoid": _of_a_sigmoid, "squares": _squares, "branch": _branch}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_values_of_the_task(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(test_families.MODELS, name, (lambda: test_families.Net(MIXED[name]), (4,)))
+    assert_like_the_textbook(name, first_order=False)

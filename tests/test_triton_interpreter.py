@@ -59,15 +59,6 @@ FAMILIES = cases.select(tag="families")
 SECOND_ORDER = [c for c in cases.SMALL if c.name not in LEFT_OUT + SMALL_TILES and c not in FAMILIES]
 
 
-DECLINED = ("attended", "computed-weight", "computed-filters")
-
-
-@pytest.mark.parametrize("case", cases.select([*DECLINED]), ids=lambda c: c.name)
-def test_declines_families_of_operations(case: cases.Case) -> None:
-    problem = case.build(torch.float32)
-    assert " has no kernel" in _why_not(problem.maml("triton-wide"), problem)
-
-
 @pytest.mark.parametrize("case", SECOND_ORDER, ids=lambda c: c.name)
 def test_second_order(case: cases.Case) -> None:
     assert_close(case, meta_gradient(case, first_order=False), first_order=False)

@@ -231,7 +231,7 @@ def work(every: bool = False, tuned: bool = True) -> tuple[tuple[int, Instance],
 @cache
 def family_work() -> tuple[tuple[int, Instance], ...]:
     """Pairs of capability and instance: what the cases with operations of families need and `work` has nothing like."""
-    known = {_kind(i) for _, i in work(tuned=False)}
+    known = {_kind(i) for plan in plans().values() for i in instances(plan)}
     found: dict[object, Instance] = {}
     problems = [case.build(torch.float32) for case in select(tag="families")]
     calls = [(problem.maml("reference"), problem.batch) for problem in problems]

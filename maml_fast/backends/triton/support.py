@@ -92,11 +92,20 @@ def _why_not_family(graph: Graph, op: Op) -> list[str]:
         reasons.append(f"layer {op.kind} over {width} elements, more than {SOFTMAX_WIDEST}")
     if op.kind == "linear_map" and (terms := count(op.attributes["boxes"])) > MOST_TERMS:
         reasons.append(f"layer {op.attributes['name']} has {terms} terms for each sample, more than {MOST_TERMS}")
-    if op.kind == "linear" and len(op.inputs) > 1:
-        reasons.append("layer linear with a computed weight has no kernel")
+    if op.kind == "linear" and len(op.inputs) > 1 and op.inputs[1] not in graph.per_task:
+        reasons.append("layer linear with a weight of every sample has no kernel")
+    if op.kind == "matmul" and not _of_like_groups(graph, op):
+        reasons.append("layer matmul of groups that differ has no kernel")
     if any(graph.features(v) == 0 for v in values):
         reasons.append(f"layer {op.kind} has no elements to work on")
     return reasons
+
+
+def _of_like_groups(graph: Graph, op: Op) -> bool:
+    (rows, columns), width = graph.shapes[op.output][-2:], graph.shapes[op.inputs[0]][-1]
+    groups = op.attributes["groups"]
+    sizes = [groups * n for n in (rows * width, width * columns, rows * columns)]
+    return sizes == [graph.features(v) for v in (*op.inputs, op.output)]
 
 
 def why_not_resident(plan: Plan, graph: Graph) -> list[str]:

@@ -19,28 +19,29 @@ from .passes import Pass
 class Linear(Kind):
     """y[t, r, o] = Σ_i x[t, r, i] w[t, o, i] + b[t, o], r over samples and leading dimensions.
 
-    The products do an activation's work too where one is next to them: see `epilogues.py`.
+    The weight is a parameter, or the second input. The products do an activation's work too where one is next to
+    them: see `epilogues.py`.
     """
 
     def forward(self, p: Pass) -> None:
         y, epilogue = epilogues.forward(p)
-        x, w = self._rows(p, p.x(0)), self._matrix(p, p.w()).mT
+        x, w = self._rows(p, p.x(0)), self._matrix(p, self._w(p)).mT
         product(p.launch, x, w, self._rows(p, y), bias=p.b(), epilogue=epilogue, precision=p.precision)
 
     def backward(self, p: Pass) -> None:
         dx, add, epilogue = epilogues.backward(p)
         dy = self._rows(p, p.dy())
         if dx is not None:
-            w, to = self._matrix(p, p.w()), self._rows(p, dx)
+            w, to = self._matrix(p, self._w(p)), self._rows(p, dx)
             product(p.launch, dy, w, to, add=add, epilogue=epilogue, precision=p.precision)
-        self._gradients(p, dy, self._rows(p, p.x(0)), None)
+        self._gradients(p, dy, self._rows(p, p.x(0)), None, p.dx(1) if self._computes(p) else p.gw())
 
     def tangent(self, p: Pass) -> None:
         to, epilogue = epilogues.tangent(p)
-        tx, vw, vb, ty = p.tx(0), p.vw(), p.vb(), self._rows(p, to)
+        tx, vw, vb, ty = p.tx(0), self._vw(p), p.vb(), self._rows(p, to)
         pair = None
         if tx is not None:
-            a, b = self._rows(p, tx), self._matrix(p, p.w()).mT
+            a, b = self._rows(p, tx), self._matrix(p, self._w(p)).mT
             pair = None if vw is None else (self._rows(p, p.x(0)), self._matrix(p, vw).mT)
         elif vw is not None:
             a, b = self._rows(p, p.x(0)), self._matrix(p, vw).mT
@@ -51,18 +52,18 @@ class Linear(Kind):
 
     def backward_tangent(self, p: Pass) -> None:
         ex, add, epilogue = epilogues.backward_tangent(p)
-        dy, ey, vw = self._rows(p, p.dy()), self._rows(p, p.ey()), p.vw()
+        dy, ey, vw = self._rows(p, p.dy()), self._rows(p, p.ey()), self._vw(p)
         if ex is not None:
             pair = None if vw is None else (dy, self._matrix(p, vw))
-            w, to = self._matrix(p, p.w()), self._rows(p, ex)
+            w, to = self._matrix(p, self._w(p)), self._rows(p, ex)
             product(p.launch, ey, w, to, pair=pair, add=add, epilogue=epilogue, precision=p.precision)
         tx = p.tx(0)
         pair = None if tx is None else (dy.mT, self._rows(p, tx))
-        self._gradients(p, ey, self._rows(p, p.x(0)), pair)
+        self._gradients(p, ey, self._rows(p, p.x(0)), pair, p.ex(1) if self._computes(p) else p.gw())
 
-    def _gradients(self, p: Pass, dy: Tensor, x: Tensor, pair: tuple[Tensor, Tensor] | None) -> None:
+    def _gradients(self, p: Pass, dy: Tensor, x: Tensor, pair: tuple[Tensor, Tensor] | None, gw: Tensor | None) -> None:
         """gw (+)= dyᵀ x + the pair's product, and gb (+)= Σ_r dy with the same reads of dy."""
-        gw, gb = p.gw(), p.gb()
+        gb, first = p.gb(), p.layer.first[1] if self._computes(p) else p.layer.first_weight
         if gw is not None:
             product(
                 p.launch,
@@ -71,13 +72,23 @@ class Linear(Kind):
                 self._matrix(p, gw),
                 pair=pair,
                 sums=gb,
-                add=not p.layer.first_weight,
+                add=not first,
                 add_sums=not p.layer.first_bias,
                 steps=p.steps(),
                 precision=p.precision,
             )
         elif gb is not None:
             sum_rows(p.launch, gb, dy, add=not p.layer.first_bias, step=p.steps()[1])
+
+    @staticmethod
+    def _computes(p: Pass) -> bool:
+        return len(p.layer.inputs) > 1
+
+    def _w(self, p: Pass) -> Tensor | None:
+        return p.x(1) if self._computes(p) else p.w()
+
+    def _vw(self, p: Pass) -> Tensor | None:
+        return p.tx(1) if self._computes(p) else p.vw()
 
     @staticmethod
     def _rows(p: Pass, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from .families import Constant, Expression, Parameter, Target
 from .image_layers import AvgPool, Convolution, MaxPool, SpatialMean, Upsample
 from .kinds import Kind
 from .norms import BatchNorm, ImageNorm, RowNorm
+from .products import Matmul
 from .rows import Maximum, Softmax
 
 KINDS: dict[str, Kind] = {
@@ -32,6 +33,7 @@ KINDS: dict[str, Kind] = {
     "target": Target(),
     "pointwise": Expression(),
     "linear_map": Boxes(),
+    "matmul": Matmul(),
     **dict.fromkeys(("softmax", "log_softmax"), Softmax()),
     "max": Maximum(),
 }
