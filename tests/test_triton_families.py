@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from maml_fast import MAML, cases
 from maml_fast.backends import agreement, dispatch
 from maml_fast.backends.triton import TritonBackend
-from maml_fast.backends.triton.kernels import launch, tiles
+from maml_fast.backends.triton.kernels import expression_source, launch, tiles
 from maml_fast.backends.triton.kernels.expressions import Pointwise
 from maml_fast.backends.triton.kernels.gather import Array, both_ways, gather
 from maml_fast.backends.triton.kernels.largest import Largest
@@ -493,3 +493,9 @@ MIXED = {"of-a-sigmoid": _of_a_sigmoid, "squares": _squares, "branch": _branch}
 def test_values_of_the_task(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(test_families.MODELS, name, (lambda: test_families.Net(MIXED[name]), (4,)))
     assert_like_the_textbook(name, first_order=False)
+
+
+def test_declines_primitives_that_nobody_has_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(expression_source.WRITTEN, "cos")
+    model = nn.Sequential(nn.Linear(4, 6), test_families.Lambda(torch.cos))
+    assert "layer cos is made of cos, which has no kernel" in declined(model, 6)

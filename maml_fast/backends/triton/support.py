@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from ...graph.expressions.language import TRANSPARENT, in_order
 from ...graph.graph import ACTIVATIONS, Graph, Op
 from ...lower.plan import Plan
 
@@ -81,6 +82,7 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
 
 def _why_not_family(graph: Graph, op: Op) -> list[str]:
     """Reasons that lie in what an operation is applied to."""
+    from .kernels.expression_source import WRITTEN
     from .kernels.gather import MOST_TERMS, count
     from .kernels.softmax import WIDEST as SOFTMAX_WIDEST
 
@@ -88,6 +90,10 @@ def _why_not_family(graph: Graph, op: Op) -> list[str]:
     values = (*op.inputs, op.output)
     if op.kind not in _BROADCASTING and len({v in graph.per_task for v in values}) > 1:
         reasons.append(f"layer {op.kind} of activations and values without samples has no kernel")
+    if op.kind == "pointwise":
+        used = {part.name for part in in_order([op.attributes["expression"]]) if part.arguments}
+        missing = sorted(used - {*WRITTEN, *TRANSPARENT})
+        reasons += [f"layer {op.attributes['name']} is made of {name}, which has no kernel" for name in missing]
     if op.kind in ("softmax", "log_softmax") and (width := graph.shapes[op.output][-1]) > SOFTMAX_WIDEST:
         reasons.append(f"layer {op.kind} over {width} elements, more than {SOFTMAX_WIDEST}")
     if op.kind == "linear_map" and (terms := count(op.attributes["boxes"])) > MOST_TERMS:

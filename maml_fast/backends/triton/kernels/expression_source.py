@@ -208,7 +208,7 @@ def _computed(form: Form, indent: str) -> list[str]:
             names[x] = f"v_{x.value}"
             continue
         names[x] = f"u{len(names)}"
-        text = _number(x.value) if x.name == "constant" else _PRIMITIVES[x.name](*(names[a] for a in x.arguments))
+        text = _number(x.value) if x.name == "constant" else WRITTEN[x.name](*(names[a] for a in x.arguments))
         lines.append(f"{indent}{names[x]} = {text}")
     ends = [f"{indent}y{r} = tl.where(inside, {names[y]}, 0.0)" for r, y in enumerate(form.outputs)]
     return [*lines, *ends]
@@ -224,7 +224,7 @@ def _number(value: float) -> str:
 
 _LIBRARY = tuple(library.FUNCTIONS)
 
-_PRIMITIVES: Mapping[str, Callable[..., str]] = {
+WRITTEN: Mapping[str, Callable[..., str]] = {
     "add": "({} + {})".format,
     "sub": "({} - {})".format,
     "mul": "({} * {})".format,

@@ -80,7 +80,7 @@ class Rows:
     def __init__(self, launch: Launch, width: int, log: bool) -> None:
         bc = power_of_two(width, 2, WIDEST)
         self.launch, self.width, self.log = launch, width, log
-        self.tile = {"BR": max(_TILE // bc, 1), "BC": bc}
+        self.tile = {"BR": max(_TILE // bc, 1), "BC": bc, "num_warps": power_of_two(bc // 512, 4, 16)}
 
     def forward(self, x: Tensor, y: Tensor) -> None:
         self._start(softmax_kernel, y, x, y)

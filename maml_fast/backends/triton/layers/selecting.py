@@ -15,6 +15,7 @@ from ....graph.expressions.language import in_order
 from ....graph.graph import Graph, Op
 
 _STEEP = ("sqrt", "log", "log1p", "pow", "div")
+_SAFE = ("norm", "std", "amax", "logsumexp")  # roots, logarithms and quotients of what is not zero
 
 
 def _relu(x: Expression) -> Expression:
@@ -40,7 +41,7 @@ def selecting(graph: Graph) -> Graph:
 
 
 def _is_steep(op: Op) -> bool:
-    if op.kind != "pointwise":
+    if op.kind != "pointwise" or op.attributes["name"] in _SAFE:
         return False
     return any(part.name in _STEEP and not _by_constant(part) for part in in_order([op.attributes["expression"]]))
 
