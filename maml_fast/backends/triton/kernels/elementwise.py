@@ -95,6 +95,13 @@ def transpose_kernel(a, out, size, rows, columns, ADD: tl.constexpr, BLOCK: tl.c
     transpose_block(a, out, rows, columns, i, size, ADD)
 
 
+@triton.jit(do_not_specialize=["size"])
+def numbers_kernel(a, out, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    tl.store(out + i, tl.load(a + i, mask=inside, other=0).to(tl.float32), mask=inside)
+
+
 def combine(
     launch: Launch,
     out: Tensor,
@@ -130,6 +137,12 @@ def copy_rows(launch: Launch, out: Tensor, a: Tensor | None, *, add: bool = Fals
     size, width = out.numel(), out.shape[1]
     a_row = 0 if a is None else a.stride(0)
     launch(copy_rows_kernel, blocks(size, _BLOCK), a, out, size, width, a_row, out.stride(0), ADD=add, BLOCK=_BLOCK)
+
+
+def numbers(launch: Launch, out: Tensor, a: Tensor) -> None:
+    """out ← a, which may be whole numbers; contiguous and of one size, out float32."""
+    size = out.numel()
+    launch(numbers_kernel, blocks(size, _BLOCK), a, out, size, BLOCK=_BLOCK)
 
 
 def spread_rows(launch: Launch, out: Tensor, a: Tensor | None) -> None:

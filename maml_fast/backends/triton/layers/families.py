@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ....graph.graph import Numbers
-from ..kernels.elementwise import copy_rows
+from ..kernels.elementwise import copy_rows, numbers
 from ..kernels.expressions import Delta, Pointwise
 from ..kernels.vectors import sum_rows
 from .kinds import Kind
@@ -57,7 +57,7 @@ class Target(Kind):
 
     def forward(self, p: Pass) -> None:
         assert p.y_batch is not None
-        copy_rows(p.launch, p.y(), p.y_batch)
+        numbers(p.launch, p.y(), p.y_batch)
 
     def backward(self, p: Pass) -> None:
         """Nothing comes back."""
