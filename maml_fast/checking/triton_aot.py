@@ -33,6 +33,8 @@ from ..backends.triton.runtime.call import PRECISIONS
 from ..backends.triton.runtime.launches import launches, start
 from ..backends.triton.support import why_not_network
 from ..cases import BENCH, Problem, select
+from ..graph import structure
+from ..graph.structure import Data
 from ..lower.plan import Plan
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -250,13 +252,14 @@ def _kind(i: Instance) -> object:
     return i.variant, tuple(t for _, t in i.signature if t.startswith("*"))
 
 
-def _with_loss_of_labels(problem: Problem) -> tuple[MAML, tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _with_loss_of_labels(problem: Problem) -> tuple[MAML, tuple[Data, Data, Data, Data]]:
     """A loss of no name that reads labels."""
 
     def loss(z: Tensor, y: Tensor) -> Tensor:
         return -z.log_softmax(-1).gather(1, y[:, None]).mean()
 
-    labels = [torch.zeros(y.shape[:2], dtype=torch.int64) for y in (problem.y_s, problem.y_q)]
+    x = structure.first(problem.x_s), structure.first(problem.x_q)
+    labels = [torch.zeros(v.shape[:2], dtype=torch.int64) for v in x]
     batch = problem.x_s, labels[0], problem.x_q, labels[1]
     return MAML(problem.model, 0.1, loss=loss, backend="reference", check="never"), batch
 

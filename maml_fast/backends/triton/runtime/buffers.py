@@ -116,12 +116,11 @@ class Buffers:
 
     def fill(self, t: Tensors) -> None:
         """Copy the call's tensors in."""
-        flat, model = self.network.flat, self.plan.model
-        named = dict(model.module.named_buffers()) if self.constants else {}
+        flat, objective = self.network.flat, self.plan.objective
         pairs = [
             *((flat.view(self.theta, i), p) for i, p in enumerate(t.parameters)),
             *zip(self.rate_views, t.rates, strict=False),
-            *((buffer, named[name]) for name, buffer in self.constants.items()),
+            *((buffer, objective.tensor(name)) for name, buffer in self.constants.items()),
             (self.x[Batch.SUPPORT], t.x_s),
             (self.x[Batch.QUERY], t.x_q),
             (self.y[Batch.SUPPORT], t.y_s),
