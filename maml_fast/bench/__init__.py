@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,16 +49,18 @@ def run(device: str = "cpu", out: Path | None = None, cases: list[str] | None = 
         # exact float32 for everybody, as on the CPU
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     outcomes = []
-    for case in select(cases or ["networks"], "bench"):
-        runs, reason = _unsupported(case, device)
-        if reason:
-            print(f"{case.name}: no fused backend supports it: {reason}")
-        if not runs:
-            continue
-        outcomes.append(_time_case(case, device, seconds))
-        show(outcomes[-1:])
-        if out is not None:
-            write(Path(out), outcomes, device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "maml_fast falls back")  # it is printed once
+        for case in select(cases or ["networks"], "bench"):
+            runs, reason = _unsupported(case, device)
+            if reason:
+                print(f"{case.name}: no fused backend supports it: {reason}")
+            if not runs:
+                continue
+            outcomes.append(_time_case(case, device, seconds))
+            show(outcomes[-1:])
+            if out is not None:
+                write(Path(out), outcomes, device)
     if len(outcomes) > 1:
         show(outcomes)
     return int(any(e.ours and e.samples is None for o in outcomes for e in o.entries))
