@@ -1,96 +1,91 @@
-// Whether Python containers still hold the very objects that they held: the guard of captured plans, at every call.
-
 #include "guard.h"
 
-#include <vector>
+#include <tuple>
 
 namespace py = pybind11;
 
+namespace maml_fast {
+
 namespace {
 
-// A dict, list, class or closure cell, and the objects that it must hold; or a function, and its code and defaults; or
-// any other object, and its class. A list or dict is compared whole and in order (an Ellipsis stands for anything);
-// with `some`, only the named entries of a dict (an Ellipsis: there is none).
-struct Shelf {
-    py::object container;
-    py::tuple keys;
-    py::tuple values;
-    bool some;
-};
-
-bool holds_all(PyObject* dict, PyObject* keys, PyObject* values) {
-    if (PyDict_GET_SIZE(dict) != PyTuple_GET_SIZE(values)) return false;
-    PyObject *key, *value;
-    Py_ssize_t at = 0;
-    for (Py_ssize_t i = 0; PyDict_Next(dict, &at, &key, &value); ++i) {
-        PyObject* wanted = PyTuple_GET_ITEM(values, i);
-        if (key != PyTuple_GET_ITEM(keys, i) || (wanted != Py_Ellipsis && value != wanted)) return false;
-    }
-    return true;
-}
-
-bool holds_some(PyObject* dict, PyObject* keys, PyObject* values) {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(values); ++i) {
-        PyObject *found = PyDict_GetItem(dict, PyTuple_GET_ITEM(keys, i)), *wanted = PyTuple_GET_ITEM(values, i);
-        if (found != (wanted == Py_Ellipsis ? nullptr : wanted)) return false;
-    }
-    return true;
-}
-
-bool holds_items(PyObject* list, PyObject* values) {
-    if (PyList_GET_SIZE(list) != PyTuple_GET_SIZE(values)) return false;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(values); ++i)
-        if (PyList_GET_ITEM(list, i) != PyTuple_GET_ITEM(values, i)) return false;
-    return true;
-}
-
-bool holds_function(PyObject* function, PyObject* values) {
-    PyObject* found[] = {PyFunction_GET_CODE(function), PyFunction_GET_DEFAULTS(function),
-                         PyFunction_GET_KW_DEFAULTS(function)};
-    for (Py_ssize_t i = 0; i < 3; ++i)
-        if ((found[i] ? found[i] : Py_None) != PyTuple_GET_ITEM(values, i)) return false;
-    return true;
-}
-
-bool holds(const Shelf& s) {
-    PyObject *c = s.container.ptr(), *keys = s.keys.ptr(), *values = s.values.ptr();
-    if (PyList_Check(c)) return holds_items(c, values);
-    if (PyFunction_Check(c)) return holds_function(c, values);
-    if (PyCell_Check(c)) return PyCell_GET(c) == PyTuple_GET_ITEM(values, 0);
-    if (!PyDict_Check(c) && !PyType_Check(c))
-        return reinterpret_cast<PyObject*>(Py_TYPE(c)) == PyTuple_GET_ITEM(values, 0);
-    if (PyType_Check(c)) return holds_some(reinterpret_cast<PyTypeObject*>(c)->tp_dict, keys, values);
-    return s.some ? holds_some(c, keys, values) : holds_all(c, keys, values);
-}
-
-class Guard {
-  public:
-    explicit Guard(const py::list& shelves) {
-        for (auto item : shelves) {
-            auto [container, keys, values, some] = item.cast<std::tuple<py::object, py::tuple, py::tuple, bool>>();
-            PyObject* c = container.ptr();
-            bool single = PyCell_Check(c) && values.size() == 1;
-            bool keyed = (PyDict_Check(c) || PyType_Check(c)) && keys.size() == values.size();
-            bool function = PyFunction_Check(c) && values.size() == 3;
-            bool other = keys.empty() && values.size() == 1 && !PyDict_Check(c) && !PyType_Check(c);
-            if (!PyList_Check(c) && !single && !keyed && !function && !other)
-                throw py::type_error("guard: expected dicts, lists, classes, cells, functions or other objects");
-            shelves_.push_back({container, keys, values, some});
-        }
-    }
-
-    bool check() const {
-        for (const Shelf& s : shelves_)
-            if (!holds(s)) return false;
-        return true;
-    }
-
-  private:
-    std::vector<Shelf> shelves_;
-};
+PyObject* or_none(PyObject* object) { return object ? object : Py_None; }
 
 }  // namespace
 
-void maml_fast::bind_guard(py::module_& m) {
-    py::class_<Guard>(m, "Guard").def(py::init<const py::list&>()).def("check", &Guard::check);
+Guard::Guard(const py::list& shelves) {
+    for (auto shelf : shelves) add(shelf.cast<py::tuple>());
 }
+
+// A list or dict is compared whole and in order; with `some`, as of a class, only the named entries.
+void Guard::add(const py::tuple& shelf) {
+    auto [container, keys, values, some] = shelf.cast<std::tuple<py::object, py::tuple, py::tuple, bool>>();
+    PyObject* c = container.ptr();
+    const bool dict = PyDict_Check(c), type = PyType_Check(c), keyed = keys.size() == values.size();
+    const bool single = keys.empty() && values.size() == 1;
+    Kind kind;
+    if (PyList_Check(c))
+        kind = Kind::list;
+    else if (PyFunction_Check(c) && values.size() == 3)
+        kind = Kind::function;
+    else if (PyCell_Check(c) && values.size() == 1)
+        kind = Kind::cell;
+    else if ((dict || type) && keyed)
+        kind = type || some ? Kind::entries : Kind::dict;
+    else if (!dict && !type && single)
+        kind = Kind::instance;
+    else
+        throw py::type_error("guard: expected dicts, lists, classes, cells, functions or other objects");
+    alive_.append(py::make_tuple(container, keys, values));
+    if (kind == Kind::dict && keys.empty()) {
+        empty_.push_back(c);
+        return;
+    }
+    const std::size_t begin = items_.size();
+    for (std::size_t i = 0; i < values.size(); ++i)
+        items_.push_back({keyed ? PyTuple_GET_ITEM(keys.ptr(), Py_ssize_t(i)) : nullptr,
+                          PyTuple_GET_ITEM(values.ptr(), Py_ssize_t(i))});
+    shelves_.push_back({kind, c, begin, items_.size()});
+}
+
+bool Guard::holds(const Shelf& shelf) const {
+    PyObject* c = shelf.container;
+    const Item *item = items_.data() + shelf.begin, *end = items_.data() + shelf.end;
+    switch (shelf.kind) {
+        case Kind::dict: {
+            if (PyDict_GET_SIZE(c) != end - item) return false;
+            PyObject *key, *value;
+            for (Py_ssize_t at = 0; PyDict_Next(c, &at, &key, &value); ++item)
+                if (key != item->key || (item->value != Py_Ellipsis && value != item->value)) return false;
+            return true;
+        }
+        case Kind::entries:
+            if (PyType_Check(c)) c = reinterpret_cast<PyTypeObject*>(c)->tp_dict;
+            for (; item != end; ++item)
+                if (PyDict_GetItem(c, item->key) != (item->value == Py_Ellipsis ? nullptr : item->value)) return false;
+            return true;
+        case Kind::list:
+            if (PyList_GET_SIZE(c) != end - item) return false;
+            for (Py_ssize_t i = 0; i < end - item; ++i)
+                if (PyList_GET_ITEM(c, i) != item[i].value) return false;
+            return true;
+        case Kind::cell:
+            return PyCell_GET(c) == item->value;
+        case Kind::function:
+            return or_none(PyFunction_GET_CODE(c)) == item[0].value &&
+                   or_none(PyFunction_GET_DEFAULTS(c)) == item[1].value &&
+                   or_none(PyFunction_GET_KW_DEFAULTS(c)) == item[2].value;
+        case Kind::instance:
+            return reinterpret_cast<PyObject*>(Py_TYPE(c)) == item->value;
+    }
+    return false;
+}
+
+bool Guard::check() const {
+    for (PyObject* dict : empty_)
+        if (PyDict_GET_SIZE(dict) != 0) return false;
+    for (const Shelf& shelf : shelves_)
+        if (!holds(shelf)) return false;
+    return true;
+}
+
+}  // namespace maml_fast

@@ -14,6 +14,7 @@
 #include "guard.h"
 #include "run.h"
 #include "signature.h"
+#include "situation.h"
 #include "tables.h"
 #include "tensors.h"
 
@@ -338,9 +339,14 @@ std::vector<std::string> available_names() {
 
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Task-batched kernels for meta-learning.";
-    bind_guard(m);
     m.def("existing_gradients", &existing_gradients, py::arg("parameters"));
-    py::class_<Kinds>(m, "Kinds").def(py::init<const py::list&>()).def("same", &Kinds::same);
+    py::class_<Guard>(m, "Guard").def(py::init<const py::list&>()).def("check", &Guard::check);
+    py::class_<Kinds>(m, "Kinds")
+        .def(py::init<const py::list&>())
+        .def("same", py::overload_cast<const py::list&>(&Kinds::same, py::const_));
+    py::class_<Situation>(m, "Situation")
+        .def(py::init<const py::object&, const py::object&, const py::list&, const py::list&>())
+        .def("holds", &Situation::holds);
     py::class_<Plan>(m, "Plan")
         .def(py::init<const py::dict&, bool, const std::string&>(), py::arg("spec"), py::arg("float64"), py::arg("isa"))
         .def("run", &Plan::run)

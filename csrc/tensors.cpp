@@ -14,14 +14,16 @@ namespace {
 struct Torch {
     const dlpack::ExchangeApi* api;
     PyTypeObject* tensor;
-    PyObject *untyped_storage, *nbytes, *storage_offset, *contiguous, *is_neg, *resolve_neg, *requires_grad, *grad;
+    // methods of the classes Tensor and UntypedStorage
+    PyObject *untyped_storage, *nbytes, *storage_offset, *contiguous, *is_neg, *resolve_neg;
+    PyObject *requires_grad, *grad;  // names
 } torch;
 
 [[noreturn]] void refuse(const Expected& e, const std::string& what) { throw py::value_error(e.name + ": " + what); }
 
 py::object call(py::handle object, PyObject* method) {
     PyObject* const arguments[] = {object.ptr()};
-    PyObject* result = PyObject_VectorcallMethod(method, arguments, 1, nullptr);
+    PyObject* result = PyObject_Vectorcall(method, arguments, 1, nullptr);
     if (!result) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(result);
 }
@@ -160,36 +162,49 @@ bool is_negated(py::handle tensor) { return call(tensor, torch.is_neg).ptr() == 
 
 }  // namespace
 
-Kinds::Kinds(const py::list& tensors) {
+Kinds::Kinds(const py::list& tensors, bool negation) : negation_(negation) {
     for (py::handle tensor : tensors) {
+        if (tensor.is_none()) {
+            kinds_.push_back({true, 0, 0, 0, false, false, {}});
+            continue;
+        }
         dlpack::Tensor t;
+        if (!PyObject_TypeCheck(tensor.ptr(), torch.tensor)) throw py::type_error("expected tensors");
         if (torch.api->view(tensor.ptr(), &t) != 0) throw py::error_already_set();
-        kinds_.push_back({t.device,
+        kinds_.push_back({false,
+                          t.device,
                           t.device_index,
                           number_of(t.type),
                           is_followed(tensor),
-                          is_negated(tensor),
+                          negation_ && is_negated(tensor),
                           {t.shape, t.shape + t.dimensions}});
     }
 }
 
+bool Kinds::is_same(const Kind& kind, py::handle tensor) const {
+    if (kind.absent || tensor.is_none()) return kind.absent && tensor.is_none();
+    dlpack::Tensor t;
+    if (!PyObject_TypeCheck(tensor.ptr(), torch.tensor)) return false;
+    if (torch.api->view(tensor.ptr(), &t) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    return t.device == kind.device && t.device_index == kind.device_index && number_of(t.type) == kind.type &&
+           std::equal(t.shape, t.shape + t.dimensions, kind.shape.begin(), kind.shape.end()) &&
+           is_followed(tensor) == kind.follows && (!negation_ || is_negated(tensor) == kind.negated);
+}
+
 bool Kinds::same(const py::list& tensors) const {
     if (tensors.size() != kinds_.size()) return false;
-    for (std::size_t i = 0; i < kinds_.size(); ++i) {
-        const Kind& kind = kinds_[i];
-        py::handle tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(i));
-        dlpack::Tensor t;
-        if (!PyObject_TypeCheck(tensor.ptr(), torch.tensor)) return false;
-        if (torch.api->view(tensor.ptr(), &t) != 0) {
-            PyErr_Clear();
-            return false;
-        }
-        if (t.device != kind.device || t.device_index != kind.device_index || number_of(t.type) != kind.type ||
-            !std::equal(t.shape, t.shape + t.dimensions, kind.shape.begin(), kind.shape.end()) ||
-            is_followed(tensor) != kind.follows || is_negated(tensor) != kind.negated)
-            return false;
-    }
+    for (std::size_t i = 0; i < kinds_.size(); ++i)
+        if (!is_same(kinds_[i], PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(i)))) return false;
     return true;
+}
+
+bool Kinds::same(std::initializer_list<py::handle> tensors) const {
+    return tensors.size() == kinds_.size() &&
+           std::equal(tensors.begin(), tensors.end(), kinds_.begin(),
+                      [&](py::handle tensor, const Kind& kind) { return is_same(kind, tensor); });
 }
 
 py::list existing_gradients(const py::list& parameters) {
@@ -219,14 +234,16 @@ void find_torch() {
                    : nullptr;
     if (!api || api->version.major != dlpack::kMajorVersion || !api->view)
         throw py::import_error("this PyTorch does not offer its tensors to C as version 1 of DLPack does");
+    py::object storage = py::module_::import("torch").attr("UntypedStorage");
+    auto method = [](const py::object& type, const char* name) { return py::object(type.attr(name)).release().ptr(); };
     torch = {api,
-             reinterpret_cast<PyTypeObject*>(tensor.release().ptr()),
-             PyUnicode_InternFromString("untyped_storage"),
-             PyUnicode_InternFromString("nbytes"),
-             PyUnicode_InternFromString("storage_offset"),
-             PyUnicode_InternFromString("contiguous"),
-             PyUnicode_InternFromString("is_neg"),
-             PyUnicode_InternFromString("resolve_neg"),
+             reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr()),
+             method(tensor, "untyped_storage"),
+             method(storage, "nbytes"),
+             method(tensor, "storage_offset"),
+             method(tensor, "contiguous"),
+             method(tensor, "is_neg"),
+             method(tensor, "resolve_neg"),
              PyUnicode_InternFromString("requires_grad"),
              PyUnicode_InternFromString("grad")};
 }

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 #include "signature.h"
@@ -32,19 +33,25 @@ class Tensors {
 // has yet to negate them. Asked at every call, where Python would take ten times as long.
 class Kinds {
   public:
-    explicit Kinds(const pybind11::list& tensors);
+    // None stands for a tensor that is absent. Without `negation` PyTorch is not asked for that.
+    explicit Kinds(const pybind11::list& tensors, bool negation = true);
     // Whether these are as those were; false also where one cannot be looked at.
     bool same(const pybind11::list& tensors) const;
+    bool same(std::initializer_list<pybind11::handle> tensors) const;
 
   private:
     struct Kind {
+        bool absent;
         std::int32_t device, device_index;
         std::uint32_t type;
         bool follows, negated;
         std::vector<std::int64_t> shape;
     };
 
+    bool is_same(const Kind& kind, pybind11::handle tensor) const;
+
     std::vector<Kind> kinds_;
+    bool negation_;
 };
 
 // The parameters' gradients if each has one of its own type and shape to which a kernel can add; otherwise nothing.

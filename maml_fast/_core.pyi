@@ -112,6 +112,18 @@ class Kinds:
     def same(self, tensors: list[Tensor]) -> bool:
         """Whether these are as those were; False also where one cannot be looked at."""
 
+class Situation:
+    """The Python state of a model and its loss, and the kinds of parameters and batch, at one moment.
+
+    Args:
+        model, loss: guards of their state, and thereby of which objects the parameters are.
+        parameters, batch: as `Kinds` takes them; None for what a batch does not have.
+    """
+
+    def __init__(self, model: Guard, loss: Guard, parameters: list[Tensor], batch: list[Tensor | None], /) -> None: ...
+    def holds(self, x_s: Any, y_s: Any, x_q: Any, y_q: Any, /) -> bool:
+        """Whether it is the same again for a batch; False also where that cannot be told."""
+
 def existing_gradients(parameters: list[Tensor]) -> list[Tensor]:
     """Their gradients, if each has a contiguous one of its own type and shape; otherwise none."""
 

@@ -23,6 +23,7 @@ EXHAUSTIVE = re.compile(
             r"test_matches_the_reference\[(cpu-float32|.*-first\])",
             r"test_changes_between_forward_and_backward\[.*-(vmap|reference)\]",
             r"test_the_gradient_is_the_forwards\[.*-(vmap|reference)\]",
+            r"test_whatever_changed_counts\[.*-other\]",
             r"test_any_parameters_adapt_with_any_rates\[.*-first\]",
             r"test_same_bits_for_any_number_of_threads\[(float64.*|.*baseline)\]",
             r"test_random(_image)?_networks_match_the_reference\[vmap\]",

@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..cached import cached_property
 from ..graph.losses import Loss
 
 
@@ -53,6 +54,16 @@ class Needs:
     outputs: bool = False
     x_s_each: tuple[bool, ...] = ()
     x_q_each: tuple[bool, ...] = ()
+
+    @cached_property
+    def beyond_parameters(self) -> bool:
+        """Whether any gradient is wanted but those of the model's parameters."""
+        return any(self.rates) or self.x_s or self.x_q or any(self.learned)
+
+    @cached_property
+    def gradients(self) -> bool:
+        """Whether any gradient is wanted."""
+        return any(self.parameters) or self.beyond_parameters
 
 
 class Goal(Protocol):

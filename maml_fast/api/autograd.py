@@ -6,7 +6,7 @@ Each is a `torch.autograd.Function`, which costs least; inside `torch.compile` t
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,11 +27,10 @@ def meta_loss(preparer: Preparer, x_s: Data, y_s: Data, x_q: Data, y_q: Data, re
     """The reduced query loss; see `MAML.meta_loss`."""
     if torch.is_grad_enabled():
         prepared = preparer.prepare(Mode.META_GRADIENT, x_s, y_s, x_q, y_q)
-        leaves = prepared.tensors.leaves()
-        if any(leaf.requires_grad for leaf in leaves):
+        if prepared.call.plan.needs.gradients:
             if reduction == "none":
-                return _Later.apply(preparer, prepared, Mode.LOSS, [], *leaves)
-            return _ReducedLoss.apply(weighted(preparer, prepared, reduction), [], *leaves)
+                return _Later.apply(preparer, prepared, Mode.LOSS, [], *prepared.tensors.leaves())
+            return _reduced_loss(weighted(preparer, prepared, reduction), None)
     losses = preparer.prepare(Mode.LOSS, x_s, y_s, x_q, y_q).run().losses
     assert losses is not None
     return reduced(losses, reduction)
@@ -40,17 +39,16 @@ def meta_loss(preparer: Preparer, x_s: Data, y_s: Data, x_q: Data, y_q: Data, re
 def loss_and_result(prepared: Prepared) -> tuple[Tensor, Result]:
     """The objective of a weighted call, differentiable, and all that came of it."""
     results: list[Result] = []
-    return _ReducedLoss.apply(prepared, results, *prepared.tensors.leaves()), results[0]
+    return _reduced_loss(prepared, results), results[0]
 
 
 def query_outputs(preparer: Preparer, x_s: Data, y_s: Data, x_q: Data) -> Any:
     """The query outputs; see `MAML.forward`."""
     if torch.is_grad_enabled():
         prepared = preparer.prepare(Mode.VJP, x_s, y_s, x_q)
-        leaves = prepared.tensors.leaves()
-        if any(leaf.requires_grad for leaf in leaves):
+        if prepared.call.plan.needs.gradients:
             form: list[Any] = []
-            values = _Later.apply(preparer, prepared, Mode.QUERY_OUTPUTS, form, *leaves)
+            values = _Later.apply(preparer, prepared, Mode.QUERY_OUTPUTS, form, *prepared.tensors.leaves())
             return structure.replaced(form[0], values if isinstance(values, tuple) else (values,))
     return preparer.prepare(Mode.QUERY_OUTPUTS, x_s, y_s, x_q).run().outputs
 
@@ -61,9 +59,8 @@ def weighted(preparer: Preparer, prepared: Prepared, reduction: str) -> Prepared
     return prepared
 
 
-def _graph_is_kept() -> bool:
-    """Whether the backward pass that is under way may come again (`retain_graph`)."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+"""Whether the backward pass that is under way may come again (`retain_graph`)."""
 
 
 # ---- the functions ----------------------------------------------------------------------------
@@ -73,10 +70,11 @@ class _ReducedLoss(torch.autograd.Function):
     """One fused call computes loss and gradient; backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, prepared: Prepared, results: list[Result], *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, prepared: Prepared, results: list[Result] | None, *leaves: Tensor) -> Tensor:
         result = prepared.run()
-        results.append(result)
-        ctx.leaves, ctx.gradients = prepared.tensors.leaves, result.gradients()
+        if results is not None:
+            results.append(result)
+        ctx.leaves, ctx.gradients = prepared.leaves, prepared.gradients(result)
         assert result.objective is not None
         return result.objective
 
@@ -93,8 +91,18 @@ class _ReducedLoss(torch.autograd.Function):
             ctx.gradients = None
         if upstream.device.type == "cpu" and not is_legacy_batchedtensor(upstream) and upstream.item() == 1.0:
             # given away, not copied: a product would also wake PyTorch's threads, which then spin in the core's way
-            return (None, None, *[g.clone() if kept and g is not None else g for g in gradients])
+            return (None, None, *([g if g is None else g.clone() for g in gradients] if kept else gradients))
         return (None, None, *[None if g is None else g * upstream for g in gradients])
+
+
+# what `apply` calls after it has looked for transforms of torch.func and for tensors that such have left behind
+_apply_quickly: Callable[..., Tensor] = super(torch.autograd.Function, _ReducedLoss).apply
+
+
+def _reduced_loss(prepared: Prepared, results: list[Result] | None) -> Tensor:
+    """The objective; transforms were refused when the call was prepared, and fused kernels refuse what they left."""
+    apply = _apply_quickly if prepared.call.choice.backend.fused else _ReducedLoss.apply
+    return apply(prepared, results, *prepared.leaves())
 
 
 class _Later(torch.autograd.Function):

@@ -227,8 +227,7 @@ class MAML(nn.Module):
             with torch.inference_mode(False):  # gradients outlive the mode
                 return self.backward(x_s, y_s, x_q, y_q, reduction, outputs=outputs)  # type: ignore[call-overload]
         prepared = self._preparer.prepare(Mode.META_GRADIENT, x_s, y_s, x_q, y_q, bool(outputs))
-        tensors = prepared.tensors
-        leaves = tensors.leaves()
+        tensors, leaves = prepared.tensors, prepared.leaves()
         tensors.weights = self._preparer.weights(prepared.call.plan, reduction)
         if any(v.grad_fn is not None for v in leaves[len(tensors.parameters) :]):  # a module's parameters are leaves
             with torch.enable_grad():
@@ -239,7 +238,7 @@ class MAML(nn.Module):
         if tensors.into:
             increment_version(tensors.into)  # what autograd saved of them is no more
         result = prepared.run()
-        for leaf, gradient in zip(leaves, result.gradients(), strict=True):
+        for leaf, gradient in zip(leaves, prepared.gradients(result), strict=True):
             if gradient is not None:
                 if leaf.grad is None:
                     leaf.grad = gradient

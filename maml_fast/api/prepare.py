@@ -29,6 +29,11 @@ from . import checks, reach
 from .rates import LearningRates, RateLike
 from .selfcheck import SelfCheck, when
 
+try:
+    from .._core import Guard, Situation
+except ImportError:
+    Guard = Situation = None  # type: ignore[assignment,misc]
+
 MOST_PLANS, MOST_BYTES = 128, 1 << 31
 """Plans kept for one module, and the memory that they keep for their next calls; those not used lately go first."""
 
@@ -39,14 +44,38 @@ class Call:
 
     Attributes:
         used: since plans last had to go.
+        seen: what the latest run found, where that can be compared at one look.
     """
 
     plan: Plan
     choice: dispatch.Choice
     used: bool = True
+    seen: Seen | None = None
 
     def bytes(self) -> int:
         return self.choice.backend.held_bytes(self.plan)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a call found that is known to be the same as long as all of this is.
+
+    It stands in the call, so it does not hold the call: a plan that has to go goes at once.
+
+    Attributes:
+        situation: of the module, the loss and the batch; `parameters` are those that it has.
+        guards: of model and loss. rates, state, learnable, outputs: see `Preparer`.
+        constants: the rates' tensors, if none can change.
+    """
+
+    situation: Situation
+    parameters: Sequence[Tensor]
+    guards: tuple[Guard, Guard]
+    rates: LearningRates
+    constants: Sequence[Tensor] | None
+    state: int
+    learnable: tuple[bool, ...]
+    outputs: bool
 
 
 class StandIns(NamedTuple):
@@ -67,6 +96,14 @@ class Prepared(NamedTuple):
 
     call: Call
     tensors: Tensors
+
+    def leaves(self) -> Sequence[Tensor]:
+        """What a gradient is taken with respect to: the parameters, and all else if the gradient of any is wanted."""
+        return self.tensors.leaves() if self.call.plan.needs.beyond_parameters else self.tensors.parameters
+
+    def gradients(self, result: Result) -> Sequence[Tensor | None]:
+        """A result's, in the order of `leaves`."""
+        return result.gradients() if self.call.plan.needs.beyond_parameters else result.parameters
 
     def run(self) -> Result:
         if torch.is_inference_mode_enabled():  # what is made now may be kept, and used outside
@@ -128,6 +165,7 @@ class Preparer:
         self._states: dict[tuple[Settings, Rates], int] = {}
         self._first_state = 0
         self._plans: dict[Any, Call] = {}
+        self._latest: dict[Mode, Call] = {}
         self._warned = False
         self._said: set[str] = set()
         self._selfcheck = SelfCheck()
@@ -215,6 +253,7 @@ class Preparer:
         self._objectives.clear()
         self.objective = self.objective_of(self._settings.loss)
         self._plans.clear()
+        self._latest.clear()
         self._first_state += len(self._states)
         self._states.clear()
         self._selfcheck = SelfCheck()
@@ -239,12 +278,15 @@ class Preparer:
             given: takes the place of the parameters, rates and settings that there are.
             seed: of the random numbers; None for a new one.
         """
+        if given is None and (again := self._again(mode, x_s, y_s, x_q, y_q, outputs)) is not None:
+            return again
         parameters = self._current_parameters()
         batch: tuple[Any, Any, Any, Any] = (x_s, y_s, x_q, y_q)
         if checks.transformed():
             given_tensors = batches.tensors(batch)
             checks.no_transform((*parameters, *self.rates.values, *self.objective.learned.parameters(), *given_tensors))
         state, learnable = self.state, self.rates.learnable()
+        states = self.model.guards.state, self.objective.guards.state
         if given is not None:
             parameters, state = given.parameters, given.state
             learnable = tuple([r.requires_grad for r in given.rates])
@@ -257,8 +299,7 @@ class Preparer:
                 *[None if v is None else (v.shape, v.dtype, v.device, v.requires_grad) for v in batch],
                 first.dtype,
                 first.device,
-                self.model.guards.state,
-                self.objective.guards.state,
+                *states,
                 learnable,
                 outputs,
             )
@@ -268,7 +309,6 @@ class Preparer:
         if call is None and not batches.is_plain(batch):
             batch = x_s, y_s, x_q, y_q = batches.taken(*batch)
             about = batches.key(batch)
-            states = self.model.guards.state, self.objective.guards.state
             key = (mode, state, about, first.dtype, first.device, *states, learnable, outputs)
             call = None if about is None else self._plans.get(key)
         new = call is None
@@ -293,9 +333,72 @@ class Preparer:
             with torch.inference_mode(False):
                 call = Call(call.plan, self._selfcheck.settle(call.choice, tensors, self._settings.check))
             self._keep(key, call)
+        if given is None:
+            self._remember(call, parameters, batch, (state, *states, learnable), outputs)
         if new and verbose.PLANS:
             verbose.planned(call.choice, start)
         return Prepared(call, tensors)
+
+    def _again(
+        self, mode: Mode, x_s: Data | None, y_s: Data | None, x_q: Data | None, y_q: Data | None, outputs: bool
+    ) -> Prepared | None:
+        """The latest call of this mode with other numbers; None if anything else may differ from what it found."""
+        call = self._latest.get(mode)
+        if call is None or (seen := call.seen) is None or not self._is_current(seen, outputs) or checks.transformed():
+            return None
+        with lock:
+            refuse_nested(self.objective.modules)
+            if not seen.situation.holds(x_s, y_s, x_q, y_q):
+                return None
+        call.used = True
+        self._check_labels(call, y_s, y_q)
+        rates = seen.constants
+        if rates is None:
+            rates = self.rates.tensors(call.plan.dtype, call.plan.device)
+        return Prepared(call, Tensors(seen.parameters, rates, x_s, y_s, x_q, y_q))
+
+    def _is_current(self, seen: Seen, outputs: bool) -> bool:
+        """Whether what was seen was of the present guards, rates and settings."""
+        return (
+            seen.state == self.state
+            and seen.rates is self.rates
+            and seen.guards[0] is self.model.guards.quick
+            and seen.guards[1] is self.objective.guards.quick
+            and seen.outputs == outputs
+            and (seen.constants is not None or seen.learnable == self.rates.learnable())
+        )
+
+    def _remember(
+        self, call: Call, parameters: Sequence[Tensor], batch: Sequence[Any], found: tuple[Any, ...], outputs: bool
+    ) -> None:
+        """Have the next call of this plan compared at one look, if everything can be.
+
+        Args:
+            found: the state, those of both guards, and the learnable rates by which the call was found.
+        """
+        if call.seen is None or not self._is_current(call.seen, outputs):
+            call.seen = self._seen(call, parameters, batch, found, outputs)
+        self._latest[call.plan.mode] = call
+
+    def _seen(
+        self, call: Call, parameters: Sequence[Tensor], batch: Sequence[Any], found: tuple[Any, ...], outputs: bool
+    ) -> Seen | None:
+        with lock:  # another thread's call may have met another state meanwhile
+            rates, of_model, of_loss = self.rates, self.model.guards, self.objective.guards
+            learnable = rates.learnable()
+            if found != (self.state, of_model.state, of_loss.state, learnable):
+                return None
+            if of_model.quick is None or of_loss.quick is None or self.objective.learned.modules:
+                return None
+            if self._settings.check == "always" or not batches.is_plain(batch):
+                return None
+            try:
+                situation = Situation(of_model.quick, of_loss.quick, list(parameters), list(batch))
+            except (RuntimeError, TypeError, BufferError, ValueError):  # memory of no kind that the core knows
+                return None
+            constants = rates.tensors(call.plan.dtype, call.plan.device) if rates.all_constant else None
+            guards = of_model.quick, of_loss.quick
+            return Seen(situation, parameters, guards, rates, constants, self.state, learnable, outputs)
 
     def _current_parameters(self) -> Sequence[Tensor]:
         """The model's parameters, after a look at whether model and loss are what the plans were made for."""
@@ -313,6 +416,7 @@ class Preparer:
 
     def _keep(self, key: Any, call: Call) -> None:
         self._plans.pop(key, None)
+        self._latest.clear()
         while self._plans and (len(self._plans) >= MOST_PLANS or self._bytes() > MOST_BYTES):
             self._forget_one()
         self._plans[key] = call

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import types
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class Guards:
         state: a number for the present state; equal states have equal numbers.
         moving: whether the state was a new one at the latest call.
         refusal: why no plan can be kept for the model; empty where it can.
+        hold: whether the state is still this one. quick: the core's guard, where that alone can tell.
     """
 
     def __init__(self, module: nn.Module, called: str = "the model") -> None:
@@ -69,7 +70,7 @@ class Guards:
             picture = self._picture()
             self._known[picture] = next(self._numbers)
         self._last, self.state = picture, self._known[picture]
-        self.hold = self._make_check()
+        self._make_check()
 
     def settle(self) -> None:
         """A call found the state as it was: what changed before was no habit."""
@@ -83,7 +84,7 @@ class Guards:
                 self._read.setdefault(module, set()).update(names)
             self._last = self._picture()
             self._known = {self._last: self.state}  # the numbers of other states said nothing of what is new
-            self.hold = self._make_check()
+            self._make_check()
 
     def _guarded(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
         """The attributes of a module that count: all of a PyTorch layer's, of others those that were read."""
@@ -154,7 +155,7 @@ class Guards:
             elif isinstance(holder, dict) and not some and ... not in values:
                 refill(holder, dict(zip(names, values, strict=True)))
 
-    def _make_check(self) -> Any:
+    def _make_check(self) -> None:
         shelves: list[tuple[Any, tuple[Any, ...], tuple[Any, ...], bool]] = []
         slow: list[tuple[Any, Hashable]] = []
         for _, module in self._modules:
@@ -171,7 +172,7 @@ class Guards:
             shelves += self._code.shelves
             slow += self._code.slow
         self._shelves = merged = _merged(shelves)
-        return _check(merged, slow)
+        self.quick, self.hold = _check(merged, slow)
 
 
 def _hooks_of_all() -> list[tuple[str, dict[Any, Any]]]:
@@ -213,7 +214,7 @@ class _Code:
         self.shelves: list[Any] = []
         self.slow: list[tuple[Any, Hashable]] = []
         _shelve_lookups(reached, self.shelves, self.slow, 0)
-        self._check = _check(_merged(self.shelves), self.slow)
+        _, self._check = _check(_merged(self.shelves), self.slow)
 
     def holds(self, roots: list[types.FunctionType]) -> bool:
         return list(map(id, roots)) == self._roots and self._check()
@@ -230,11 +231,13 @@ def _functions_of(value: Any) -> Iterator[types.FunctionType]:
         yield from (f for f in unwrapped(v) if isinstance(f, types.FunctionType))
 
 
-def _check(shelves: list[Any], slow: list[tuple[Any, Hashable]]) -> Any:
-    check = Guard(shelves).check if Guard is not None else _Slow(shelves).check
+def _check(shelves: list[Any], slow: list[tuple[Any, Hashable]]) -> tuple[Guard | None, Callable[[], bool]]:
+    """The core's guard, if it suffices, and what checks all."""
+    guard = Guard(shelves) if Guard is not None else None
+    check = guard.check if guard is not None else _Slow(shelves).check
     if not slow:
-        return check
-    return lambda: check() and all(_frozen(value) == picture for value, picture in slow)
+        return guard, check
+    return None, lambda: check() and all(_frozen(value) == picture for value, picture in slow)
 
 
 _ALWAYS = frozenset(

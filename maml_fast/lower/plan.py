@@ -199,7 +199,7 @@ class Plan:
         return self.dtype.itemsize * self.inner.steps * self.support * numbers
 
 
-@dataclass
+@dataclass(slots=True)
 class Tensors:
     """The numbers of one call; absent ones are None (or empty).
 
@@ -239,7 +239,7 @@ class Tensors:
         return [*self.parameters, *self.rates, *self.learned, *inputs]
 
 
-@dataclass
+@dataclass(slots=True)
 class Result:
     """What a backend returns; gradients stand in the order of `Tensors`, None where not needed.
 
