@@ -21,7 +21,7 @@ const char* name(Isa isa) {
 // Every flag that CMakeLists.txt compiles isa/avx2.cpp and isa/avx512.cpp with must be asked for here.
 std::vector<Isa> available() {
     std::vector<Isa> found{Isa::baseline};
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(MAML_FAST_BASELINE)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2) found.push_back(Isa::avx2);

@@ -20,7 +20,7 @@ namespace {
 
 template <class S>
 const KernelsOf<S>& kernels_for(Isa isa) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(MAML_FAST_BASELINE)
     if (isa == Isa::avx512) return kernels_avx512(S());
     if (isa == Isa::avx2) return kernels_avx2(S());
 #else
