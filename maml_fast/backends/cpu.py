@@ -217,7 +217,8 @@ def _unsupported(plan: Plan, graph: Graph) -> list[str]:
     reasons += [
         f"parameter {plan.model.names[p]!r} is a weight of convolutions and of other layers" for p in _mixed(graph)
     ]
-    if graph.loss is None and plan.loss.takes_labels and len(graph.shapes[graph.output]) != 1:
+    labels = plan.loss.takes_labels and plan.mode is not Mode.APPLY
+    if graph.loss is None and labels and len(graph.shapes[graph.output]) != 1:
         reasons.append(f"cross_entropy over outputs of shape {graph.shapes[graph.output]}, not (classes,)")
     return reasons
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -236,6 +237,8 @@ class Recorder(TorchDispatchMode):
             what = self._names.get(id(args[0]), "a tensor")
             self.refusal = self.read_of(args[0])(f"forward reads the value of {what} ({name})")
             raise self.refusal
+        if self.refusal is None and _is_forward_mode():
+            self.refusal = Untraceable("forward takes derivatives in forward mode (torch.func.jvp, dual numbers)")
         if self.refusal is None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             self.refusal = Untraceable("forward sets saved_tensors_hooks, which fused kernels would not call")
         args, kwargs = self._abstract(args), self._abstract(kwargs or {})
@@ -349,6 +352,14 @@ _ANSWERS = frozenset(
     ("is_leaf", "untyped_storage", "storage", "is_contiguous", "stride",
      "grad", "grad_fn", "_version", "type")
 )  # fmt: skip
+
+
+def _is_forward_mode() -> bool:
+    """Whether tangents are computed: they show as calls like any others, whose derivatives nobody sees."""
+    if forward_ad._current_level >= 0:
+        return True
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
 
 
 def _called_by_batch_norm() -> bool:
