@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
@@ -51,6 +52,18 @@ def sinusoid(out: Path, iterations: int, **settings: Any) -> SinusoidRecipe:
 
 
 @pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end with 3 instead of 11 numbers of inner steps evaluated: each is a plan of its own."""
+    monkeypatch.setattr(SinusoidRecipe._evaluate, "__defaults__", ((0, 1, 10),))
+
+
+@pytest.fixture
+def brief_end(few_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are composed but not rendered, which takes the longest."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **how: file.write(b""))
+
+
+@pytest.fixture
 def drawings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random characters in place of Omniglot's: noisy copies of one image for each."""
     generator = torch.Generator().manual_seed(0)
@@ -83,7 +96,7 @@ def losses(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "iterations_per_second"} for line in lines]
 
 
-@pytest.mark.usefixtures("drawings")
+@pytest.mark.usefixtures("drawings", "brief_end")
 @pytest.mark.parametrize("make", [sinusoid, small_omniglot])
 def test_resuming_gives_the_same_bits(make: Any, tmp_path: Path) -> None:
     often = {"validate_every": 8, "validation_tasks": 8}
@@ -116,6 +129,7 @@ class Interrupting(Sinusoids):
         return super().__next__()
 
 
+@pytest.mark.usefixtures("brief_end")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_saves_between_iterations(number: signal.Signals, tmp_path: Path) -> None:
     straight = sinusoid(tmp_path / "a", 20)
@@ -160,6 +174,7 @@ def test_run_writes_everything(tmp_path: Path) -> None:
     assert [line["iteration"] for line in losses(tmp_path)] == [7, 14]
 
 
+@pytest.mark.usefixtures("brief_end")
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_is_shown_however_short_the_stretches(
     terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -174,6 +189,7 @@ def test_progress_is_shown_however_short_the_stretches(
     assert "it/s" in output
 
 
+@pytest.mark.usefixtures("brief_end")
 def test_progress_is_not_shown_every_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "LINE_PERIOD", 3600.0)
     console = quiet()
@@ -181,6 +197,7 @@ def test_progress_is_not_shown_every_iteration(tmp_path: Path, monkeypatch: pyte
     assert "it/s" not in console.file.getvalue()
 
 
+@pytest.mark.usefixtures("brief_end")
 def test_meta_training_learns(tmp_path: Path) -> None:
     assert train(sinusoid(tmp_path, 1500, meta_batch=25, log_every=100), console=quiet()) == 0
     curve = [line["loss"] for line in losses(tmp_path)]
@@ -201,6 +218,7 @@ def test_omniglot_learns_validates_and_keeps_the_best(net: str, tmp_path: Path) 
     assert rows[3]["accuracy"]["mean"] > 0.5, "five classes; chance is 0.2"
 
 
+@pytest.mark.usefixtures("brief_end")
 def test_sinusoid_validates_and_keeps_the_best(tmp_path: Path) -> None:
     console = quiet()
     assert train(sinusoid(tmp_path, 40, validate_every=8, validation_tasks=50), console=console) == 0
@@ -246,6 +264,7 @@ def read_strictly(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_validation_that_is_not_finite_is_never_chosen(tmp_path: Path) -> None:
     values = [math.nan, 3.0, 1.0, -math.inf, 2.0, math.inf]
     straight = scripted(tmp_path / "a", 24, *values)
@@ -265,6 +284,7 @@ def test_validation_that_is_not_finite_is_never_chosen(tmp_path: Path) -> None:
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+@pytest.mark.usefixtures("brief_end")
 def test_last_parameters_are_evaluated_where_no_validation_is_finite(tmp_path: Path) -> None:
     recipe = scripted(tmp_path, 8, math.nan, math.inf)
     assert train(recipe, console=quiet()) == 0
@@ -272,6 +292,7 @@ def test_last_parameters_are_evaluated_where_no_validation_is_finite(tmp_path: P
     assert all(map(torch.equal, parameters(recipe), state["model"].values()))
 
 
+@pytest.mark.usefixtures("brief_end")
 def test_best_of_an_earlier_version_is_taken_up(tmp_path: Path) -> None:
     assert train(scripted(tmp_path, 4, 1.0), console=quiet()) == 0
     state = checkpoint.load(tmp_path / "checkpoint.pt")
@@ -303,6 +324,7 @@ def test_curves_are_drawn_whatever_the_validations_are(value: float | None, tmp_
     plots.training_curves(tmp_path / "curves.png", lines, LOSS)
 
 
+@pytest.mark.usefixtures("brief_end")
 def test_earlier_run_is_moved_aside(tmp_path: Path) -> None:
     assert train(sinusoid(tmp_path, 5), console=quiet()) == 0
     old = (tmp_path / "checkpoint.pt").read_bytes()
@@ -311,6 +333,7 @@ def test_earlier_run_is_moved_aside(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "checkpoint.pt")["iteration"] == 6
 
 
+@pytest.mark.usefixtures("brief_end")
 def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
     assert train(sinusoid(tmp_path, 5), console=quiet()) == 0
     with pytest.raises(ValueError, match=r"inner_lr: the run was started with 0\.001, got 0\.02"):
