@@ -188,6 +188,8 @@ class OpCheck {
                 require(op_.width > 0 && op_.width <= (1L << 24), where_, "no or too many rows of a table");
                 if (op_.inputs.size() == 2) require_equal(where_ + ", the table", op_.width * op_.out_width, in(1));
                 return features(op_.rows, op_.rows * op_.out_width);
+            case OpKind::check:
+                return features(in(), 1);
             case OpKind::pointwise:
                 return pointwise();
             case OpKind::linear_map:

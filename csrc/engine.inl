@@ -203,6 +203,8 @@ class Engine {
                 return draw_values(op, in.draws, tape, y);
             case OpKind::lookup:
                 return lookup_values(op, tape, table(op, tape, weight(in.theta, op.w)), true, y);
+            case OpKind::check:
+                return check_values(op, tape, x, y);
             case OpKind::pointwise:
                 return pointwise_forward(op, tape, y);
             case OpKind::linear_map:
@@ -287,9 +289,11 @@ class Engine {
                 return add_parameter_gradient(gradient(in.out, op.w, adapted_only), op.w_first, size / B_, dy);
             case OpKind::constant:
             case OpKind::target:
-            case OpKind::input:
             case OpKind::draw:
+            case OpKind::check:
                 return;
+            case OpKind::input:
+                return input_deltas(op, in, tape, dy);
             case OpKind::lookup:
                 return lookup_deltas(op, tape, dy, gradient(in.out, op.w, adapted_only), delta);
             case OpKind::pointwise:
@@ -371,6 +375,7 @@ class Engine {
             case OpKind::target:
             case OpKind::input:
             case OpKind::draw:
+            case OpKind::check:
                 return;
             case OpKind::lookup:
                 return lookup_values(op, tape, table_tangent(op, in.vector), false, ty);
@@ -452,9 +457,11 @@ class Engine {
                 return add_parameter_gradient(gradient(in.out, op.w, false), op.w_first, size / B_, ey);
             case OpKind::constant:
             case OpKind::target:
-            case OpKind::input:
             case OpKind::draw:
+            case OpKind::check:
                 return;
+            case OpKind::input:
+                return subtract_input_delta(op, in, tape, ey);
             case OpKind::lookup:
                 return lookup_deltas(op, tape, ey, gradient(in.out, op.w, false), delta);
             case OpKind::pointwise:

@@ -230,8 +230,8 @@ class Plan {
     void run(py::handle x_s, py::handle y_s, py::handle x_q, py::handle y_q, py::handle weights, py::handle cotangent,
              py::handle losses, py::handle objective, py::handle outputs, py::handle rate_gradient, py::handle dx_s,
              py::handle dx_q, py::handle params, py::handle constants, py::handle rates, py::handle adapted,
-             py::handle gradients, py::handle adapted_out, py::handle inputs_s, py::handle inputs_q, std::uint64_t seed,
-             bool add, long threads, py::object spent) {
+             py::handle gradients, py::handle adapted_out, py::handle inputs_s, py::handle inputs_q,
+             py::handle dinputs_s, py::handle dinputs_q, std::uint64_t seed, bool add, long threads, py::object spent) {
         check_threads(threads);
         const Signature& s = signature_;
         const std::vector<Expected> none;
@@ -260,7 +260,9 @@ class Plan {
                    g = addresses(gradients, "gradients", s.reverse ? s.gradients : none, grown),
                    o = addresses(adapted_out, "adapted", s.stores ? s.adapted_out : none, made),
                    more_s = addresses(inputs_s, "x_s", s.inputs[0], read_batch),
-                   more_q = addresses(inputs_q, "x_q", s.inputs[1], read_batch);
+                   more_q = addresses(inputs_q, "x_q", s.inputs[1], read_batch),
+                   d_s = addresses(dinputs_s, "gradient of x_s", s.dinputs[0], made),
+                   d_q = addresses(dinputs_q, "gradient of x_q", s.dinputs[1], made);
         std::int64_t outside[2] = {0, 0};
         call.params = p.data();
         call.constants = c.data();
@@ -270,6 +272,8 @@ class Plan {
         call.adapted_out = o.data();
         call.inputs[0] = more_s.data();
         call.inputs[1] = more_q.data();
+        call.dinputs[0] = d_s.data();
+        call.dinputs[1] = d_q.data();
         call.seed = seed;
         call.outside = outside;
         call.add = add;

@@ -25,6 +25,7 @@
     X(input)                  \
     X(draw)                   \
     X(lookup)                 \
+    X(check)                  \
     X(pointwise)              \
     X(linear_map)             \
     X(matmul)                 \

@@ -157,6 +157,8 @@ struct PlanView {
     bool has_tangent;       // the output depends on a parameter that adapts
 };
 
+constexpr long kUnset = -1;  // in place of a table's rows: a mask that should be set is not
+
 // The caller's memory for one call; element type is the plan's scalar unless said otherwise.
 struct Call {
     long tasks;
@@ -175,6 +177,7 @@ struct Call {
     void* const* gradients;  // per parameter, or null
     void* rate_gradient;
     void* dx[2];
+    void* const* dinputs[2];  // of `inputs`, or null
     void* const* adapted_out;
     std::uint64_t seed;     // of the random numbers
     std::int64_t* outside;  // what a lookup reads beside its table: (row, rows), or (0, 0) for nothing

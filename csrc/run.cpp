@@ -259,6 +259,11 @@ void Runner<S>::run(Call& call, Times* times) {
     learn(job.nanoseconds);
     if (call.outside[1]) {
         give_back(std::move(memory));
+        if (call.outside[1] == kUnset)
+            throw std::invalid_argument(
+                "model: expected arguments that PyTorch's own checks accept (torch.distributions, gaussian_nll_loss), "
+                "got "
+                "others");
         throw std::out_of_range("model: expected indices in [0, " + std::to_string(call.outside[1]) + "), got " +
                                 std::to_string(call.outside[0]));
     }

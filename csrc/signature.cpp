@@ -49,13 +49,16 @@ void Signature::read_inputs(const Spec& s, Scalar scalar) {
         const bool used = std::count(s.tapes.begin(), s.tapes.end(), b) > 0;
         const std::string name = b == 0 ? "x_s" : "x_q";
         for (std::size_t i = 0; used && i < s.inputs; ++i) inputs[b].push_back({name, 0, scalar, false});
+        dinputs[b] = inputs[b];
     }
     for (const OpSpec& op : s.ops) {
         if (op.kind != OpKind::input) continue;
         for (int b = 0; b < 2; ++b) {
             if (inputs[b].empty()) continue;
             Expected& e = inputs[b][std::size_t(op.width)];
-            e = {e.name, s.tasks * s.samples[b] * s.features[op.out], op.f0 != 0 ? Scalar::int64 : scalar, true};
+            const long elements = s.tasks * s.samples[b] * s.features[op.out];
+            e = {e.name, elements, op.f0 != 0 ? Scalar::int64 : scalar, true};
+            if (op.f0 == 0) dinputs[b][std::size_t(op.width)] = {"gradient of " + e.name, elements, scalar, false};
         }
     }
 }

@@ -57,6 +57,8 @@ class Plan:
         adapted_out: Sequence[Tensor],
         inputs_s: Sequence[Tensor | None],
         inputs_q: Sequence[Tensor | None],
+        gradients_s: Sequence[Tensor | None],
+        gradients_q: Sequence[Tensor | None],
         seed: int,
         add: bool,
         threads: int,

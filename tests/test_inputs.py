@@ -126,14 +126,13 @@ def pairs(pack: Callable[[Tensor, Tensor], Any]) -> Callable[[], Batch]:
     return lambda: (x(SUPPORT), whole(SUPPORT), x(QUERY), whole(QUERY))
 
 
-SEVERAL = "gradients of several inputs are asked for; fused kernels have that of one"
 KINDS = {
-    "tuple": Kind(Sum, pairs(lambda a, b: (a, b)), why=(SEVERAL,)),
-    "list": Kind(Sum, pairs(lambda a, b: [a, b]), why=(SEVERAL,)),
-    "namedtuple": Kind(Sum, pairs(Pair), why=(SEVERAL,)),
-    "mapping": Kind(Sum, pairs(lambda a, b: {"second": b, "first": a}), why=(SEVERAL,)),
+    "tuple": Kind(Sum, pairs(lambda a, b: (a, b))),
+    "list": Kind(Sum, pairs(lambda a, b: [a, b])),
+    "namedtuple": Kind(Sum, pairs(Pair)),
+    "mapping": Kind(Sum, pairs(lambda a, b: {"second": b, "first": a})),
     "mapping of no dict": Kind(
-        Sum, pairs(lambda a, b: MappingProxyType({"second": b, "first": a})), why=(SEVERAL,)
+        Sum, pairs(lambda a, b: MappingProxyType({"second": b, "first": a}))
     ),
     "one of a tuple": Kind(
         lambda: nn.Linear(4, 3), lambda: ((normal(SUPPORT, 4),), whole(SUPPORT), (normal(QUERY, 4),), whole(QUERY)),
@@ -188,7 +187,7 @@ KINDS = {
     "bytes": Kind(
         Converting, lambda: (whole(SUPPORT, 4).byte(), whole(SUPPORT), whole(QUERY, 4).byte(), whole(QUERY)),
     ),
-    "tied": Kind(Sum, lambda: tied(), why=(SEVERAL,)),
+    "tied": Kind(Sum, lambda: tied()),
 }  # fmt: skip
 
 

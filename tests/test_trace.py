@@ -234,7 +234,6 @@ DECLINED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "inference-mode": (*_of(_in_inference_mode), "no fused kernel"),
     "custom-function": (*_of(lambda m, x: Doubled.apply(linear(m, x))), "autograd.Function Doubled"),
     "custom-of-two-calls": (*_of(lambda m, x: TwoCalls.apply(linear(m, x))), "autograd.Function"),
-    "requires-grad": (*_of(lambda m, x: linear(m, x.requires_grad_())), "requires_grad_"),
     "backward-hook": (_hooked("register_full_backward_hook"), (9,), "layer '0' has backward hooks"),
     "backward-pre-hook": (_hooked("register_full_backward_pre_hook"), (9,), "layer '0' has backward hooks"),
     "tensor-hook": (*_of(_gradient_hook), "hook on a tensor"),

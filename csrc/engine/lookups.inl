@@ -8,6 +8,22 @@ void given_values(const Op& op, const TapeView& tape, const void* given, S* y) c
     for (long i = 0; i < size; ++i) y[i] = S(whole[i]);
 }
 
+// Where the gradient of an input beside buffer 0 goes; null where it is not wanted.
+S* input_gradient(const Op& op, const Instr& in, const TapeView& tape) const {
+    S* to = in.inputs ? static_cast<S*>(call_.dinputs[tape.batch][op.width]) : nullptr;
+    return to ? to + place(tape, plan_.features[op.out]) : nullptr;
+}
+
+void input_deltas(const Op& op, const Instr& in, const TapeView& tape, const S* dy) const {
+    if (S* to = input_gradient(op, in, tape)) copy(dy, to, B_ * per_task(tape, op.out));
+}
+
+void subtract_input_delta(const Op& op, const Instr& in, const TapeView& tape, const S* ey) const {
+    S* to = input_gradient(op, in, tape);
+    const S alpha = in.scaled ? only_rate() : S(1);
+    for (long i = 0; to && i < B_ * per_task(tape, op.out); ++i) to[i] -= alpha * ey[i];
+}
+
 // Random numbers in [0, 1). PyTorch sees axes (outer, samples, inner) and numbers the elements in this order.
 void draw_values(const Op& op, int pass, const TapeView& tape, S* y) const {
     const long N = op.once ? 1 : samples(tape), all = op.once ? 1 : plan_.samples[tape.batch];
@@ -22,6 +38,17 @@ void draw_values(const Op& op, int pass, const TapeView& tape, S* y) const {
             for (long n = 0; n < N; ++n)
                 draw_run(d, (outer * all + first + n) * inner, inner, y + (b * N + n) * features + outer * inner);
         }
+}
+
+// Whether all elements of a mask are set, for every sample; where they are not, it is reported.
+void check_values(const Op& op, const TapeView& tape, const S* x, S* y) const {
+    const long rows = B_ * held(tape, op.out), width = plan_.features[op.in[0]];
+    for (long r = 0; r < rows; ++r) {
+        S all = S(1);
+        for (long i = 0; i < width; ++i) all = x[r * width + i] != S(0) ? all : S(0);
+        if (all == S(0)) report_outside(S(0), kUnset);
+        y[r] = all;
+    }
 }
 
 // ---- tables -----------------------------------------------------------------------------------------

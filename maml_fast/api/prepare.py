@@ -143,6 +143,11 @@ CHECKED: dict[str, Callable[[Any], Any]] = {
 """Every setting's name, and what checks and normalises its value."""
 
 
+def _seed_of(plan: Plan, seed: int | None) -> int | None:
+    """The given seed, or a new one where the plan is known to draw random numbers."""
+    return new_seed() if seed is None and plan.draws else seed
+
+
 class Preparer:
     """Checks the calls on one module and finds their plans.
 
@@ -278,7 +283,7 @@ class Preparer:
             given: takes the place of the parameters, rates and settings that there are.
             seed: of the random numbers; None for a new one.
         """
-        if given is None and (again := self._again(mode, x_s, y_s, x_q, y_q, outputs)) is not None:
+        if given is None and (again := self._again(mode, x_s, y_s, x_q, y_q, outputs, seed)) is not None:
             return again
         parameters = self._current_parameters()
         batch: tuple[Any, Any, Any, Any] = (x_s, y_s, x_q, y_q)
@@ -326,9 +331,8 @@ class Preparer:
             learned: Sequence[Tensor] = self.objective.learned.parameters()
         else:
             rates, learned = given.rates, given.learned
+        seed = _seed_of(call.plan, seed)
         tensors = Tensors(parameters, rates, x_s, y_s, x_q, y_q, learned=learned, seed=seed)
-        if call.plan.draws and seed is None:
-            tensors.seed = new_seed()
         if new or self._settings.check == "always":
             with torch.inference_mode(False):
                 call = Call(call.plan, self._selfcheck.settle(call.choice, tensors, self._settings.check))
@@ -340,7 +344,14 @@ class Preparer:
         return Prepared(call, tensors)
 
     def _again(
-        self, mode: Mode, x_s: Data | None, y_s: Data | None, x_q: Data | None, y_q: Data | None, outputs: bool
+        self,
+        mode: Mode,
+        x_s: Data | None,
+        y_s: Data | None,
+        x_q: Data | None,
+        y_q: Data | None,
+        outputs: bool,
+        seed: int | None,
     ) -> Prepared | None:
         """The latest call of this mode with other numbers; None if anything else may differ from what it found."""
         call = self._latest.get(mode)
@@ -355,7 +366,7 @@ class Preparer:
         rates = seen.constants
         if rates is None:
             rates = self.rates.tensors(call.plan.dtype, call.plan.device)
-        return Prepared(call, Tensors(seen.parameters, rates, x_s, y_s, x_q, y_q))
+        return Prepared(call, Tensors(seen.parameters, rates, x_s, y_s, x_q, y_q, seed=_seed_of(call.plan, seed)))
 
     def _is_current(self, seen: Seen, outputs: bool) -> bool:
         """Whether what was seen was of the present guards, rates and settings."""

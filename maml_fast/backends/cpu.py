@@ -67,6 +67,7 @@ _KINDS = frozenset(
         "input",
         "draw",
         "lookup",
+        "check",
         "pointwise",
         "linear_map",
         "matmul",
@@ -250,6 +251,7 @@ class _Call:
         self.inputs = plan.inputs
         self.one_input = not plan.inputs.several and plan.inputs.primary is not None
         self.read = _read_inputs(graph, plan.inputs)
+        self.draws = any(op.kind == "draw" for op in graph.live_ops())
         self.new_objective = _new((), plan.dtype)
         self.new_outputs = _new((plan.tasks, plan.query, *(graph.returned or ())), plan.dtype)
         self.new_gradients = self._gradient_makers(plan, graph.used_parameters())
@@ -265,6 +267,8 @@ class _Call:
         return list(cpu_text.instructions(self.core.describe(), _CLASSES))
 
     def __call__(self, plan: Plan, t: Tensors, spent: dict[str, Any] | None = None) -> Result:
+        if self.draws and t.seed is None:
+            raise RuntimeError("maml_fast: a call that draws random numbers has no seed")
         result = Result()
         like = t.parameters[0]
         if plan.mode is Mode.META_GRADIENT:
@@ -275,13 +279,15 @@ class _Call:
             result.adapted = [like.new_empty(plan.tasks, *s) for s in plan.model.shapes]
         if plan.needs.outputs or plan.mode in (Mode.QUERY_OUTPUTS, Mode.APPLY):
             result.outputs = self.new_outputs()
-        rate_gradient = dx_s = dx_q = None
+        rate_gradient = None
         if self.reverse:
-            dx_s, dx_q = self._allocate_gradients(plan, result, t)
+            self._allocate_gradients(plan, result, t)
             if self.rates_wanted:
                 rate_gradient = like.new_zeros(sum(self.rate_sizes))
         x_s, more_s = self._inputs(t.x_s)
         x_q, more_q = self._inputs(t.x_q)
+        dx_s, dmore_s = self._gradients_of_inputs(result.x_s, len(more_s))
+        dx_q, dmore_q = self._gradients_of_inputs(result.x_q, len(more_q))
         self.core.run(
             x_s,
             t.y_s if self.reads_targets else None,
@@ -303,6 +309,8 @@ class _Call:
             result.adapted,
             more_s,
             more_q,
+            dmore_s,
+            dmore_q,
             t.seed or 0,
             bool(t.into),
             _threads(plan),
@@ -320,6 +328,15 @@ class _Call:
         given = structure.tensors(x)
         others = [None if leaf is None else _as_given(given[leaf]) for leaf in self.read]
         return None if self.inputs.primary is None else given[self.inputs.primary], others
+
+    def _gradients_of_inputs(self, found: Any, others: int) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+        """What the core writes: the gradient of buffer 0, and those of the other inputs."""
+        if self.one_input:
+            return found, ()
+        if found is None:
+            return None, (None,) * others
+        primary, read = self.inputs.primary, self.read
+        return None if primary is None else found[primary], [None if leaf is None else found[leaf] for leaf in read]
 
     def _buffers(self, plan: Plan) -> list[Tensor]:
         """The buffers that layers read as constants, in the core's type."""
@@ -344,23 +361,13 @@ class _Call:
             made.append(_nothing if not need else _new(shape, plan.dtype) if i in used else zeros)
         return made
 
-    def _allocate_gradients(self, plan: Plan, result: Result, t: Tensors) -> list[Tensor | None]:
-        """Fills in the gradients; those of the inputs that the core writes."""
+    def _allocate_gradients(self, plan: Plan, result: Result, t: Tensors) -> None:
         assert t.x_s is not None and t.x_q is not None
         needs = plan.needs
         result.parameters = [None] * len(t.parameters) if t.into else [make() for make in self.new_gradients]
         result.rates = [None] * len(needs.rates)
-        result.x_s, dx_s = self._input_gradients(t.x_s, needs.x_s)
-        result.x_q, dx_q = self._input_gradients(t.x_q, needs.x_q)
-        return [dx_s, dx_q]
-
-    def _input_gradients(self, x: Any, needed: bool) -> tuple[Any, Tensor | None]:
-        """The gradient, or a list of one for each of several inputs; and the one that the core writes."""
-        if isinstance(x, Tensor):
-            made = _zeros(x) if needed else None
-            return made, made
-        each = [_zeros(v) if needed and i == self.inputs.primary else None for i, v in enumerate(structure.tensors(x))]
-        return each, None if self.inputs.primary is None else each[self.inputs.primary]
+        result.x_s = _input_gradients(t.x_s, needs.x_s, needs.x_s_each)
+        result.x_q = _input_gradients(t.x_q, needs.x_q, needs.x_q_each)
 
 
 def _read_inputs(graph: Graph, inputs: Inputs) -> list[int | None]:
@@ -372,6 +379,15 @@ def _read_inputs(graph: Graph, inputs: Inputs) -> list[int | None]:
 def _as_given(x: Tensor) -> Tensor:
     """Whole numbers of any type as int64."""
     return x if x.is_floating_point() else x.to(torch.int64)
+
+
+def _input_gradients(x: Any, needed: bool, each: Sequence[bool]) -> Any:
+    """Zeros for the gradient, or a list of one for each of several inputs."""
+    if not needed:
+        return None
+    if isinstance(x, Tensor):
+        return _zeros(x)
+    return [_zeros(v) if wanted else None for v, wanted in zip(structure.tensors(x), each, strict=True)]
 
 
 def _new(shape: Shape, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -387,7 +403,7 @@ def _zeros(like: Tensor) -> Tensor:
     return torch.zeros_like(like, memory_format=torch.contiguous_format)
 
 
-_FAMILIES = frozenset(("pointwise", "linear_map", "matmul", "softmax", "log_softmax", "max", "lookup"))
+_FAMILIES = frozenset(("pointwise", "linear_map", "matmul", "softmax", "log_softmax", "max", "lookup", "check"))
 
 Constant = str | Numbers
 """A buffer's name, or numbers."""

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
@@ -136,8 +137,6 @@ def capture(
     if recorder.refusal:
         raise recorder.refusal
     _refuse_overwritten(recorder.calls, output if loss is None else loss)
-    if any(v.requires_grad != (inputs.grad and i == inputs.primary) for i, v in enumerate(given)):
-        raise Untraceable("forward calls requires_grad_ on its input")
     return Captured(
         tuple(recorder.calls),
         parameters,
@@ -156,7 +155,7 @@ def capture(
 
 def _called(module: nn.Module, inputs: Inputs, given: tuple[Tensor, ...]) -> Any:
     """What forward returns. In-place operations refuse leaves that require grad, which a person's input is none of."""
-    if inputs.several or inputs.grad:
+    if inputs.several or inputs.wanted:
         return structure.called(module, inputs.structured(given))
     return module(given[0])
 
@@ -232,8 +231,12 @@ class Recorder(TorchDispatchMode):
         if namespace == "prim" or self._silent:
             return func(*args, **(kwargs or {}))
         if name in _READS:
-            if _called_by_batch_norm():
-                return 1.0
+            if _called_by(nn.modules.batchnorm._BatchNorm.forward):
+                return 1.0  # it counts its batches (momentum=None); only running statistics, thrown away, depend on it
+            if self.calls[-1].name == "any" and _called_by(F.gaussian_nll_loss):
+                with self:
+                    self.check(torch.logical_not(self.calls[-1].args[0]))
+                return False
             what = self._names.get(id(args[0]), "a tensor")
             self.refusal = self.read_of(args[0])(f"forward reads the value of {what} ({name})")
             raise self.refusal
@@ -259,6 +262,10 @@ class Recorder(TorchDispatchMode):
     def stand_ins(self) -> tuple[Tensor, ...]:
         """Those of real tensors."""
         return tuple(self._stand_ins.values())
+
+    def check(self, mask: Tensor) -> None:
+        """Writes down that every call is to find the mask set."""
+        self.calls.append(AtenCall("check", torch._is_all_true, (mask,), {}, (), (), True))
 
     def literal(self, numbers: Any, dtype: torch.dtype | None) -> Tensor:
         """What stands for a tensor made of Python's numbers."""
@@ -321,6 +328,9 @@ class Questions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.tensor and _is_made_of_numbers(args, kwargs):
             return self._recorder.literal(args[0], (kwargs or {}).get("dtype"))
+        if func is torch._is_all_true and _called_by_distributions():
+            self._recorder.check(args[0])
+            return True
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
@@ -333,6 +343,11 @@ class Questions(TorchFunctionMode):
             kind = self._recorder.read_of(args[0]) if name in _ELEMENTS else Untraceable
             self._recorder.refusal = kind(f"forward asks a tensor for {name}, of which a stand-in has another")
         return func(*args, **(kwargs or {}))
+
+
+def _called_by_distributions() -> bool:
+    """Whether torch.distributions checks its arguments, which the plan then does at every call."""
+    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("torch.distributions.")
 
 
 def _is_made_of_numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> bool:
@@ -362,11 +377,11 @@ def _is_forward_mode() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
 
 
-def _called_by_batch_norm() -> bool:
-    """Whether BatchNorm counts its batches (momentum=None): only the running statistics, thrown away, depend on it."""
+def _called_by(function: Callable[..., Any]) -> bool:
+    """Whether a function of PyTorch's is at work, as far down as PyTorch's own code goes."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename.startswith((_TORCH, __file__)):
-        if frame.f_code is nn.modules.batchnorm._BatchNorm.forward.__code__:
+        if frame.f_code is function.__code__:
             return True
         frame = frame.f_back
     return False

@@ -105,6 +105,7 @@ class _Decoder:
         self.bound: dict[int, _Bound] = {}
         self.in_memory: dict[int, list[int]] = {}
         self.made_by: dict[int, AtenCall] = {}
+        self.checks: list[int] = []
         self.kept = {_memory(t) for t in captured.stand_ins}
         for place, tensor in enumerate(captured.inputs):
             self._bind(tensor, self._given(inputs, place))
@@ -136,7 +137,8 @@ class _Decoder:
         return self._graph(value, value.shape, None)
 
     def _graph(self, output: Value, returned: Shape | None, loss: LossOp | None) -> Graph:
-        return Graph(tuple(self.builder.ops), tuple(self.builder.shapes), output.index, returned, loss)
+        ops, shapes = tuple(self.builder.ops), tuple(self.builder.shapes)
+        return Graph(ops, shapes, output.index, returned, loss, checks=tuple(self.checks))
 
     def _returned(self) -> Value:
         """The activation that forward returns."""
@@ -194,6 +196,9 @@ class _Decoder:
         self.in_memory.setdefault(_memory(tensor), []).append(id(tensor))
 
     def _call(self, call: AtenCall) -> None:
+        if call.name == "check":
+            self._check(self._read(call.args[0]))
+            return
         if call.name == "native_batch_norm" and call.written:
             call = replace(call, args=(*call.args[:3], None, None, *call.args[5:]))
         if any(_memory(t) in self.kept for t in call.written):
@@ -208,10 +213,22 @@ class _Decoder:
         if not all(id(o) in self.bound for o in call.outputs):
             self._bind_outputs(call, meaning)
 
+    def _check(self, mask: Any) -> None:
+        """Have every call check that a mask is set."""
+        if isinstance(mask, Literal) and bool(mask.tensor.all()):
+            return
+        x = self.builder.lifted(mask, "a check")
+        checked = self.builder.emit("check", [x], (), once=x.once)
+        self.checks.append(checked.index)
+
     def _write(self, call: AtenCall) -> None:
         """The written tensor stands for the result; what else shares its memory is out of date."""
         target = call.written[0]
-        meaning = self._meaning(call, call.name.removesuffix("_"))
+        value = {"zero_": 0, "fill_": call.args[-1]}.get(call.name)
+        if isinstance(value, int | float):
+            meaning: Any = Literal(torch.full(target.shape, value, dtype=target.dtype, device="cpu"))
+        else:
+            meaning = self._meaning(call, call.name.removesuffix("_"))
         if isinstance(meaning, Value) and target.is_floating_point():
             meaning = replace(meaning, mask=False)
         if target.requires_grad and not call.differentiated:

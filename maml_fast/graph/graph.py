@@ -113,6 +113,7 @@ class Graph:
         returned: per-sample shape of what the network returns, where the output holds its elements; otherwise None.
         loss: of the output, where a person's own was captured with the network.
         network: index of the value that the network returns, where the output is the loss itself; otherwise None.
+        checks: indices of values that are computed for what they refuse.
     """
 
     ops: tuple[Op, ...]
@@ -121,6 +122,12 @@ class Graph:
     returned: Shape | None
     loss: LossOp | None = None
     network: int | None = None
+    checks: tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The values that somebody wants."""
+        return (self.output, *(() if self.network is None else (self.network,)), *self.checks)
 
     @cached_property
     def per_task(self) -> frozenset[int]:
@@ -141,7 +148,7 @@ class Graph:
 
     def live_ops(self) -> tuple[Op, ...]:
         """The operations that the output, or what the network returns, depends on, in order."""
-        return self._leading_to({self.output} if self.network is None else {self.output, self.network})
+        return self._leading_to({*self.ends})
 
     def _leading_to(self, needed: set[int]) -> tuple[Op, ...]:
         live = []

@@ -143,7 +143,7 @@ class Guards:
         """The name under which something is held that is compared by identity at every call; None for anything else."""
         for _, names, values, _ in self._shelves:
             for at, held in enumerate(values):
-                if held is value:
+                if held is value or (isinstance(held, tuple) and any(v is value for v in held)):
                     return str(names[at]) if at < len(names) else "tensor"
         return None
 

@@ -28,16 +28,15 @@ class Inputs:
     Attributes:
         leaves: in order. keys: the names that they are passed by; None where by position.
         several: whether the model takes them as several arguments.
-        primary: the leaf that is the graph's value 0, None where none is of the parameters' type: of all inputs it
-            alone may have a gradient.
-        wanted: how many gradients are asked for; fused kernels have that of the primary leaf. device: of all tensors.
+        primary: the leaf that is the graph's value 0; None where none is of the parameters' type.
+        wanted: the leaves of which the gradient is asked for. device: of all tensors.
     """
 
     leaves: tuple[Leaf, ...]
     keys: tuple[Any, ...] | None = None
     several: bool = False
     primary: int | None = 0
-    wanted: int = 0
+    wanted: tuple[int, ...] = ()
     device: torch.device = CPU
 
     @staticmethod
@@ -49,15 +48,12 @@ class Inputs:
         """
         tensors = structure.tensors(data)
         leaves = tuple(Leaf(tuple(v.shape[1:]), v.dtype) for v in tensors)
-        found = [i for i, w in enumerate(wanted) if w] or [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
+        found = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
         keys = tuple(data) if isinstance(data, Mapping) else None
         primary = next(iter(found), None)
-        return Inputs(leaves, keys, not isinstance(data, Tensor), primary, sum(wanted), device)
-
-    @property
-    def grad(self) -> bool:
-        """Whether the gradient of the primary leaf is asked for."""
-        return self.wanted > 0
+        return Inputs(
+            leaves, keys, not isinstance(data, Tensor), primary, tuple(i for i, w in enumerate(wanted) if w), device
+        )
 
     @property
     def primary_shape(self) -> tuple[int, ...]:
@@ -72,7 +68,7 @@ class Inputs:
     def stand_ins(self, samples: int) -> tuple[Tensor, ...]:
         """Tensors without elements for so many samples."""
         return tuple(
-            torch.empty((samples, *shape), dtype=dtype, device=META, requires_grad=self.grad and i == self.primary)
+            torch.empty((samples, *shape), dtype=dtype, device=META, requires_grad=i in self.wanted)
             for i, (shape, dtype) in enumerate(self.leaves)
         )
 

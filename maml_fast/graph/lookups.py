@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+_AS_PEOPLE_WRITE = "maml_fast.cases.zoo."
 _STANDARD = os.path.dirname(os.__file__)
 _CACHED = type(functools.lru_cache(len))
 _MOST = 1000  # functions and objects that may be reached
@@ -219,6 +220,8 @@ def _names_in(code: types.CodeType) -> frozenset[str]:
 @functools.lru_cache(maxsize=1024)
 def is_library(module: str | None) -> bool:
     """Whether a class or function belongs to PyTorch, to this package, to Python itself or to an installed package."""
+    if (module or "").startswith(_AS_PEOPLE_WRITE):
+        return False
     root = (module or "").split(".")[0]
     file = getattr(sys.modules.get(root), "__file__", None) or ""
     if root in sys.stdlib_module_names:

@@ -37,7 +37,7 @@ def trace(objective: Objective, batches: Batches, inputs: Inputs) -> Traced:
             return graph, why_not
     _, reasons = _common(objective, [(n, None) for n, _ in batches], inputs)
     of_loss = [f"{objective.loss.why_not}: {r}" for r in why_not]
-    return None, [*reasons, *of_loss] if refusal else reasons or of_loss
+    return None, [*reasons, *of_loss] if refusal else of_loss
 
 
 def _common(objective: Objective, batches: Batches, inputs: Inputs) -> Traced:
@@ -67,7 +67,7 @@ def _common(objective: Objective, batches: Batches, inputs: Inputs) -> Traced:
 
 def _computed(graph: Graph) -> Any:
     live = graph.live_ops()
-    return live, [graph.shapes[op.output] for op in live], graph.output, graph.network
+    return live, [graph.shapes[op.output] for op in live], graph.ends
 
 
 def _memorised(objective: Objective, samples: int, criterion: Criterion | None, inputs: Inputs) -> Traced:

@@ -22,11 +22,11 @@ def chain(graph: Graph) -> Graph:
     """
     live = graph.live_ops()
     uses = Counter(v for op in live for v in op.inputs)
-    uses.update([graph.output] if graph.network is None else [graph.output, graph.network])
+    uses.update(graph.ends)
     made: dict[int, Op] = {}
     for op in live:
         made[op.output] = _with_operands(graph, op, made, uses)
-    needed = {graph.output, *([] if graph.network is None else [graph.network])}
+    needed = {*graph.ends}
     kept: list[Op] = []
     for op in reversed(made.values()):
         if op.output in needed:

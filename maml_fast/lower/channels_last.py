@@ -19,6 +19,7 @@ _ONE_ORDER = (
     "input",
     "draw",
     "lookup",
+    "check",
     "linear_map",
     "matmul",
     "softmax",
@@ -58,7 +59,9 @@ class _Rewriter:
                 self.first[op.output] = self._emit(replace(op, inputs=inputs), self.graph.shapes[op.output])
         output, network = self._in_first(self.graph.output), self.graph.network
         network = None if network is None else self._in_first(network)
-        return replace(self.graph, ops=tuple(self.ops), shapes=tuple(self.shapes), output=output, network=network)
+        checks = tuple(map(self._in_first, self.graph.checks))
+        ops, shapes = tuple(self.ops), tuple(self.shapes)
+        return replace(self.graph, ops=ops, shapes=shapes, output=output, network=network, checks=checks)
 
     def _wants_images(self, op: Op) -> bool:
         """Whether the op works on images: it must, or it may and one of its inputs is one."""

@@ -19,7 +19,7 @@ def fuse(graph: Graph) -> Graph:
     """
     cuts = not any(_may_be_infinite(op) for op in graph.live_ops())
     uses = Counter(v for op in graph.live_ops() for v in op.inputs)
-    uses.update([graph.output] if graph.network is None else [graph.output, graph.network])
+    uses.update(graph.ends)
     ops: list[Op] = []
     writer: dict[int, int] = {}
     for op in graph.live_ops():

@@ -37,8 +37,6 @@ def why_not_one(data: Mapping[str, Any], dtype: torch.dtype, targets: bool, inpu
     strange = [leaf.dtype for leaf in inputs.leaves if leaf.dtype not in (dtype, *_WHOLE)]
     if strange:
         reasons.append(f"inputs are {strange[0]}; fused kernels take {dtype} like the parameters, and whole numbers")
-    if inputs.wanted > 1:
-        reasons.append("gradients of several inputs are asked for; fused kernels have that of one")
     return reasons
 
 

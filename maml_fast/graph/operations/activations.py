@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ..expressions import call
 from ..graph import Untraceable
 from .arithmetic import scaled
 from .builder import Emitter, GraphBuilder, Value
+from .pointwise import pointwise
 
 
 def _activation(t: GraphBuilder, kind: str, x: Any, **attributes: Any) -> Value:
@@ -65,7 +68,44 @@ def _rrelu(
     return _activation(t, "leaky_relu", x, negative_slope=(lower + upper) / 2)
 
 
+def _derivative(function: Callable[..., Any]) -> Emitter:
+    """What autograd calls inside a model that takes derivatives itself: δ times a slope."""
+
+    def emit(t: GraphBuilder, *operands: Any, **named: Any) -> Value:
+        tensors = [o for o in operands if not isinstance(o, int | float | bool | str)]
+        numbers = [o for o in operands if isinstance(o, int | float | bool)]
+        return pointwise(t, "slope", lambda *x: function(*x, *numbers), *tensors)
+
+    return emit
+
+
+def _gelu_slope(t: GraphBuilder, d: Any, x: Any, approximate: str = "none") -> Value:
+    if approximate != "none":
+        raise Untraceable("the derivative of tanh's approximation of GELU inside a model has no fused kernel")
+    half = math.sqrt(0.5)
+
+    def slope(u: Any, v: Any) -> Any:
+        density = call("exp", v * v * -0.5) * (half / math.sqrt(math.pi))
+        return u * (0.5 * (1 + call("erf", v * half)) + v * density)
+
+    return pointwise(t, "slope", slope, d, x)
+
+
+def _silu_slope(d: Any, x: Any) -> Any:
+    s = call("sigmoid", x)
+    return d * (s * (1 + x * (1 - s)))
+
+
 OPERATIONS: dict[str, Emitter] = {
+    "tanh_backward": _derivative(lambda d, y: d * (1 - y * y)),
+    "sigmoid_backward": _derivative(lambda d, y: d * (1 - y) * y),
+    "threshold_backward": _derivative(lambda d, x, bound: call("where", x <= bound, 0, d)),
+    "leaky_relu_backward": _derivative(lambda d, x, slope, _: call("where", x > 0, d, d * slope)),
+    "softplus_backward": _derivative(
+        lambda d, x, beta, bound: call("where", x * beta > bound, d, d * call("sigmoid", x * beta))
+    ),
+    "silu_backward": _derivative(_silu_slope),
+    "gelu_backward": _gelu_slope,
     "relu": _unary("relu"),
     "leaky_relu": _unary("leaky_relu", negative_slope=0.01),
     "elu": _elu,
