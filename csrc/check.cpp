@@ -179,6 +179,7 @@ class OpCheck {
             case OpKind::constant:
                 return;
             case OpKind::target:
+                require_index(where_, "target", int(op_.width), 0, spec_.targets + 1);
                 return require(spec_.loss == LossKind::value, where_, "a named loss reads the targets itself");
             case OpKind::input:
                 return require_index(where_, "input", int(op_.width), 0, spec_.inputs);
@@ -431,6 +432,21 @@ void check_convolved(const Spec& s) {
     }
 }
 
+constexpr std::size_t kMostInputs = 1 << 10;
+
+// What several operations of a kind read of one tensor is of one size and type.
+void check_given(const Spec& s, OpKind kind, std::size_t count, const char* what) {
+    require(count <= kMostInputs, what, "too many of them");
+    std::vector<const OpSpec*> first(count);
+    for (const OpSpec& op : s.ops) {
+        if (op.kind != kind) continue;
+        const OpSpec*& known = first[std::size_t(op.width)];
+        const bool same = !known || (s.features[known->out] == s.features[op.out] && known->f0 == op.f0);
+        require(same, what, "one is read as of several shapes or types");
+        known = &op;
+    }
+}
+
 // A loss of a person's own is one number for each task; all targets that it reads are the same.
 void check_output(const Spec& s) {
     const bool value = s.loss == LossKind::value;
@@ -439,28 +455,7 @@ void check_output(const Spec& s) {
     require(!s.once[s.outputs] && (value || s.outputs == s.out), "outputs", "the network does not return this buffer");
     if (!value) return;
     require_equal("output", 1, s.features[s.out]);
-    const OpSpec* first = nullptr;
-    for (const OpSpec& op : s.ops) {
-        if (op.kind != OpKind::target) continue;
-        const bool same = !first || (s.features[first->out] == s.features[op.out] && first->f0 == op.f0);
-        require(same, "targets", "they are read as of several shapes or types");
-        first = &op;
-    }
-}
-
-constexpr std::size_t kMostInputs = 1 << 10;
-
-// What several operations read of one input is of one size and type.
-void check_inputs(const Spec& s) {
-    require(s.inputs <= kMostInputs, "inputs", "too many of them");
-    std::vector<const OpSpec*> first(s.inputs);
-    for (const OpSpec& op : s.ops) {
-        if (op.kind != OpKind::input) continue;
-        const OpSpec*& known = first[std::size_t(op.width)];
-        const bool same = !known || (s.features[known->out] == s.features[op.out] && known->f0 == op.f0);
-        require(same, "inputs", "one is read as of several shapes or types");
-        known = &op;
-    }
+    check_given(s, OpKind::target, s.targets + 1, "targets");
 }
 
 }  // namespace
@@ -475,7 +470,7 @@ void check(const Spec& s) {
         made[s.ops[i].out] = true;
     }
     check_convolved(s);
-    check_inputs(s);
+    check_given(s, OpKind::input, s.inputs, "inputs");
     require_index("output", "buffer", s.out, 1, s.features.size());
     require(made[s.out], "output", "no layer writes it");
     require(s.outputs < 0 || s.outputs >= int(made.size()) || made[s.outputs], "outputs", "no layer writes it");

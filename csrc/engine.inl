@@ -196,7 +196,7 @@ class Engine {
             case OpKind::constant:
                 return spread_parameter({constant(op.c0), 0}, size, y);
             case OpKind::target:
-                return given_values(op, tape, call_.y[tape.batch], y);
+                return given_values(op, tape, target(tape.batch, op.width), y);
             case OpKind::input:
                 return given_values(op, tape, call_.inputs[tape.batch][op.width], y);
             case OpKind::draw:

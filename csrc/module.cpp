@@ -167,6 +167,7 @@ Spec parse(const py::dict& d) {
     s.constants = parse_read(d["constants"]);
     s.rates = parse_read(d["rates"]);
     s.inputs = get<std::size_t>(d, "inputs");
+    s.targets = get<std::size_t>(d, "targets");
     s.code = parse_list(d, "code", parse_instruction);
     s.tapes = get<std::vector<int>>(d, "tapes");
     s.slots = get<int>(d, "slots");
@@ -231,7 +232,8 @@ class Plan {
              py::handle losses, py::handle objective, py::handle outputs, py::handle rate_gradient, py::handle dx_s,
              py::handle dx_q, py::handle params, py::handle constants, py::handle rates, py::handle adapted,
              py::handle gradients, py::handle adapted_out, py::handle inputs_s, py::handle inputs_q,
-             py::handle dinputs_s, py::handle dinputs_q, std::uint64_t seed, bool add, long threads, py::object spent) {
+             py::handle dinputs_s, py::handle dinputs_q, py::handle targets_s, py::handle targets_q, std::uint64_t seed,
+             bool add, long threads, py::object spent) {
         check_threads(threads);
         const Signature& s = signature_;
         const std::vector<Expected> none;
@@ -261,6 +263,8 @@ class Plan {
                    o = addresses(adapted_out, "adapted", s.stores ? s.adapted_out : none, made),
                    more_s = addresses(inputs_s, "x_s", s.inputs[0], read_batch),
                    more_q = addresses(inputs_q, "x_q", s.inputs[1], read_batch),
+                   t_s = addresses(targets_s, "y_s", s.targets[0], read_batch),
+                   t_q = addresses(targets_q, "y_q", s.targets[1], read_batch),
                    d_s = addresses(dinputs_s, "gradient of x_s", s.dinputs[0], made),
                    d_q = addresses(dinputs_q, "gradient of x_q", s.dinputs[1], made);
         std::int64_t outside[2] = {0, 0};
@@ -272,6 +276,8 @@ class Plan {
         call.adapted_out = o.data();
         call.inputs[0] = more_s.data();
         call.inputs[1] = more_q.data();
+        call.targets[0] = t_s.data();
+        call.targets[1] = t_q.data();
         call.dinputs[0] = d_s.data();
         call.dinputs[1] = d_q.data();
         call.seed = seed;

@@ -166,8 +166,9 @@ struct Call {
     const void* const* constants;
     const void* const* rates;
     const void* x[2];
-    const void* const* inputs[2];  // the inputs beside x, of S or int64
-    const void* y[2];              // int64 labels or values
+    const void* const* inputs[2];   // the inputs beside x, of S or int64
+    const void* y[2];               // int64 labels or values
+    const void* const* targets[2];  // those beside y, where a person's own loss takes several
     const void* weights;
     const void* cotangent;
     const void* const* adapted;

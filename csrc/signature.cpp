@@ -66,12 +66,17 @@ void Signature::read_inputs(const Spec& s, Scalar scalar) {
 // Of a loss of a person's own: as its graph reads them, if it does.
 void Signature::read_targets(const Spec& s, Scalar scalar) {
     reads_targets = false;
+    for (int b = 0; b < 2; ++b) {
+        y[b].elements = 0;
+        targets[b].assign(s.targets, {y[b].name, 0, scalar, false});
+    }
     for (const OpSpec& op : s.ops) {
         if (op.kind != OpKind::target) continue;
-        reads_targets = true;
+        reads_targets = reads_targets || op.width == 0;
         for (int b = 0; b < 2; ++b) {
-            y[b].elements = s.tasks * s.samples[b] * s.features[op.out];
-            y[b].scalar = op.f0 != 0 ? Scalar::int64 : scalar;
+            Expected& e = op.width == 0 ? y[b] : targets[b][std::size_t(op.width - 1)];
+            e.elements = s.tasks * s.samples[b] * s.features[op.out];
+            e.scalar = op.f0 != 0 ? Scalar::int64 : scalar;
         }
     }
 }

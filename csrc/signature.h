@@ -28,6 +28,7 @@ struct Signature {
     Expected x[2], y[2], dx[2];
     Expected weights, cotangent, losses, objective, outputs, rate_gradient;
     std::vector<Expected> inputs[2], dinputs[2];  // beside x
+    std::vector<Expected> targets[2];             // beside y
     std::vector<Expected> params, constants, rates, adapted, gradients, adapted_out;
     bool loads = false, stores = false, reverse = false;  // whether the last three lists are there
     bool scores = false;                                  // whether there are losses or an objective

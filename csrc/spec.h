@@ -59,7 +59,7 @@ struct Spec {
     int outputs = -1;  // the buffer that the network returns: the output, but for a loss of a person's own
     std::vector<ParamSpec> params;
     std::vector<ReadSpec> constants, rates;
-    std::size_t inputs = 0;  // beside buffer 0
+    std::size_t inputs = 0, targets = 0;  // beside buffer 0, and beside the first of the targets
     std::vector<Instr> code;
     std::vector<int> tapes;  // batch of each tape
     int slots = 0;

@@ -59,6 +59,8 @@ class Plan:
         inputs_q: Sequence[Tensor | None],
         gradients_s: Sequence[Tensor | None],
         gradients_q: Sequence[Tensor | None],
+        targets_s: Sequence[Tensor | None],
+        targets_q: Sequence[Tensor | None],
         seed: int,
         add: bool,
         threads: int,

@@ -1,5 +1,9 @@
 // Part of Engine: what a task is given or draws, and rows of tables.
 
+const void* target(int batch, long number) const {
+    return number == 0 ? call_.y[batch] : call_.targets[batch][number - 1];
+}
+
 // Targets or inputs as values of every sample.
 void given_values(const Op& op, const TapeView& tape, const void* given, S* y) const {
     const long size = B_ * per_task(tape, op.out), at = place(tape, plan_.features[op.out]);

@@ -479,7 +479,8 @@ class Preparer:
         """Fused kernels would index by labels; to PyTorch some of those out of range mean something."""
         classes = call.plan.classes
         if classes is not None and (call.plan.inner.loss.takes_labels or call.choice.backend.fused):
-            checks.all_labels_in_range(classes, call.plan.ignored, y_s=y_s, y_q=y_q)
+            plan = call.plan
+            checks.all_labels_in_range(classes, plan.ignored, y_s=plan.labels_in(y_s), y_q=plan.labels_in(y_q))
 
     def _make_call(
         self,
@@ -510,7 +511,8 @@ class Preparer:
             for name in [name for name in ("y_s", "y_q") if name in batch]:
                 checks.target_shape(name, structure.first(batch[name]), plan.out_shape, settings.loss)
         if plan.inner.loss.takes_labels and plan.classes is not None:
-            checks.all_labels_in_range(plan.classes, plan.ignored, y_s=batch.get("y_s"), y_q=batch.get("y_q"))
+            given = {name: plan.labels_in(batch.get(name)) for name in ("y_s", "y_q")}
+            checks.all_labels_in_range(plan.classes, plan.ignored, **given)
         found = reach.look(plan, batch)
         reach.check(plan, found, settings.allow_unused)
         plan.state["notes"] = reach.notes(found)

@@ -247,10 +247,11 @@ class _Call:
         ]
         self.constant_shapes = [plan.objective.tensor(c).shape if isinstance(c, str) else None for c in self.constants]
         own = graph.loss is not None and graph.loss.name == "value"
-        self.reads_targets = not own or any(op.kind == "target" for op in graph.live_ops())
+        self.targets = {op.attributes["number"] for op in graph.live_ops() if op.kind == "target"} if own else {0}
         self.inputs = plan.inputs
         self.one_input = not plan.inputs.several and plan.inputs.primary is not None
         self.read = _read_inputs(graph, plan.inputs)
+        self.other_targets = _other_targets(plan)
         self.draws = any(op.kind == "draw" for op in graph.live_ops())
         self.new_objective = _new((), plan.dtype)
         self.new_outputs = _new((plan.tasks, plan.query, *(graph.returned or ())), plan.dtype)
@@ -286,13 +287,15 @@ class _Call:
                 rate_gradient = like.new_zeros(sum(self.rate_sizes))
         x_s, more_s = self._inputs(t.x_s)
         x_q, more_q = self._inputs(t.x_q)
+        y_s, others_s = self._targets(t.y_s)
+        y_q, others_q = self._targets(t.y_q)
         dx_s, dmore_s = self._gradients_of_inputs(result.x_s, len(more_s))
         dx_q, dmore_q = self._gradients_of_inputs(result.x_q, len(more_q))
         self.core.run(
             x_s,
-            t.y_s if self.reads_targets else None,
+            y_s,
             x_q,
-            t.y_q if self.reads_targets else None,
+            y_q,
             t.weights,
             t.cotangent,
             result.losses,
@@ -311,6 +314,8 @@ class _Call:
             more_q,
             dmore_s,
             dmore_q,
+            others_s,
+            others_q,
             t.seed or 0,
             bool(t.into),
             _threads(plan),
@@ -328,6 +333,15 @@ class _Call:
         given = structure.tensors(x)
         others = [None if leaf is None else _as_given(given[leaf]) for leaf in self.read]
         return None if self.inputs.primary is None else given[self.inputs.primary], others
+
+    def _targets(self, y: Any) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+        """The targets that the core reads: the first, and the others."""
+        if y is None:
+            return None, (None,) * self.other_targets
+        if isinstance(y, Tensor):
+            return _as_given(y) if 0 in self.targets else None, ()
+        first, *others = [_as_given(v) if i in self.targets else None for i, v in enumerate(structure.tensors(y))]
+        return first, others
 
     def _gradients_of_inputs(self, found: Any, others: int) -> tuple[Tensor | None, Sequence[Tensor | None]]:
         """What the core writes: the gradient of buffer 0, and those of the other inputs."""
@@ -374,6 +388,11 @@ def _read_inputs(graph: Graph, inputs: Inputs) -> list[int | None]:
     """The leaf that each of the other inputs is; None for what nothing reads."""
     read = {op.attributes["number"] for op in graph.live_ops() if op.kind == "input"}
     return [leaf if number in read else None for number, leaf in enumerate(inputs.others)]
+
+
+def _other_targets(plan: Plan) -> int:
+    """How many targets there are beside the first."""
+    return max([len(structure.tensors(plan.data[n])) - 1 for n in ("y_s", "y_q") if n in plan.data], default=0)
 
 
 def _as_given(x: Tensor) -> Tensor:
@@ -531,7 +550,7 @@ class _Spec:
         shape, attributes = self.graph.shapes[op.output], op.attributes
         match op.kind:
             case "target":
-                return {"f0": float(attributes["labels"])}
+                return {"f0": float(attributes["labels"]), "width": attributes["number"]}
             case "input":
                 return {"width": attributes["number"], "f0": float(attributes["whole"])}
             case "draw":
@@ -608,6 +627,7 @@ class _Spec:
                 )
             ],
             "inputs": len(plan.inputs.others),
+            "targets": _other_targets(plan),
             "constants": [{"name": _name(c), "size": _elements(plan, c)} for c in self.constants],
             "code": [_encode(i) for i in program.instructions],
             "tapes": [int(batch) for batch in program.tapes],

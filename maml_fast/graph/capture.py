@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import structure
 from .draws import precise, replaced
 from .graph import ReadsValues, Untraceable
-from .inputs import META, Inputs
+from .inputs import META, Inputs, Leaf
 from .lookups import is_library
 from .losses import Loss
 from .model import Model
@@ -68,7 +68,7 @@ class Captured:
         constants: real tensors that the calls read beside these, by the `id` of their stand-ins.
         stand_ins: these.
         literals: stand-ins of tensors that were made of Python's numbers, and these.
-        y, loss: the stand-in of the targets, and what the loss returned, where it was captured too.
+        y, loss: the stand-ins of the targets, and what the loss returned, where it was captured too.
         of_forward: how many of the calls are forward's; the others are the loss's.
         draws: how many times random numbers were drawn.
     """
@@ -81,7 +81,7 @@ class Captured:
     constants: Mapping[int, Tensor]
     stand_ins: tuple[Tensor, ...]
     literals: tuple[tuple[Tensor, Tensor], ...]
-    y: Tensor | None = None
+    y: tuple[Tensor, ...] = ()
     loss: Any = None
     of_forward: int = 0
     draws: int = 0
@@ -97,12 +97,23 @@ class Criterion:
     """A person's loss to be captured with the network.
 
     Attributes:
-        loss: it. shape, dtype: of one sample's target.
+        loss: it. leaves: the targets of one sample, in order. form: what they stand in, with anything in their places.
     """
 
     loss: Loss
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    leaves: tuple[Leaf, ...]
+    form: Any = field(compare=False)
+    kind: Hashable = None
+
+    @staticmethod
+    def of(loss: Loss, data: Any) -> Criterion:
+        """For one task's targets (N, *shape)."""
+        leaves = tuple(Leaf(tuple(v.shape[1:]), v.dtype) for v in structure.tensors(data))
+        return Criterion(loss, leaves, data, (type(data), *(place for place, _ in structure.named("", data))))
+
+    def stand_ins(self, samples: int) -> tuple[Tensor, ...]:
+        """Tensors without elements for so many samples."""
+        return tuple(torch.empty((samples, *shape), dtype=dtype, device=META) for shape, dtype in self.leaves)
 
 
 @torch.inference_mode(False)  # a caller's inference mode would make stand-ins that autograd cannot follow
@@ -123,15 +134,15 @@ def capture(
     parameters = tuple(_stand_in(p).requires_grad_(p.requires_grad) for p in model.parameters())
     buffers = {name: _stand_in(b) for name, b in model.module.named_buffers()}
     given = inputs.stand_ins(samples)
-    y = None if criterion is None else torch.empty((samples, *criterion.shape), dtype=criterion.dtype, device=META)
+    y = () if criterion is None else criterion.stand_ins(samples)
     recorder, loss = Recorder(model.named(parameters), buffers), None
     try:
         standing_in = model.standing_in(model.named(parameters), buffers)
         with _plain_pytorch(), META, recorder, standing_in, Questions(recorder, inputs.device):
             output = _called(model.module, inputs, given)
             of_forward = len(recorder.calls)
-            if criterion is not None and y is not None:
-                loss = criterion.loss(output, y)
+            if criterion is not None:
+                loss = criterion.loss(output, structure.replaced(criterion.form, y))
     except Exception as error:  # whatever forward raises is the reason
         raise recorder.refusal or Untraceable(f"forward cannot be captured: {_first_line(error)}") from error
     if recorder.refusal:
@@ -287,6 +298,10 @@ class Recorder(TorchDispatchMode):
         self.draws += 1
         return u
 
+    def is_no_parameter(self, tensor: Tensor) -> bool:
+        """Whether it is none of the model's own, which are leaves only before they have adapted."""
+        return id(tensor) not in self._names
+
     def read_of(self, tensor: Tensor) -> type[Untraceable]:
         """What it is to read the elements of this tensor: those of buffers are the same for all tasks."""
         return Untraceable if id(tensor) in self._buffers else ReadsValues
@@ -337,6 +352,8 @@ class Questions(TorchFunctionMode):
         if name in self._places:
             if not is_library(sys._getframe(1).f_globals.get("__name__")):
                 return self._places[name]
+            return func(*args, **(kwargs or {}))
+        if name == "is_leaf" and self._recorder.is_no_parameter(args[0]):
             return func(*args, **(kwargs or {}))
         asked = name in _ANSWERS and not is_library(sys._getframe(1).f_globals.get("__name__"))
         if (asked or name in _ELEMENTS or name in _PLACE_AND_TEXT) and self._recorder.refusal is None:

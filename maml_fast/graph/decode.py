@@ -115,8 +115,9 @@ class _Decoder:
             self._bind(b, Constant(name, tuple(b.shape), b.dtype == torch.bool))
         for tensor, real in captured.literals:
             self._bind(tensor, Literal(real))
-        if captured.y is not None:
-            self._bind(captured.y, Target(tuple(captured.y.shape), captured.y.dtype))
+        self.builder.several_targets = len(captured.y) > 1
+        for number, y in enumerate(captured.y):
+            self._bind(y, Target(tuple(y.shape), y.dtype, number))
 
     def _given(self, inputs: Inputs, place: int) -> Value:
         """One of the tensors that the model takes."""
@@ -184,7 +185,9 @@ class _Decoder:
         while (op := t.maker(value)) is not None and op.kind == "affine" and op.attributes["shift"] == 0.0:
             factor *= op.attributes["factor"]
             value = replace(value, index=op.inputs[0])
-        graph = self._graph(value, None, LossOp("value", factors=(factor,), classes=t.classes, ignored=t.ignored))
+        graph = self._graph(
+            value, None, LossOp("value", factors=(factor,), classes=t.classes, ignored=t.ignored, labels=t.labels)
+        )
         return graph if returned is None else replace(graph, returned=returned.shape, network=returned.index)
 
     def _elements(self, value: Value) -> int:

@@ -88,7 +88,8 @@ class LossOp:
     Attributes:
         name: one of `losses.NAMES`, or `"value"` where the graph computes the loss, a number for each task.
         parameter: see `losses.Loss`. classes: of the labels that the graph reads; 0 where it reads none.
-        ignored: the label that it ignores; None where the graph reads none.
+        labels: which of several targets these labels are.
+        ignored: the label that is ignored; None where the graph reads none.
         factors: for the support and the query batch; a sum over samples is a mean times their number.
     """
 
@@ -97,6 +98,7 @@ class LossOp:
     factors: tuple[float, ...] = (1.0, 1.0)
     classes: int = 0
     ignored: int | None = None
+    labels: int = 0
 
     @property
     def takes_labels(self) -> bool:

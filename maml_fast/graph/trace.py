@@ -58,7 +58,11 @@ def _common(objective: Objective, batches: Batches, inputs: Inputs) -> Traced:
         return None, ["it is none of the named ones, and the query outputs are asked for without it"]
     if any(_computed(g) != _computed(graphs[0]) for g in graphs):
         return None, ["what forward computes depends on the number of samples"]
-    kinds = {(g.loss.name, g.loss.parameter, g.loss.classes, g.loss.ignored) for g in graphs if g.loss is not None}
+    kinds = {
+        (g.loss.name, g.loss.parameter, g.loss.classes, g.loss.ignored, g.loss.labels)
+        for g in graphs
+        if g.loss is not None
+    }
     if len(kinds) > 1:
         return None, ["it differs between the numbers of samples"]
     first = next((g for g in graphs if g.loss is not None), graphs[0])

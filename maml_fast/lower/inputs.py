@@ -27,11 +27,7 @@ def why_not_one(data: Mapping[str, Any], dtype: torch.dtype, targets: bool, inpu
     """
     reasons = []
     for support, query in (("x_s", "x_q"), ("y_s", "y_q")) if targets else (("x_s", "x_q"),):
-        given = [name for name in (support, query) if name in data]
-        several = [name for name in given if not isinstance(data[name], Tensor)]
-        if several and support == "y_s":
-            reasons.append(f"{several[0]} is {_described(data[several[0]])}; fused kernels take one tensor")
-        elif differing := differing_shapes(data, support, query):
+        if differing := differing_shapes(data, support, query):
             _, a, _, b = differing[0]
             reasons.append(f"{support} and {query} have samples of different shapes, {a} and {b}")
     strange = [leaf.dtype for leaf in inputs.leaves if leaf.dtype not in (dtype, *_WHOLE)]
@@ -52,8 +48,3 @@ def differing_shapes(data: Mapping[str, Any], support: str, query: str) -> list[
     there = structure.items(data[query])
     pairs = [(place, v.shape[1:], there[place].shape[1:]) for place, v in structure.items(data[support]).items()]
     return [(support + place, tuple(a), query + place, tuple(b)) for place, a, b in pairs if a != b]
-
-
-def _described(value: Any) -> str:
-    kind = "mapping" if isinstance(value, Mapping) else "sequence"
-    return f"a {kind} of {len(value)} tensor{'s' * (len(value) != 1)}"

@@ -123,7 +123,7 @@ class Plan:
         if reasons := why_not_one(self.data, self.dtype, own, self.inputs):
             return None, reasons
         targets = [self.data.get(name) if own else None for name in ("y_s", "y_q")]
-        criteria = [None if y is None else Criterion(loss, tuple(y.shape[1:]), y.dtype) for y in targets]
+        criteria = [None if y is None else Criterion.of(loss, y) for y in targets]
         batches = list(zip((self.support, self.query), criteria, strict=True))
         graph, reasons = trace(self.objective, batches, self.inputs)
         if graph is not None and graph.returned is None and self.needs.outputs:
@@ -167,6 +167,13 @@ class Plan:
         if graph.loss is not None:
             return graph.features(graph.output)
         return next(iter(graph.shapes[graph.output]), None)
+
+    def labels_in(self, y: Any) -> Any:
+        """Of a call's targets those that are checked to be labels."""
+        graph = self.trace[0]
+        if y is None or graph is None or graph.loss is None:
+            return y
+        return structure.tensors(y)[graph.loss.labels]
 
     @property
     def ignored(self) -> int | None:

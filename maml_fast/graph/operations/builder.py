@@ -119,10 +119,15 @@ class Repeated:
 
 @dataclass(frozen=True)
 class Target:
-    """A task's targets, perhaps in another shape with the same elements in the same order."""
+    """A task's targets, perhaps in another shape with the same elements in the same order.
+
+    Attributes:
+        number: which of several.
+    """
 
     shape: Shape
     dtype: torch.dtype
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,8 @@ class GraphBuilder:
         self._makers: dict[int, Op] = {}
         self._lifted: dict[Any, Value] = {}
         self.classes = 0  # of the labels that a loss has been written out for
+        self.labels = 0  # which of several targets these are
+        self.several_targets = False
         self.ignored: int | None = None  # the label that such a loss ignores
         self.assumes_labels = False  # whether a comparison has been taken to be false of all labels
 
@@ -398,16 +405,17 @@ class GraphBuilder:
         """A task's targets as values of its samples.
 
         Raises:
-            Untraceable: they have another type than the parameters and are no int64 labels.
+            Untraceable: they have another type than the parameters and are no whole numbers.
         """
-        labels = x.dtype == torch.int64
+        labels = not x.dtype.is_floating_point
         if not labels and x.dtype != self.dtype:
             raise Untraceable(f"a loss of {self.dtype} outputs and {x.dtype} targets has no fused kernel")
         if not x.shape or x.shape[0] % self.samples:
             raise Untraceable(f"targets of shape {x.shape} whose samples are not first")
         each = x.shape[0] // self.samples
         shape = x.shape[1:] if each == 1 else (each, *x.shape[1:])
-        y = self.emit("target", [], shape, once=False, labels=labels, per_task=False)
+        y = self.emit("target", [], shape, once=False, labels=labels, number=x.number, per_task=False)
+        y = replace(y, mask=x.dtype == torch.bool)
         return y if each == 1 else replace(y, dims=((SAMPLES, 0), *((d,) for d in range(1, len(shape)))))
 
     def _lift(self, x: Weight | Constant | Literal) -> Value:

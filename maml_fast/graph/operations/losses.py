@@ -106,6 +106,8 @@ def summed_losses(t: GraphBuilder, x: Any, dim: Sequence[int] | None, keepdim: b
     """The sum of losses, or of what they are made of; None of anything else."""
     if isinstance(x, Everywhere):
         return math.prod(x.shape)
+    if t.several_targets:
+        return None
     if isinstance(x, LogProbabilities) and not keepdim and dtype is None and [*(dim or ())] in ([1], [-1]):
         uniform = Losses(LossOp("cross_entropy", 1.0), x.of, (t.samples,))  # every class is as likely
         return replace(uniform, factor=-float(x.of.shape[0]))
@@ -149,7 +151,7 @@ def _nll(t: GraphBuilder, x: Any, y: Any, weight: Any, reduction: int, ignore_in
     if not isinstance(y, Target) or y.dtype != torch.int64 or not y.shape or y.shape[0] % t.samples:
         raise Untraceable("nll_loss has a fused kernel only for labels whose samples come first")
     plain = weight is None and ignore_index < 0 and y.shape == (t.samples,)
-    if plain and isinstance(x, LogProbabilities):
+    if plain and isinstance(x, LogProbabilities) and not t.several_targets:
         return _with_reduction(t, Losses(LossOp("cross_entropy"), x.of, y.shape), reduction), None
     x = t.lifted(x, "nll_loss")
     label, numbers = _labels_and_classes(t, x, y, ignore_index)
@@ -169,7 +171,7 @@ def _nll(t: GraphBuilder, x: Any, y: Any, weight: Any, reduction: int, ignore_in
 def _labels_and_classes(t: GraphBuilder, x: Value, y: Target, ignored: int) -> tuple[Value, Literal]:
     """Labels with a dimension of classes behind the samples, which the call checks, and the classes' numbers there."""
     classes, *space = t.full_shape(x)[1:]
-    _take_labels(t, classes, ignored)
+    _take_labels(t, classes, ignored, y.number)
     label = unsqueezed(t, t.lifted(y, "labels"), 1)
     return label, Literal(torch.arange(classes, dtype=torch.float64).reshape(classes, *(1 for _ in space)))
 
@@ -193,15 +195,16 @@ def _gather(t: GraphBuilder, x: Any, dim: int, index: Any, sparse_grad: bool = F
 
 def _labels(t: GraphBuilder, labels: Target, classes: int) -> tuple[Value, Literal]:
     """Labels (samples, 1), which the call then checks against the number of classes, and the numbers of the classes."""
-    _take_labels(t, classes, _NOT_IGNORED)
+    _take_labels(t, classes, _NOT_IGNORED, labels.number)
     return t.lifted(labels, "labels"), Literal(torch.arange(classes, dtype=torch.float64))
 
 
-def _take_labels(t: GraphBuilder, classes: int, ignored: int) -> None:
+def _take_labels(t: GraphBuilder, classes: int, ignored: int, number: int) -> None:
     """Have the call check that labels are in [0, classes), or are the one that is ignored."""
-    if (t.classes or classes, t.ignored or ignored) != (classes, ignored):
+    known = (t.classes, t.ignored, t.labels) if t.classes else (classes, ignored, number)
+    if known != (classes, ignored, number):
         raise Untraceable("labels are taken for those of different numbers of classes, or to be ignored")
-    t.classes, t.ignored = classes, ignored
+    t.classes, t.ignored, t.labels = classes, ignored, number
 
 
 def _elementwise(t: GraphBuilder, a: Any, b: Any, loss: LossOp, reduction: int) -> Any:
@@ -231,6 +234,7 @@ def _are_compared(t: GraphBuilder, z: Any, y: Any) -> bool:
     return (
         isinstance(z, Value)
         and not z.once
+        and not t.several_targets
         and isinstance(y, Target)
         and y.dtype == t.dtype
         and t.full_shape(z) == y.shape

@@ -198,7 +198,7 @@ def _cast(t: GraphBuilder, x: Any, *args: Any, dtype: Any = None, **kwargs: Any)
     if isinstance(x, Target) and dtype not in (None, x.dtype):
         if dtype != t.dtype:
             raise Untraceable(f"targets of {x.dtype} are made {dtype}, which has no fused kernel")
-        return t.lifted(x, "a loss")
+        return replace(t.lifted(x, "a loss"), mask=False)
     if isinstance(x, Value) and x.mask and dtype is not None and dtype.is_floating_point:
         return replace(x, mask=False)
     return x
