@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import interpreted
 import pytest
@@ -46,12 +47,16 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- the shared case list ------------------------------------------------------------------------------
 
-CASES = ("elementary", "chosen", "gate", "rearranged", "over-samples", "reduced", "cut-gradients")
-CASES += ("attended", "computed-weight")
-LARGE_CASES = ("computed-filters",)
+
+def shown(names: Iterable[str], chosen: Collection[str]) -> list[Any]:
+    """All of them as parameters; those that are not chosen are left to `make test-exhaustive`."""
+    return [n if n in chosen else pytest.param(n, marks=pytest.mark.exhaustive) for n in names]
 
 
-@pytest.mark.parametrize("name", [*CASES, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in LARGE_CASES)])
+CASES = [case.name for case in cases.select(tag="families")]
+
+
+@pytest.mark.parametrize("name", shown(CASES, {*CASES} - {"computed-filters"}))
 def test_second_order(name: str) -> None:
     (case,) = cases.select([name])
     assert_close(case, interpreted.meta_gradient("triton-wide", case, first_order=False), first_order=False)
@@ -63,7 +68,7 @@ def test_first_order(name: str) -> None:
     assert_close(case, interpreted.meta_gradient("triton-wide", case, first_order=True), first_order=True)
 
 
-@pytest.mark.parametrize("name", ["gate", "over-samples"])
+@pytest.mark.parametrize("name", ["over-samples"])
 def test_same_bits_every_time(name: str) -> None:
     (case,) = cases.select([name])
     first, second = (interpreted.meta_gradient("triton-wide", case, first_order=False) for _ in range(2))
@@ -100,55 +105,23 @@ def assert_like_the_textbook(name: str, first_order: bool, samples: tuple[int, i
     assert all(e.ok for e in errors), [e for e in errors if not e.ok]
 
 
-SHOWN = ("scale", "zero-d-scale", "buffer", "masks", "straight-through", "transposed-samples", "image-squeeze")
-SHOWN += ("stacked", "cumsum", "norms", "image-bilinear", "softmax-inside", "log-softmax", "max")
-SHOWN += ("lora", "hypernetwork", "no-grad", "attention")
-"""Models of every kind; the others are left to `make test-exhaustive`."""
-
-MODELS = (
-    *("exp", "powers", "roots", "logarithms", "trigonometry", "one-scale", "gate", "quotient", "film", "mean"),
-    *("prelu", "where", "clamp", "extremes", "positions", "activations", "detached", "data", "undifferentiable"),
-    *("written-without-gradient", "whole-multiples", "image-dilated-ceil-maximum"),
-    *(
-        "halves",
-        "chunks",
-        "every-other",
-        "selected",
-        "joined-with-itself",
-        "flipped",
-        "padded",
-        "reflected",
-        "repeated",
-    ),
-    *("sum", "variance", "distances", "permuted", "glu", "fourier", "cosine-similarity", "zero-d-of-rows"),
-    *("before-the-first", "written-in-part", "rnn", "gru"),
-    *(f"image-{body}" for body in ("channels-last", "bilinear-corners", "pixel-shuffle", "uneven-average")),
-    *("softmax", "log-probabilities", "logsumexp", "amax-of-ties", "ruled-out", "far-below", "set"),
-    *("lora-of-weights", "cosine", "weight-slice", "vector-weight", "detached-weight", "causal", "token"),
-    *("causal-function", "sequence-first"),
-    *(f"image-{body}" for body in ("uneven-maximum", "weight-norm", "standardised", "transposed", "volumes")),
-    *(f"image-{body}" for body in ("ceil-maximum", "reflect", "replicate", "mean-of-channels", "rms-norm", "rows")),
-)
+SHOWN = ("zero-d-scale", "straight-through", "transposed-samples", "image-squeeze", "stacked", "softmax-inside")
+SHOWN += ("max", "lora", "hypernetwork")
+MODELS = [n for n in test_families.MODELS if n not in (*test_families._ONCE_ONLY, "lstm")]  # a minute by itself
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize("name", shown(MODELS, SHOWN))
 def test_model(name: str) -> None:
     assert_like_the_textbook(name, first_order=False)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", MODELS)
-def test_other_model(name: str) -> None:
-    assert_like_the_textbook(name, first_order=False)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", [n for n in (*SHOWN, *MODELS) if n not in test_families._AMBIGUOUS])
+@pytest.mark.parametrize("name", [n for n in MODELS if n not in test_families._AMBIGUOUS])
 def test_one_sample_and_first_order(name: str) -> None:
     assert_like_the_textbook(name, first_order=True, samples=(1, 3))
 
 
-@pytest.mark.parametrize("name", test_families._ONCE_ONLY)
+@pytest.mark.parametrize("name", shown(test_families._ONCE_ONLY, ["infinite-slopes"]))
 def test_cuts_select_where_slopes_are_infinite(name: str) -> None:
     """0 · ∞ would be NaN."""
     assert_like_the_textbook(name, first_order=True)
@@ -164,9 +137,8 @@ LOSSES: dict[str, tuple[nn.Module, LossLike]] = {
     **test_captured_losses.BESIDE,
 }
 LABELS = (*test_captured_losses.LABELS, *test_captured_losses.OWN_LABELS)
-SHOWN_LOSSES = ("sum", "maximised", "nll-sum", "penalty", "weighted-samples", "of-no-targets", "gather", "as-numbers")
-SHOWN_LOSSES += ("divergence", "of-parameter-and-targets")
-REFUSED_LOSSES = ("over-samples-and-rows", "over-samples-first")
+SHOWN_LOSSES = ("sum", "nll-sum", "weighted-samples", "of-no-targets", "gather", "of-parameter-and-targets")
+REFUSED_LOSSES = ("over-samples-and-rows", "over-samples-first")  # no backend has a graph for them
 
 
 def of_loss(name: str, backend: str, dtype: torch.dtype, moved: agreement.Rounding | None = None) -> agreement.Results:
@@ -215,14 +187,8 @@ def assert_loss_like_the_textbook(name: str) -> None:
     assert all(e.ok for e in errors), [e for e in errors if not e.ok]
 
 
-@pytest.mark.parametrize("name", SHOWN_LOSSES)
+@pytest.mark.parametrize("name", shown([n for n in LOSSES if n not in REFUSED_LOSSES], SHOWN_LOSSES))
 def test_loss(name: str) -> None:
-    assert_loss_like_the_textbook(name)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", [n for n in LOSSES if n not in SHOWN_LOSSES + REFUSED_LOSSES])
-def test_other_loss(name: str) -> None:
     assert_loss_like_the_textbook(name)
 
 
