@@ -193,7 +193,7 @@ def test_labels_outside_the_classes_are_refused(label: int, call: str, core: Mod
 @pytest.mark.parametrize("threads", [-1, 0, 1025, 2**31, 2**40])
 def test_a_number_of_threads_out_of_range_is_refused(threads: int, core: ModuleType) -> None:
     plan, arguments = recorded(network, "backward")
-    for action in (lambda: plan.run(*put(arguments, 22, None, threads)), lambda: plan.bytes(threads)):
+    for action in (lambda: plan.run(*put(arguments, 26, None, threads)), lambda: plan.bytes(threads)):
         with pytest.raises(ValueError, match=f"threads: expected .*got {threads}"):
             action()
     if threads > 0:

@@ -150,7 +150,7 @@ KINDS = {
             normal(SUPPORT, 4).requires_grad_(), {"label": whole(SUPPORT), "weight": normal(SUPPORT)},
             normal(QUERY, 4), {"weight": normal(QUERY), "label": whole(QUERY)},
         ),
-        of_mapping, of_mapping, ("y_s is a mapping of 2 tensors",),
+        of_mapping, of_mapping,
     ),
     "targets of a type": Kind(
         lambda: nn.Linear(4, 3),
@@ -158,7 +158,7 @@ KINDS = {
             normal(SUPPORT, 4), Pair(whole(SUPPORT), normal(SUPPORT)),
             normal(QUERY, 4).requires_grad_(), Pair(whole(QUERY), normal(QUERY)),
         ),
-        of_pair, of_pair, ("y_s is a sequence of 2 tensors",),
+        of_pair, of_pair,
     ),
     "images of another size": Kind(
         pooled,
@@ -176,7 +176,7 @@ KINDS = {
             normal(QUERY, 3, 2).requires_grad_(), [normal(QUERY, 3), whole(QUERY, 3) > 0],
         ),
         of_lists, of_lists,
-        ("x_s and x_q have samples of different shapes, (5, 2) and (3, 2)", "y_s is a sequence of 2"),
+        ("x_s and x_q have samples of different shapes, (5, 2) and (3, 2)", "y_s and y_q have samples of different"),
     ),
     "other targets of the query": Kind(
         lambda: nn.Linear(4, 3), lambda: (normal(SUPPORT, 4), whole(SUPPORT), normal(QUERY, 4), normal(QUERY, 3)),

@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from maml_fast.graph.graph import Graph
 from maml_fast.graph.inputs import Inputs, Leaf
@@ -205,9 +207,9 @@ def _stale_view(m: Function, x: Tensor) -> Tensor:
     return seen
 
 
-def _written_buffer(m: Function, x: Tensor) -> Tensor:
-    m.mean.add_(1)
-    return F.batch_norm(x, m.mean, m.var)
+def _dual(m: Function, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(linear(m, forward_ad.make_dual(x, x))).tangent
 
 
 def _gradient_hook(m: Function, x: Tensor) -> Tensor:
@@ -239,8 +241,6 @@ DECLINED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "tensor-hook": (*_of(_gradient_hook), "hook on a tensor"),
     "writes-a-part": (*_of(_written_in_part), "writes a part|written in place|fused kernel|has written"),
     "stale-view": (*_of(_stale_view), "written in place since"),
-    "writes-a-buffer": (Function(_written_buffer), IMAGE, "not a buffer of the model"),
-    "foreign-statistics": (Function(lambda m, x: F.batch_norm(x, torch.zeros(4), torch.ones(4))), IMAGE, "not a buf"),
     "conv-padding-mode": (nn.Conv2d(4, 2, 3, padding=1, padding_mode="circular"), IMAGE, "written in place"),
     "conv-of-samples": (nn.Conv2d(2, 3, 3), (6, 9), "samples are not first"),
     "groupnorm-single-value": (nn.GroupNorm(4, 4), (4, 1, 1), "over a single value|cannot be captured"),
@@ -258,9 +258,12 @@ DECLINED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "cat-samples": (Function(lambda m, x: torch.cat([x, x])), IMAGE, "cat over the sample dimension"),
     "reshape-samples": (Function(lambda m, x: x.reshape(-1, 9)), IMAGE, "samples are merged"),
     "squeezed-sample": (Function(lambda m, x: x.reshape(1, -1)), (9,), "samples are merged"),
-    "constant-attribute": (*_of(lambda m, x: linear(m, x) + CONSTANT), "constant of shape"),
+    "writes-a-constant": (*_of(lambda m, x: linear(m, x) + CONSTANT.add_(1)), "neither a parameter nor a buffer"),
+    "constant-made": (*_of(lambda m, x: linear(m, x) + torch.from_numpy(NUMBERS.copy())), "that it makes itself"),
+    "forward-mode": (*_of(lambda m, x: torch.func.jvp(lambda v: linear(m, v), (x,), (x,))[1]), "forward mode"),
+    "dual-numbers": (*_of(_dual), "forward mode"),
 }  # fmt: skip
-CONSTANT, GENERATOR = torch.ones(3), torch.Generator()
+CONSTANT, GENERATOR, NUMBERS = torch.ones(3), torch.Generator(), np.ones(3, np.float32)
 
 
 @pytest.mark.parametrize(("module", "in_shape", "reason"), DECLINED.values(), ids=DECLINED)

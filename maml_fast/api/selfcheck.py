@@ -158,7 +158,8 @@ def _whole_gradient(plan: Plan, t: Tensors) -> tuple[Plan, Tensors]:
     assert t.x_s is not None and t.y_s is not None
     x_q = t.x_s if t.x_q is None else t.x_q
     samples = structure.first(x_q).shape[1]
-    y_q = t.y_s[:, torch.arange(samples, device=plan.device) % plan.support] if t.y_q is None else t.y_q
+    chosen = torch.arange(samples, device=plan.device) % plan.support
+    y_q = structure.mapped(t.y_s, lambda y: y[:, chosen]) if t.y_q is None else t.y_q
     if plan.mode is not Mode.META_GRADIENT or plan.inner.steps > MOST_STEPS:
         trace, inner = plan.trace, replace(plan.inner, steps=min(plan.inner.steps, MOST_STEPS))
         plan = replace(plan, mode=Mode.META_GRADIENT, inner=inner, query=samples, state={})

@@ -289,8 +289,8 @@ class _Call:
         x_q, more_q = self._inputs(t.x_q)
         y_s, others_s = self._targets(t.y_s)
         y_q, others_q = self._targets(t.y_q)
-        dx_s, dmore_s = self._gradients_of_inputs(result.x_s, len(more_s))
-        dx_q, dmore_q = self._gradients_of_inputs(result.x_q, len(more_q))
+        dx_s, dmore_s = self._gradients_of_inputs(result.x_s, t.x_s)
+        dx_q, dmore_q = self._gradients_of_inputs(result.x_q, t.x_q)
         self.core.run(
             x_s,
             y_s,
@@ -330,7 +330,7 @@ class _Call:
         """The tensor of buffer 0, and those that operations `input` read."""
         if x is None or self.one_input:
             return x, ()
-        given = structure.tensors(x)
+        given = structure.tensors_by_name(x)
         others = [None if leaf is None else _as_given(given[leaf]) for leaf in self.read]
         return None if self.inputs.primary is None else given[self.inputs.primary], others
 
@@ -340,17 +340,23 @@ class _Call:
             return None, (None,) * self.other_targets
         if isinstance(y, Tensor):
             return _as_given(y) if 0 in self.targets else None, ()
-        first, *others = [_as_given(v) if i in self.targets else None for i, v in enumerate(structure.tensors(y))]
+        first, *others = [
+            _as_given(v) if i in self.targets else None for i, v in enumerate(structure.tensors_by_name(y))
+        ]
         return first, others
 
-    def _gradients_of_inputs(self, found: Any, others: int) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+    def _gradients_of_inputs(self, found: Any, x: Any) -> tuple[Tensor | None, Sequence[Tensor | None]]:
         """What the core writes: the gradient of buffer 0, and those of the other inputs."""
         if self.one_input:
             return found, ()
-        if found is None:
-            return None, (None,) * others
+        if x is None:
+            return None, ()
+        made = [None] * len(self.inputs.leaves) if found is None else [found[place] for place in structure.by_name(x)]
         primary, read = self.inputs.primary, self.read
-        return None if primary is None else found[primary], [None if leaf is None else found[leaf] for leaf in read]
+        first = None if primary is None else made[primary]
+        if first is None and found is not None and primary is not None:  # the core writes it along with the others
+            first = _zeros(structure.tensors_by_name(x)[primary])
+        return first, [None if leaf is None else made[leaf] for leaf in read]
 
     def _buffers(self, plan: Plan) -> list[Tensor]:
         """The buffers that layers read as constants, in the core's type."""
@@ -402,11 +408,11 @@ def _as_given(x: Tensor) -> Tensor:
 
 def _input_gradients(x: Any, needed: bool, each: Sequence[bool]) -> Any:
     """Zeros for the gradient, or a list of one for each of several inputs."""
-    if not needed:
-        return None
-    if isinstance(x, Tensor):
-        return _zeros(x)
-    return [_zeros(v) if wanted else None for v, wanted in zip(structure.tensors(x), each, strict=True)]
+    if isinstance(x, Tensor) or x is None:
+        return _zeros(x) if needed and x is not None else None
+    return [
+        _zeros(v) if wanted else None for v, wanted in zip(structure.tensors(x), each or (False,) * len(x), strict=True)
+    ]
 
 
 def _new(shape: Shape, dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -69,6 +69,7 @@ class Captured:
         stand_ins: these.
         literals: stand-ins of tensors that were made of Python's numbers, and these.
         y, loss: the stand-ins of the targets, and what the loss returned, where it was captured too.
+        numbers: what each of the targets is called.
         of_forward: how many of the calls are forward's; the others are the loss's.
         draws: how many times random numbers were drawn.
     """
@@ -85,6 +86,7 @@ class Captured:
     loss: Any = None
     of_forward: int = 0
     draws: int = 0
+    numbers: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,6 +112,12 @@ class Criterion:
         """For one task's targets (N, *shape)."""
         leaves = tuple(Leaf(tuple(v.shape[1:]), v.dtype) for v in structure.tensors(data))
         return Criterion(loss, leaves, data, (type(data), *(place for place, _ in structure.named("", data))))
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What each of the targets is called in the graph: its place in the order of `structure.by_name`."""
+        order = structure.by_name(self.form)
+        return tuple(order.index(place) for place in range(len(order)))
 
     def stand_ins(self, samples: int) -> tuple[Tensor, ...]:
         """Tensors without elements for so many samples."""
@@ -161,6 +169,7 @@ def capture(
         loss,
         of_forward,
         recorder.draws,
+        () if criterion is None else criterion.numbers,
     )
 
 

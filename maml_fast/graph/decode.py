@@ -116,7 +116,7 @@ class _Decoder:
         for tensor, real in captured.literals:
             self._bind(tensor, Literal(real))
         self.builder.several_targets = len(captured.y) > 1
-        for number, y in enumerate(captured.y):
+        for number, y in zip(captured.numbers, captured.y, strict=True):
             self._bind(y, Target(tuple(y.shape), y.dtype, number))
 
     def _given(self, inputs: Inputs, place: int) -> Value:
@@ -209,12 +209,27 @@ class _Decoder:
         if call.written and call.written[0] is call.args[0]:
             self._write(call)
             return
+        if call.name == "detach" and call.outputs[0].grad_fn is not None:
+            try:
+                meaning = self._saved(call.outputs[0])
+            except Untraceable as error:
+                meaning = Unknown(str(error))
+            self._bind(call.outputs[0], meaning)
+            return
         meaning = self._literal(call) or self._meaning(call, call.name)
         for tensor in call.written:
             self._out_of_date(tensor)
             self._bind(tensor, Unknown(f"forward reads a tensor that {call.name} has written"))
         if not all(id(o) in self.bound for o in call.outputs):
             self._bind_outputs(call, meaning)
+
+    def _saved(self, tensor: Tensor) -> Any:
+        """What autograd has kept of an operation's result for its derivative, and gives out with its history."""
+        for call in self.captured.calls:
+            for made in call.outputs:
+                if made is not tensor and made.grad_fn is tensor.grad_fn and made.output_nr == tensor.output_nr:
+                    return self._read(made)
+        raise Untraceable("forward takes a derivative through something that the capture has not seen")
 
     def _check(self, mask: Any) -> None:
         """Have every call check that a mask is set."""
@@ -357,7 +372,7 @@ class _Decoder:
         return Constant(self.name_of(real), tuple(real.shape), real.dtype == torch.bool)
 
     def _is_cut(self, tensor: Tensor) -> bool:
-        """Whether the tensor has no derivative although what it was made of has one (no_grad, detach).
+        """Whether no derivative leads from the tensor to what it was made of, which has one (no_grad, detach).
 
         Raises:
             Untraceable: its derivative is a person's own.
@@ -370,7 +385,7 @@ class _Decoder:
         if not tensor.is_floating_point() or not _requires_grad((call.args, call.kwargs)):
             return False
         written = bool(call.written) and call.written[0] is tensor
-        return not tensor.requires_grad or not (call.differentiated or written)
+        return tensor.grad_fn is None or not (call.differentiated or written)
 
     def _refuse_tensor_hooks(self) -> None:
         for bound in self.bound.values():

@@ -26,7 +26,7 @@ class Inputs:
     """The tensors that a model takes.
 
     Attributes:
-        leaves: in order. keys: the names that they are passed by; None where by position.
+        leaves: in the order of `structure.by_name`. keys: the names that they are passed by; None where by position.
         several: whether the model takes them as several arguments.
         primary: the leaf that is the graph's value 0; None where none is of the parameters' type.
         wanted: the leaves of which the gradient is asked for. device: of all tensors.
@@ -44,12 +44,15 @@ class Inputs:
         """Of one task's inputs (N, *shape).
 
         Args:
-            dtype: of the parameters. wanted: of which of the tensors the gradient is asked for.
+            dtype: of the parameters. wanted: of which of the tensors the gradient is asked for, in this order.
         """
-        tensors = structure.tensors(data)
+        tensors = structure.tensors_by_name(data)
         leaves = tuple(Leaf(tuple(v.shape[1:]), v.dtype) for v in tensors)
         found = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
-        keys = tuple(data) if isinstance(data, Mapping) else None
+        keys = None
+        if isinstance(data, Mapping):
+            given = tuple(data)
+            keys = tuple(given[place] for place in structure.by_name(data))
         primary = next(iter(found), None)
         return Inputs(
             leaves, keys, not isinstance(data, Tensor), primary, tuple(i for i, w in enumerate(wanted) if w), device

@@ -51,6 +51,20 @@ def items(data: Data) -> dict[str, Tensor]:
     return dict(named("", data))
 
 
+def by_name(data: Data) -> list[int]:
+    """The places of the tensors of inputs or targets in an order that does not depend on how a mapping was filled."""
+    if not isinstance(data, Mapping):
+        return list(range(len(tensors(data))))
+    names = [repr(key) for key in data]
+    return sorted(range(len(names)), key=names.__getitem__)
+
+
+def tensors_by_name(data: Data) -> list[Tensor]:
+    """The tensors in this order."""
+    found = tensors(data)
+    return [found[place] for place in by_name(data)]
+
+
 def called(function: Callable[..., Any], x: Data) -> Any:
     """`function(x)`, `function(*x)` or `function(**x)`, of copies that it may write."""
     if isinstance(x, Tensor):

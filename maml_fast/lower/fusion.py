@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Set
 from dataclasses import replace
 
+from ..graph.expressions import Expression
 from ..graph.expressions.language import in_order
 from ..graph.graph import Graph, Op
+
+_SAFE = ("norm", "std", "amax", "logsumexp")  # roots, logarithms and quotients of what is not zero
 
 NORMS = ("batch_norm", "running_norm", "group_norm")
 
@@ -17,7 +21,7 @@ def fuse(graph: Graph) -> Graph:
     A norm's attributes then tell `slope`, that of the activation below zero (1 for none), and `pool`, the shape of the
     pool's windows, which tile the image from its corner (absent for none).
     """
-    cuts = not any(_may_be_infinite(op) for op in graph.live_ops())
+    cuts = not has_infinite_slopes(graph)
     uses = Counter(v for op in graph.live_ops() for v in op.inputs)
     uses.update(graph.ends)
     ops: list[Op] = []
@@ -34,11 +38,38 @@ def fuse(graph: Graph) -> Graph:
     return replace(graph, ops=tuple(ops))
 
 
-def _may_be_infinite(op: Op) -> bool:
-    """Whether its slope may be infinite: the norms' kernels multiply it with the slope 0 of a ReLU, and get NaN."""
-    if op.kind != "pointwise" or op.attributes["name"] in ("norm", "std"):
+def has_infinite_slopes(graph: Graph) -> bool:
+    """Whether some slope may be infinite at finite numbers: kernels that multiply it with the 0 of a ReLU get NaN."""
+    live = graph.live_ops()
+    bounded = {op.output for op in live if _is_bounded_below(op)}
+    return any(_is_steep(op, bounded) for op in live)
+
+
+def _is_bounded_below(op: Op) -> bool:
+    """Whether this is a clamp, by which people keep what they divide by away from zero."""
+    if op.kind == "clamp":
+        return bool(op.attributes["low"] > 0)
+    return op.kind == "pointwise" and op.attributes["name"] == "clamp"
+
+
+def _is_steep(op: Op, bounded: Set[int]) -> bool:
+    if op.kind != "pointwise" or op.attributes["name"] in _SAFE:
         return False
-    return any(part.name in ("sqrt", "log", "pow") for part in in_order([op.attributes["expression"]]))
+    safe = {f"x{j}" for j, v in enumerate(op.inputs) if v in bounded}
+    for part in in_order([op.attributes["expression"]]):
+        if part.name in ("sqrt", "log", "log1p", "pow"):
+            return True
+        if part.name == "div" and not _is_away_from_zero(part.arguments[1], safe):
+            return True
+    return False
+
+
+def _is_away_from_zero(divisor: Expression, safe: Set[str]) -> bool:
+    if divisor.name == "constant":
+        return bool(divisor.value != 0)
+    if divisor.name == "maximum":
+        return any(a.name == "constant" and a.value > 0 for a in divisor.arguments)
+    return divisor.name == "variable" and divisor.value in safe
 
 
 def _absorb(norm: Op, op: Op, cuts: bool) -> Op | None:

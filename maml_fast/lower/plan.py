@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -98,10 +97,10 @@ class Plan:
     @cached_property
     def inputs(self) -> Inputs:
         """What the model takes of every sample."""
-        needs, data = self.needs, self.data.get("x_s", self.data.get("x_q"))
-        each = [needs.x_s_each or (needs.x_s,), needs.x_q_each or (needs.x_q,)]
-        wanted = [any(pair) for pair in zip_longest(*each, fillvalue=False)]
-        return Inputs.of(data, self.dtype, wanted, self.device)
+        needs, given = self.needs, [self.data[name] for name in ("x_s", "x_q") if name in self.data]
+        asked = {"x_s": needs.x_s_each or (needs.x_s,), "x_q": needs.x_q_each or (needs.x_q,)}
+        each = [[asked[n][place] for place in structure.by_name(self.data[n])] for n in asked if n in self.data]
+        return Inputs.of(given[0], self.dtype, [any(pair) for pair in zip(*each, strict=True)], self.device)
 
     @property
     def draws(self) -> bool | None:
@@ -173,7 +172,7 @@ class Plan:
         graph = self.trace[0]
         if y is None or graph is None or graph.loss is None:
             return y
-        return structure.tensors(y)[graph.loss.labels]
+        return structure.tensors_by_name(y)[graph.loss.labels]
 
     @property
     def ignored(self) -> int | None:

@@ -11,11 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from ....graph.expressions import Expression, call, variable
-from ....graph.expressions.language import in_order
 from ....graph.graph import Graph, Op
-
-_STEEP = ("sqrt", "log", "log1p", "pow", "div")
-_SAFE = ("norm", "std", "amax", "logsumexp")  # roots, logarithms and quotients of what is not zero
+from ....lower.fusion import has_infinite_slopes
 
 
 def _relu(x: Expression) -> Expression:
@@ -35,20 +32,9 @@ _CUTS: Mapping[str, Callable[..., Expression]] = {"relu": _relu, "clamp": _clamp
 
 def selecting(graph: Graph) -> Graph:
     """The same network, with expressions for such layers if anything in it is steep."""
-    if not any(map(_is_steep, graph.live_ops())):
+    if not has_infinite_slopes(graph):
         return graph
     return replace(graph, ops=tuple(_as_expression(op) if op.kind in _CUTS else op for op in graph.ops))
-
-
-def _is_steep(op: Op) -> bool:
-    if op.kind != "pointwise" or op.attributes["name"] in _SAFE:
-        return False
-    return any(part.name in _STEEP and not _by_constant(part) for part in in_order([op.attributes["expression"]]))
-
-
-def _by_constant(part: Expression) -> bool:
-    """Whether this is a quotient by a number."""
-    return part.name == "div" and part.arguments[1].name == "constant" and part.arguments[1].value != 0
 
 
 def _as_expression(op: Op) -> Op:
