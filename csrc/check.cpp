@@ -135,6 +135,8 @@ class OpCheck {
         }
         if (op_.kind == OpKind::constant) {
             require_index(where_, "constant", op_.c0, 0, spec_.constants.size());
+            require_index(where_, "the query's constant", op_.c1, -1, spec_.constants.size());
+            if (op_.c1 >= 0) require_equal(spec_.constants[op_.c1].name, out(), spec_.constants[op_.c1].size);
             return require_equal(spec_.constants[op_.c0].name, out(), spec_.constants[op_.c0].size);
         }
         bool constants = op_.kind == OpKind::running_norm;

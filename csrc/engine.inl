@@ -194,7 +194,7 @@ class Engine {
             case OpKind::parameter:
                 return spread_parameter(weight(in.theta, op.w), size, y);
             case OpKind::constant:
-                return spread_parameter({constant(op.c0), 0}, size, y);
+                return spread_parameter({constant(tape.batch == 1 && op.c1 >= 0 ? op.c1 : op.c0), 0}, size, y);
             case OpKind::target:
                 return given_values(op, tape, target(tape.batch, op.width), y);
             case OpKind::input:

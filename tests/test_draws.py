@@ -50,7 +50,7 @@ def _block(m: Net, x: Tensor) -> Tensor:
     h = m.hidden(x).view(-1, 2, 2, 2)
     centres = (torch.rand(h.shape[0], 1, 2, 2, device=h.device, dtype=h.dtype) < 0.3).to(h.dtype)
     kept = 1 - F.max_pool2d(centres, 3, 1, 1)
-    return (h * kept / kept.mean().clamp(min=0.1)).flatten(1)
+    return (h * kept * kept.numel() / kept.sum().clamp(min=1)).flatten(1)
 
 
 def _image(m: Net, x: Tensor) -> Tensor:

@@ -232,7 +232,6 @@ DECLINED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "buffer-as-list": (Function(lambda m, x: x * m.mean.tolist()[0]), IMAGE, "asks a tensor for tolist"),
     "buffer-as-array": (Function(lambda m, x: x * float(m.mean.numpy()[0])), IMAGE, "asks a tensor for numpy"),
     "refusal-swallowed": (*_of(_swallowed), "reads the value of"),
-    "samples-as-number": (*_of(lambda m, x: linear(m, x) / x.size(0)), "depends on the number of samples"),
     "inference-mode": (*_of(_in_inference_mode), "no fused kernel"),
     "custom-function": (*_of(lambda m, x: Doubled.apply(linear(m, x))), "autograd.Function Doubled"),
     "custom-of-two-calls": (*_of(lambda m, x: TwoCalls.apply(linear(m, x))), "autograd.Function"),

@@ -436,7 +436,7 @@ Constant = str | Numbers
 
 def _constants(graph: Graph) -> list[Constant]:
     found: list[Constant] = [c for op in graph.live_ops() for c in op.constants]
-    found += [op.attributes["numbers"] for op in graph.live_ops() if "numbers" in op.attributes]
+    found += [op.attributes[n] for op in graph.live_ops() for n in ("numbers", "query") if n in op.attributes]
     return list(dict.fromkeys(found))
 
 
@@ -566,7 +566,9 @@ class _Spec:
                 sizes = {"rows": count, "width": rows, "out_width": math.prod(shape) // count}
                 return {**sizes, "f0": float(attributes["padding"])}
             case "constant":
-                return {"c0": self.constants.index(_constant_of(op))}
+                query = attributes.get("query")
+                others = -1 if query is None else self.constants.index(query)
+                return {"c0": self.constants.index(_constant_of(op)), "c1": others}
             case "pointwise":
                 return {"pointwise": _pointwise(attributes["expression"], shapes, shape)}
             case "linear_map":

@@ -14,7 +14,7 @@ Shape = tuple[int, ...]
 Attribute: TypeAlias = Any  # float | int | tuple[int, ...]; the layer's kind and the attribute's name tell which
 
 
-_HIDDEN = ("name", "boxes", "numbers", "per_task")  # attributes that `Graph.text` leaves out
+_HIDDEN = ("name", "boxes", "numbers", "query", "per_task")  # attributes that `Graph.text` leaves out
 
 
 class Untraceable(Exception):

@@ -14,6 +14,7 @@ from .graph import Graph, ReadsValues, Untraceable
 from .inputs import Inputs
 from .model import Model
 from .objective import Objective
+from .per_batch import Different, merged
 from .stand_ins import lock
 from .watch import watching
 
@@ -57,7 +58,10 @@ def _common(objective: Objective, batches: Batches, inputs: Inputs) -> Traced:
     if len({g.loss is not None and g.loss.name == "value" for g in graphs}) > 1:
         return None, ["it is none of the named ones, and the query outputs are asked for without it"]
     if any(_computed(g) != _computed(graphs[0]) for g in graphs):
-        return None, ["what forward computes depends on the number of samples"]
+        try:
+            graphs[0] = merged(*graphs)
+        except Different:
+            return None, ["what forward computes depends on the number of samples"]
     kinds = {
         (g.loss.name, g.loss.parameter, g.loss.classes, g.loss.ignored, g.loss.labels)
         for g in graphs
@@ -65,8 +69,9 @@ def _common(objective: Objective, batches: Batches, inputs: Inputs) -> Traced:
     }
     if len(kinds) > 1:
         return None, ["it differs between the numbers of samples"]
-    first = next((g for g in graphs if g.loss is not None), graphs[0])
-    return replace(first, loss=first.loss and replace(first.loss, factors=tuple(factors))), []
+    loss = next((g.loss for g in graphs if g.loss is not None), None)
+    first = graphs[0] if loss is None or graphs[0].loss is not None else graphs[-1]
+    return replace(first, loss=loss and replace(loss, factors=tuple(factors))), []
 
 
 def _computed(graph: Graph) -> Any:

@@ -47,6 +47,11 @@ _FUNCTIONS = (
     "torch.where({x} > 0.1, {x}, 0.3 * {x} - 0.07)", "torch.erf({x})", "torch.maximum({x}, 0.4 * {x} - 0.1)",
     "torch.expm1({x}.clamp(max=2.0))", "{x} * ({x} > 0)", "({x} ** 2 + 0.3) ** 0.7", "torch.log({x} ** 2 + 1)",
 )  # fmt: skip
+_NOISE = (
+    "F.dropout({x}, 0.3)", "F.alpha_dropout({x}, 0.2)", "{x} + 0.1 * torch.randn_like({x})",
+    "{x} * (0.5 + torch.rand_like({x}))", "{x} * {x}.new_empty({x}.shape[:1] + (1,) * ({x}.ndim - 1)).bernoulli_(0.7)",
+    "F.dropout1d({x}.unsqueeze(-1), 0.4).squeeze(-1)", "torch.bernoulli(torch.sigmoid({x})) * {x}",
+)  # fmt: skip
 _ROWWISE = (
     "torch.softmax({x}, {d})", "F.log_softmax({x}, {d})", "F.normalize({x}, dim={d})",
     "{x} - {x}.mean({d}, keepdim=True)", "{x} - torch.logsumexp({x}, {d}, keepdim=True)",
@@ -62,6 +67,11 @@ _REDUCED = (
 def function(c: Choices, net: Sketch, x: Value) -> Value:
     """An expression of one operand."""
     return net.call(c.of(_FUNCTIONS).format(x=x.name))
+
+
+def noise(c: Choices, net: Sketch, x: Value) -> Value:
+    """Something random, of which every backend draws the same."""
+    return net.call(c.of(_NOISE).format(x=x.name))
 
 
 def gate(c: Choices, net: Sketch, x: Value) -> Value:
@@ -311,7 +321,7 @@ def _same_features(module: nn.Module, features: int) -> bool:
 
 _ANYWHERE: tuple[Layer, ...] = (
     activation, activation, arithmetic, shortcut, concatenation, reshape, again, squeezing,
-    function, gate, scale, rowwise, arrangement, computed_weight,
+    function, gate, scale, rowwise, arrangement, computed_weight, noise,
 )  # fmt: skip
 
 LAYERS: dict[int, tuple[Layer, ...]] = {
