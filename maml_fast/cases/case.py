@@ -31,7 +31,6 @@ class Case:
             what draws inputs and targets. Floating-point numbers are cast to the case's dtype.
         rate: α as a number, one learnable scalar, a scalar per parameter tensor, or one per element.
         tags: what `select` looks for: `"bench"`, `"conv"`, or what is varied.
-        still: the same network without its random numbers, where it draws any; see `stilled`.
     """
 
     name: str
@@ -47,7 +46,6 @@ class Case:
     rate: Rate = "constant"
     adapts: Adapts = None
     tags: frozenset[str] = frozenset()
-    still: Callable[[], nn.Module] | None = None
 
     def build(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Problem:
         """The case's numbers, drawn in float32 and then cast: every dtype sees the same ones."""
@@ -61,10 +59,6 @@ class Case:
             lr = self._rates(model)
         loss = deepcopy(self.loss).to(device, dtype) if isinstance(self.loss, nn.Module) else self.loss
         return Problem(self, model, lr, x_s, y_s, x_q, y_q, loss)
-
-    def stilled(self) -> Case:
-        """The case as it can be compared: no two backends draw the same random numbers, so that it draws none."""
-        return self if self.still is None else replace(self, network=self.still, still=None)
 
     def tagged(self, *tags: str) -> Case:
         """The same case with further tags."""

@@ -1,7 +1,6 @@
 """`maml-fast verify --zoo`: which published models run fused, and whether their numbers are right.
 
-A model that draws random numbers is compared without them (`Case.stilled`): no two backends draw the same ones.
-Whether it runs fused, and its time, are those of the model as it is.
+Those that draw random numbers are compared with them: every backend draws the same.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ class Entry:
         reason: the first for which it does not run fused; empty where it does.
         milliseconds: of a warm `backward` in float32.
         failure: what it raised; otherwise empty.
-        still: whether it was compared without its random numbers.
     """
 
     name: str
@@ -47,7 +45,6 @@ class Entry:
     report: Report = field(default_factory=partial(Report, ()))
     milliseconds: float = math.nan
     failure: str = ""
-    still: bool = False
 
     @property
     def fused(self) -> bool:
@@ -68,9 +65,7 @@ class Entry:
         lines = [line for line in self.report.lines if line.dtype == dtype and not line.declined]
         if not lines:
             return ""
-        return (
-            max(lines, key=lambda line: line.error / line.limit if line.limit else math.inf).cell() + "*" * self.still
-        )
+        return max(lines, key=lambda line: line.error / line.limit if line.limit else math.inf).cell()
 
 
 def chosen(pattern: str | None) -> list[Case]:
@@ -110,8 +105,6 @@ def summary(entries: Sequence[Entry]) -> str:
     fused, wrong = sum(e.fused for e in entries), sum(not e.ok for e in entries)
     lines = [f"{fused} of {len(entries)} models run fused ({100 * fused / len(entries):.0f} %)"]
     lines += ["all results agree with the textbook" if not wrong else f"{wrong} do not agree with the textbook"]
-    if any(e.still for e in entries):
-        lines.append("* compared without its random numbers, of which no two backends draw the same")
     return "\n".join(lines)
 
 
@@ -124,7 +117,7 @@ def enter(case: Case, backend: str = "auto", device: str = "cpu", dtypes: Sequen
         milliseconds, report = _milliseconds(case, backend, device), examined(case, backend, device, dtypes)
     except Exception as error:  # a crash of one model is a row of the table, not its end
         return Entry(case.name, "", failure=f"raised {type(error).__name__}: {first_line(error)}")
-    return Entry(case.name, chosen, reason, report, milliseconds, still=case.still is not None)
+    return Entry(case.name, chosen, reason, report, milliseconds)
 
 
 def runs_on(case: Case, backend: str = "auto", device: str = "cpu") -> tuple[str, str]:
@@ -143,7 +136,7 @@ def runs_on(case: Case, backend: str = "auto", device: str = "cpu") -> tuple[str
 
 def examined(case: Case, backend: str, device: str = "cpu", dtypes: Sequence[torch.dtype] = DTYPES) -> Report:
     """Every result of every call against the textbook, to second order."""
-    problem = case.stilled().build(torch.float32, device)
+    problem = case.build(torch.float32, device)
     settings = {"lr": problem.lr, "steps": case.steps, "loss": problem.loss, "adapts": case.adapts}
     mine = Problem(problem.model, problem.batch, settings | {"first_order": False})
     return examine(mine, [backend], dtypes, quick=True)

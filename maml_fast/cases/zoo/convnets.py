@@ -282,15 +282,12 @@ def soft_targets(outputs: Tensor, targets: Tensor) -> Tensor:
 
 CASES = (
     model("densenet", DenseNet, RGB, (5,), "cross_entropy", steps=1),
-    model("mobilenet-v2", lambda: MobileNetV2(0.2), RGB, (5,), "cross_entropy", steps=1,
-          still=lambda: MobileNetV2(0.0)),
+    model("mobilenet-v2", lambda: MobileNetV2(0.2), RGB, (5,), "cross_entropy", steps=1),
     model("shufflenet", shufflenet, RGB, draw.shares(5), soft_targets),
     model("convnext", ConvNeXt, RGB, (5,), "cross_entropy"),
-    model("convnext-drop-path", lambda: ConvNeXt(0.2), RGB, (5,), nn.CrossEntropyLoss(label_smoothing=0.1),
-          still=ConvNeXt),
+    model("convnext-drop-path", lambda: ConvNeXt(0.2), RGB, (5,), nn.CrossEntropyLoss(label_smoothing=0.1)),
     model("squeeze-excite", SEConv, RGB, draw.whole(5), nn.CrossEntropyLoss(weight=WEIGHTS)),
-    model("efficientnet", lambda: efficientnet(0.1), RGB, (5,), "cross_entropy", steps=1,
-          still=lambda: efficientnet(0.0)),
+    model("efficientnet", lambda: efficientnet(0.1), RGB, (5,), "cross_entropy", steps=1),
     model("cbam", cbam, RGB, draw.whole(5), focal),
     model("googlenet", googlenet, RGB, draw.signs(6), nn.MultiLabelSoftMarginLoss(), steps=1),
 )  # fmt: skip

@@ -133,12 +133,11 @@ GRAPH = draw.named(x=draw.normal(NODES, 4), adj=draw.edges(NODES))
 
 CASES = (
     model("gcn", GCN, GRAPH, draw.whole(3), nn.NLLLoss()),
-    model("gcn-dropout", lambda: GCN(0.5), GRAPH, draw.whole(3), nn.NLLLoss(), still=GCN),
+    model("gcn-dropout", lambda: GCN(0.5), GRAPH, draw.whole(3), nn.NLLLoss()),
     model("gat", GAT, GRAPH, draw.whole(3), "cross_entropy"),
     model("gin", GIN, GRAPH, draw.whole(2), "cross_entropy", lr=0.01),
     model("graph-sage", GraphSage, GRAPH, draw.bits(4), nn.BCEWithLogitsLoss(weight=torch.tensor([1.0, 0, 1, 2]))),
     model("schnet", SchNet, (NODES, 3), (1,), "mse", lr=0.01),
     model("fingerprint-mlp", Fingerprint, draw.bits(32), draw.bits(), nn.BCEWithLogitsLoss()),
-    model("fingerprint-mlp-dropout", lambda: Fingerprint(0.2), draw.bits(32), draw.bits(), nn.BCEWithLogitsLoss(),
-          still=Fingerprint),
+    model("fingerprint-mlp-dropout", lambda: Fingerprint(0.2), draw.bits(32), draw.bits(), nn.BCEWithLogitsLoss()),
 )  # fmt: skip

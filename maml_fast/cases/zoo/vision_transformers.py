@@ -178,7 +178,7 @@ class Mixer(nn.Module):
 
 CASES = (
     model("vit", ViT, RGB, (5,), "cross_entropy"),
-    model("vit-dropout", lambda: ViT(dropout=0.1), RGB, (5,), "cross_entropy", still=ViT),
+    model("vit-dropout", lambda: ViT(dropout=0.1), RGB, (5,), "cross_entropy"),
     model("swin", Swin, RGB, (5,), "cross_entropy"),
     model("mlp-mixer", Mixer, RGB, (5,), "cross_entropy"),
 )
