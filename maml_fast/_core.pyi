@@ -27,7 +27,7 @@ MOST_AXES: int
 """The most axes of an operation's operands."""
 
 class Plan:
-    """A plan's description by name (see `backends/cpu.py`), laid out for one scalar type and instruction set.
+    """A plan's description by name (see `backends/cpu_spec.py`), laid out for one scalar type and instruction set.
 
     Raises:
         ValueError: an unknown name, or an index or size that leads outside the plan; the message says which.

@@ -269,8 +269,8 @@ def changed(spec: Any, path: tuple[Any, ...], value: int) -> Any:
 def spec_and_arguments(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
     """What describes the case's meta-gradient to the core, and the tensors of a call."""
     specs: list[Any] = []
-    original = cpu._Spec.as_dict
-    monkeypatch.setattr(cpu._Spec, "as_dict", lambda self: specs.append(original(self)) or specs[-1])
+    original = cpu.Spec.as_dict
+    monkeypatch.setattr(cpu.Spec, "as_dict", lambda self: specs.append(original(self)) or specs[-1])
     problem = select([name])[0].build(torch.float32)
     maml = problem.maml("cpu")
     maml.backward(*problem.batch)

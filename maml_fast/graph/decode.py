@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from .capture import AtenCall, Captured, custom_function, tensors_in
 from .expressions import call as expression
 from .graph import Graph, LossOp, Shape, Untraceable
 from .inputs import Inputs
+from .literals import filled, on_cpu
 from .losses import NAMES
 from .operations import MASKS, OF_LABELS, OF_WHOLE_NUMBERS, OPERATIONS
 from .operations.builder import (
@@ -33,6 +33,7 @@ from .operations.builder import (
     by_sample,
 )
 from .operations.pointwise import pointwise
+from .overlaps import memory, share_elements
 
 _DRAWS = ("bernoulli", "native_dropout", "rand", "normal", "uniform", "multinomial", "exponential", "random", "cauchy")
 
@@ -40,27 +41,6 @@ _DRAWS = ("bernoulli", "native_dropout", "rand", "normal", "uniform", "multinomi
 _UNSET = ("empty", "new_empty", "lift_fresh", "_local_scalar")  # their elements are not in their arguments
 _EXACT = 1 << 24  # below this float32 tells whole numbers apart
 _LARGEST = 1 << 20  # elements of a literal
-
-
-def _on_cpu(value: Any) -> Any:
-    """Arguments with real tensors in place of literals, and the CPU in place of the stand-ins' device."""
-    if isinstance(value, Literal):
-        return value.tensor
-    if isinstance(value, torch.device):
-        return torch.device("cpu")
-    if isinstance(value, tuple | list):
-        return type(value)(map(_on_cpu, value))
-    return {k: _on_cpu(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def _filled(call: AtenCall) -> torch.Tensor | None:
-    """What is made like another tensor, of which only the shape counts."""
-    value = {"zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1}.get(call.name)
-    if call.name in ("full_like", "new_full"):
-        value = call.args[1 + (call.name == "new_full")]
-    if not isinstance(value, int | float):
-        return None
-    return torch.full(call.outputs[0].shape, value, dtype=call.outputs[0].dtype, device="cpu")
 
 
 _OF_LABELS = Target | Nowhere | Everywhere  # whole numbers and masks; no activation comes of them alone
@@ -106,7 +86,7 @@ class _Decoder:
         self.in_memory: dict[int, list[int]] = {}
         self.made_by: dict[int, AtenCall] = {}
         self.checks: list[int] = []
-        self.kept = {_memory(t) for t in captured.stand_ins}
+        self.kept = {memory(t) for t in captured.stand_ins}
         for place, tensor in enumerate(captured.inputs):
             self._bind(tensor, self._given(inputs, place))
         for index, p in enumerate(captured.parameters):
@@ -196,7 +176,7 @@ class _Decoder:
 
     def _bind(self, tensor: Tensor, meaning: Any) -> None:
         self.bound[id(tensor)] = _Bound(tensor, meaning)
-        self.in_memory.setdefault(_memory(tensor), []).append(id(tensor))
+        self.in_memory.setdefault(memory(tensor), []).append(id(tensor))
 
     def _call(self, call: AtenCall) -> None:
         if call.name == "check":
@@ -204,7 +184,7 @@ class _Decoder:
             return
         if call.name == "native_batch_norm" and call.written:
             call = replace(call, args=(*call.args[:3], None, None, *call.args[5:]))
-        if any(_memory(t) in self.kept for t in call.written):
+        if any(memory(t) in self.kept for t in call.written):
             raise Untraceable("forward writes a tensor that is neither a parameter nor a buffer, and lasts")
         if call.written and call.written[0] is call.args[0]:
             self._write(call)
@@ -266,9 +246,9 @@ class _Decoder:
 
     def _out_of_date(self, written: Tensor) -> None:
         """Whatever shares elements with a written tensor no longer stands for what it did."""
-        for key in self.in_memory.get(_memory(written), ()):
+        for key in self.in_memory.get(memory(written), ()):
             bound = self.bound[key]
-            bound.stale = bound.stale or _share_elements(bound.tensor, written)
+            bound.stale = bound.stale or share_elements(bound.tensor, written)
 
     def _bind_outputs(self, call: AtenCall, meaning: Any) -> None:
         meanings = meaning if isinstance(meaning, tuple) else (meaning,) * len(call.outputs)
@@ -301,12 +281,12 @@ class _Decoder:
             return None
         if sum(o.numel() for o in call.outputs) > _LARGEST:
             return None
-        if (filled := _filled(call)) is not None:
-            return Literal(filled)
+        if (made := filled(call)) is not None:
+            return Literal(made)
         known = [self.bound.get(id(t)) for t in tensors_in((call.args, call.kwargs))]
         if any(b is None or not isinstance(b.meaning, Literal) for b in known):
             return None
-        args, kwargs = (_on_cpu(self._resolve(a)) for a in (call.args, call.kwargs))
+        args, kwargs = (on_cpu(self._resolve(a)) for a in (call.args, call.kwargs))
         with torch.no_grad():
             made = call.function(*args, **kwargs)
         return tuple(map(Literal, made)) if isinstance(made, tuple | list) else Literal(made)
@@ -415,31 +395,3 @@ def _is_small(arguments: Any) -> bool:
 
 def _requires_grad(arguments: Any) -> bool:
     return any(t.requires_grad for t in tensors_in(arguments))
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _share_elements(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one storage have an element in common."""
-    if not a.numel() or not b.numel():
-        return False
-    if _end(a) < b.storage_offset() or _end(b) < a.storage_offset():
-        return False
-    if a.numel() + b.numel() > _LARGEST:
-        return True  # taken for granted
-    return bool(np.intersect1d(_places(a), _places(b)).size)
-
-
-def _end(tensor: Tensor) -> int:
-    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.storage_offset()) + reach
-
-
-def _places(tensor: Tensor) -> Any:
-    """Where each element is in the storage."""
-    places = np.array([tensor.storage_offset()])
-    for n, s in zip(tensor.shape, tensor.stride(), strict=True):
-        places = np.add.outer(places, np.arange(n) * s).reshape(-1)
-    return places
