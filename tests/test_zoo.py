@@ -23,7 +23,7 @@ each_model = pytest.mark.parametrize("case", ZOO, ids=lambda c: c.name)
 # their reasons: `maml-fast verify --zoo`
 NOT_FUSED = (
     "attention-over-examples", "categorical-policy", "feature-planes", "hash-grid", "relation-network",
-    "set-transformer", "sparse-experts", "sparsemax", "swin", "ts-can", "ts-can-dropout", "unet-mixed-loss",
+    "set-transformer", "sparse-experts", "sparsemax", "swin", "ts-can", "ts-can-dropout",
     "weight-normed",
 )  # fmt: skip
 

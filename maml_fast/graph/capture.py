@@ -355,6 +355,8 @@ class Questions(TorchFunctionMode):
         if func is torch._is_all_true and _called_by_distributions():
             self._recorder.check(args[0])
             return True
+        if func is F.one_hot:
+            _check_classes(self._recorder, *args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
@@ -369,6 +371,12 @@ class Questions(TorchFunctionMode):
             kind = self._recorder.read_of(args[0]) if name in _ELEMENTS else Untraceable
             self._recorder.refusal = kind(f"forward asks a tensor for {name}, of which a stand-in has another")
         return func(*args, **(kwargs or {}))
+
+
+def _check_classes(recorder: Recorder, labels: Tensor, num_classes: int = -1) -> None:
+    """Where one_hot is told the number of classes, it raises for labels out of range; of stand-ins it cannot."""
+    if num_classes >= 0:
+        recorder.check((labels >= 0) & (labels < num_classes))
 
 
 def _called_by_distributions() -> bool:

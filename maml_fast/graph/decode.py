@@ -16,7 +16,7 @@ from .graph import Graph, LossOp, Shape, Untraceable
 from .inputs import Inputs
 from .literals import filled, on_cpu
 from .losses import NAMES
-from .operations import MASKS, OF_LABELS, OF_WHOLE_NUMBERS, OPERATIONS
+from .operations import COMPARED, MASKS, OF_LABELS, OF_WHOLE_NUMBERS, OPERATIONS
 from .operations.builder import (
     Constant,
     Everywhere,
@@ -44,10 +44,6 @@ _LARGEST = 1 << 20  # elements of a literal
 
 
 _OF_LABELS = Target | Nowhere | Everywhere  # whole numbers and masks; no activation comes of them alone
-
-
-def _is_labels(x: Any) -> bool:
-    return isinstance(x, Target) and not x.dtype.is_floating_point
 
 
 @dataclass(frozen=True)
@@ -267,8 +263,6 @@ class _Decoder:
             if emit is None:
                 return Unknown(f"forward calls {name}, which has no fused kernel")
             self._check_dtype(call, of_labels=any(isinstance(a, _OF_LABELS) for a in args))
-            if call.outputs and call.outputs[0].dtype == torch.bool and any(map(_is_labels, args)) and name != "eq":
-                raise Untraceable("labels are compared, which has no fused kernel")
             return emit(self.builder, *args, **kwargs)
         except Untraceable as error:
             return Unknown(str(error))
@@ -295,6 +289,8 @@ class _Decoder:
         dtype = self.captured.dtype
         for tensor in call.outputs[:1]:
             if tensor.dtype == torch.bool and call.name in MASKS:
+                if call.name in COMPARED and not self._tells_apart(call):
+                    raise Untraceable("whole numbers are compared that floating point numbers may not tell apart")
                 continue
             if not of_labels and _is_whole(tensor) and _keeps_whole(call):
                 continue
@@ -302,6 +298,15 @@ class _Decoder:
                 raise Untraceable(f"{call.name} of whole-number targets has no fused kernel")
             if tensor.dtype != dtype and (tensor.is_floating_point() or not of_labels):
                 raise Untraceable(f"forward computes {call.name} in {tensor.dtype}, not in the parameters' {dtype}")
+
+    def _tells_apart(self, call: AtenCall) -> bool:
+        """Whether a comparison of whole numbers comes out the same with floating point numbers in their place."""
+        unknown = 0
+        for tensor in filter(_is_whole, tensors_in((call.args, call.kwargs))):
+            meaning = self._read(tensor)
+            if not isinstance(meaning, Literal) or bool((meaning.tensor.abs() >= _EXACT).any()):
+                unknown += 1
+        return unknown == 0 or (unknown == 1 and _is_small((call.args, call.kwargs)))
 
     def _resolve(self, argument: Any) -> Any:
         """The argument with meanings for tensors."""

@@ -33,7 +33,8 @@ OPERATIONS: dict[str, Emitter] = {
     **random.OPERATIONS,
 }
 
-MASKS = frozenset((*pointwise.COMPARISONS, *shapes.OPERATIONS, "eq", "bitwise_not"))
+COMPARED = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
+MASKS = frozenset((*pointwise.COMPARISONS, *shapes.OPERATIONS, "eq", "bitwise_not", "all", "any"))
 """What may give booleans; sums and products of such are other functions than those of numbers."""
 
 _EXACT = ("add", "sub", "rsub", "mul", "neg", "where", "masked_fill", "clamp", "minimum", "maximum", "sum")

@@ -20,6 +20,9 @@ from ..graph import Attribute, LossOp, Numbers, Op, Shape, Untraceable
 Emitter = Callable[..., Any]
 """`(builder, *arguments of the ATen operation) -> what stands for its output, or a tuple of that for several`."""
 
+NOT_IGNORED = -100
+"""What PyTorch takes for labels to be ignored where nobody says which."""
+
 SAMPLES = -1
 """The sample axis among the axes of `Value.dims`."""
 
@@ -374,6 +377,17 @@ class GraphBuilder:
         if [a for d in x.dims for a in d if a == SAMPLES or x.shape[a] != 1][:1] != [SAMPLES] and self.samples != 1:
             raise Untraceable(f"{what} is applied to activations {self.full_shape(x)} whose samples are not first")
         return by_sample(x.index, x.shape)
+
+    def take_labels(self, classes: int, ignored: int, number: int) -> None:
+        """Have the call check that labels are in [0, classes), or are the one that is ignored.
+
+        Args:
+            number: which of several targets they are.
+        """
+        known = (self.classes, self.ignored, self.labels) if self.classes else (classes, ignored, number)
+        if known != (classes, ignored, number):
+            raise Untraceable("labels are taken for those of different numbers of classes, or to be ignored")
+        self.classes, self.ignored, self.labels = classes, ignored, number
 
     # ---- values of other things ----------------------------------------------------------------
 

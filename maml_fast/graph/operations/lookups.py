@@ -11,7 +11,7 @@ import torch
 
 from ..expressions import call
 from ..graph import Shape, Untraceable
-from .builder import Emitter, GraphBuilder, Literal, Target, Value, Weight
+from .builder import NOT_IGNORED, Emitter, GraphBuilder, Literal, Target, Value, Weight
 from .pointwise import pointwise
 from .shapes import constant_index, picked, reshaped
 
@@ -78,8 +78,10 @@ def _index(t: GraphBuilder, x: Any, indices: Sequence[Any]) -> Any:
 
 
 def _one_hot(t: GraphBuilder, x: Any, classes: int = -1) -> Value:
-    if isinstance(x, Target) or classes < 0:
-        raise Untraceable("one_hot has a fused kernel only for inputs and a given number of classes")
+    if classes < 0:
+        raise Untraceable("one_hot has a fused kernel only for a given number of classes")
+    if isinstance(x, Target):
+        t.take_labels(classes, NOT_IGNORED, x.number)
     numbers = Literal(torch.arange(classes, dtype=torch.float64))
     x = t.lifted(x, "one_hot")
     x = replace(x, dims=(*x.dims, ()))

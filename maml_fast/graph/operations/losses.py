@@ -18,6 +18,7 @@ from ..expressions import call, constant
 from ..graph import LossOp, Untraceable
 from .builder import (
     LIFTS,
+    NOT_IGNORED,
     Constant,
     Emitter,
     Everywhere,
@@ -34,7 +35,6 @@ from .pointwise import masked_filled, masks_alone, pointwise, power
 from .shapes import reshaped, squeezed, unsqueezed
 from .sums import summed
 
-_NOT_IGNORED = -100  # what PyTorch takes for labels to be ignored where nobody says which
 _NONE, _MEAN, _SUM = range(3)  # ATen's reductions
 
 
@@ -171,7 +171,7 @@ def _nll(t: GraphBuilder, x: Any, y: Any, weight: Any, reduction: int, ignore_in
 def _labels_and_classes(t: GraphBuilder, x: Value, y: Target, ignored: int) -> tuple[Value, Literal]:
     """Labels with a dimension of classes behind the samples, which the call checks, and the classes' numbers there."""
     classes, *space = t.full_shape(x)[1:]
-    _take_labels(t, classes, ignored, y.number)
+    t.take_labels(classes, ignored, y.number)
     label = unsqueezed(t, t.lifted(y, "labels"), 1)
     return label, Literal(torch.arange(classes, dtype=torch.float64).reshape(classes, *(1 for _ in space)))
 
@@ -195,16 +195,8 @@ def _gather(t: GraphBuilder, x: Any, dim: int, index: Any, sparse_grad: bool = F
 
 def _labels(t: GraphBuilder, labels: Target, classes: int) -> tuple[Value, Literal]:
     """Labels (samples, 1), which the call then checks against the number of classes, and the numbers of the classes."""
-    _take_labels(t, classes, _NOT_IGNORED, labels.number)
+    t.take_labels(classes, NOT_IGNORED, labels.number)
     return t.lifted(labels, "labels"), Literal(torch.arange(classes, dtype=torch.float64))
-
-
-def _take_labels(t: GraphBuilder, classes: int, ignored: int, number: int) -> None:
-    """Have the call check that labels are in [0, classes), or are the one that is ignored."""
-    known = (t.classes, t.ignored, t.labels) if t.classes else (classes, ignored, number)
-    if known != (classes, ignored, number):
-        raise Untraceable("labels are taken for those of different numbers of classes, or to be ignored")
-    t.classes, t.ignored, t.labels = classes, ignored, number
 
 
 def _elementwise(t: GraphBuilder, a: Any, b: Any, loss: LossOp, reduction: int) -> Any:
@@ -343,8 +335,6 @@ def _equal(t: GraphBuilder, a: Any, b: Any) -> Any:
     if isinstance(a, Target) and a.dtype == torch.int64 and isinstance(b, int) and b < 0:
         t.assumes_labels = True
         return Nowhere(a.shape)
-    if any(isinstance(x, Target) and x.dtype == torch.int64 for x in (a, b)):
-        raise Untraceable("labels are compared, which has no fused kernel")
     return pointwise(t, "eq", lambda u, v: call("eq", u, v), a, b, mask=True)
 
 

@@ -13,7 +13,7 @@ from ..expressions import call
 from ..graph import Untraceable
 from .builder import SAMPLES, Emitter, GraphBuilder, LogProbabilities, Losses, Value
 from .losses import reduced, summed_losses
-from .pointwise import pointwise
+from .pointwise import masks_alone, pointwise
 from .pools import spatial_mean
 from .shapes import unsqueezed
 from .sums import axes_of, dropped, over_merged, summed
@@ -72,6 +72,20 @@ def _amax(t: GraphBuilder, x: Any, dim: Any = (), keepdim: bool = False, sign: i
 
 def _amin(t: GraphBuilder, x: Any, dim: Any = (), keepdim: bool = False) -> Value:
     return _amax(t, x, dim, keepdim, sign=-1)
+
+
+def _all(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False) -> Value:
+    """Whether a mask is set everywhere along dimensions."""
+    masks_alone("all", x)
+    unset = summed(t, pointwise(t, "not", lambda v: call("eq", v, 0), x), dim, keepdim)
+    return pointwise(t, "all", lambda n: call("eq", n, 0), unset, mask=True)
+
+
+def _any(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False) -> Value:
+    """Whether a mask is set somewhere along dimensions."""
+    masks_alone("any", x)
+    some = summed(t, replace(t.lifted(x, "any"), mask=False), dim, keepdim)
+    return pointwise(t, "any", lambda n: call("lt", 0, n), some, mask=True)
 
 
 def _rowwise(t: GraphBuilder, kind: str, x: Any, dim: int) -> Value:
@@ -237,6 +251,8 @@ OPERATIONS: dict[str, Emitter] = {
     "mean": _mean,
     "max": _max,
     "min": _min,
+    "all": _all,
+    "any": _any,
     "amax": _amax,
     "amin": _amin,
     "_softmax": _softmax,
