@@ -78,14 +78,14 @@ def test_what_does_not_run_fused_is_told_and_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     timed: list[Case] = []
-    (case,) = select(["pinn"])
+    (case,) = select(["relation-network"])
     monkeypatch.setattr(bench, "select", lambda names, tag: [case])
     monkeypatch.setattr(bench, "_time_case", lambda case, *_: timed.append(case) or report.Outcome(case, ()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert bench.run("cpu", None, ["pinn"], 0.1) == 0
+        assert bench.run("cpu", None, ["relation-network"], 0.1) == 0
     assert timed == [case]
-    assert "pinn: no fused backend supports it: backend: reference" in capsys.readouterr().out
+    assert "relation-network: no fused backend supports it: backend: reference" in capsys.readouterr().out
 
 
 @pytest.mark.slow
