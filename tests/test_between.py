@@ -177,7 +177,7 @@ def test_gradients_added_in_place_are_noticed() -> None:
 # ---- random numbers ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["vmap", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "vmap", "reference"])
 @pytest.mark.parametrize("call", ["mean", "none", "outputs", "backward"])
 def test_one_draw_for_forward_and_backward(call: str, backend: str) -> None:
     model = Masked()
@@ -198,7 +198,7 @@ def test_one_draw_for_forward_and_backward(call: str, backend: str) -> None:
         torch.testing.assert_close(model.w.grad, power * total.detach() / 2.0)
 
 
-@pytest.mark.parametrize("backend", ["vmap", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "vmap", "reference"])
 def test_forward_and_backward_take_the_numbers_of_one_forward(backend: str) -> None:
     """The generator stands after a call with a gradient where it stands after one without."""
     maml = mf.MAML(Masked(), 0.0, loss="mse", backend=backend)

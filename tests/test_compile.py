@@ -343,7 +343,7 @@ def test_changes_between_forward_and_backward(change: str, call: str, backend: s
             value.backward()
 
 
-@pytest.mark.parametrize("backend", ["vmap", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "vmap", "reference"])
 @pytest.mark.parametrize("call", ["mean", "none", "outputs"])
 def test_one_draw_for_forward_and_backward(call: str, backend: str) -> None:
     model = Masked()
@@ -366,7 +366,7 @@ def test_one_draw_for_forward_and_backward(call: str, backend: str) -> None:
     assert len(set(totals)) > 1
 
 
-@pytest.mark.parametrize("backend", ["vmap", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "vmap", "reference"])
 def test_two_calls_in_a_graph_draw_twice(backend: str) -> None:
     maml = mf.MAML(Masked(), 0.0, loss="mse", backend=backend)
     x, zeros = torch.randn(2, 50, 3), torch.zeros(2, 50, 1)

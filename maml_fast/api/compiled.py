@@ -129,9 +129,19 @@ def _surface() -> tuple[Any, Any]:
 
 
 def _prepare(
-    mode: Mode, leaves: list[Tensor], y_s: Tensor, y_q: Tensor | None, needs: list[bool], handle: int, state: int
+    mode: Mode,
+    leaves: list[Tensor],
+    y_s: Tensor,
+    y_q: Tensor | None,
+    needs: list[bool],
+    handle: int,
+    state: int,
+    seed: int | None = None,
 ) -> Prepared:
     """The call for tensors that have lost their `requires_grad` on the way through a graph.
+
+    Args:
+        seed: see `Preparer.prepare`.
 
     Raises:
         ValueError: another number of tensors, or of another shape, dtype or device, than the model has.
@@ -155,7 +165,7 @@ def _prepare(
     *rest, x_s, x_q = [leaf.detach().requires_grad_(need) for leaf, need in zip(leaves, needs, strict=True)]
     first, last = len(model.names), len(model.names) + len(rate_shapes)
     given = StandIns(rest[:first], rest[first:last], rest[last:], state)
-    return preparer.prepare(mode, x_s, y_s, x_q, y_q, given=given)
+    return preparer.prepare(mode, x_s, y_s, x_q, y_q, given=given, seed=seed)
 
 
 def _refuse_forward_mode() -> None:
@@ -190,12 +200,14 @@ def _returned(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor
 
 # ---- the witness ---------------------------------------------------------------------------------
 
-_MARK = 8  # bytes of the number that stands for the module's state
+_HEAD = 16  # bytes of the numbers that stand for the module's state, and of the call's seed
+_NO_SEED = -1
+_LATER = 0  # a seed's place is taken until the witness tells it
 _GENERATOR = torch.get_rng_state().numel()
 
 
 def _witness_size(device: torch.device) -> int:
-    return _MARK + _GENERATOR + (0 if device.type == "cpu" else 16)
+    return _HEAD + _GENERATOR + (0 if device.type == "cpu" else 16)
 
 
 def _mark(prepared: Prepared) -> int:
@@ -213,9 +225,10 @@ def _generators() -> list[Any]:
     return [random.getstate(), *([] if numpy is None else [numpy.random.get_state()[1].tolist()])]
 
 
-def _witness(mark: int, device: torch.device) -> Tensor:
-    """The module's mark and PyTorch's generators."""
-    parts = [torch.tensor([mark]).view(torch.uint8), torch.get_rng_state()]
+def _witness(mark: int, seed: int | None, device: torch.device) -> Tensor:
+    """The module's mark, the call's seed and PyTorch's generators."""
+    head = torch.tensor([mark, _NO_SEED if seed is None else seed])
+    parts = [head.view(torch.uint8), torch.get_rng_state()]
     if device.type != "cpu":
         parts.append(torch.get_device_module(device).get_rng_state(device))
     return torch.cat(parts).to(device)
@@ -229,7 +242,9 @@ def _as_then(prepared: Prepared, witness: Tensor) -> Iterator[None]:
         RuntimeError: the module is not as it was.
     """
     device, seen = prepared.call.plan.device, witness.cpu()
-    if _mark(prepared) != seen[:_MARK].clone().view(torch.int64).item():
+    mark, seed = seen[:_HEAD].clone().view(torch.int64).tolist()
+    prepared.tensors.seed = None if seed == _NO_SEED else seed
+    if _mark(prepared) != mark:
         raise RuntimeError(
             "maml_fast: the model's training mode, attributes or buffers changed between the forward and the backward "
             "pass, which torch.compile computes apart"
@@ -239,9 +254,9 @@ def _as_then(prepared: Prepared, witness: Tensor) -> Iterator[None]:
         return
     others = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
-        torch.set_rng_state(seen[_MARK : _MARK + _GENERATOR].clone())  # it reads a slice from its storage's start
+        torch.set_rng_state(seen[_HEAD : _HEAD + _GENERATOR].clone())  # it reads a slice from its storage's start
         for other in others:
-            torch.get_device_module(other).set_rng_state(seen[_MARK + _GENERATOR :].clone(), other)
+            torch.get_device_module(other).set_rng_state(seen[_HEAD + _GENERATOR :].clone(), other)
         yield
 
 
@@ -251,7 +266,8 @@ def _forward(prepared: Prepared, needs: Sequence[bool]) -> tuple[Result, Tensor]
     Raises:
         RuntimeError: the forward pass itself changes what its backward pass would read.
     """
-    mark, witness = _mark(prepared), _witness(_mark(prepared), prepared.call.plan.device)
+    mark = _mark(prepared)
+    witness = _witness(mark, prepared.tensors.seed, prepared.call.plan.device)
     if not prepared.call.choice.backend.records or not any(needs):
         return prepared.run(), witness
     generators = _generators()
@@ -357,7 +373,7 @@ def _meta_gradient(
     handle: int,
     state: int,
 ) -> list[Tensor]:
-    prepared = _prepare(Mode.META_GRADIENT, leaves, y_s, y_q, needs, handle, state)
+    prepared = _prepare(Mode.META_GRADIENT, leaves, y_s, y_q, needs, handle, state, _LATER)
     _check_upstream("weights", weights, (prepared.call.plan.tasks,), leaves[0])
     prepared.tensors.weights = weights.resolve_neg().contiguous()
     with _as_then(prepared, witness):
@@ -434,7 +450,7 @@ def _(
 def _pullback(
     leaves: list[Tensor], y_s: Tensor, cotangent: Tensor, witness: Tensor, needs: list[bool], handle: int, state: int
 ) -> list[Tensor]:
-    prepared = _prepare(Mode.VJP, leaves, y_s, None, needs, handle, state)
+    prepared = _prepare(Mode.VJP, leaves, y_s, None, needs, handle, state, _LATER)
     plan = prepared.call.plan
     if plan.out_shape is not None:
         _check_upstream("cotangent", cotangent, (plan.tasks, plan.query, *plan.out_shape), leaves[0])

@@ -361,6 +361,7 @@ class Preparer:
             refuse_nested(self.objective.modules)
             if not seen.situation.holds(x_s, y_s, x_q, y_q):
                 return None
+            self._settle()
         call.used = True
         self._check_labels(call, y_s, y_q)
         rates = seen.constants
@@ -420,10 +421,14 @@ class Preparer:
             if parameters is None or self.objective.learned.restructured():
                 self._follow_model()
                 return self.model.parameters()
-            if guards.moving or of_loss.moving:
-                guards.settle()
-                of_loss.settle()
+            self._settle()
             return parameters
+
+    def _settle(self) -> None:
+        """A call found model and loss as the one before it did."""
+        if self.model.guards.moving or self.objective.guards.moving:
+            self.model.guards.settle()
+            self.objective.guards.settle()
 
     def _keep(self, key: Any, call: Call) -> None:
         self._plans.pop(key, None)

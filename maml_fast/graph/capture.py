@@ -235,6 +235,7 @@ class Recorder(TorchDispatchMode):
         self.refusal: Untraceable | None = None
         self.draws = 0
         self._silent = False
+        self._forward_modes = _forward_modes()  # of the caller, who is told elsewhere
         self._stand_ins: dict[int, Tensor] = {}
         self._buffers = {id(t) for t in buffers.values()}
         self._names = {id(t): f"parameter {n!r}" for n, t in parameters.items()}
@@ -260,7 +261,7 @@ class Recorder(TorchDispatchMode):
             what = self._names.get(id(args[0]), "a tensor")
             self.refusal = self.read_of(args[0])(f"forward reads the value of {what} ({name})")
             raise self.refusal
-        if self.refusal is None and _is_forward_mode():
+        if self.refusal is None and _forward_modes() > self._forward_modes:
             self.refusal = Untraceable("forward takes derivatives in forward mode (torch.func.jvp, dual numbers)")
         if self.refusal is None and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             self.refusal = Untraceable("forward sets saved_tensors_hooks, which fused kernels would not call")
@@ -403,12 +404,11 @@ _ANSWERS = frozenset(
 )  # fmt: skip
 
 
-def _is_forward_mode() -> bool:
-    """Whether tangents are computed: they show as calls like any others, whose derivatives nobody sees."""
-    if forward_ad._current_level >= 0:
-        return True
+def _forward_modes() -> int:
+    """How deep in forward mode this is: tangents show as calls like any others, whose derivatives nobody sees."""
     levels = torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
+    jvps = sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
+    return forward_ad._current_level + 1 + jvps
 
 
 def _called_by(function: Callable[..., Any]) -> bool:
