@@ -56,7 +56,7 @@ if [[ $kind == thread && $# == 0 ]]; then
 fi
 # By default the tests that enter the core with every layer, size and number of threads, and only as far as they do.
 if (($# == 0)); then
-    for file in backends core_memory core_process errors isa properties; do
+    for file in backends core_memory core_process draws errors isa lookups per_batch properties; do
         set -- "$@" "$root/tests/test_$file.py"
     done
     set -- "$@" -k "not (vmap or triton or reference- or -reference])" ${PARALLEL:-}
