@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ..expressions import call
 from ..graph import Shape, Untraceable
-from .builder import NOT_IGNORED, Emitter, GraphBuilder, Literal, Target, Value, Weight
+from .builder import Emitter, GraphBuilder, Literal, Target, Value, Weight
 from .pointwise import pointwise
 from .shapes import constant_index, picked, reshaped
 
@@ -77,20 +75,8 @@ def _index(t: GraphBuilder, x: Any, indices: Sequence[Any]) -> Any:
     return _rows(t, x, counted)
 
 
-def _one_hot(t: GraphBuilder, x: Any, classes: int = -1) -> Value:
-    if classes < 0:
-        raise Untraceable("one_hot has a fused kernel only for a given number of classes")
-    if isinstance(x, Target):
-        t.take_labels(classes, NOT_IGNORED, x.number)
-    numbers = Literal(torch.arange(classes, dtype=torch.float64))
-    x = t.lifted(x, "one_hot")
-    x = replace(x, dims=(*x.dims, ()))
-    return pointwise(t, "one_hot", lambda v, c: call("eq", v, c), x, numbers)
-
-
 OPERATIONS: dict[str, Emitter] = {
     "embedding": _embedding,
     "index": _index,
     "index_select": _index_select,
-    "one_hot": _one_hot,
 }

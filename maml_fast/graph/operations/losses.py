@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..expressions import call, constant
-from ..graph import LossOp, Untraceable
+from ..graph import LossOp, Shape, Untraceable
 from .builder import (
     LIFTS,
     NOT_IGNORED,
@@ -154,7 +154,7 @@ def _nll(t: GraphBuilder, x: Any, y: Any, weight: Any, reduction: int, ignore_in
     if plain and isinstance(x, LogProbabilities) and not t.several_targets:
         return _with_reduction(t, Losses(LossOp("cross_entropy"), x.of, y.shape), reduction), None
     x = t.lifted(x, "nll_loss")
-    label, numbers = _labels_and_classes(t, x, y, ignore_index)
+    label, numbers = _labels(t, unsqueezed(t, y, 1), t.full_shape(x), ignore_index)
     chosen = _at_labels(t, label, numbers, x)
     if plain:
         return _with_reduction_of_values(t, pointwise(t, "nll", lambda v: -v, chosen), reduction), None
@@ -168,18 +168,22 @@ def _nll(t: GraphBuilder, x: Any, y: Any, weight: Any, reduction: int, ignore_in
     return pointwise(t, "mean", lambda a, b: a / b, summed(t, losses), summed(t, kept)), None
 
 
-def _labels_and_classes(t: GraphBuilder, x: Value, y: Target, ignored: int) -> tuple[Value, Literal]:
-    """Labels with a dimension of classes behind the samples, which the call checks, and the classes' numbers there."""
-    classes, *space = t.full_shape(x)[1:]
+def _labels(t: GraphBuilder, y: Target, shape: Shape, ignored: int = NOT_IGNORED) -> tuple[Value, Literal]:
+    """Labels with a dimension of classes behind the samples, which the call checks, and the classes' numbers there.
+
+    Args:
+        y: labels with a dimension of one element there. shape: of what they choose from.
+    """
+    _, classes, *space = shape
     t.take_labels(classes, ignored, y.number)
-    label = unsqueezed(t, t.lifted(y, "labels"), 1)
-    return label, Literal(torch.arange(classes, dtype=torch.float64).reshape(classes, *(1 for _ in space)))
+    numbers = torch.arange(classes, dtype=torch.float64).reshape(classes, *(1 for _ in space))
+    return t.lifted(y, "labels"), Literal(numbers)
 
 
-def _at_labels(t: GraphBuilder, label: Value, numbers: Literal, x: Any) -> Value:
+def _at_labels(t: GraphBuilder, label: Value, numbers: Literal, x: Any, keepdim: bool = False) -> Value:
     """x at the labels, along its dimension of classes."""
     chosen = pointwise(t, "at labels", lambda u, c, v: call("where", call("eq", u, c), v, 0), label, numbers, x)
-    return summed(t, chosen, [1])
+    return summed(t, chosen, [1], keepdim)
 
 
 def _gather(t: GraphBuilder, x: Any, dim: int, index: Any, sparse_grad: bool = False) -> Value:
@@ -188,15 +192,7 @@ def _gather(t: GraphBuilder, x: Any, dim: int, index: Any, sparse_grad: bool = F
     labels = isinstance(index, Target) and index.dtype == torch.int64 and index.shape == (t.samples, 1)
     if not labels or len(x.dims) != 2 or dim not in (1, -1):
         raise Untraceable("gather has a fused kernel only for one label of each sample")
-    here = _labels(t, index, t.full_shape(x)[1])
-    chosen = pointwise(t, "gather", lambda v, label, c: call("where", call("eq", label, c), v, 0), x, *here)
-    return summed(t, chosen, [1], keepdim=True)
-
-
-def _labels(t: GraphBuilder, labels: Target, classes: int) -> tuple[Value, Literal]:
-    """Labels (samples, 1), which the call then checks against the number of classes, and the numbers of the classes."""
-    t.take_labels(classes, NOT_IGNORED, labels.number)
-    return t.lifted(labels, "labels"), Literal(torch.arange(classes, dtype=torch.float64))
+    return _at_labels(t, *_labels(t, index, t.full_shape(x)), x, keepdim=True)
 
 
 def _elementwise(t: GraphBuilder, a: Any, b: Any, loss: LossOp, reduction: int) -> Any:
@@ -318,7 +314,7 @@ def _loss_values(t: GraphBuilder, x: Losses) -> Value:
 def _cross_entropies(t: GraphBuilder, x: Losses) -> Value:
     """−Σ_c q_c log p_c of every sample, q being 1 − s at its label and s / classes more everywhere."""
     classes, smoothing = x.of.shape[-1], x.loss.parameter
-    labels, numbers = _labels(t, Target((t.samples, 1), torch.int64), classes)
+    labels, numbers = _labels(t, Target((t.samples, 1), torch.int64), (t.samples, classes))
     logarithms = t.emit("log_softmax", [x.of], x.of.shape)
 
     def function(u: Any, label: Any, c: Any) -> Any:

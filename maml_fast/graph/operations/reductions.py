@@ -15,7 +15,7 @@ from .builder import SAMPLES, Emitter, GraphBuilder, LogProbabilities, Losses, V
 from .losses import reduced, summed_losses
 from .pointwise import masks_alone, pointwise
 from .pools import spatial_mean
-from .shapes import unsqueezed
+from .shapes import of_merged, unsqueezed
 from .sums import axes_of, dropped, over_merged, summed
 
 
@@ -88,11 +88,9 @@ def _any(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False) -> Val
     return pointwise(t, "any", lambda n: call("lt", 0, n), some, mask=True)
 
 
-def _rowwise(t: GraphBuilder, kind: str, x: Any, dim: int) -> Value:
+@of_merged
+def _rowwise(t: GraphBuilder, x: Any, dim: int, kind: str) -> Value:
     """An operation over one dimension, which is brought to the end."""
-    if isinstance(x, Value) and t.samples > 1 and t.is_merged(x) and SAMPLES not in x.dims[dim]:
-        y, became = t.apart(x)
-        return t.together(_rowwise(t, kind, y, became[dim][0]), became)
     x, (d,) = axes_of(t, x, dim, kind)
     if x.dims[d] == (SAMPLES,):
         raise Untraceable(f"{kind} over the samples has no fused kernel")
@@ -105,7 +103,7 @@ def _rowwise(t: GraphBuilder, kind: str, x: Any, dim: int) -> Value:
 
 
 def _softmax(t: GraphBuilder, x: Any, dim: int, half_to_float: bool = False) -> Value:
-    return _rowwise(t, "softmax", x, dim)
+    return _rowwise(t, x, dim, "softmax")
 
 
 def log_softmax(t: GraphBuilder, x: Any, dim: int, half_to_float: bool = False) -> Any:
@@ -115,7 +113,7 @@ def log_softmax(t: GraphBuilder, x: Any, dim: int, half_to_float: bool = False) 
             y = t.unmerged(x, "log_softmax")
             if y.dims == ((SAMPLES,), (0,)):
                 return LogProbabilities(y)
-    return _rowwise(t, "log_softmax", x, dim)
+    return _rowwise(t, x, dim, "log_softmax")
 
 
 def _logsumexp(t: GraphBuilder, x: Any, dim: Any, keepdim: bool = False) -> Value:
@@ -163,7 +161,7 @@ def _distances(t: GraphBuilder, a: Any, b: Any, p: float = 2.0, compute_mode: An
 
 def _safe_softmax(t: GraphBuilder, x: Any, dim: int, dtype: Any = None) -> Value:
     """Zeros where everything along the dimension is −∞."""
-    y = _rowwise(t, "softmax", x, dim)
+    y = _rowwise(t, x, dim, "softmax")
     maker = t.maker(x) if isinstance(x, Value) else None
     if maker is not None and maker.kind == "matmul":
         return y

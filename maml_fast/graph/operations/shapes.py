@@ -226,7 +226,7 @@ def _map(t: GraphBuilder, name: str, x: Value, made: Sequence[Box], shape: Shape
     return replace(y, dims=x.dims, mask=x.mask)
 
 
-def _of_merged(function: Callable[..., Any]) -> Callable[..., Any]:
+def of_merged(function: Callable[..., Any]) -> Callable[..., Any]:
     """For a function of one dimension that keeps all of them: the samples are set apart where they are merged."""
 
     def applied(t: GraphBuilder, x: Any, dim: int, *rest: Any) -> Any:
@@ -238,7 +238,7 @@ def _of_merged(function: Callable[..., Any]) -> Callable[..., Any]:
     return applied
 
 
-@_of_merged
+@of_merged
 def sliced(t: GraphBuilder, x: Any, dim: int, start: int, step: int, count: int) -> Any:
     """`count` elements along a dimension, from `start` on, `step` apart."""
     x, axis = along(t, x, dim, "a slice")
@@ -421,7 +421,7 @@ def zero_padded(t: GraphBuilder, x: Any, pad: Sequence[int]) -> Any:
     return x
 
 
-@_of_merged
+@of_merged
 def picked(t: GraphBuilder, x: Any, dim: int, indices: Sequence[int], name: str) -> Any:
     """Elements along a dimension by number, in any order and number."""
     x, axis = along(t, x, dim, name)
