@@ -15,21 +15,24 @@ from ..graph import structure
 from ..graph.conditions import check_storage, constant, plain
 from ..lower.plan import Plan, Result, Tensors
 from .attention import composed
+from .philox import Drawing
 
-_Outputs = Callable[[Plan, Tensors], Any]
+_Outputs = Callable[[Drawing, Plan, Tensors], Any]
 
 
 def differentiate(
+    draws: Drawing,
     plan: Plan,
     tensors: Tensors,
     query_outputs: _Outputs,
-    losses: Callable[[Plan, Tensors], tuple[Tensor, Any]],
-    adapt: Callable[[Plan, Tensors], list[Tensor]],
+    losses: Callable[[Drawing, Plan, Tensors], tuple[Tensor, Any]],
+    adapt: Callable[[Drawing, Plan, Tensors], list[Tensor]],
     apply: _Outputs,
 ) -> Result:
     """Evaluate one of the four functions and, where the mode asks for it, its gradient.
 
     Args:
+        draws: gives all of them their random numbers.
         losses: the tasks' losses, and the query outputs without a graph if the plan needs them.
     """
     plan.objective.check_storages()
@@ -37,24 +40,24 @@ def differentiate(
         for leaf, x in structure.named(name, getattr(tensors, name)):
             if x is not None:
                 check_storage(leaf, x)
-    with composed(), plain(plan.device):
+    with composed(), plain(plan.device), draws.during(plan):
         fresh = _fresh_leaves(plan, tensors)
         if plan.mode is Mode.LOSS:
-            return Result(losses=losses(plan, fresh)[0].detach())
+            return Result(losses=losses(draws, plan, fresh)[0].detach())
         if plan.mode is Mode.QUERY_OUTPUTS:
-            return Result(outputs=_detached(query_outputs(plan, fresh)))
+            return Result(outputs=_detached(query_outputs(draws, plan, fresh)))
         if plan.mode is Mode.ADAPT:
-            return Result(adapted=[p.detach() for p in adapt(plan, fresh)])
+            return Result(adapted=[p.detach() for p in adapt(draws, plan, fresh)])
         if plan.mode is Mode.APPLY:
-            return Result(outputs=_detached(apply(plan, fresh)))
+            return Result(outputs=_detached(apply(draws, plan, fresh)))
         if plan.mode is Mode.META_GRADIENT:
-            values, outputs = losses(plan, fresh)
+            values, outputs = losses(draws, plan, fresh)
             pull = partial(_pulled, fresh, [values])
             if fresh.weights is None:
                 return Result(losses=values.detach(), outputs=outputs, pull=pull)
             objective = torch.dot(values.detach(), fresh.weights)
             return replace(pull([fresh.weights], False), objective=objective, outputs=outputs)
-        outputs = query_outputs(plan, fresh)
+        outputs = query_outputs(draws, plan, fresh)
         pull = partial(_pulled, fresh, structure.tensors(outputs))
         cotangents = tensors.cotangents if tensors.cotangent is None else [tensors.cotangent]
         return pull(cotangents, False) if cotangents else Result(outputs=_detached(outputs), pull=pull)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,15 +38,8 @@ class ReferenceBackend(Backend):
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
         draws = Drawing(tensors.seed, batched=False)
-        with _no_hooks(), Composed(batched=False, twice=plan.second_order), draws.during(plan):
-            return differentiate(
-                plan,
-                tensors,
-                partial(_query_outputs, draws),
-                partial(_losses, draws),
-                partial(_adapt, draws),
-                partial(_apply, draws),
-            )
+        with _no_hooks(), Composed(batched=False, twice=plan.second_order):
+            return differentiate(draws, plan, tensors, _query_outputs, _losses, _adapt, _apply)
 
 
 def _no_hooks() -> AbstractContextManager[None]:

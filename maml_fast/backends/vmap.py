@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,15 +42,8 @@ class VmapBackend(Backend):
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
         draws = Drawing(tensors.seed, batched=True)
-        with Composed(batched=True, twice=plan.second_order), draws.during(plan):
-            return differentiate(
-                plan,
-                tensors,
-                partial(_query_outputs, draws),
-                partial(_losses, draws),
-                partial(_adapt, draws),
-                partial(_apply, draws),
-            )
+        with Composed(batched=True, twice=plan.second_order):
+            return differentiate(draws, plan, tensors, _query_outputs, _losses, _adapt, _apply)
 
 
 def _adapt_task(draws: Drawing, plan: Plan, t: Tensors, buffers: Sequence[Tensor], x: Data, y: Data) -> list[Tensor]:
