@@ -110,7 +110,7 @@ class Criterion:
     @staticmethod
     def of(loss: Loss, data: Any) -> Criterion:
         """For one task's targets (N, *shape)."""
-        leaves = tuple(Leaf(tuple(v.shape[1:]), v.dtype) for v in structure.tensors(data))
+        leaves = tuple(map(Leaf.of, structure.tensors(data)))
         return Criterion(loss, leaves, data, (type(data), *(place for place, _ in structure.named("", data))))
 
     @property
@@ -121,7 +121,7 @@ class Criterion:
 
     def stand_ins(self, samples: int) -> tuple[Tensor, ...]:
         """Tensors without elements for so many samples."""
-        return tuple(torch.empty((samples, *shape), dtype=dtype, device=META) for shape, dtype in self.leaves)
+        return tuple(leaf.stand_in(samples) for leaf in self.leaves)
 
 
 @torch.inference_mode(False)  # a caller's inference mode would make stand-ins that autograd cannot follow
@@ -279,6 +279,14 @@ class Recorder(TorchDispatchMode):
         )
         return output
 
+    @contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
+
     @property
     def stand_ins(self) -> tuple[Tensor, ...]:
         """Those of real tensors."""
@@ -290,19 +298,15 @@ class Recorder(TorchDispatchMode):
 
     def literal(self, numbers: Any, dtype: torch.dtype | None) -> Tensor:
         """What stands for a tensor made of Python's numbers."""
-        self._silent = True
-        try:
+        with self._unrecorded():
             real = torch.tensor(numbers, dtype=dtype, device="cpu")
-        finally:
-            self._silent = False
         self.literals.append((_stand_in(real), real))
         return self.literals[-1][0]
 
     def _uniform(self, like: Tensor) -> Tensor:
         """Writes a draw down; see `draws.Uniform`."""
-        self._silent = True
-        u = torch.empty_like(like, dtype=precise(like.dtype))
-        self._silent = False
+        with self._unrecorded():
+            u = torch.empty_like(like, dtype=precise(like.dtype))
         arguments = self.draws, like, tuple(like.shape)
         self.calls.append(AtenCall("draw", torch.empty_like, arguments, {}, (u,), (), True))
         self.draws += 1

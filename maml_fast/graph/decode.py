@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cached import cached_property
 from .capture import AtenCall, Captured, custom_function, tensors_in
 from .expressions import call as expression
 from .graph import Graph, LossOp, Shape, Untraceable
@@ -201,11 +202,18 @@ class _Decoder:
 
     def _saved(self, tensor: Tensor) -> Any:
         """What autograd has kept of an operation's result for its derivative, and gives out with its history."""
-        for call in self.captured.calls:
-            for made in call.outputs:
-                if made is not tensor and made.grad_fn is tensor.grad_fn and made.output_nr == tensor.output_nr:
-                    return self._read(made)
+        made = self._results.get((tensor.grad_fn, tensor.output_nr))
+        if made is not None:
+            return self._read(made)
         raise Untraceable("forward takes a derivative through something that the capture has not seen")
+
+    @cached_property
+    def _results(self) -> dict[Any, Tensor]:
+        """By its node in autograd's graph what an operation has made; autograd's copies have their originals' nodes."""
+        found: dict[Any, Tensor] = {}
+        for made in (t for call in self.captured.calls for t in call.outputs if t.grad_fn is not None):
+            found.setdefault((made.grad_fn, made.output_nr), made)
+        return found
 
     def _check(self, mask: Any) -> None:
         """Have every call check that a mask is set."""

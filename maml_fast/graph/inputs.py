@@ -20,6 +20,15 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @staticmethod
+    def of(tensor: Tensor) -> Leaf:
+        """Of one task's (N, *shape)."""
+        return Leaf(tuple(tensor.shape[1:]), tensor.dtype)
+
+    def stand_in(self, samples: int, wanted: bool = False) -> Tensor:
+        """A tensor without elements for so many samples; whether its gradient is asked for."""
+        return torch.empty((samples, *self.shape), dtype=self.dtype, device=META, requires_grad=wanted)
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -47,7 +56,7 @@ class Inputs:
             dtype: of the parameters. wanted: of which of the tensors the gradient is asked for, in this order.
         """
         tensors = structure.tensors_by_name(data)
-        leaves = tuple(Leaf(tuple(v.shape[1:]), v.dtype) for v in tensors)
+        leaves = tuple(map(Leaf.of, tensors))
         found = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
         keys = None
         if isinstance(data, Mapping):
@@ -70,10 +79,7 @@ class Inputs:
 
     def stand_ins(self, samples: int) -> tuple[Tensor, ...]:
         """Tensors without elements for so many samples."""
-        return tuple(
-            torch.empty((samples, *shape), dtype=dtype, device=META, requires_grad=i in self.wanted)
-            for i, (shape, dtype) in enumerate(self.leaves)
-        )
+        return tuple(leaf.stand_in(samples, i in self.wanted) for i, leaf in enumerate(self.leaves))
 
     def structured(self, tensors: Sequence[Tensor]) -> Any:
         """The tensors as the model takes them."""
