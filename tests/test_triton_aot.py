@@ -8,11 +8,15 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+Row = tuple[str, int, Any]
+"""A kernel's name, its capability, and what it takes."""
 
 # Not by importing it: the environment decides how its functions compile.
 if importlib.util.find_spec("triton") is None:
@@ -46,16 +50,24 @@ def _compiled(n: int) -> tuple[str, int, Any]:
     return aot.compile_nth(n)
 
 
-@pytest.mark.parametrize("capability", sorted(CAPABILITIES, key=lambda c: c != 90))  # the most to compile first
-def test_kernels_compile_within_the_limits(capability: int, tmp_path: Path) -> None:
+def _within_the_limits(
+    capability: int, folder: Path, chosen: Callable[..., Any], compiled: Callable[..., Row], chunk: int
+) -> list[Row]:
+    """Compiles what is chosen for the capability in other processes, prints what each kernel takes, and checks it."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, context, _compiler, (str(tmp_path),)) as pool:
-        rows = list(pool.map(_compiled, pool.submit(_chosen, capability).result(), chunksize=4))
+    with ProcessPoolExecutor(WORKERS, context, _compiler, (str(folder),)) as pool:
+        rows = list(pool.map(compiled, pool.submit(chosen, capability).result(), chunksize=chunk))
     for name, of, usage in rows:
         print(f"{of:4d} {usage.shared:6d} B {usage.registers:3d} regs {usage.spills:4d} B spilt  {name}")
     assert {of for _, of, _ in rows} == {capability}
     assert not [row for row in rows if row[2].shared > LIMIT[capability]]
     assert not [row for row in rows if row[2].spills > MOST_SPILLS]
+    return rows
+
+
+@pytest.mark.parametrize("capability", sorted(CAPABILITIES, key=lambda c: c != 90))  # the most to compile first
+def test_kernels_compile_within_the_limits(capability: int, tmp_path: Path) -> None:
+    rows = _within_the_limits(capability, tmp_path, _chosen, _compiled, 4)
     precisions = {"ieee", "tf32", "bf16"}
     assert _precisions(rows, "") == precisions
     assert _precisions(rows, "resident") == (precisions if capability == 90 else {"ieee"})
@@ -76,14 +88,8 @@ def _compiled_family(n: int) -> tuple[str, int, Any]:
 @pytest.mark.parametrize("capability", sorted(CAPABILITIES, key=lambda c: c != 90))
 def test_kernels_of_families_compile_within_the_limits(capability: int, tmp_path: Path) -> None:
     """Those whose source is made for an expression among them."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, context, _compiler, (str(tmp_path),)) as pool:
-        rows = list(pool.map(_compiled_family, pool.submit(_chosen_of_families, capability).result(), chunksize=8))
-    for name, of, usage in rows:
-        print(f"{of:4d} {usage.shared:6d} B {usage.registers:3d} regs {usage.spills:4d} B spilt  {name}")
+    rows = _within_the_limits(capability, tmp_path, _chosen_of_families, _compiled_family, 8)
     assert any("sum_expression" in name for name, _, _ in rows)
-    assert not [row for row in rows if row[2].shared > LIMIT[capability]]
-    assert not [row for row in rows if row[2].spills > MOST_SPILLS]
 
 
 def _precisions(rows: list[tuple[str, int, Any]], kernel: str) -> set[str]:

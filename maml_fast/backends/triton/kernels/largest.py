@@ -56,13 +56,13 @@ class Largest:
     def __init__(self, launch: Launch, length: int, inner: int) -> None:
         self.launch, self.sizes = launch, (length, inner)
 
-    def forward(self, x: Tensor, y: Tensor, where: Tensor) -> None:
+    def maximum(self, x: Tensor, y: Tensor, where: Tensor) -> None:
         self._start(largest_kernel, y, x, y, where)
 
-    def tangent(self, tx: Tensor, where: Tensor, ty: Tensor) -> None:
+    def pick(self, tx: Tensor, where: Tensor, ty: Tensor) -> None:
         self._start(pick_largest_kernel, ty, tx, where, ty)
 
-    def backward(self, dy: Tensor, where: Tensor, dx: Tensor, add: bool) -> None:
+    def unpick(self, dy: Tensor, where: Tensor, dx: Tensor, add: bool) -> None:
         self._start(spread_largest_kernel, dx, dy, where, dx, ADD=add)
 
     def _start(self, kernel: object, like: Tensor, *arrays: Tensor, **constants: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ..kernels import conv
@@ -13,7 +12,7 @@ from ..kernels.elementwise import spread_rows
 from ..kernels.pool import Pool
 from ..kernels.vectors import sum_rows
 from . import epilogues
-from .kinds import Kind, LinearMap, Sizes
+from .kinds import Kind, LinearMap, Selection
 from .network import Layer
 from .passes import Pass
 
@@ -77,32 +76,11 @@ class Convolution(Kind):
         )  # fmt: skip
 
 
-class MaxPool(LinearMap):
+class MaxPool(Selection):
     """See `pool.py`."""
 
-    def forward(self, p: Pass) -> None:
-        self._pool(p).maximum(p.x(0), p.y(), self._where(p))
-
-    def tangent(self, p: Pass) -> None:
-        tx = p.tx(0)
-        assert tx is not None
-        self._pool(p).pick(tx, self._where(p), p.ty())
-
-    def adjoint(self, p: Pass, j: int, dy: Tensor, dx: Tensor, add: bool) -> None:
-        self._pool(p).unpick(dy, self._where(p), dx, add)
-
-    def aux(self, layer: Layer, samples: int, differentiated: bool, curved: bool) -> Sizes:
-        """The position of every maximum."""
-        return {0: samples * math.prod(layer.shape)}
-
     @staticmethod
-    def _where(p: Pass) -> Tensor:
-        found = p.aux(0)
-        assert found is not None
-        return found.view(torch.int32)
-
-    @staticmethod
-    def _pool(p: Pass) -> Pool:
+    def kernels(p: Pass) -> Pool:
         return Pool(p.launch, _window(p.layer), p.layer.shape[-1])
 
 

@@ -6,6 +6,10 @@ gradient (`ex`, `ey`). What a function finds absent (None) in its `Pass` is zero
 
 from __future__ import annotations
 
+import math
+from typing import Protocol
+
+import torch
 from torch import Tensor
 
 from .network import Layer
@@ -76,3 +80,41 @@ class LinearMap(Kind):
     def adjoint(self, p: Pass, j: int, dy: Tensor, dx: Tensor, add: bool) -> None:
         """dx (+)= the map's adjoint at dy for input j."""
         raise NotImplementedError
+
+
+class Selects(Protocol):
+    """Kernels that choose elements, and take others from the same places."""
+
+    def maximum(self, a: Tensor, out: Tensor, where: Tensor, /) -> None: ...
+    def pick(self, a: Tensor, where: Tensor, out: Tensor, /) -> None: ...
+    def unpick(self, a: Tensor, where: Tensor, out: Tensor, /, add: bool) -> None: ...
+
+
+class Selection(LinearMap):
+    """The largest of several elements. Where they are, it is linear."""
+
+    @staticmethod
+    def kernels(p: Pass) -> Selects:
+        """What launches the kernels."""
+        raise NotImplementedError
+
+    def forward(self, p: Pass) -> None:
+        self.kernels(p).maximum(p.x(0), p.y(), self._where(p))
+
+    def tangent(self, p: Pass) -> None:
+        tx = p.tx(0)
+        assert tx is not None
+        self.kernels(p).pick(tx, self._where(p), p.ty())
+
+    def adjoint(self, p: Pass, j: int, dy: Tensor, dx: Tensor, add: bool) -> None:
+        self.kernels(p).unpick(dy, self._where(p), dx, add=add)
+
+    def aux(self, layer: Layer, samples: int, differentiated: bool, curved: bool) -> Sizes:
+        """The place of every largest element."""
+        return {0: samples * math.prod(layer.shape)}
+
+    @staticmethod
+    def _where(p: Pass) -> Tensor:
+        found = p.aux(0)
+        assert found is not None
+        return found.view(torch.int32)

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
-from torch import Tensor
-
 from ..kernels.largest import Largest
 from ..kernels.softmax import Rows
-from .kinds import Kind, LinearMap, Sizes
-from .network import Layer
+from .kinds import Kind, Selection
 from .passes import Pass
 
 
@@ -41,30 +35,9 @@ class Softmax(Kind):
         return Rows(p.launch, p.layer.shape[-1], p.layer.kind == "log_softmax")
 
 
-class Maximum(LinearMap):
+class Maximum(Selection):
     """See `largest.py`. Where the largest elements are, it is linear."""
 
-    def forward(self, p: Pass) -> None:
-        self._kernels(p).forward(p.x(0), p.y(), self._where(p))
-
-    def tangent(self, p: Pass) -> None:
-        tx = p.tx(0)
-        assert tx is not None
-        self._kernels(p).tangent(tx, self._where(p), p.ty())
-
-    def adjoint(self, p: Pass, j: int, dy: Tensor, dx: Tensor, add: bool) -> None:
-        self._kernels(p).backward(dy, self._where(p), dx, add)
-
-    def aux(self, layer: Layer, samples: int, differentiated: bool, curved: bool) -> Sizes:
-        """The place of every largest element."""
-        return {0: samples * math.prod(layer.shape)}
-
     @staticmethod
-    def _where(p: Pass) -> Tensor:
-        found = p.aux(0)
-        assert found is not None
-        return found.view(torch.int32)
-
-    @staticmethod
-    def _kernels(p: Pass) -> Largest:
+    def kernels(p: Pass) -> Largest:
         return Largest(p.launch, int(p.layer.attributes["length"]), int(p.layer.attributes["inner"]))
