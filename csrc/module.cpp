@@ -371,6 +371,7 @@ PYBIND11_MODULE(_core, m) {
     m.attr("INSTRUCTIONS") = table(kInstructions);
     m.attr("MOST_THREADS") = kMostThreads;
     m.attr("MOST_AXES") = kMostAxes;
+    m.attr("MOST_OPERANDS") = kMostOperands;
     m.def("available", &available_names);
     m.def("draw", &draw, py::arg("out"), py::arg("seed"), py::arg("number"), py::arg("step"), py::arg("first_task"));
     m.def("choose", [] { return std::string(name(choose())); });

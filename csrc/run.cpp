@@ -261,9 +261,7 @@ void Runner<S>::run(Call& call, Times* times) {
         give_back(std::move(memory));
         if (call.outside[1] == kUnset)
             throw std::invalid_argument(
-                "model: expected arguments that PyTorch's own checks accept (torch.distributions, gaussian_nll_loss), "
-                "got "
-                "others");
+                "model: expected what PyTorch's own checks accept (torch.distributions, one_hot, gaussian_nll_loss)");
         throw std::out_of_range("model: expected indices in [0, " + std::to_string(call.outside[1]) + "), got " +
                                 std::to_string(call.outside[0]));
     }

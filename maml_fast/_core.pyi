@@ -26,6 +26,9 @@ MOST_THREADS: int
 MOST_AXES: int
 """The most axes of an operation's operands."""
 
+MOST_OPERANDS: int
+"""The most operands of an expression."""
+
 class Plan:
     """A plan's description by name (see `backends/cpu_spec.py`), laid out for one scalar type and instruction set.
 

@@ -346,14 +346,14 @@ def test_a_product_on_a_query_tape_is_refused(core: ModuleType, monkeypatch: pyt
 
 # ---- names that Python and C++ share -----------------------------------------------------------
 
+MOST = ("MOST_THREADS", "MOST_AXES", "MOST_OPERANDS")
 TABLES = ("OP_KINDS", "ACTIVATIONS", "PRIMITIVES", "LOSSES", "INSTRUCTIONS")
 
 
 def built(core: ModuleType) -> SimpleNamespace:
     """The tables of this core, to be changed."""
-    return SimpleNamespace(
-        **{name: dict(getattr(core, name)) for name in TABLES}, MOST_THREADS=core.MOST_THREADS, MOST_AXES=core.MOST_AXES
-    )
+    tables = {name: dict(getattr(core, name)) for name in TABLES}
+    return SimpleNamespace(**tables, **{name: getattr(core, name) for name in MOST})
 
 
 def test_the_tables_agree(core: ModuleType) -> None:
@@ -373,6 +373,14 @@ def test_a_table_of_another_build_is_refused(name: str, core: ModuleType) -> Non
         change(getattr(other, name))
         with pytest.raises(ImportError, match=rf"{name}\[.*expected .*, got .*build it again"):
             cpu.check_tables(other)
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_another_limit_is_refused(name: str, core: ModuleType) -> None:
+    other = built(core)
+    setattr(other, name, getattr(core, name) + 1)
+    with pytest.raises(ImportError, match=f"{name}"):
+        cpu.check_tables(other)
 
 
 def test_a_core_without_tables_is_refused() -> None:

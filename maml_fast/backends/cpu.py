@@ -17,6 +17,7 @@ from ..graph.expressions.language import PRIMITIVES
 from ..graph.graph import ACTIVATIONS, Graph, Shape
 from ..graph.inputs import Inputs
 from ..graph.losses import NAMES
+from ..lower.chains import MOST_OPERANDS
 from ..lower.plan import Plan, Result, Tensors
 from . import cpu_text
 from .base import Backend, Spent
@@ -64,7 +65,7 @@ def check_tables(core: Any) -> None:
                     f"maml_fast._core was built from other sources than this package: {name}[{key!r}]: "
                     f"expected {expected.get(key)}, got {found.get(key)}; build it again"
                 )
-    for name, most in (("MOST_THREADS", MOST_THREADS), ("MOST_AXES", MOST_AXES)):
+    for name, most in (("MOST_THREADS", MOST_THREADS), ("MOST_AXES", MOST_AXES), ("MOST_OPERANDS", MOST_OPERANDS)):
         if (got := getattr(core, name, None)) != most:
             raise ImportError(f"maml_fast._core: expected {name} {most}, got {got}")
 
