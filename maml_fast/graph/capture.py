@@ -157,19 +157,19 @@ def capture(
         raise recorder.refusal
     _refuse_overwritten(recorder.calls, output if loss is None else loss)
     return Captured(
-        tuple(recorder.calls),
-        parameters,
-        buffers,
-        given,
-        output,
-        recorder.constants,
-        recorder.stand_ins,
-        tuple(recorder.literals),
-        y,
-        loss,
-        of_forward,
-        recorder.draws,
-        () if criterion is None else criterion.numbers,
+        calls=tuple(recorder.calls),
+        parameters=parameters,
+        buffers=buffers,
+        inputs=given,
+        output=output,
+        constants=recorder.constants,
+        stand_ins=recorder.stand_ins,
+        literals=tuple(recorder.literals),
+        y=y,
+        loss=loss,
+        of_forward=of_forward,
+        draws=recorder.draws,
+        numbers=() if criterion is None else criterion.numbers,
     )
 
 
