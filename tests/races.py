@@ -129,26 +129,33 @@ def callers_that_plan() -> None:
     together(work)
 
 
+class Recorder:
+    """Stands in for the core's plan and keeps the last call's arguments."""
+
+    def __init__(self, core: _core.Plan) -> None:
+        self.core, self.arguments = core, []
+
+    def run(self, *arguments: Any) -> None:
+        self.arguments = list(arguments)
+        self.core.run(*arguments)
+
+
 def planted() -> None:
     """Gradients of a task's inputs go where the next task's inputs are, which another thread may be reading."""
-    tasks, samples = 64, 20
-    model = mlp(1, 40, 40, 1)
-    batch = numbers(tasks, samples)
+    batch = numbers(64, 20)
     batch[0].requires_grad_(True)
-    maml = mf.MAML(model, 0.1, loss="mse", backend="cpu", check="never", threads=2)
+    maml = mf.MAML(mlp(1, 40, 40, 1), 0.1, loss="mse", backend="cpu", check="never", threads=2)
     maml.backward(*batch)
     (plan,) = maml._preparer.plans()
-    core: _core.Plan = plan.plan.state["cpu"].core  # type: ignore[attr-defined]
-    memory = torch.randn(tasks + 1, samples, 1)
-    parameters = [p.detach() for p in model.parameters()]
-    gradients = [torch.empty_like(p) for p in parameters]
-    weights, objective, rate = torch.ones(tasks), torch.empty(()), torch.tensor(0.1)
-    lists = parameters, (), [rate], (), gradients, ()
+    state: Any = plan.plan.state["cpu"]
+    recorder = state.core = Recorder(state.core)
+    maml.backward(*batch)
+    arguments = recorder.arguments
+    memory = torch.randn(65, 20, 1)
+    x_s, gradient_x_s = 0, 10  # their places among the arguments of `Plan.run`
+    arguments[x_s], arguments[gradient_x_s] = memory[1:], memory[:-1]
     for _ in range(50):
-        core.run(
-            *(memory[1:], batch[1], batch[2].detach(), batch[3], weights, None, None, objective, None, None),
-            *(memory[:-1], torch.zeros_like(batch[2]), *lists, False, 2, None),
-        )
+        recorder.core.run(*arguments)
 
 
 def main() -> None:
