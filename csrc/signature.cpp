@@ -5,6 +5,15 @@
 
 namespace maml_fast {
 
+namespace {
+
+// Those of a list that the program touches: the others have no elements.
+void require_used(std::vector<Expected>& list) {
+    for (Expected& e : list) e.required = e.elements > 0;
+}
+
+}  // namespace
+
 Signature::Signature(const Spec& s, Scalar scalar) {
     bool labels = s.loss == LossKind::cross_entropy;
     long out = s.features[s.out];
@@ -91,10 +100,12 @@ void Signature::read_code(const Spec& s) {
                 break;
             case Code::support_loss:
                 y[0].required = reads_targets;
+                require_used(targets[0]);
                 break;
             case Code::query_loss:
                 scores = true;
                 y[1].required = reads_targets;
+                require_used(targets[1]);
                 weights.required = weights.required || in.seed;
                 break;
             case Code::cotangent:
@@ -102,10 +113,13 @@ void Signature::read_code(const Spec& s) {
                 break;
             case Code::backward:
                 dx[in.batch].required = dx[in.batch].required || in.inputs;
+                if (in.inputs) require_used(dinputs[in.batch]);
                 break;
             case Code::hvp:
                 dx[0].required = dx[0].required || in.inputs;
+                if (in.inputs) require_used(dinputs[0]);
                 y[0].required = reads_targets;
+                require_used(targets[0]);
                 break;
             case Code::accumulate:
                 reverse = true;
