@@ -261,7 +261,8 @@ void Runner<S>::run(Call& call, Times* times) {
         give_back(std::move(memory));
         if (call.outside[1] == kUnset)
             throw std::invalid_argument(
-                "model: expected what PyTorch's own checks accept (torch.distributions, one_hot, gaussian_nll_loss)");
+                "model: expected what PyTorch's own checks accept (torch.distributions, one_hot, gaussian_nll_loss; "
+                "indices of gather and scatter)");
         throw std::out_of_range("model: expected indices in [0, " + std::to_string(call.outside[1]) + "), got " +
                                 std::to_string(call.outside[0]));
     }

@@ -264,16 +264,6 @@ class Input(nn.Module):
         return x.flatten(1)
 
 
-@pytest.mark.usefixtures("core")
-def test_the_core_declines_a_network_without_a_layer() -> None:
-    x_s, x_q = torch.randn(2, 3, 2, 2), torch.randn(2, 4, 2, 2)
-    batch = (x_s, x_s.flatten(2) + 1, x_q, x_q.flatten(2) + 1)
-    with pytest.raises(RuntimeError, match="the output is the input"):
-        mf.MAML(Input(), 0.1, allow_unused=True, loss="mse", backend="cpu").backward(*batch)
-    maml = mf.MAML(Input(), 0.1, allow_unused=True, loss="mse", backend="reference")
-    assert float(maml.backward(*batch)) == pytest.approx(1.0)
-
-
 @pytest.mark.parametrize("change", REPLACED.values(), ids=REPLACED)
 @pytest.mark.filterwarnings("ignore:maml_fast falls back")
 def test_what_a_model_holds_is_replaced_between_calls(change: Callable[[nn.Module], None]) -> None:

@@ -57,3 +57,19 @@ def test_instance_norm_of_one_sample_before_channels_last(affine: bool, samples:
     """PyTorch's own second derivative is wrong there."""
     convolution = nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last)
     assert agree(nn.Sequential(nn.InstanceNorm2d(2, affine=affine), convolution), (2, 4, 4), (2, 2, 2), samples)
+
+
+@pytest.mark.parametrize("forward", [lambda x: x, lambda x: x.view(-1, 6), lambda x: x.unsqueeze(1).squeeze(1)])
+@pytest.mark.parametrize("loss", ["mse", lambda outputs, y: ((outputs - y.view_as(outputs)) ** 2).mean()])
+def test_a_network_that_returns_its_input(forward: Any, loss: Any, core: Any) -> None:
+    class Network(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = forward(x)
+            return result
+
+    x_s, y_s, x_q, y_q = (torch.randn(2, n, 6) for n in (4, 4, 3, 3))
+    model = Network(6, 6)
+    maml = mf.MAML(model, 0.1, loss=loss, backend="cpu", allow_unused=True)
+    assert torch.allclose(maml.meta_loss(x_s, y_s, x_q, y_q), ((x_q - y_q) ** 2).mean())
+    assert torch.equal(maml.adapt(x_s, y_s)(x_q), x_q)
+    assert torch.equal(maml.backward(x_s, y_s, x_q, y_q, outputs=True)[1], x_q)

@@ -17,7 +17,7 @@ from .graph import Graph, LossOp, Shape, Untraceable
 from .inputs import Inputs
 from .literals import filled, on_cpu
 from .losses import NAMES
-from .operations import COMPARED, MASKS, OF_LABELS, OF_WHOLE_NUMBERS, OPERATIONS
+from .operations import COMPARED, MASKS, OF_LABELS, OF_WHOLE_NUMBERS, OPERATIONS, PLACES
 from .operations.builder import (
     Constant,
     Everywhere,
@@ -82,7 +82,6 @@ class _Decoder:
         self.bound: dict[int, _Bound] = {}
         self.in_memory: dict[int, list[int]] = {}
         self.made_by: dict[int, AtenCall] = {}
-        self.checks: list[int] = []
         self.kept = {memory(t) for t in captured.stand_ins}
         for place, tensor in enumerate(captured.inputs):
             self._bind(tensor, self._given(inputs, place))
@@ -115,8 +114,10 @@ class _Decoder:
         return self._graph(value, value.shape, None)
 
     def _graph(self, output: Value, returned: Shape | None, loss: LossOp | None) -> Graph:
+        if self._elements(output) == 0:  # the input itself, which backends compute nothing of
+            output = self.builder.emit("affine", [output], output.shape, dims=output.dims, factor=1.0, shift=0.0)
         ops, shapes = tuple(self.builder.ops), tuple(self.builder.shapes)
-        return Graph(ops, shapes, output.index, returned, loss, checks=tuple(self.checks))
+        return Graph(ops, shapes, output.index, returned, loss, checks=tuple(self.builder.checks))
 
     def _returned(self) -> Value:
         """The activation that forward returns."""
@@ -219,9 +220,7 @@ class _Decoder:
         """Have every call check that a mask is set."""
         if isinstance(mask, Literal) and bool(mask.tensor.all()):
             return
-        x = self.builder.lifted(mask, "a check")
-        checked = self.builder.emit("check", [x], (), once=x.once)
-        self.checks.append(checked.index)
+        self.builder.check(self.builder.lifted(mask, "a check"))
 
     def _write(self, call: AtenCall) -> None:
         """The written tensor stands for the result; what else shares its memory is out of date."""
@@ -270,7 +269,7 @@ class _Decoder:
             args, kwargs = self._resolve(call.args), self._resolve(call.kwargs)
             if emit is None:
                 return Unknown(f"forward calls {name}, which has no fused kernel")
-            self._check_dtype(call, of_labels=any(isinstance(a, _OF_LABELS) for a in args))
+            self._check_dtype(call, name, of_labels=any(isinstance(a, _OF_LABELS) for a in args))
             return emit(self.builder, *args, **kwargs)
         except Untraceable as error:
             return Unknown(str(error))
@@ -293,19 +292,19 @@ class _Decoder:
             made = call.function(*args, **kwargs)
         return tuple(map(Literal, made)) if isinstance(made, tuple | list) else Literal(made)
 
-    def _check_dtype(self, call: AtenCall, of_labels: bool) -> None:
+    def _check_dtype(self, call: AtenCall, name: str, of_labels: bool) -> None:
         dtype = self.captured.dtype
         for tensor in call.outputs[:1]:
-            if tensor.dtype == torch.bool and call.name in MASKS:
-                if call.name in COMPARED and not self._tells_apart(call):
+            if tensor.dtype == torch.bool and name in MASKS:
+                if name in COMPARED and not self._tells_apart(call):
                     raise Untraceable("whole numbers are compared that floating point numbers may not tell apart")
                 continue
-            if not of_labels and _is_whole(tensor) and _keeps_whole(call):
+            if name in PLACES or (not of_labels and _is_whole(tensor) and _keeps_whole(call, name)):
                 continue
-            if of_labels and not tensor.is_floating_point() and call.name not in OF_LABELS:
-                raise Untraceable(f"{call.name} of whole-number targets has no fused kernel")
+            if of_labels and not tensor.is_floating_point() and name not in OF_LABELS:
+                raise Untraceable(f"{name} of whole-number targets has no fused kernel")
             if tensor.dtype != dtype and (tensor.is_floating_point() or not of_labels):
-                raise Untraceable(f"forward computes {call.name} in {tensor.dtype}, not in the parameters' {dtype}")
+                raise Untraceable(f"forward computes {name} in {tensor.dtype}, not in the parameters' {dtype}")
 
     def _tells_apart(self, call: AtenCall) -> bool:
         """Whether a comparison of whole numbers comes out the same with floating point numbers in their place."""
@@ -390,11 +389,11 @@ def _is_whole(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.int64, torch.int32)
 
 
-def _keeps_whole(call: AtenCall) -> bool:
+def _keeps_whole(call: AtenCall, name: str) -> bool:
     """Whether an operation of whole numbers gives such that floating point numbers can stand for."""
     given = [t.dtype.is_floating_point for t in tensors_in((call.args, call.kwargs))]
-    of_table = call.name in ("embedding", "index", "index_select")
-    return call.name in OF_WHOLE_NUMBERS and not of_table and not any(given) and _is_small((call.args, call.kwargs))
+    of_table = name in ("embedding", "index", "index_select")
+    return name in OF_WHOLE_NUMBERS and not of_table and not any(given) and _is_small((call.args, call.kwargs))
 
 
 def _is_small(arguments: Any) -> bool:

@@ -6,10 +6,12 @@ from . import (
     activations,
     arithmetic,
     convolutions,
+    largest,
     linear,
     lookups,
     losses,
     norms,
+    orders,
     pointwise,
     pools,
     random,
@@ -26,20 +28,26 @@ OPERATIONS: dict[str, Emitter] = {
     **pools.OPERATIONS,
     **pointwise.OPERATIONS,
     **arithmetic.OPERATIONS,
+    **largest.OPERATIONS,
     **reductions.OPERATIONS,
     **shapes.OPERATIONS,
     **losses.OPERATIONS,
     **lookups.OPERATIONS,
+    **orders.OPERATIONS,
     **random.OPERATIONS,
 }
 
 COMPARED = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
-MASKS = frozenset((*pointwise.COMPARISONS, *shapes.OPERATIONS, "eq", "bitwise_not", "all", "any"))
+MASKS = frozenset((*pointwise.COMPARISONS, *shapes.OPERATIONS, "eq", "bitwise_not", "all", "any", "scatter"))
 """What may give booleans; sums and products of such are other functions than those of numbers."""
 
-_EXACT = ("add", "sub", "rsub", "mul", "neg", "where", "masked_fill", "clamp", "minimum", "maximum", "sum")
+_EXACT = ("add", "sub", "rsub", "mul", "neg", "where", "masked_fill", "clamp", "minimum", "maximum", "sum", "gather",
+          "scatter", "scatter_add")  # fmt: skip
 OF_WHOLE_NUMBERS = frozenset((*_EXACT, *shapes.OPERATIONS, *lookups.OPERATIONS))
 """What may give whole numbers, which floating point numbers stand for: exactly, up to 2²⁴ in float32."""
+
+PLACES = frozenset(("argmax", "argmin", "argsort"))
+"""What gives whole numbers of anything: where its elements are."""
 
 OF_LABELS = frozenset((*shapes.OPERATIONS, "eq", "bitwise_not", "sum", "masked_fill"))
 """What may take whole-number targets, or masks of them, and give such: what only looks at them, or counts them."""

@@ -218,6 +218,8 @@ class GraphBuilder:
         self.several_targets = False
         self.ignored: int | None = None  # the label that such a loss ignores
         self.assumes_labels = False  # whether a comparison has been taken to be false of all labels
+        self.distinct: set[int] = set()  # values that hold places of which no two along a dimension are alike
+        self.checks: list[int] = []  # values computed for what they refuse
 
     def emit(
         self,
@@ -252,6 +254,10 @@ class GraphBuilder:
         once = all(v.once for v in inputs) if once is None else once
         plain = by_task(index, shape) if once else by_sample(index, shape)
         return plain if dims is None else replace(plain, dims=dims)
+
+    def check(self, mask: Value) -> None:
+        """Have every call check that a mask is set."""
+        self.checks.append(self.emit("check", [mask], (), once=mask.once).index)
 
     def full_shape(self, x: Value | Target) -> Shape:
         """The shape that PyTorch sees."""

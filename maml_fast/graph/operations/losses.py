@@ -154,21 +154,21 @@ def _nll(t: GraphBuilder, x: Any, y: Any, weight: Any, reduction: int, ignore_in
     if plain and isinstance(x, LogProbabilities) and not t.several_targets:
         return _with_reduction(t, Losses(LossOp("cross_entropy"), x.of, y.shape), reduction), None
     x = t.lifted(x, "nll_loss")
-    label, numbers = _labels(t, unsqueezed(t, y, 1), t.full_shape(x), ignore_index)
-    chosen = _at_labels(t, label, numbers, x)
+    label, numbers = labels(t, unsqueezed(t, y, 1), t.full_shape(x), ignore_index)
+    chosen = at_labels(t, label, numbers, x)
     if plain:
         return _with_reduction_of_values(t, pointwise(t, "nll", lambda v: -v, chosen), reduction), None
     kept = pointwise(t, "kept", lambda v: call("eq", call("eq", v, ignore_index), 0), squeezed(t, label, [1]))
     if weight is not None:
         weights = reshaped(t, t.lifted(weight, "class weights"), numbers.shape)
-        kept = pointwise(t, "mul", lambda k, w: k * w, kept, _at_labels(t, label, numbers, weights))
+        kept = pointwise(t, "mul", lambda k, w: k * w, kept, at_labels(t, label, numbers, weights))
     losses = pointwise(t, "nll", lambda v, k: -v * k, chosen, kept)
     if reduction != _MEAN:
         return _with_reduction_of_values(t, losses, reduction), None
     return pointwise(t, "mean", lambda a, b: a / b, summed(t, losses), summed(t, kept)), None
 
 
-def _labels(t: GraphBuilder, y: Target, shape: Shape, ignored: int = NOT_IGNORED) -> tuple[Value, Literal]:
+def labels(t: GraphBuilder, y: Target, shape: Shape, ignored: int = NOT_IGNORED) -> tuple[Value, Literal]:
     """Labels with a dimension of classes behind the samples, which the call checks, and the classes' numbers there.
 
     Args:
@@ -180,19 +180,10 @@ def _labels(t: GraphBuilder, y: Target, shape: Shape, ignored: int = NOT_IGNORED
     return t.lifted(y, "labels"), Literal(numbers)
 
 
-def _at_labels(t: GraphBuilder, label: Value, numbers: Literal, x: Any, keepdim: bool = False) -> Value:
+def at_labels(t: GraphBuilder, label: Value, numbers: Literal, x: Any, keepdim: bool = False) -> Value:
     """x at the labels, along its dimension of classes."""
     chosen = pointwise(t, "at labels", lambda u, c, v: call("where", call("eq", u, c), v, 0), label, numbers, x)
     return summed(t, chosen, [1], keepdim)
-
-
-def _gather(t: GraphBuilder, x: Any, dim: int, index: Any, sparse_grad: bool = False) -> Value:
-    """Every sample's element at its label."""
-    x = t.lifted(x, "gather")
-    labels = isinstance(index, Target) and index.dtype == torch.int64 and index.shape == (t.samples, 1)
-    if not labels or len(x.dims) != 2 or dim not in (1, -1):
-        raise Untraceable("gather has a fused kernel only for one label of each sample")
-    return _at_labels(t, *_labels(t, index, t.full_shape(x)), x, keepdim=True)
 
 
 def _elementwise(t: GraphBuilder, a: Any, b: Any, loss: LossOp, reduction: int) -> Any:
@@ -314,13 +305,13 @@ def _loss_values(t: GraphBuilder, x: Losses) -> Value:
 def _cross_entropies(t: GraphBuilder, x: Losses) -> Value:
     """−Σ_c q_c log p_c of every sample, q being 1 − s at its label and s / classes more everywhere."""
     classes, smoothing = x.of.shape[-1], x.loss.parameter
-    labels, numbers = _labels(t, Target((t.samples, 1), torch.int64), (t.samples, classes))
+    given, numbers = labels(t, Target((t.samples, 1), torch.int64), (t.samples, classes))
     logarithms = t.emit("log_softmax", [x.of], x.of.shape)
 
     def function(u: Any, label: Any, c: Any) -> Any:
         return -u * (call("eq", label, c) * (1 - smoothing) + smoothing / classes)
 
-    return summed(t, pointwise(t, "cross_entropy", function, logarithms, labels, numbers), [1])
+    return summed(t, pointwise(t, "cross_entropy", function, logarithms, given, numbers), [1])
 
 
 LIFTS[Losses], LIFTS[Residual] = _loss_values, _residual_values
@@ -360,5 +351,4 @@ OPERATIONS: dict[str, Emitter] = {
     "binary_cross_entropy": _bce,
     "nll_loss_forward": _nll,
     "nll_loss2d_forward": _nll,
-    "gather": _gather,
 }

@@ -292,6 +292,7 @@ COMPARISONS: dict[str, Emitter] = {
     "gt": _of("gt", lambda a, b: call("lt", b, a), mask=True),
     "ge": _of("ge", lambda a, b: call("le", b, a), mask=True),
     "ne": _of("ne", lambda a, b: _not(call("eq", a, b)), mask=True),
+    "isnan": _of("isnan", lambda x: _not(call("eq", x, x)), mask=True),
     "logical_not": _of("logical_not", _not, mask=True),
     "logical_and": _of("logical_and", lambda a, b: _not(_not(a)) * _not(_not(b)), mask=True),
     "logical_or": _of("logical_or", lambda a, b: _not(_not(a) * _not(b)), mask=True),

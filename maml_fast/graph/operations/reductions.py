@@ -1,4 +1,4 @@
-"""Sums, means, largest elements and what is made of them, over any dimensions."""
+"""Sums, means, norms, softmax and what is made of them, over any dimensions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from .. import boxes
 from ..expressions import call
 from ..graph import Untraceable
 from .builder import SAMPLES, Emitter, GraphBuilder, LogProbabilities, Losses, Value
+from .largest import largest
 from .losses import reduced, summed_losses
 from .pointwise import masks_alone, pointwise
 from .pools import spatial_mean
 from .shapes import of_merged, unsqueezed
-from .sums import axes_of, dropped, over_merged, summed
+from .sums import axes_of, dropped, summed
 
 
 def _sum(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
@@ -29,49 +30,6 @@ def _mean(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False, dtype
         return reduced(t, x, dim, keepdim, summed=False)
     pooled = spatial_mean(t, x, dim, keepdim)
     return summed(t, x, dim, keepdim, mean=True) if pooled is None else pooled
-
-
-def largest(t: GraphBuilder, x: Any, dim: int, keepdim: bool = False) -> Value:
-    """The first largest element along a dimension, and the derivative goes there."""
-    if isinstance(x, Value) and t.samples > 1 and t.is_merged(x) and SAMPLES not in x.dims[dim]:
-        return over_merged(t, x, dim, keepdim, lambda v, d: largest(t, v, d, True))
-    x, (d,) = axes_of(t, x, dim, "max")
-    if x.dims[d] == (SAMPLES,):
-        raise Untraceable("max over the samples has no fused kernel")
-    axis = x.dims[d][0]
-    shape = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
-    outer, inner = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
-    y = t.emit("max", [x], shape, dims=x.dims, outer=outer, length=x.shape[axis], inner=inner)
-    return dropped(t, y, [d], keepdim)
-
-
-def _max(t: GraphBuilder, x: Any, dim: int | None = None, keepdim: bool = False) -> tuple[Any, ...]:
-    if dim is None:
-        raise Untraceable("max over all elements has no fused kernel")
-    return largest(t, x, dim, keepdim), None
-
-
-def _min(t: GraphBuilder, x: Any, dim: int | None = None, keepdim: bool = False) -> tuple[Any, ...]:
-    if dim is None:
-        raise Untraceable("min over all elements has no fused kernel")
-    negative = pointwise(t, "neg", lambda v: -v, x)
-    return pointwise(t, "neg", lambda v: -v, largest(t, negative, dim, keepdim)), None
-
-
-def _amax(t: GraphBuilder, x: Any, dim: Any = (), keepdim: bool = False, sign: int = 1) -> Value:
-    """Where several elements are largest they share the derivative: the mean over those that equal the maximum."""
-    x, dims = axes_of(t, x, dim, "amax")
-    most = pointwise(t, "amax", lambda v: v * sign, x) if sign != 1 else x
-    for d in dims:
-        most = largest(t, most, d, keepdim=True)
-    chosen = pointwise(t, "amax", lambda v, m: call("eq", v * sign, m), x, most)
-    count = summed(t, chosen, dims, keepdim=True)
-    total = summed(t, pointwise(t, "amax", lambda v, c: call("where", c, v, 0), x, chosen), dims, keepdim=True)
-    return dropped(t, pointwise(t, "amax", lambda s, n: s / n, total, count), dims, keepdim)
-
-
-def _amin(t: GraphBuilder, x: Any, dim: Any = (), keepdim: bool = False) -> Value:
-    return _amax(t, x, dim, keepdim, sign=-1)
 
 
 def _all(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False) -> Value:
@@ -247,12 +205,8 @@ def _cumsum(t: GraphBuilder, x: Any, dim: int, dtype: Any = None) -> Value:
 OPERATIONS: dict[str, Emitter] = {
     "sum": _sum,
     "mean": _mean,
-    "max": _max,
-    "min": _min,
     "all": _all,
     "any": _any,
-    "amax": _amax,
-    "amin": _amin,
     "_softmax": _softmax,
     "_log_softmax": log_softmax,
     "_safe_softmax": _safe_softmax,
