@@ -444,7 +444,7 @@ REFUSED: dict[str, tuple[Forward, str]] = {
     "number-over-a-dimension": (lambda m, x: m.b(m.hidden(x)) * m.zero_d.softmax(0), "single number"),
     "triangle-of-samples": (lambda m, x: torch.tril(m.hidden(x)), "triangle of the samples"),
     "folded-and-turned": (_folded_and_turned, "samples are merged"),
-    "sorted": (lambda m, x: m.hidden(x).sort(1)[0], "sort"),
+    "running maxima": (lambda m, x: m.hidden(x).cummax(1)[0], "cummax"),
     "random": (lambda m, x: m.hidden(x)[:, torch.randperm(x.shape[1])], "random numbers"),
 }
 

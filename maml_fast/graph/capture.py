@@ -447,7 +447,15 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(list(value.values()))
 
 
+def node_of(tensor: Tensor) -> Any:
+    """The tensor's node in autograd's graph; None for a view made under `no_grad` of what has been written since."""
+    try:
+        return tensor.grad_fn
+    except RuntimeError:
+        return None
+
+
 def custom_function(tensor: Tensor) -> str | None:
     """The name of the `autograd.Function` that made the tensor."""
-    node = tensor.grad_fn
+    node = node_of(tensor)
     return type(node).__name__.removesuffix("Backward") if isinstance(node, BackwardCFunction) else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..cached import cached_property
-from .capture import AtenCall, Captured, custom_function, tensors_in
+from .capture import AtenCall, Captured, custom_function, node_of, tensors_in
 from .expressions import call as expression
 from .graph import Graph, LossOp, Shape, Untraceable
 from .inputs import Inputs
@@ -33,8 +33,10 @@ from .operations.builder import (
     Weight,
     by_sample,
 )
+from .operations.overwrites import overwritten, part
 from .operations.pointwise import pointwise
-from .overlaps import memory, share_elements
+from .operations.shapes import reshaped
+from .overlaps import are_views, is_whole, memory, region, share_elements
 
 _DRAWS = ("bernoulli", "native_dropout", "rand", "normal", "uniform", "multinomial", "exponential", "random", "cauchy")
 
@@ -185,9 +187,10 @@ class _Decoder:
         if any(memory(t) in self.kept for t in call.written):
             raise Untraceable("forward writes a tensor that is neither a parameter nor a buffer, and lasts")
         if call.written and call.written[0] is call.args[0]:
-            self._write(call)
+            if not self._is_restrided(call):
+                self._write(call)
             return
-        if call.name == "detach" and call.outputs[0].grad_fn is not None:
+        if call.name == "detach" and node_of(call.outputs[0]) is not None and not self._is_written(call.outputs[0]):
             try:
                 meaning = self._saved(call.outputs[0])
             except Untraceable as error:
@@ -201,18 +204,35 @@ class _Decoder:
         if not all(id(o) in self.bound for o in call.outputs):
             self._bind_outputs(call, meaning)
 
+    def _is_restrided(self, call: AtenCall) -> bool:
+        """Whether it is how ATen's pools give their mean the strides of channels that come last: no element moves."""
+        if call.name != "as_strided_":
+            return False
+        mean, size = call.args[:2]
+        made = self.made_by.get(id(mean))
+        return made is not None and made.name == "mean" and tuple(size[2:]) == (1, 1) and tuple(size) == mean.shape
+
     def _saved(self, tensor: Tensor) -> Any:
         """What autograd has kept of an operation's result for its derivative, and gives out with its history."""
-        made = self._results.get((tensor.grad_fn, tensor.output_nr))
+        made = self._results.get((node_of(tensor), tensor.output_nr))
         if made is not None:
             return self._read(made)
         raise Untraceable("forward takes a derivative through something that the capture has not seen")
+
+    def _is_written(self, tensor: Tensor) -> bool:
+        """Whether a write has given the tensor its history."""
+        return (node_of(tensor), tensor.output_nr) not in self._results and memory(tensor) in self._rewritten
+
+    @cached_property
+    def _rewritten(self) -> set[int]:
+        return {memory(t) for call in self.captured.calls for t in call.written}
 
     @cached_property
     def _results(self) -> dict[Any, Tensor]:
         """By its node in autograd's graph what an operation has made; autograd's copies have their originals' nodes."""
         found: dict[Any, Tensor] = {}
-        for made in (t for call in self.captured.calls for t in call.outputs if t.grad_fn is not None):
+        calls = [call for call in self.captured.calls if call.name != "detach"]
+        for made in (t for call in calls for t in call.outputs if node_of(t) is not None):
             found.setdefault((made.grad_fn, made.output_nr), made)
         return found
 
@@ -228,15 +248,34 @@ class _Decoder:
         value = {"zero_": 0, "fill_": call.args[-1]}.get(call.name)
         if isinstance(value, int | float):
             meaning: Any = Literal(torch.full(target.shape, value, dtype=target.dtype, device="cpu"))
+        elif call.name == "copy_":  # whatever was there
+            meaning = self._meaning(replace(call, args=(Unset(tuple(target.shape)), *call.args[1:])), "copy")
         else:
             meaning = self._meaning(call, call.name.removesuffix("_"))
         if isinstance(meaning, Value) and target.is_floating_point():
             meaning = replace(meaning, mask=False)
         if target.requires_grad and not call.differentiated:
             meaning = self._grafted(target, meaning)
+        wholes = self._written_through(call, target, meaning)
         self._out_of_date(target)
-        self.made_by[id(target)] = call
-        self._bind(target, meaning)
+        for tensor, changed in ((target, meaning), *wholes):
+            self.made_by[id(tensor)] = call
+            self._bind(tensor, changed)
+
+    def _written_through(self, call: AtenCall, target: Tensor, meaning: Any) -> list[tuple[Tensor, Any]]:
+        """What tensors that a view has been written of stand for now, with the derivatives that autograd has."""
+        found: list[tuple[Tensor, Any]] = []
+        for key in self.in_memory.get(memory(target), ()):
+            bound = self.bound[key]
+            if bound.stale or bound.tensor is target or not are_views(bound.tensor, target):
+                continue
+            if (bound.tensor.requires_grad and not call.differentiated) or not (place := region(bound.tensor, target)):
+                continue
+            with suppress(Untraceable):
+                value = self.builder.lifted(meaning, "a write")
+                old = self._read(bound.tensor)
+                found.append((bound.tensor, overwritten(self.builder, old, value, place, tuple(bound.tensor.shape))))
+        return found
 
     def _grafted(self, target: Tensor, meaning: Any) -> Any:
         """What a write under `no_grad` leaves: new elements, with the derivative that the old ones had."""
@@ -285,7 +324,7 @@ class _Decoder:
         if (made := filled(call)) is not None:
             return Literal(made)
         known = [self.bound.get(id(t)) for t in tensors_in((call.args, call.kwargs))]
-        if any(b is None or not isinstance(b.meaning, Literal) for b in known):
+        if any(b is None or b.stale or not isinstance(b.meaning, Literal) for b in known):
             return None
         args, kwargs = (on_cpu(self._resolve(a)) for a in (call.args, call.kwargs))
         with torch.no_grad():
@@ -338,10 +377,33 @@ class _Decoder:
         if isinstance(bound.meaning, Unknown):
             raise Untraceable(bound.meaning.reason)
         if bound.stale:
-            raise Untraceable("forward reads a view of a tensor that it has written in place since")
+            bound = self._read_anew(bound)
         if self._is_cut(tensor):
             self._cut(bound)
         return bound.meaning
+
+    def _read_anew(self, bound: _Bound) -> _Bound:
+        """A view of a tensor that has been written since: its elements as they are now.
+
+        Raises:
+            Untraceable: no tensor that the view is a regular part of is known.
+        """
+        tensor = bound.tensor
+        for key in self.in_memory[memory(tensor)]:
+            whole = self.bound[key]
+            if whole.stale or isinstance(whole.meaning, Unknown) or not are_views(whole.tensor, tensor):
+                continue
+            if is_whole(whole.tensor) and is_whole(tensor):
+                meaning = reshaped(self.builder, self._read(whole.tensor), tensor.shape)
+            elif (place := region(whole.tensor, tensor)) is not None:
+                meaning = part(self.builder, self._read(whole.tensor), place)
+                meaning = reshaped(self.builder, meaning, tensor.shape)
+            else:
+                continue
+            self.made_by[id(tensor)] = self.made_by[key]
+            self._bind(tensor, meaning)
+            return self.bound[id(tensor)]
+        raise Untraceable("forward reads a view of a tensor that it has written in place since")
 
     def _cut(self, bound: _Bound) -> None:
         """From now on the tensor stands for the same without a derivative."""
@@ -377,7 +439,7 @@ class _Decoder:
         if not tensor.is_floating_point() or not _requires_grad((call.args, call.kwargs)):
             return False
         written = bool(call.written) and call.written[0] is tensor
-        return tensor.grad_fn is None or not (call.differentiated or written)
+        return node_of(tensor) is None or not (call.differentiated or written)
 
     def _refuse_tensor_hooks(self) -> None:
         for bound in self.bound.values():

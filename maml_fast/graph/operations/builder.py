@@ -458,6 +458,8 @@ class GraphBuilder:
             return self._alike_constant(x, axis, op.attributes["numbers"])
         if op.attributes.get("name") == "slice" and op.attributes["axis"] != axis:
             return self._alike_slice(x, axis, op)
+        if op.kind == "reshape" and x.shape[axis] != 1:
+            return self._alike_reshape(x, axis, op)
         if op.kind in ("linear", "pointwise", "affine", "add") and axis < len(x.shape) - (op.kind == "linear"):
             return self._alike_result(x, axis, op)
         return None
@@ -478,6 +480,19 @@ class GraphBuilder:
         box = sliced(source.shape, along, start, step, shape[along])
         y = self.linear_map("slice", [source], [box], shape, axis=along, start=start, step=step)
         return replace(x, index=y.index, shape=shape)
+
+    def _alike_reshape(self, x: Value, axis: int, op: Op) -> Value | None:
+        """Where only axes of one element come and go."""
+        before = self.shapes[op.inputs[0]]
+        if [n for n in before if n != 1] != [n for n in x.shape if n != 1]:
+            return None
+        number = sum(n != 1 for n in x.shape[:axis])
+        place = [a for a, n in enumerate(before) if n != 1][number]
+        source = self.alike(by_task(op.inputs[0], before), place)
+        if source is None:
+            return None
+        shape = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
+        return replace(x, index=self.reshaped(source, shape).index, shape=shape)
 
     def _alike_result(self, x: Value, axis: int, op: Op) -> Value | None:
         """The same operation of operands with a single element along the axis."""

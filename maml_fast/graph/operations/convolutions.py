@@ -12,6 +12,7 @@ from ..boxes import Box, strides
 from ..graph import Shape, Untraceable
 from .builder import SAMPLES, Emitter, GraphBuilder, Value, Weight, optional_weight, weight
 from .linear import product_of_groups
+from .merged import in_a_row, is_merged
 from .pointwise import pointwise
 from .shapes import permuted, reshaped, zero_padded
 from .windows import images, windows
@@ -32,6 +33,14 @@ def _convolution(
     shape = kernel_weight.shape if isinstance(kernel_weight, Weight) else t.full_shape(t.lifted(kernel_weight, "conv"))
     dims = len(shape) - 2
     steps, padded, dilated = _each(stride, dims), _each(padding, dims), _each(dilation, dims)
+    if is_merged(t, x) and not transposed and shape[2] <= t.full_shape(x)[2] + 2 * padded[0]:
+
+        def alone(images: Value, left: Shape) -> Value:
+            return _convolution(
+                t, images, kernel_weight, bias, steps, left, dilated, transposed, output_padding, groups
+            )
+
+        return in_a_row(t, x, shape[2], steps, padded, dilated[0], alone)
     if transposed:
         extra = _each(output_padding, dims)
         return _transposed(t, x, kernel_weight, bias, shape, steps, padded, dilated, extra, groups)

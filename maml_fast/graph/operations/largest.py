@@ -43,7 +43,7 @@ def positions(t: GraphBuilder, x: Value, d: int) -> Literal:
 
 def largest(t: GraphBuilder, x: Any, dim: int, keepdim: bool = False) -> Value:
     """The first largest element along a dimension, and the derivative goes there."""
-    if isinstance(x, Value) and t.samples > 1 and t.is_merged(x) and SAMPLES not in x.dims[dim]:
+    if isinstance(x, Value) and t.is_merged(x) and SAMPLES not in x.dims[dim]:
         return over_merged(t, x, dim, keepdim, lambda v, d: largest(t, v, d, True))
     x, (d,) = axes_of(t, x, dim, "max")
     if x.dims[d] == (SAMPLES,):

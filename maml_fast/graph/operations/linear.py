@@ -113,9 +113,11 @@ def _bmm(t: GraphBuilder, a: Any, b: Any) -> Value:
     return replace(y, dims=(_group_dim(both, inner), (inner,), (inner + 1,)))
 
 
-def _grouping(x: Value) -> tuple[int, ...]:
-    """How the groups are made: the samples, and the lengths of the other axes, in order."""
-    return tuple(a if a == SAMPLES else x.shape[a] for a in x.dims[0] if a == SAMPLES or x.shape[a] != 1)
+def _grouping(x: Value) -> tuple[int, int]:
+    """How the groups are made: how many there are before the samples, and of each sample."""
+    place = x.dims[0].index(SAMPLES)
+    before, behind = (math.prod(x.shape[a] for a in axes) for axes in (x.dims[0][:place], x.dims[0][place + 1 :]))
+    return before, behind
 
 
 def product_of_groups(t: GraphBuilder, a: Value, b: Value) -> Value:

@@ -22,10 +22,12 @@ from .builder import (
     optional_weight,
     value,
 )
+from .merged import is_merged, of_channels, of_positions
 from .pointwise import pointwise
 from .shapes import unsqueezed
 
 
+@of_positions
 def _batch_norm(
     t: GraphBuilder,
     x: Any,
@@ -137,6 +139,8 @@ def _group_norm(
     if _is_computed(weight, bias):
         plain = _group_norm(t, x, None, None, samples, channels, positions, groups, eps)[0]
         return _scaled(t, plain, weight, bias, len(plain.dims) - 2), None, None
+    if is_merged(t, x):
+        return _group_norm_of_each(t, x, weight, bias, groups, eps), None, None
     x = value(t, x, "group_norm")
     if not 1 <= len(x.shape) <= 3 or samples != t.samples or channels != x.shape[0] or channels % groups:
         raise Untraceable(f"group_norm of {groups} groups is applied to samples of shape {x.shape}")
@@ -144,6 +148,19 @@ def _group_norm(
         raise Untraceable(f"group_norm over a single value: samples of shape {x.shape} in {groups} groups")
     parameters = [optional_weight(p, "group_norm", x.shape[:1]) for p in (weight, bias)]
     return t.emit("group_norm", [x], x.shape, parameters, groups=groups, eps=eps), None, None
+
+
+def _group_norm_of_each(t: GraphBuilder, x: Value, weight: Any, bias: Any, groups: int, eps: float) -> Any:
+    """Of images whose samples are merged with other axes, each by itself."""
+    channels = t.full_shape(x)[1]
+
+    @of_channels
+    def normalised(t: GraphBuilder, images: Value) -> Value:
+        y = value(t, images, "group_norm")
+        many = y.shape[0] // channels * groups
+        return t.emit("group_norm", [y], y.shape, [None, None], groups=many, eps=eps)
+
+    return _scaled(t, normalised(t, x), weight, bias, len(x.dims) - 2)
 
 
 OPERATIONS: dict[str, Emitter] = {

@@ -11,12 +11,14 @@ from ..boxes import sliced as sliced_box
 from ..boxes import strides
 from ..graph import Shape, Untraceable
 from .builder import SAMPLES, Emitter, GraphBuilder, Value, value
+from .merged import of_channels
 from .shapes import along, permuted, picked, reshaped, squeezed
 from .windows import images, per_dim, windows
 
 _Sizes = int | Sequence[int]
 
 
+@of_channels
 def _max_pool(
     t: GraphBuilder,
     x: Any,
@@ -72,6 +74,7 @@ def _pool(t: GraphBuilder, kind: str, x: Value, space: Shape, numbers: dict[str,
     return t.emit("reshape", [pooled], (x.shape[0], *space))
 
 
+@of_channels
 def _avg_pool(
     t: GraphBuilder,
     x: Any,
@@ -90,6 +93,7 @@ def _avg_pool(
     return _average(t, x, space, kernel, steps, padded, count_include_pad)
 
 
+@of_channels
 def _avg_pool3d(
     t: GraphBuilder,
     x: Any,
@@ -133,6 +137,7 @@ def _window(kernel_size: _Sizes, stride: _Sizes, padding: _Sizes, what: str) -> 
     return kernel, steps, padded
 
 
+@of_channels
 def _adaptive_avg_pool(t: GraphBuilder, x: Any, output_size: Sequence[int]) -> Value:
     """Where all windows are alike."""
     x = images(t, x, 2, "adaptive_avg_pool")
@@ -172,6 +177,7 @@ def _means_over(t: GraphBuilder, x: Value, dim: int, found: Sequence[range], siz
     return replace(t.linear_map(name, [x], made, shape, axis=axis), dims=x.dims)
 
 
+@of_channels
 def _adaptive_max_pool(t: GraphBuilder, x: Any, output_size: Sequence[int]) -> tuple[Any, ...]:
     """Every window's elements side by side, the last of short ones repeated; then the first largest of each."""
     x = images(t, x, 2, "adaptive_max_pool")
@@ -192,6 +198,7 @@ def _adaptive_max_pool(t: GraphBuilder, x: Any, output_size: Sequence[int]) -> t
     return squeezed(t, y, [4]), None
 
 
+@of_channels
 def _bilinear(t: GraphBuilder, x: Any, output_size: Sequence[int], align: bool, *scales: float | None) -> Value:
     """Along one dimension after the other, each element between its two neighbours."""
     x = images(t, x, len(output_size), "upsample")
@@ -235,6 +242,7 @@ def spatial_mean(t: GraphBuilder, x: Any, dim: Any, keepdim: bool) -> Value | No
     return mean if keepdim else t.reshaped(mean, x.shape[:1])
 
 
+@of_channels
 def _upsample(t: GraphBuilder, x: Any, output_size: Sequence[int], *scales: float | None) -> Value:
     """By whole factors; the scales, which PyTorch trusts where they are given, must say the same."""
     x = images(t, x, len(output_size), "upsample")

@@ -230,7 +230,7 @@ def of_merged(function: Callable[..., Any]) -> Callable[..., Any]:
     """For a function of one dimension that keeps all of them: the samples are set apart where they are merged."""
 
     def applied(t: GraphBuilder, x: Any, dim: int, *rest: Any) -> Any:
-        if not isinstance(x, Value) or t.samples == 1 or not t.is_merged(x) or SAMPLES in x.dims[dim]:
+        if not isinstance(x, Value) or not t.is_merged(x) or SAMPLES in x.dims[dim]:
             return function(t, x, dim, *rest)
         y, became = t.apart(x)
         return t.together(function(t, y, became[dim][0], *rest), became)
@@ -367,7 +367,7 @@ def _cat(t: GraphBuilder, values: Sequence[Any], dim: int = 0) -> Any:
     parts = [p for p in parts if t.full_shape(p) != (0,)]
     sampled = [p for p in parts if not p.once]
     if sampled:
-        parts = [_with_samples(t, p, sampled[0]) if p.once else p for p in parts]
+        parts = [with_samples(t, p, sampled[0]) if p.once else p for p in parts]
     alone = [_one_axis(p, dim) for p in parts]
     rests = {(p.dims, p.shape[:a], p.shape[a + 1 :]) for p, a in zip(parts, alone, strict=True) if a is not None}
     if None not in alone and len(rests) == 1:
@@ -387,7 +387,7 @@ def _one_axis(x: Value, dim: int) -> int | None:
     return axes[0] if len(axes) == 1 and axes[0] != SAMPLES else None
 
 
-def _with_samples(t: GraphBuilder, x: Value, like: Value) -> Value:
+def with_samples(t: GraphBuilder, x: Value, like: Value) -> Value:
     """Something of the task once for every sample, where another value has its samples."""
     place = next(i for i, d in enumerate(like.dims) if SAMPLES in d)
     one = x if t.full_shape(x)[place] == 1 else t.alike(x, place)

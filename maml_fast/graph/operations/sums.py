@@ -50,7 +50,7 @@ def over_merged(
 def summed(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False, mean: bool = False) -> Value:
     """The sum or the mean over some dimensions; over the samples it is one for each task."""
     name = "mean" if mean else "sum"
-    if isinstance(x, Value) and t.samples > 1 and t.is_merged(x):
+    if isinstance(x, Value) and t.is_merged(x):
         return over_merged(t, x, dim, keepdim, lambda v, d: summed(t, v, d, True, mean))
     x, dims = axes_of(t, x, dim, name)
     axes = [x.dims[d][0] for d in dims if x.dims[d] != (SAMPLES,)]
