@@ -118,6 +118,9 @@ def bench(
         typer.Option(help="A case or group (networks, models); may be repeated.", show_default="networks"),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time spent on samples in each case.")] = 20.0,
+    patience: Annotated[
+        float, typer.Option(min=1, help="Seconds in which a contender must be ready to be timed.")
+    ] = 180.0,
     memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory on the CPU instead of time.")] = False,
 ) -> None:
     """Time meta-gradients against the installed peers, after checking them."""
@@ -133,7 +136,7 @@ def bench(
 
         if memory:
             show_memory(case or None)
-        code = 0 if memory else run(device, out, case or None, seconds)
+        code = 0 if memory else run(device, out, case or None, seconds, patience)
     raise typer.Exit(code)
 
 

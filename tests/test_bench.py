@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -78,14 +79,14 @@ def test_what_does_not_run_fused_is_told_and_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     timed: list[Case] = []
-    (case,) = select(["relation-network"])
+    (case,) = select(["attention-over-examples"])
     monkeypatch.setattr(bench, "select", lambda names, tag: [case])
     monkeypatch.setattr(bench, "_time_case", lambda case, *_: timed.append(case) or report.Outcome(case, ()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert bench.run("cpu", None, ["relation-network"], 0.1) == 0
+        assert bench.run("cpu", None, ["attention-over-examples"], 0.1) == 0
     assert timed == [case]
-    assert "relation-network: no fused backend supports it: backend: reference" in capsys.readouterr().out
+    assert "attention-over-examples: no fused backend supports it: backend: reference" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -130,6 +131,14 @@ def test_a_slow_peer_is_timed_unless_another_is_far_faster() -> None:
     assert not bench._too_slow(1.0, 0.1, seconds=4.0)
     assert not bench._too_slow(1.9, 1.0, seconds=4.0)
     assert "2.1 s" in bench._too_slow(2.1, 1.0, seconds=4.0)
+
+
+def test_what_is_not_ready_in_time_is_interrupted() -> None:
+    with pytest.raises(TimeoutError, match=r"not ready after 0\.05 s"), timing.within(0.05):
+        time.sleep(5)
+    with timing.within(0.05):
+        pass
+    time.sleep(0.1)  # no alarm is left
 
 
 @pytest.mark.usefixtures("tiny")

@@ -20,7 +20,7 @@ from ..checking.device import usable
 from .memory import memory, show_memory
 from .peers import Contender, Step, contenders, fused
 from .report import Entry, Outcome, show, write
-from .timing import interleave, one_call
+from .timing import interleave, one_call, within
 
 __all__ = ["memory", "run", "show_memory"]
 
@@ -29,7 +29,13 @@ FLIP_LIMIT = 8e-3
 moves a max-pool's maximum, an honest computation lands there. Our own must then keep the rule in float64."""
 
 
-def run(device: str = "cpu", out: Path | None = None, cases: list[str] | None = None, seconds: float = 20.0) -> int:
+def run(
+    device: str = "cpu",
+    out: Path | None = None,
+    cases: list[str] | None = None,
+    seconds: float = 20.0,
+    patience: float = 180.0,
+) -> int:
     """Time every contender on every case; print the tables and write the JSON.
 
     Args:
@@ -37,6 +43,7 @@ def run(device: str = "cpu", out: Path | None = None, cases: list[str] | None = 
         out: where the JSON goes, again after every case; None writes none.
         cases: names, or groups: `"networks"`, which is `cases.BENCH` and the default, or `"models"`, `cases.MODELS`.
         seconds: time spent on samples, per case (compiling the peers comes on top).
+        patience: seconds that a contender may take to get ready: to compile, and to compute its first result.
 
     Returns:
         0; 1 if one of this package's own results was wrong.
@@ -57,7 +64,7 @@ def run(device: str = "cpu", out: Path | None = None, cases: list[str] | None = 
                 print(f"{case.name}: no fused backend supports it: {reason}")
             if not runs:
                 continue
-            outcomes.append(_time_case(case, device, seconds))
+            outcomes.append(_time_case(case, device, seconds, patience))
             show(outcomes[-1:])
             if out is not None:
                 write(Path(out), outcomes, device)
@@ -77,7 +84,7 @@ def _unsupported(case: Case, device: str) -> tuple[bool, str]:
     return True, "; ".join(line.strip() for line in explained[:2]) if slower else ""
 
 
-def _time_case(case: Case, device: str, seconds: float) -> Outcome:
+def _time_case(case: Case, device: str, seconds: float, patience: float) -> Outcome:
     synchronize: Callable[[], object] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     ready: dict[str, Step] = {}
     errors: dict[str, float | None] = {}
@@ -90,8 +97,9 @@ def _time_case(case: Case, device: str, seconds: float) -> Outcome:
         if contender.missing:
             continue
         try:
-            step = contender.make(case.build(torch.float32, device))
-            error, notes[contender.name] = check(contender, case, step, device)
+            with within(patience):
+                step = contender.make(case.build(torch.float32, device))
+                error, notes[contender.name] = check(contender, case, step, device)
         except Exception as failure:  # a peer that cannot run is a note in the table
             notes[contender.name] = f"failed: {type(failure).__name__}: {str(failure).splitlines()[0][:200]}"
             continue

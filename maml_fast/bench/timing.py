@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 SAMPLE_SECONDS = 0.02
 SETTLE_SECONDS = 0.02  # libgomp's threads spin for about 6 ms before they sleep
@@ -67,6 +71,29 @@ def interleave(
             if (r + 1) * rounds[name] // total > r * rounds[name] // total:
                 samples[name][r] = _sample(call, repeats[name], synchronize)
     return {name: Samples(found) for name, found in samples.items()}
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Interrupt what takes longer, as soon as Python runs again; without effect beside the main thread.
+
+    Raises:
+        TimeoutError: it did.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise TimeoutError(f"not ready after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def one_call(call: Callable[[], object], synchronize: Callable[[], object]) -> float:
