@@ -95,7 +95,7 @@ TRACED: dict[str, tuple[nn.Module, tuple[int, ...], list[str]]] = {
     "avg-pool-1d-function": (Function(lambda m, x: F.avg_pool1d(x, 3)), SIGNAL, ["avg_pool"]),
     "adaptive-one": (nn.AdaptiveAvgPool2d(1), IMAGE, ["spatial_mean"]),
     "adaptive-one-1d": (nn.AdaptiveAvgPool1d(1), SIGNAL, ["spatial_mean"]),
-    "adaptive-same": (nn.AdaptiveAvgPool2d((None, 9)), IMAGE, []),
+    "adaptive-same": (nn.AdaptiveAvgPool2d((None, 9)), IMAGE, ["affine"]),
     "adaptive-divides": (nn.AdaptiveAvgPool2d((2, 3)), IMAGE, ["avg_pool"]),
     "adaptive-function": (Function(lambda m, x: F.adaptive_avg_pool2d(x, (3, None))), IMAGE, ["avg_pool"]),
     "adaptive-1d-function": (Function(lambda m, x: F.adaptive_avg_pool1d(x, 3)), SIGNAL, ["avg_pool"]),
@@ -107,7 +107,7 @@ TRACED: dict[str, tuple[nn.Module, tuple[int, ...], list[str]]] = {
     "upsample-1d": (nn.Upsample(scale_factor=3), SIGNAL, ["upsample"]),
     "upsample-size": (nn.Upsample((12, 27)), IMAGE, ["upsample"]),
     "interpolate": (Function(lambda m, x: F.interpolate(x, scale_factor=2.0)), IMAGE, ["upsample"]),
-    "unflatten": (nn.Unflatten(1, (2, 2)), IMAGE, ["reshape"]),
+    "unflatten": (nn.Unflatten(1, (2, 2)), IMAGE, ["reshape", "affine"]),
 }  # fmt: skip
 
 
@@ -196,15 +196,15 @@ def _in_inference_mode(m: Function, x: Tensor) -> Tensor:
 
 def _written_in_part(m: Function, x: Tensor) -> Tensor:
     y = linear(m, x)
-    y[:, 0] = 0
+    y[0] = 0
     return y
 
 
 def _stale_view(m: Function, x: Tensor) -> Tensor:
     y = linear(m, x)
-    seen = y.view(-1, 3, 1)
+    seen = y.detach()
     y.relu_()
-    return seen
+    return y + seen
 
 
 def _dual(m: Function, x: Tensor) -> Tensor:
@@ -238,9 +238,8 @@ DECLINED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "backward-hook": (_hooked("register_full_backward_hook"), (9,), "layer '0' has backward hooks"),
     "backward-pre-hook": (_hooked("register_full_backward_pre_hook"), (9,), "layer '0' has backward hooks"),
     "tensor-hook": (*_of(_gradient_hook), "hook on a tensor"),
-    "writes-a-part": (*_of(_written_in_part), "writes a part|written in place|fused kernel|has written"),
+    "writes-some-samples": (*_of(_written_in_part), "written in place since"),
     "stale-view": (*_of(_stale_view), "written in place since"),
-    "conv-padding-mode": (nn.Conv2d(4, 2, 3, padding=1, padding_mode="circular"), IMAGE, "written in place"),
     "conv-of-samples": (nn.Conv2d(2, 3, 3), (6, 9), "samples are not first"),
     "groupnorm-single-value": (nn.GroupNorm(4, 4), (4, 1, 1), "over a single value|cannot be captured"),
     "max-pool-indices": (nn.MaxPool2d(2, return_indices=True), IMAGE, "returns a tuple"),

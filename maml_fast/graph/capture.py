@@ -303,6 +303,15 @@ class Recorder(TorchDispatchMode):
         self.literals.append((_stand_in(real), real))
         return self.literals[-1][0]
 
+    def places(self, mask: Tensor) -> Tensor:
+        """Where a mask is set, if it was made of Python's booleans; else the mask."""
+        real = next((real for stand_in, real in self.literals if stand_in is mask), None)
+        if real is None:
+            return mask
+        with self._unrecorded():
+            found = real.nonzero().flatten().tolist()
+        return self.literal(found, torch.int64)
+
     def _uniform(self, like: Tensor) -> Tensor:
         """Writes a draw down; see `draws.Uniform`."""
         with self._unrecorded():
@@ -357,6 +366,8 @@ class Questions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.tensor and _is_made_of_numbers(args, kwargs):
             return self._recorder.literal(args[0], (kwargs or {}).get("dtype"))
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            args = (args[0], self._index(args[1]), *args[2:])
         if func is torch._is_all_true and _called_by_distributions():
             self._recorder.check(args[0])
             return True
@@ -376,6 +387,17 @@ class Questions(TorchFunctionMode):
             kind = self._recorder.read_of(args[0]) if name in _ELEMENTS else Untraceable
             self._recorder.refusal = kind(f"forward asks a tensor for {name}, of which a stand-in has another")
         return func(*args, **(kwargs or {}))
+
+    def _index(self, index: Any) -> Any:
+        """With literals in place of lists of numbers, and places in place of masks that are literals."""
+        if isinstance(index, tuple):
+            return tuple(map(self._index, index))
+        if isinstance(index, list) and _are_numbers(index):
+            places = [i for i, b in enumerate(index) if b] if isinstance(index[0], bool) else index
+            return self._recorder.literal(places, torch.int64)
+        if isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim == 1:
+            return self._recorder.places(index)
+        return index
 
 
 def _check_classes(recorder: Recorder, labels: Tensor, num_classes: int = -1) -> None:
@@ -445,6 +467,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
+
+
+def _are_numbers(index: list[Any]) -> bool:
+    """Whether a list, and lists in it, hold whole numbers or booleans."""
+    return bool(index) and all(_are_numbers(i) if isinstance(i, list) else isinstance(i, int) for i in index)
 
 
 def node_of(tensor: Tensor) -> Any:

@@ -6,6 +6,8 @@ from . import (
     activations,
     arithmetic,
     convolutions,
+    diagonals,
+    indexed,
     largest,
     linear,
     lookups,
@@ -14,6 +16,7 @@ from . import (
     orders,
     pointwise,
     pools,
+    products,
     random,
     reductions,
     shapes,
@@ -34,11 +37,14 @@ OPERATIONS: dict[str, Emitter] = {
     **losses.OPERATIONS,
     **lookups.OPERATIONS,
     **orders.OPERATIONS,
+    **products.OPERATIONS,
+    **diagonals.OPERATIONS,
+    **indexed.OPERATIONS,
     **random.OPERATIONS,
 }
 
 COMPARED = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
-MASKS = frozenset((*pointwise.COMPARISONS, *shapes.OPERATIONS, "eq", "bitwise_not", "all", "any", "scatter"))
+MASKS = frozenset((*pointwise.COMPARISONS, *shapes.OPERATIONS, "eq", "bitwise_not", "mul", "all", "any", "scatter"))
 """What may give booleans; sums and products of such are other functions than those of numbers."""
 
 _EXACT = ("add", "sub", "rsub", "mul", "neg", "where", "masked_fill", "clamp", "minimum", "maximum", "sum", "gather",

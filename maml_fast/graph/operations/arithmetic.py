@@ -66,7 +66,8 @@ def _product(t: GraphBuilder, a: Any, b: Any) -> Any:
         return scaled(t, b, n)
     if (n := _number(b)) is not None:
         return scaled(t, a, n)
-    return pointwise(t, "mul", lambda x, y: x * y, a, b)
+    masks = all(isinstance(x, Value) and x.mask for x in (a, b))
+    return pointwise(t, "mul", lambda x, y: x * y, a, b, mask=masks)
 
 
 def _quotient(t: GraphBuilder, a: Any, b: Any, rounding_mode: str | None = None) -> Any:

@@ -69,7 +69,7 @@ def _min(t: GraphBuilder, x: Any, dim: int | None = None, keepdim: bool = False)
     return least, place_of_largest(t, negative, dim, keepdim)
 
 
-def _amax(t: GraphBuilder, x: Any, dim: Any = (), keepdim: bool = False, sign: int = 1) -> Value:
+def amax(t: GraphBuilder, x: Any, dim: Any = (), keepdim: bool = False, sign: int = 1) -> Value:
     """Where several elements are largest they share the derivative: the mean over those that equal the maximum."""
     x, dims = axes_of(t, x, dim, "amax")
     most = pointwise(t, "amax", lambda v: v * sign, x) if sign != 1 else x
@@ -82,7 +82,7 @@ def _amax(t: GraphBuilder, x: Any, dim: Any = (), keepdim: bool = False, sign: i
 
 
 def _amin(t: GraphBuilder, x: Any, dim: Any = (), keepdim: bool = False) -> Value:
-    return _amax(t, x, dim, keepdim, sign=-1)
+    return amax(t, x, dim, keepdim, sign=-1)
 
 
 def place_of_largest(t: GraphBuilder, x: Any, dim: int, keepdim: bool = False) -> Place:
@@ -118,7 +118,7 @@ def _argmin(t: GraphBuilder, x: Any, dim: int | None = None, keepdim: bool = Fal
 OPERATIONS: dict[str, Emitter] = {
     "max": _max,
     "min": _min,
-    "amax": _amax,
+    "amax": amax,
     "amin": _amin,
     "argmax": _argmax,
     "argmin": _argmin,

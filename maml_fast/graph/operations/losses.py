@@ -31,7 +31,7 @@ from .builder import (
     Target,
     Value,
 )
-from .pointwise import masked_filled, masks_alone, pointwise, power
+from .pointwise import masked_filled, masks_alone, pointwise, power, softplus
 from .shapes import reshaped, squeezed, unsqueezed
 from .sums import summed
 
@@ -140,7 +140,7 @@ def _bce_with_logits(
 
     def function(u: Any, v: Any, w: Any, positive: Any) -> Any:
         """log(1 + e^u) weighs what is negative, log(1 + e^−u) what is positive."""
-        return w * ((1 - v) * _softplus(u) + positive * v * _softplus(-u))
+        return w * ((1 - v) * softplus(u) + positive * v * softplus(-u))
 
     given = [1.0 if w is None else w for w in (weight, pos_weight)]
     return _with_reduction_of_values(t, pointwise(t, "bce_with_logits", function, z, y, *given), reduction)
@@ -230,12 +230,6 @@ def _as_in_memory(t: GraphBuilder, z: Value) -> bool:
 # ---- written out ---------------------------------------------------------------------------------------
 
 
-def _softplus(z: Any) -> Any:
-    """log(1 + e^z), without overflow and with PyTorch's slopes at zero."""
-    below = z < 0
-    return call("where", below, 0, z) + call("log1p", call("exp", call("where", below, z, -z)))
-
-
 def _huber_of(delta: float, z: Any, y: Any) -> Any:
     r = z - y
     size = call("abs", r)
@@ -268,7 +262,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "mse": lambda d, z, y: (z - y) * (z - y),
     "l1": lambda d, z, y: call("abs", z - y),
     "huber": _huber_of,
-    "bce_with_logits": lambda d, z, y: _softplus(z) - z * y,
+    "bce_with_logits": lambda d, z, y: softplus(z) - z * y,
 }
 """Of a loss's parameter, an output and a target."""
 

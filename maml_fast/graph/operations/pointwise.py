@@ -286,6 +286,45 @@ def _hypot(a: Any, b: Any) -> Any:
     return call("sqrt", a * a + b * b)
 
 
+def softplus(z: Any) -> Any:
+    """log(1 + e^z), without overflow and with PyTorch's slopes at zero."""
+    below = z < 0
+    return call("where", below, 0, z) + call("log1p", call("exp", call("where", below, z, -z)))
+
+
+def _log_sum(a: Any, b: Any) -> Any:
+    """log(e^a + e^b); two infinities of one sign are it."""
+    alike = call("eq", a, b) * call("eq", call("abs", a), math.inf)
+    return call("where", alike, a, b + softplus(call("where", alike, 0, a - b)))
+
+
+def _logit(t: GraphBuilder, x: Any, eps: float | None = None) -> Value:
+    return pointwise(t, "logit", lambda v: _log_odds(v if eps is None else clamped(v, eps, 1 - eps)), x)
+
+
+def _log_odds(p: Any) -> Any:
+    return call("log", p / (1 - p))
+
+
+def _nan_to_num(
+    t: GraphBuilder, x: Any, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
+) -> Value:
+    """Numbers in place of NaN and infinities, by default zero and the largest ones of the type."""
+    limits = torch.finfo(t.dtype)
+    most, least = limits.max if posinf is None else posinf, limits.min if neginf is None else neginf
+
+    def function(v: Any) -> Any:
+        bounded = call("where", call("eq", v, math.inf), most, call("where", call("eq", v, -math.inf), least, v))
+        return call("where", call("eq", v, v), bounded, 0.0 if nan is None else nan)
+
+    return pointwise(t, "nan_to_num", function, x)
+
+
+def _larger(a: Any, b: Any) -> Any:
+    """NaN counts as missing."""
+    return call("where", call("eq", a, a), call("where", call("eq", b, b), call("maximum", a, b), a), b)
+
+
 COMPARISONS: dict[str, Emitter] = {
     "lt": _of("lt", lambda a, b: call("lt", a, b), mask=True),
     "le": _of("le", lambda a, b: call("le", a, b), mask=True),
@@ -293,6 +332,7 @@ COMPARISONS: dict[str, Emitter] = {
     "ge": _of("ge", lambda a, b: call("le", b, a), mask=True),
     "ne": _of("ne", lambda a, b: _not(call("eq", a, b)), mask=True),
     "isnan": _of("isnan", lambda x: _not(call("eq", x, x)), mask=True),
+    "isinf": _of("isinf", lambda x: call("eq", call("abs", x), math.inf), mask=True),
     "logical_not": _of("logical_not", _not, mask=True),
     "logical_and": _of("logical_and", lambda a, b: _not(_not(a)) * _not(_not(b)), mask=True),
     "logical_or": _of("logical_or", lambda a, b: _not(_not(a) * _not(b)), mask=True),
@@ -317,6 +357,12 @@ OPERATIONS: dict[str, Emitter] = {
     "tan": _of("tan", lambda x: call("sin", x) / call("cos", x)),
     "sinh": _of("sinh", lambda x: (call("expm1", x) - call("expm1", -x)) * 0.5),
     "cosh": _of("cosh", lambda x: (call("exp", x) + call("exp", -x)) * 0.5),
+    "logaddexp": _of("logaddexp", _log_sum),
+    "logit": _logit,
+    "frac": _of("frac", lambda x: x - call("trunc", x)),
+    "nan_to_num": _nan_to_num,
+    "fmax": _of("fmax", _larger),
+    "fmin": _of("fmin", lambda a, b: -_larger(-a, -b)),
     "hypot": _of("hypot", _hypot),
     "constant_pad_nd": _padded,
     "clamp": _clamp,

@@ -12,7 +12,7 @@ from .. import boxes
 from ..expressions import call
 from ..graph import Untraceable
 from .builder import SAMPLES, Emitter, GraphBuilder, LogProbabilities, Losses, Value
-from .largest import largest
+from .largest import amax, largest
 from .losses import reduced, summed_losses
 from .pointwise import masks_alone, pointwise
 from .pools import spatial_mean
@@ -97,7 +97,9 @@ def _root(x: Any) -> Any:
 
 
 def _norm(t: GraphBuilder, x: Any, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
-    """The Euclidean norm, whose derivative at zero is zero, as PyTorch has it; or the sum of absolute values."""
+    """Euclidean, whose derivative at zero is zero, as PyTorch has it; the sum of absolute values, or the largest."""
+    if ord == math.inf and dtype is None:
+        return _largest_norm(t, x, dim, keepdim)
     if ord not in (1, 2) or dtype is not None:
         raise Untraceable(f"a norm of order {ord} has no fused kernel")
     x, dims = axes_of(t, x, dim, "norm")
@@ -105,6 +107,11 @@ def _norm(t: GraphBuilder, x: Any, ord: float = 2, dim: Any = None, keepdim: boo
         return summed(t, pointwise(t, "abs", lambda v: call("abs", v), x), dims, keepdim)
     squares = summed(t, pointwise(t, "square", lambda v: v * v, x), dims, keepdim=True)
     return dropped(t, pointwise(t, "norm", _root, squares), dims, keepdim)
+
+
+def _largest_norm(t: GraphBuilder, x: Any, dim: Any, keepdim: bool) -> Value:
+    size = pointwise(t, "abs", lambda v: call("abs", v), x)
+    return amax(t, size, list(range(len(size.dims))) if dim is None else dim, keepdim)
 
 
 def _frobenius(t: GraphBuilder, x: Any, dim: Any = None, keepdim: bool = False) -> Value:
@@ -161,8 +168,6 @@ def variance(
 ) -> tuple[Value, Value]:
     """The variance and the mean."""
     x, dims = axes_of(t, x, dim, "var")
-    if any(x.dims[d] == (SAMPLES,) for d in dims):
-        raise Untraceable("a variance over the samples has no fused kernel")
     n = math.prod(t.full_shape(x)[d] for d in dims)
     left = n - (1.0 if correction is None else float(correction))
     if left <= 0:
@@ -185,6 +190,11 @@ def _std(t: GraphBuilder, x: Any, dim: Any = None, unbiased: Any = True, keepdim
 
 def _var_mean(t: GraphBuilder, x: Any, dim: Any = None, **named: Any) -> tuple[Value, Value]:
     return variance(t, x, dim, named.get("correction", 1.0), named.get("keepdim", False))
+
+
+def _std_mean(t: GraphBuilder, x: Any, dim: Any = None, **named: Any) -> tuple[Value, Value]:
+    var, mean = _var_mean(t, x, dim, **named)
+    return pointwise(t, "std", _root, var), mean
 
 
 def _cumsum(t: GraphBuilder, x: Any, dim: int, dtype: Any = None) -> Value:
@@ -223,5 +233,6 @@ OPERATIONS: dict[str, Emitter] = {
     "var": _var,
     "std": _std,
     "var_mean": _var_mean,
+    "std_mean": _std_mean,
     "cumsum": _cumsum,
 }

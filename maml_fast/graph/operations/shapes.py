@@ -362,7 +362,8 @@ def _repeat(t: GraphBuilder, x: Any, repeats: Sequence[int]) -> Any:
     return x
 
 
-def _cat(t: GraphBuilder, values: Sequence[Any], dim: int = 0) -> Any:
+def cat(t: GraphBuilder, values: Sequence[Any], dim: int = 0) -> Any:
+    """Values one after another along a dimension."""
     parts = [t.lifted(v, "cat") for v in values]
     parts = [p for p in parts if t.full_shape(p) != (0,)]
     sampled = [p for p in parts if not p.once]
@@ -402,7 +403,7 @@ def with_samples(t: GraphBuilder, x: Value, like: Value) -> Value:
 
 
 def _stack(t: GraphBuilder, values: Sequence[Any], dim: int = 0) -> Any:
-    return _cat(t, [unsqueezed(t, v, dim) for v in values], dim)
+    return cat(t, [unsqueezed(t, v, dim) for v in values], dim)
 
 
 def zero_padded(t: GraphBuilder, x: Any, pad: Sequence[int]) -> Any:
@@ -460,14 +461,33 @@ _replicate = _padded("replication_pad", lambda j, n: min(max(j, 0), n - 1))
 
 
 def constant_index(t: GraphBuilder, x: Any, indices: Sequence[Any]) -> Any:
-    """Elements at constant places along one dimension."""
+    """Elements at constant places along one dimension, or along neighbouring ones together."""
     given = [(d, i) for d, i in enumerate(indices) if i is not None]
-    if len(given) != 1 or not isinstance(given[0][1], Literal) or given[0][1].tensor.dtype == torch.bool:
-        raise Untraceable("indexing with several tensors, or one that depends on the data, has no fused kernel")
-    dim, literal = given[0]
-    y = picked(t, x, dim, [int(i) for i in literal.tensor.flatten()], "index")
-    full = t.full_shape(y)
-    return reshaped(t, y, (*full[:dim], *literal.shape, *full[dim + 1 :]))
+    dims = [d for d, _ in given]
+    if any(not isinstance(i, Literal) or i.tensor.dtype == torch.bool for _, i in given):
+        raise Untraceable("indexing with tensors that depend on the data has no fused kernel")
+    if not dims or dims != list(range(dims[0], dims[0] + len(dims))):
+        raise Untraceable("indexing of dimensions that are no neighbours has no fused kernel")
+    dim, full = dims[0], t.full_shape(t.lifted(x, "indexing"))
+    sizes = full[dim : dim + len(dims)]
+    if any(bool(((i.tensor < -n) | (i.tensor >= n)).any()) for (_, i), n in zip(given, sizes, strict=True)):
+        raise Untraceable("indexing of elements that are not there")
+    places = torch.zeros((), dtype=torch.int64)
+    for (_, literal), n in zip(given, sizes, strict=True):
+        places = places * n + literal.tensor % n
+    together = x if len(dims) == 1 else reshaped(t, x, (*full[:dim], math.prod(sizes), *full[dim + len(dims) :]))
+    y = picked(t, together, dim, [int(i) for i in places.flatten()], "index")
+    rest = t.full_shape(y)
+    return reshaped(t, y, (*rest[:dim], *places.shape, *rest[dim + 1 :]))
+
+
+def _rot90(t: GraphBuilder, x: Any, k: int = 1, dims: Sequence[int] = (0, 1)) -> Any:
+    a, b = dims
+    if k % 4 == 2:
+        return _flip(t, x, dims)
+    if k % 2:
+        return _transpose(t, _flip(t, x, [b if k % 4 == 1 else a]), a, b)
+    return x
 
 
 def _unfold(t: GraphBuilder, x: Any, dim: int, size: int, step: int) -> Any:
@@ -548,8 +568,9 @@ OPERATIONS: dict[str, Emitter] = {
     "unbind": _unbind,
     "flip": _flip,
     "roll": _roll,
+    "rot90": _rot90,
     "repeat": _repeat,
-    "cat": _cat,
+    "cat": cat,
     "stack": _stack,
     "reflection_pad1d": _reflect,
     "reflection_pad2d": _reflect,
