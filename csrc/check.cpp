@@ -154,7 +154,9 @@ class OpCheck {
         if (op_.kind != OpKind::conv) return op_.width;
         const ParamSpec& p = spec_.params[op_.w];
         bool divides = op_.width % op_.groups == 0 && op_.out_width % op_.groups == 0;
-        bool fits = p.o == op_.out_width && p.c * op_.groups == op_.width && p.taps == g_.kh * g_.kw;
+        const long taps = g_.kh * g_.kw, columns = taps > 0 ? p.taps / taps : 0;  // that count as channels
+        bool fits = p.o == op_.out_width && p.c * columns * op_.groups == op_.width && p.taps == taps * columns;
+        require(columns <= 1 || op_.groups == 1, where_, "its kernel is as wide as the image, but it has groups");
         require(divides && fits, where_, "its weight has other dimensions than the layer");
         return p.o * p.c * p.taps;
     }

@@ -525,7 +525,10 @@ void pack_op(const PlanView& plan, const Call& call, int index, S* arena) {
         return;
     }
     const Param& p = plan.params[op.w];
-    if (op.pack_backward >= 0) conv_weights_flipped(p.o, p.c, p.taps, w, arena + op.pack_backward);
+    if (op.pack_backward >= 0) {
+        const long taps = op.conv->kernel();
+        conv_weights_flipped(p.o, p.c, taps, p.taps / taps, w, arena + op.pack_backward);
+    }
     if (!op.packs) return;
     conv_weights_inward(p.o, p.c, p.taps, w, arena + p.packed);
     if (p.rate_packed >= 0)

@@ -23,9 +23,8 @@ void conv_products(const Op& op, long N, const S* x, PerTask<const S> w, const S
 
 // The flipped weights of task b: shared ones are packed already.
 const S* flipped(const Op& op, PerTask<const S> w, long b, S* memory) const {
-    const Param& p = plan_.params[op.w];
     if (w.stride == 0) return arena_ + op.pack_backward;
-    flip_weights(p.o, p.c, p.taps, w.of(b), memory);
+    flip_weights(plan_.params[op.w].o, op.conv->group_channels(), op.conv->kernel(), w.of(b), memory);
     return memory;
 }
 

@@ -1,3 +1,6 @@
+// A kernel as wide as the image slides along one dimension only: its columns count as channels, in the order in which
+// both images and weights have them anyway.
+//
 // y[p] = Σ_taps W[tap] x[p·stride + tap] + b, channels last; weights are (tap, channel in, channel out) here, "flipped"
 // ones (tap from last to first, channel out, channel in).
 //   δx = flipped conv of δy      ∇W[tap] = Σ_p x[p·stride + tap]ᵀ δy[p]      ∇b = Σ_p δy[p]
@@ -18,12 +21,13 @@ void conv_weights_outward(long O, long C, long T, const S* from, S* to) {
             for (long t = 0; t < T; ++t) to[(o * C + c) * T + t] = from[(t * C + c) * O + o];
 }
 
-// (o, c, tap) as PyTorch has them, flipped: (tap from last to first, o, c).
+// (o, c, tap, column) as PyTorch has them, flipped: (tap from last to first, o, column, c).
 template <class S>
-void conv_weights_flipped(long O, long C, long T, const S* from, S* to) {
+void conv_weights_flipped(long O, long C, long T, long K, const S* from, S* to) {
     for (long o = 0; o < O; ++o)
         for (long c = 0; c < C; ++c)
-            for (long t = 0; t < T; ++t) to[((T - 1 - t) * O + o) * C + c] = from[(o * C + c) * T + t];
+            for (long t = 0; t < T; ++t)
+                for (long k = 0; k < K; ++k, ++from) to[(((T - 1 - t) * O + o) * K + k) * C + c] = *from;
 }
 
 // (tap, c, o) flipped: every tap's matrix transposed, in blocks that stay in registers.

@@ -187,6 +187,8 @@ class Spec:
             sizes = {"width": shape[-1], "f1": attributes.get("slope", 1.0), "window": window}
             constants = zip(("c0", "c1"), map(self.constants.index, op.constants), strict=False)
             return {**sizes, "groups": attributes.get("groups", 1), **dict(constants)}
+        if op.kind == "conv" and _spans(in_shape, attributes):
+            in_shape, attributes = _as_channels(in_shape, attributes)
         if op.kind in ("conv", "max_pool", "avg_pool", "spatial_mean", "pad", "upsample"):
             sizes = {"width": in_shape[-1], "out_width": shape[-1], "groups": attributes.get("groups", 1)}
             window = _window(in_shape, shape, attributes)
@@ -331,6 +333,18 @@ def _window(in_shape: Shape, out_shape: Shape, attributes: Mapping[str, Attribut
     rows = {"{}": space, "o{}": out, "k{}": kernel, "s{}": stride, "p{}": padding}
     rows["d{}"] = attributes.get("dilation", ones)
     return {name.format(axis): n for name, row in rows.items() for axis, n in zip("hw", (1, 1, *row)[-2:], strict=True)}
+
+
+def _spans(image: Shape, attributes: Mapping[str, Attribute]) -> bool:
+    """Whether a kernel is as wide as the image (*space, C), so that it slides along one dimension only."""
+    wide = attributes["kernel"][-1] == image[-2] != 1 and attributes["padding"][-1] == 0
+    return wide and attributes["dilation"][-1] == 1 and attributes["groups"] == 1
+
+
+def _as_channels(image: Shape, attributes: Mapping[str, Attribute]) -> tuple[Shape, Mapping[str, Attribute]]:
+    """With the columns of the image, and of the kernel, as channels: no element moves."""
+    columns = (*image[:-2], 1, image[-2] * image[-1])
+    return columns, {**attributes, "kernel": (*attributes["kernel"][:-1], 1)}
 
 
 def _allows_low_rank(plan: Plan) -> bool:

@@ -392,7 +392,7 @@ class Questions(TorchFunctionMode):
         """With literals in place of lists of numbers, and places in place of masks that are literals."""
         if isinstance(index, tuple):
             return tuple(map(self._index, index))
-        if isinstance(index, list) and _are_numbers(index):
+        if isinstance(index, list) and _are_places(index):
             places = [i for i, b in enumerate(index) if b] if isinstance(index[0], bool) else index
             return self._recorder.literal(places, torch.int64)
         if isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim == 1:
@@ -469,9 +469,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(list(value.values()))
 
 
-def _are_numbers(index: list[Any]) -> bool:
+def _are_places(index: list[Any]) -> bool:
     """Whether a list, and lists in it, hold whole numbers or booleans."""
-    return bool(index) and all(_are_numbers(i) if isinstance(i, list) else isinstance(i, int) for i in index)
+    return bool(index) and all(_are_places(i) if isinstance(i, list) else isinstance(i, int) for i in index)
 
 
 def node_of(tensor: Tensor) -> Any:
