@@ -236,7 +236,9 @@ class Engine {
             const Op& op = plan_.ops[i];
             if (!op.out_needs_grad) continue;
             S* dx = op.n_in ? input_delta(tape, op, 0, in.inputs) : nullptr;
-            if (dx && i > 0 && pairs_with_norm(i - 1)) {
+            if (is_idle(op, tape, in)) {
+                if (dx && op.delta_first[0]) fill(dx, B_ * per_task(tape, op.in[0]), S(0));
+            } else if (dx && i > 0 && pairs_with_norm(i - 1) && !is_idle(plan_.ops[i - 1], tape, in)) {
                 const Op& conv = plan_.ops[i - 1];
                 conv_norm_backward(conv, op, i, in.theta, tape, in.out, tape.batch == 0, dx,
                                    input_delta(tape, conv, 0, in.inputs));
@@ -245,6 +247,12 @@ class Engine {
                 backward_layer(in, op.once ? one : tape, i, dx);
             }
         }
+    }
+
+    // Whether nothing that adapts is upstream of a convolution in an inner step: no gradient of the step comes of its
+    // deltas, and Hessian-vector products multiply them by tangents that are zero, so zeros do.
+    bool is_idle(const Op& op, const TapeView& tape, const Instr& in) const {
+        return op.kind == OpKind::conv && !op.out_has_tangent && tape.batch == 0 && !in.inputs;
     }
 
     void backward_layer(const Instr& in, const TapeView& tape, int i, S* dx) {

@@ -86,7 +86,7 @@ def test_what_does_not_run_fused_is_told_and_timed(
         warnings.simplefilter("ignore")
         assert bench.run("cpu", None, ["attention-over-examples"], 0.1) == 0
     assert timed == [case]
-    assert "attention-over-examples: no fused backend supports it: backend: reference" in capsys.readouterr().out
+    assert "attention-over-examples: no fused backend supports it: backend: vmap" in capsys.readouterr().out
 
 
 @pytest.mark.slow
