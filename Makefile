@@ -1,6 +1,6 @@
 # make train      watch a meta-training run; needs python3 >= 3.10 with venv and a C++ compiler, makes everything else
 # make test       the core suite, in the same virtual environment
-# make test-all   also the GPU kernels: compiled ahead of time, and in Triton's interpreter
+# make test-all   more of it, and the GPU kernels: compiled ahead of time, and in Triton's interpreter
 # make test-exhaustive   every test of both; takes twice as long
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +23,7 @@ train: core
 	$(bin)/maml-fast train sinusoid --out $(RUN)
 
 test: core $(VENV)/.test
-	$(pytest) $(or $(PYTEST),$(parallel) -m "not exhaustive" $(without_gpu))
+	$(pytest) $(or $(PYTEST),$(parallel) -m "not exhaustive and not thorough" $(without_gpu))
 
 test-exhaustive: chosen =
 test-all: chosen = -m "not exhaustive"

@@ -50,12 +50,40 @@ EXHAUSTIVE = re.compile(
 )
 """What is left to `make test-exhaustive`: combinations whose parts the others have, and what takes long."""
 
+THOROUGH = re.compile(
+    "|".join(
+        [
+            # what the core suite holds by other models, in another dtype or on another backend
+            r"test_matches_the_reference\[vmap",
+            r"test_vmap_is_the_reference",
+            r"test_zoo.py::test_gradient",
+            r"test_every_backend_draws_the_same",
+            r"test_one_sample_and_first_order",
+            r"test_losses_of_no_name_are_fused_too",
+            r"test_losses_and_their_gradients",
+            r"test_outputs_of_the_same_pass",
+            r"test_isa.py::test_(matches_the_reference|same_bits)",
+            # commands and self-checks on top of what the files test part by part
+            r"test_(verify_and_the_self_check|verify)\[",
+            r"test_mistakes_are_named|test_mistakes_fail",
+            r"test_random_networks_agree|test_random(_image)?_networks_match",
+            r"test_changes_between_forward_and_backward|test_compiled_calls_match_eager_ones",
+            r"test_meta_loss_entry_by_entry",
+            r"test_vinyals_split_of_the_real_characters",
+            r"test_memory_of_the_loop_grows_with_tasks",
+        ]
+    )
+)
+"""What `make test` leaves to `make test-all`, to end within six minutes on two cores."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first: pytest-xdist's workers then share what is left."""
     for item in items:
         if EXHAUSTIVE.search(item.nodeid):
             item.add_marker("exhaustive")
+        if THOROUGH.search(item.nodeid):
+            item.add_marker("thorough")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -21,11 +21,7 @@ from maml_fast.cli import app
 each_model = pytest.mark.parametrize("case", ZOO, ids=lambda c: c.name)
 
 # their reasons: `maml-fast verify --zoo`
-NOT_FUSED = (
-    "attention-over-examples", "categorical-policy", "feature-planes", "hash-grid", "relation-network",
-    "set-transformer", "sparse-experts", "sparsemax", "swin", "ts-can", "ts-can-dropout",
-    "weight-normed",
-)  # fmt: skip
+NOT_FUSED = ("attention-over-examples", "feature-planes", "hash-grid", "set-transformer", "weight-normed")
 
 
 @pytest.fixture(autouse=True)
