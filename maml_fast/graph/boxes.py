@@ -72,3 +72,29 @@ def summed(shape: Shape, axes: Sequence[int], factor: float = 1.0) -> Box:
 def moved(box: Box, start_out: int, strides_out: Shape) -> Box:
     """The same elements, written elsewhere."""
     return box._replace(start_out=start_out, strides_out=strides_out)
+
+
+def turned_in(box: Box, rows: int, columns: int) -> Box | None:
+    """Reads the same elements of (rows, columns) where these stand as (columns, rows); None where that is no box."""
+    found = _turned(box.start_in, box.strides_in, box.sizes, rows, columns)
+    return None if found is None else box._replace(start_in=found[0], strides_in=found[1])
+
+
+def turned_out(box: Box, rows: int, columns: int) -> Box | None:
+    """Writes its elements of (rows, columns) so that they stand as (columns, rows); None where that is no box."""
+    found = _turned(box.start_out, box.strides_out, box.sizes, rows, columns)
+    return None if found is None else box._replace(start_out=found[0], strides_out=found[1])
+
+
+def _turned(start: int, steps: Shape, sizes: Shape, rows: int, columns: int) -> tuple[int, Shape] | None:
+    """Where no step leaves its row by way of a column."""
+    row, column = divmod(start, columns)
+    least = most = column
+    made = []
+    for step, n in zip(steps, sizes, strict=True):
+        sign = -1 if step < 0 else 1
+        down, along = (sign * part for part in divmod(abs(step), columns))
+        least += min(0, along * (n - 1))
+        most += max(0, along * (n - 1))
+        made.append(along * rows + down)
+    return (column * rows + row, tuple(made)) if least >= 0 and most < columns else None

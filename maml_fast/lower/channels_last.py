@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from ..graph.boxes import turned_in, turned_out
 from ..graph.graph import Attribute, Graph, Op, Shape
 from .fusion import NORMS
 
@@ -49,14 +50,15 @@ class _Rewriter:
         self.shapes: list[Shape] = [graph.shapes[0]]
         self.first: dict[int, int] = {0: 0}
         self.last: dict[int, int] = {}
+        self.makers: dict[int, Op] = {}
 
     def run(self) -> Graph:
         for op in self.graph.live_ops():
             if self._wants_images(op):
                 self._image_op(op)
             else:
-                inputs = tuple(self._in_first(v) for v in op.inputs)
-                self.first[op.output] = self._emit(replace(op, inputs=inputs), self.graph.shapes[op.output])
+                op = self._of_images(op) if op.kind == "linear_map" else self._with(op, map(self._in_first, op.inputs))
+                self.first[op.output] = self._emit(op, self.graph.shapes[op.output])
         output, network = self._in_first(self.graph.output), self.graph.network
         network = None if network is None else self._in_first(network)
         checks = tuple(map(self._in_first, self.graph.checks))
@@ -73,6 +75,39 @@ class _Rewriter:
         if op.kind == "reshape" and self.graph.shapes[op.inputs[0]][:1] != shape[:1]:
             return False  # otherwise the channels keep their place
         return op.kind in _IMAGE_OPS or any(v in self.last for v in op.inputs)
+
+    @staticmethod
+    def _with(op: Op, inputs: Iterable[int]) -> Op:
+        return replace(op, inputs=tuple(inputs))
+
+    def _of_images(self, op: Op) -> Op:
+        """A linear map that reads images as they stand."""
+        made = list(op.attributes["boxes"])
+        inputs = []
+        for number, v in enumerate(op.inputs):
+            turned = None
+            if v not in self.first:
+                shape = self.graph.shapes[v]
+                sides = shape[0], math.prod(shape[1:])
+                turned = [turned_in(b, *sides) if b.input == number else b for b in made]
+            if turned is None or None in turned:
+                inputs.append(self._in_first(v))
+            else:
+                inputs.append(self.last[v])
+                made = turned
+        return replace(op, inputs=tuple(inputs), attributes={**op.attributes, "boxes": tuple(made)})
+
+    def _image_of_map(self, value: int, shape: Shape) -> int | None:
+        """The linear map that made a value once more, written as an image (*space, C); None where none did."""
+        op = self.makers.get(self.first[value])
+        while op is not None and op.kind == "reshape":
+            op = self.makers.get(op.inputs[0])
+        if op is None or op.kind != "linear_map":
+            return None
+        made = [turned_out(b, shape[0], math.prod(shape[1:])) for b in op.attributes["boxes"]]
+        if None in made:
+            return None
+        return self._emit(replace(op, attributes={**op.attributes, "boxes": tuple(made)}), _moved_back(shape))
 
     def _image_op(self, op: Op) -> None:
         inputs = tuple(self._in_last(v) for v in op.inputs)
@@ -105,7 +140,9 @@ class _Rewriter:
         shape = self.graph.shapes[value]
         if value not in self.last:
             place = self.first[value]
-            moved = self._transposed(place, _moved_back(shape), shape[0], math.prod(shape[1:]))
+            moved = self._image_of_map(value, shape)
+            if moved is None:
+                moved = self._transposed(place, _moved_back(shape), shape[0], math.prod(shape[1:]))
             self.last[value] = moved
         return self.last[value]
 
@@ -120,7 +157,8 @@ class _Rewriter:
     def _emit(self, op: Op, shape: Shape) -> int:
         index = len(self.shapes)
         self.shapes.append(shape)
-        self.ops.append(replace(op, output=index))
+        self.makers[index] = replace(op, output=index)
+        self.ops.append(self.makers[index])
         return index
 
 
