@@ -11,7 +11,7 @@ from typing import Any, get_args
 from ..algorithms.goal import Mode
 from ..algorithms.program import Batch, Instruction, Load, RateGradient, StoreParameters, Update
 from ..graph import structure
-from ..graph.boxes import Box
+from ..graph.boxes import Box, in_memory_order
 from ..graph.expressions import Expression, derivatives
 from ..graph.graph import ACTIVATIONS, Attribute, Graph, Numbers, Op, Shape
 from ..lower.broadcast import axes
@@ -96,6 +96,7 @@ def _elements(plan: Plan, c: Constant) -> int:
 
 
 def _box(box: Box) -> dict[str, Any]:
+    box = in_memory_order(box)
     return {
         "input": box.input,
         "factor": box.factor,

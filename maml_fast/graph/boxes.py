@@ -74,6 +74,25 @@ def moved(box: Box, start_out: int, strides_out: Shape) -> Box:
     return box._replace(start_out=start_out, strides_out=strides_out)
 
 
+def in_memory_order(box: Box) -> Box:
+    """The same copy with what is near in memory copied together, in as few axes as do.
+
+    Boxes that repeat or add up elements stay as they are: the order in which they add is part of what they are.
+    """
+    axes = [a for a in zip(box.sizes, box.strides_in, box.strides_out, strict=True) if a[0] != 1]
+    if any(read == 0 or write == 0 for _, read, write in axes):
+        return box
+    axes.sort(key=lambda a: (min(abs(a[1]), abs(a[2])), abs(a[2])), reverse=True)
+    joined: list[tuple[int, int, int]] = []
+    for n, read, write in axes:
+        if joined and joined[-1][1:] == (n * read, n * write):
+            joined[-1] = (joined[-1][0] * n, read, write)
+        else:
+            joined.append((n, read, write))
+    sizes, reads, writes = zip(*joined, strict=True) if joined else ((), (), ())
+    return box._replace(sizes=sizes, strides_in=reads, strides_out=writes)
+
+
 def turned_in(box: Box, rows: int, columns: int) -> Box | None:
     """Reads the same elements of (rows, columns) where these stand as (columns, rows); None where that is no box."""
     found = _turned(box.start_in, box.strides_in, box.sizes, rows, columns)
