@@ -62,6 +62,8 @@ FUNCTIONS: dict[str, Function] = {
     "lists": lambda h: h.view(-1, 2, 3)[:, [0, 1, -1], [2, 1, 0]],
     "column of lists": lambda h: h.view(-1, 2, 3)[:, [[0], [1]], [[2, 1]]].flatten(1),
     "write to a list": lambda h: torch.cat([h[:, [1]], h[:, 2:]], 1),
+    "unfold": lambda h: F.unfold(h.view(-1, 1, 2, 3), (2, 2), padding=(0, 1), stride=(1, 2)).flatten(1),
+    "unfold channels": lambda h: F.unfold(h.view(-1, 2, 3, 1), (2, 1)).transpose(1, 2).flatten(1),
     "largest norm": lambda h: h / h.norm(p=float("inf"), dim=1, keepdim=True),
 }
 

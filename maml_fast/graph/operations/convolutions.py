@@ -112,6 +112,25 @@ def _windows_boxes(
     return found
 
 
+def _unfolded(
+    t: GraphBuilder,
+    x: Any,
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Value:
+    """(C · taps, windows) of every sample: what `torch.nn.functional.unfold` gives."""
+    taps, dilated, padded, steps = (_each(n, 2) for n in (kernel, dilation, padding, stride))
+    x = images(t, x, 2, "unfold")
+    space = windows(x.shape[1:], taps, steps, padded, dilated, "unfold")
+    x = images(t, zero_padded(t, x, [p for n in reversed(padded) for p in (n, n)]), 2, "unfold")
+    made = _windows_boxes(x.shape, (1, x.shape[0], *taps), space, steps, dilated, 1)
+    rows, columns = math.prod(space), x.shape[0] * math.prod(taps)
+    y = t.linear_map("unfold", [x], made, (rows, columns))
+    return permuted(t, y, [0, 2, 1])
+
+
 def _transposed(
     t: GraphBuilder, x: Any, kernel: Any, bias: Any, shape: Shape,
     stride: Shape, padding: Shape, dilation: Shape, extra: Shape, groups: int,
@@ -163,4 +182,4 @@ def _overlaps(
     return found
 
 
-OPERATIONS: dict[str, Emitter] = {"convolution": _convolution}
+OPERATIONS: dict[str, Emitter] = {"convolution": _convolution, "im2col": _unfolded}
