@@ -325,6 +325,12 @@ def _larger(a: Any, b: Any) -> Any:
     return call("where", call("eq", a, a), call("where", call("eq", b, b), call("maximum", a, b), a), b)
 
 
+def _with_sign(a: Any, b: Any) -> Any:
+    """|a| with the sign of b, that of zeros too."""
+    below = call("where", call("eq", b, 0), call("lt", 1 / b, 0), call("lt", b, 0))
+    return call("where", below, -1, 1) * call("abs", a)
+
+
 COMPARISONS: dict[str, Emitter] = {
     "lt": _of("lt", lambda a, b: call("lt", a, b), mask=True),
     "le": _of("le", lambda a, b: call("le", a, b), mask=True),
@@ -363,6 +369,7 @@ OPERATIONS: dict[str, Emitter] = {
     "nan_to_num": _nan_to_num,
     "fmax": _of("fmax", _larger),
     "fmin": _of("fmin", lambda a, b: -_larger(-a, -b)),
+    "copysign": _of("copysign", _with_sign),
     "hypot": _of("hypot", _hypot),
     "constant_pad_nd": _padded,
     "clamp": _clamp,
