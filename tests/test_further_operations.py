@@ -45,6 +45,8 @@ FUNCTIONS: dict[str, Function] = {
     "cumprod": lambda h: torch.cumprod(torch.sigmoid(h), 1),
     "cumprod of columns": lambda h: h.view(-1, 3, 2).cumprod(1).flatten(1),
     "volume": lambda h: torch.sigmoid(h) * torch.cumprod(1 - torch.sigmoid(h) + 1e-10, -1),
+    "cross": lambda h: torch.linalg.cross(*halves(h)),
+    "cross of columns": lambda h: torch.cross(h.view(-1, 3, 2), h.view(-1, 3, 2).flip(2).exp(), dim=1).flatten(1),
     "std_mean": lambda h: torch.stack(torch.std_mean(h, 1), 1),
     "std over samples": lambda h: h / (h.std(0) + 0.1),
     "var over samples": lambda h: h / (h.var(0, unbiased=False) + 0.1),

@@ -1,4 +1,4 @@
-"""Products along a dimension, in as many steps as it takes to halve it: right where elements are zero."""
+"""Products along a dimension, and of vectors. The former in as many steps as it takes to halve it: right where elements are zero."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from .builder import Emitter, GraphBuilder, Value
 from .largest import dimension
 from .pointwise import pointwise
-from .shapes import cat, sliced, squeezed
+from .shapes import cat, picked, sliced, squeezed
 
 
 def _times(t: GraphBuilder, a: Any, b: Any) -> Value:
@@ -34,4 +34,10 @@ def _cumprod(t: GraphBuilder, x: Any, dim: int, dtype: Any = None) -> Value:
     return x
 
 
-OPERATIONS: dict[str, Emitter] = {"prod": _prod, "cumprod": _cumprod}
+def _cross(t: GraphBuilder, a: Any, b: Any, dim: int = -1) -> Value:
+    """a × b of vectors of three: aᵢ₊₁ bᵢ₊₂ − aᵢ₊₂ bᵢ₊₁."""
+    next_a, next_b, last_a, last_b = (picked(t, v, dim, i, "cross") for i in ([1, 2, 0], [2, 0, 1]) for v in (a, b))
+    return pointwise(t, "cross", lambda p, q, r, s: p * q - r * s, next_a, last_b, last_a, next_b)
+
+
+OPERATIONS: dict[str, Emitter] = {"prod": _prod, "cumprod": _cumprod, "linalg_cross": _cross}
