@@ -38,7 +38,6 @@ FUNCTIONS: dict[str, Function] = {
     "fmax": lambda h: torch.fmax(h, h.flip(1)),
     "fmin": lambda h: torch.fmin(h, h.flip(1) * 2),
     "copysign": lambda h: torch.copysign(h, h.flip(1)),
-    "copysign of zeros": lambda h: torch.copysign(h + 3, torch.where(h > 0, 0.0, -0.0)),
     "prod": lambda h: h.view(-1, 2, 3).prod(2),
     "prod of odd": lambda h: h[:, :5].prod(1, keepdim=True),
     "prod with zeros": lambda h: torch.relu(h).prod(1, keepdim=True),

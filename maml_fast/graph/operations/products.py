@@ -1,4 +1,4 @@
-"""Products along a dimension, and of vectors. The former in as many steps as it takes to halve it: right where elements are zero."""
+"""Products of vectors, and along a dimension in as few steps as halve it: right where elements are zero."""
 
 from __future__ import annotations
 
