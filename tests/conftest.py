@@ -28,7 +28,9 @@ EXHAUSTIVE = re.compile(
             r"test_compiled_calls_match_eager_ones\[.*-sum-",
             r"test_same_bits_for_any_number_of_threads\[(float64.*|.*baseline)\]",
             r"test_random(_image)?_networks_match_the_reference\[vmap\]",
-            r"test_mistakes_are_named\[gradient",
+            r"test_mistakes_are_named|test_random_networks_agree\[[12]\]",
+            r"test_(verify_and_the_self_check|verify)\[",
+            r"test_one_sample_and_first_order",
             r"test_device_that_is_not_there_is_told_of_in_a_line",
             r"test_a_line_per_plan_and_call\[(vmap|reference)\]",
             # gradients of the zoo: those that others have too, and the longest
@@ -58,14 +60,12 @@ THOROUGH = re.compile(
             r"test_vmap_is_the_reference",
             r"test_zoo.py::test_gradient",
             r"test_every_backend_draws_the_same",
-            r"test_one_sample_and_first_order",
             r"test_losses_of_no_name_are_fused_too",
             r"test_losses_and_their_gradients",
             r"test_outputs_of_the_same_pass",
             r"test_isa.py::test_(matches_the_reference|same_bits)",
-            # commands and self-checks on top of what the files test part by part
-            r"test_(verify_and_the_self_check|verify)\[",
-            r"test_mistakes_are_named|test_mistakes_fail",
+            # commands on top of what the files test part by part
+            r"test_mistakes_fail",
             r"test_random_networks_agree|test_random(_image)?_networks_match",
             r"test_changes_between_forward_and_backward|test_compiled_calls_match_eager_ones",
             r"test_meta_loss_entry_by_entry",
