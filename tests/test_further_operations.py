@@ -61,6 +61,7 @@ FUNCTIONS: dict[str, Function] = {
     "index_add": lambda h: h.index_add(1, torch.tensor([0, 0, 1, 5]), h[:, 2:], alpha=0.5),
     "list": lambda h: h[:, [0, 2, -1, 0]],
     "list of booleans": lambda h: h[:, [True, False, True, True, False, True]],
+    "booleans among numbers": lambda h: h[:, [True, 3, 0]],
     "mask": lambda h: h[:, torch.tensor([True, False, True, True, False, True])],
     "lists": lambda h: h.view(-1, 2, 3)[:, [0, 1, -1], [2, 1, 0]],
     "column of lists": lambda h: h.view(-1, 2, 3)[:, [[0], [1]], [[2, 1]]].flatten(1),
@@ -122,3 +123,25 @@ def test_a_list_that_changes_is_followed() -> None:
         assert float(maml.backward(x, y, x, y)) == pytest.approx(float(reference.backward(x, y, x, y)), rel=1e-12)
     model.kept[0] = 3
     assert float(maml.backward(x, y, x, y)) == pytest.approx(float(reference.backward(x, y, x, y)), rel=1e-12)
+
+
+class Table(nn.Module):
+    """Parameters at what PyTorch takes for one index, for several, or for a mask."""
+
+    def __init__(self, index: object) -> None:
+        super().__init__()
+        self.layer, self.table, self.index = nn.Linear(4, 6), nn.Parameter(torch.randn(2, 3)), index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.table[self.index].sum()
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:maml_fast falls back")
+@pytest.mark.parametrize("index", [[[0, 1], [1, 2]], ([0, 1], [1, 2]), [[True, False]], [True, 1], [1]], ids=str)
+def test_lists_are_what_pytorch_takes_them_for(index: object) -> None:
+    model = Table(index).double()
+    x, y = torch.randn(2, 3, 4).double(), torch.randn(2, 3, 6).double()
+    found, expected = (
+        mf.MAML(model, 0.1, loss="mse", backend=b, check="never").backward(x, y, x, y) for b in ("auto", "reference")
+    )
+    assert float(found) == pytest.approx(float(expected), rel=1e-12)

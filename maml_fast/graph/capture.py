@@ -367,7 +367,8 @@ class Questions(TorchFunctionMode):
         if func is torch.tensor and _is_made_of_numbers(args, kwargs):
             return self._recorder.literal(args[0], (kwargs or {}).get("dtype"))
         if func in (Tensor.__getitem__, Tensor.__setitem__):
-            args = (args[0], self._index(args[1]), *args[2:])
+            nested = isinstance(args[1], list) and any(isinstance(i, list) for i in args[1])  # PyTorch takes a tuple
+            args = args if nested else (args[0], self._index(args[1]), *args[2:])
         if func is torch._is_all_true and _called_by_distributions():
             self._recorder.check(args[0])
             return True
@@ -389,12 +390,11 @@ class Questions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _index(self, index: Any) -> Any:
-        """With literals in place of lists of numbers, and places in place of masks that are literals."""
+        """With literals in place of lists, as PyTorch makes tensors of them, and places in place of their masks."""
         if isinstance(index, tuple):
             return tuple(map(self._index, index))
-        if isinstance(index, list) and _are_places(index):
-            places = [i for i, b in enumerate(index) if b] if isinstance(index[0], bool) else index
-            return self._recorder.literal(places, torch.int64)
+        if isinstance(index, list) and index and _are_numbers(index):
+            index = self._recorder.literal(index, None)
         if isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim == 1:
             return self._recorder.places(index)
         return index
@@ -467,11 +467,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
-
-
-def _are_places(index: list[Any]) -> bool:
-    """Whether a list, and lists in it, hold whole numbers or booleans."""
-    return bool(index) and all(_are_places(i) if isinstance(i, list) else isinstance(i, int) for i in index)
 
 
 def node_of(tensor: Tensor) -> Any:

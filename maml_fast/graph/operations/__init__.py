@@ -52,7 +52,7 @@ _EXACT = ("add", "sub", "rsub", "mul", "neg", "where", "masked_fill", "clamp", "
 OF_WHOLE_NUMBERS = frozenset((*_EXACT, *shapes.OPERATIONS, *lookups.OPERATIONS))
 """What may give whole numbers, which floating point numbers stand for: exactly, up to 2²⁴ in float32."""
 
-PLACES = frozenset(("argmax", "argmin", "argsort"))
+PLACES = frozenset(("argmax", "argmin"))
 """What gives whole numbers of anything: where its elements are."""
 
 OF_LABELS = frozenset((*shapes.OPERATIONS, "eq", "bitwise_not", "sum", "masked_fill"))
