@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from maml_fast.graph.boxes import Box, in_memory_order, strides, turned_in, turned_out
+from maml_fast.graph.boxes import Box, in_memory_order, strides, transposed, turned_in, turned_out
 
 
 def pairs(box: Box) -> list[tuple[int, int]]:
@@ -45,9 +45,7 @@ def test_the_same_elements_are_copied(seed: int) -> None:
     if turned is not None:
         moved = [(read % columns * rows + read // columns, write) for read, write in pairs(box)]
         assert pairs(turned) == sorted(moved)
-    other = box._replace(start_in=box.start_out, start_out=box.start_in, strides_in=box.strides_out,
-                         strides_out=box.strides_in)  # fmt: skip
-    back = turned_out(other, rows, columns)
+    back = turned_out(transposed(box), rows, columns)
     assert (back is None) == (turned is None)
     if back is not None and turned is not None:
         assert pairs(back) == sorted((write, read) for read, write in pairs(turned))

@@ -74,6 +74,13 @@ def moved(box: Box, start_out: int, strides_out: Shape) -> Box:
     return box._replace(start_out=start_out, strides_out=strides_out)
 
 
+def transposed(box: Box) -> Box:
+    """The copy the other way round."""
+    return box._replace(
+        start_in=box.start_out, start_out=box.start_in, strides_in=box.strides_out, strides_out=box.strides_in
+    )
+
+
 def in_memory_order(box: Box) -> Box:
     """The same copy with what is near in memory copied together, in as few axes as do.
 

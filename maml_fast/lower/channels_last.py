@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ..graph.boxes import turned_in, turned_out
@@ -57,8 +57,9 @@ class _Rewriter:
             if self._wants_images(op):
                 self._image_op(op)
             else:
-                op = self._of_images(op) if op.kind == "linear_map" else self._with(op, map(self._in_first, op.inputs))
-                self.first[op.output] = self._emit(op, self.graph.shapes[op.output])
+                shape, inputs = self.graph.shapes[op.output], map(self._in_first, op.inputs)
+                moved = self._of_images(op) if op.kind == "linear_map" else replace(op, inputs=tuple(inputs))
+                self.first[op.output] = self._emit(moved, shape)
         output, network = self._in_first(self.graph.output), self.graph.network
         network = None if network is None else self._in_first(network)
         checks = tuple(map(self._in_first, self.graph.checks))
@@ -75,10 +76,6 @@ class _Rewriter:
         if op.kind == "reshape" and self.graph.shapes[op.inputs[0]][:1] != shape[:1]:
             return False  # otherwise the channels keep their place
         return op.kind in _IMAGE_OPS or any(v in self.last for v in op.inputs)
-
-    @staticmethod
-    def _with(op: Op, inputs: Iterable[int]) -> Op:
-        return replace(op, inputs=tuple(inputs))
 
     def _of_images(self, op: Op) -> Op:
         """A linear map that reads images as they stand."""

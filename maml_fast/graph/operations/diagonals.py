@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..boxes import Box, strides
+from ..boxes import Box, strides, transposed
 from ..graph import Untraceable
 from .builder import SAMPLES, Emitter, GraphBuilder, Value
 from .shapes import permuted
@@ -55,8 +55,7 @@ def _diag_embed(t: GraphBuilder, x: Any, offset: int = 0, dim1: int = -2, dim2: 
         raise Untraceable("diag_embed of the samples, or into other dimensions than the last, has no fused kernel")
     offset = offset if dim1 % rank < dim2 % rank else -offset
     lead, side = x.shape[:-1], x.shape[-1] + abs(offset)
-    box = _box(lead, (side, side), offset)
-    made = box._replace(start_in=0, start_out=box.start_in, strides_in=box.strides_out, strides_out=box.strides_in)
+    made = transposed(_box(lead, (side, side), offset))
     y = t.linear_map("diag_embed", [x], [made], (*lead, side, side), offset=offset)
     return replace(y, dims=(*x.dims[:-1], (len(lead),), (len(lead) + 1,)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def _summed_at(t: GraphBuilder, source: Any, dim: int, places: list[int], length
         box = boxes.sliced(x.shape, axis, number, 1, 1)
         made.append(boxes.moved(box, place * here[axis], here)._replace(factor=factor))
     y = t.linear_map("index_add", [x], made, shape, axis=axis, indices=tuple(places))
-    return Value(y.index, shape, x.dims)
+    return replace(y, dims=x.dims)
 
 
 def _index_add(t: GraphBuilder, x: Any, dim: int, index: Any, source: Any, alpha: float = 1.0) -> Value:

@@ -41,6 +41,26 @@ class _Apart:
         split = reshaped(self.t, self.value, (self.t.samples, self.count, *self.rest))
         return permuted(self.t, split, [0, 2, 1, *range(3, 2 + len(self.rest))])
 
+    def as_channels(self) -> Value:
+        """(samples, others · C, *space)."""
+        channels, *space = self.rest
+        return reshaped(self.t, self.value, (self.t.samples, self.count * channels, *space))
+
+    def of_channels(self, y: Value) -> Value:
+        """The way back, from whatever space."""
+        split = (self.t.samples, self.count, self.rest[0], *self.t.full_shape(y)[2:])
+        return self.merged(reshaped(self.t, y, split))
+
+    def as_positions(self) -> Value:
+        """(samples, C, others · space)."""
+        return reshaped(self.t, self.channels_outside(), (self.t.samples, self.rest[0], -1))
+
+    def of_positions(self, y: Value) -> Value:
+        """The way back."""
+        channels, *space = self.rest
+        split = reshaped(self.t, y, (self.t.samples, channels, self.count, *space))
+        return self.merged(permuted(self.t, split, [0, 2, 1, *range(3, 3 + len(space))]))
+
     def merged(self, y: Value) -> Value:
         """Of (samples, others, C, *space), in whatever form: as PyTorch sees it."""
         t, n = self.t, len(self.others)
@@ -57,47 +77,30 @@ def is_merged(t: GraphBuilder, x: Any) -> bool:
     return isinstance(x, Value) and len(x.dims) > 1 and SAMPLES in x.dims[0] and t.is_merged(x)
 
 
-def _with_first(y: Any, function: Callable[[Value], Value]) -> Any:
-    return (function(y[0]), *y[1:]) if isinstance(y, tuple) else function(y)
+def _apartly(
+    inward: Callable[[_Apart], Value], outward: Callable[[_Apart, Value], Value]
+) -> Callable[[Images], Images]:
+    """A decorator: where the samples are merged the function works on what `inward` makes, and `outward` undoes it."""
+
+    def decorate(function: Images) -> Images:
+        @wraps(function)
+        def applied(t: GraphBuilder, x: Any, *args: Any, **named: Any) -> Any:
+            if not is_merged(t, x):
+                return function(t, x, *args, **named)
+            apart = _Apart(t, x)
+            y = function(t, inward(apart), *args, **named)
+            return (outward(apart, y[0]), *y[1:]) if isinstance(y, tuple) else outward(apart, y)
+
+        return applied
+
+    return decorate
 
 
-def of_channels(function: Images) -> Images:
-    """For what treats every channel by itself: the other axes become channels."""
+of_channels = _apartly(_Apart.as_channels, _Apart.of_channels)
+"""For what treats every channel by itself: the other axes become channels."""
 
-    @wraps(function)
-    def applied(t: GraphBuilder, x: Any, *args: Any, **named: Any) -> Any:
-        if not is_merged(t, x):
-            return function(t, x, *args, **named)
-        apart = _Apart(t, x)
-        channels, *space = apart.rest
-        y = function(t, reshaped(t, apart.value, (t.samples, apart.count * channels, *space)), *args, **named)
-
-        def back(y: Value) -> Value:
-            return apart.merged(reshaped(t, y, (t.samples, apart.count, channels, *t.full_shape(y)[2:])))
-
-        return _with_first(y, back)
-
-    return applied
-
-
-def of_positions(function: Images) -> Images:
-    """For what treats all positions of a channel alike: those of the other axes are more of them."""
-
-    @wraps(function)
-    def applied(t: GraphBuilder, x: Any, *args: Any, **named: Any) -> Any:
-        if not is_merged(t, x):
-            return function(t, x, *args, **named)
-        apart = _Apart(t, x)
-        channels, *space = apart.rest
-        y = function(t, reshaped(t, apart.channels_outside(), (t.samples, channels, -1)), *args, **named)
-
-        def back(y: Value) -> Value:
-            split = reshaped(t, y, (t.samples, channels, apart.count, *space))
-            return apart.merged(permuted(t, split, [0, 2, 1, *range(3, 3 + len(space))]))
-
-        return _with_first(y, back)
-
-    return applied
+of_positions = _apartly(_Apart.as_positions, _Apart.of_positions)
+"""For what treats all positions of a channel alike: those of the other axes are more of them."""
 
 
 def in_a_row(

@@ -54,11 +54,10 @@ def _sorted(t: GraphBuilder, x: Any, dim: int, descending: bool) -> tuple[Value,
     return values, places
 
 
-def _chosen(t: GraphBuilder, places: Any, numbers: Any, x: Any, dim: int, name: str = "at places") -> Value:
+def _chosen(t: GraphBuilder, places: Any, numbers: Any, x: Any, dim: int) -> Value:
     """The sum along a dimension of the elements where `places` are `numbers`."""
-    return summed(
-        t, pointwise(t, name, lambda p, c, v: call("where", call("eq", p, c), v, 0), places, numbers, x), [dim]
-    )
+    at = pointwise(t, "at places", lambda p, c, v: call("where", call("eq", p, c), v, 0), places, numbers, x)
+    return summed(t, at, [dim])
 
 
 def _sort(t: GraphBuilder, x: Any, dim: int = -1, descending: bool = False, *, stable: Any = None) -> tuple[Any, ...]:
@@ -112,8 +111,8 @@ def _require_inside(t: GraphBuilder, index: Value, n: int) -> None:
     t.check(pointwise(t, "inside", lambda i: call("le", 0, i) * call("lt", i, n), index, mask=True))
 
 
-def _scattered(t: GraphBuilder, x: Any, dim: int, index: Any, source: Any, combine: Callable[..., Any]) -> Value:
-    """`combine(x, how many places point there, their sum)` for every element of x."""
+def _aimed(t: GraphBuilder, x: Any, dim: int, index: Any) -> tuple[Value, Callable[[Any], Value]]:
+    """The value, and what sums up for every element of it what stands where places point to it."""
     x, d = dimension(t, x, dim, "scatter")
     index = t.lifted(index, "scatter")
     size, full = t.full_shape(index), t.full_shape(x)
@@ -122,30 +121,33 @@ def _scattered(t: GraphBuilder, x: Any, dim: int, index: Any, source: Any, combi
     _require_few(t, x, size[d], "scatter")
     _require_inside(t, index, full[d])
     places, numbers = unsqueezed(t, index, d), positions(t, unsqueezed(t, x, d + 1), d)
-    if isinstance(source, int | float):
-        given: Any = source
-    else:
-        given = unsqueezed(t, _cropped(t, t.lifted(source, "scatter"), size, -1), d)
-    hits = summed(t, pointwise(t, "hits", lambda p, c: call("eq", p, c), places, numbers), [d + 1])
-    return pointwise(t, "scatter", combine, x, hits, _chosen(t, places, numbers, given, d + 1, "scattered"))
+
+    def total(source: Any) -> Value:
+        given = source
+        if not isinstance(source, int | float):
+            given = unsqueezed(t, _cropped(t, t.lifted(source, "scatter"), size, -1), d)
+        return _chosen(t, places, numbers, given, d + 1)
+
+    return x, total
 
 
 def _scatter(t: GraphBuilder, x: Any, dim: int, index: Any, source: Any, reduce: str | None = None) -> Value:
     """Elements written at places, of which no two are alike, or which all take one number."""
     if reduce is not None:
         raise Untraceable(f"scatter with reduce={reduce!r} has no fused kernel")
-    if isinstance(source, int | float):
-        number, mask = float(source), t.lifted(x, "scatter").mask
-        y = _scattered(t, x, dim, index, number, lambda v, hits, _: call("where", hits, number, v))
-        return replace(y, mask=mask)
-    index = t.lifted(index, "scatter")
-    if t.full_shape(index)[dim] != 1 and index.index not in t.distinct:
+    one = isinstance(source, int | float)
+    places = t.lifted(index, "scatter")
+    if not one and t.full_shape(places)[dim] != 1 and places.index not in t.distinct:
         raise Untraceable("scatter to places that may be alike has no fused kernel")
-    return _scattered(t, x, dim, index, source, lambda v, hits, s: call("where", hits, s, v))
+    x, total = _aimed(t, x, dim, places)
+    written = float(source) if one else total(source)
+    y = pointwise(t, "scatter", lambda v, hits, s: call("where", hits, s, v), x, total(1), written)
+    return replace(y, mask=x.mask and one)
 
 
 def _scatter_add(t: GraphBuilder, x: Any, dim: int, index: Any, source: Any) -> Value:
-    return _scattered(t, x, dim, index, source, lambda v, hits, s: v + s)
+    x, total = _aimed(t, x, dim, index)
+    return pointwise(t, "scatter_add", lambda v, s: v + s, x, total(source))
 
 
 OPERATIONS: dict[str, Emitter] = {
