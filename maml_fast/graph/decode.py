@@ -256,15 +256,17 @@ class _Decoder:
             meaning = replace(meaning, mask=False)
         if target.requires_grad and not call.differentiated:
             meaning = self._grafted(target, meaning)
-        wholes = self._written_through(call, target, meaning)
+        whole = self._written_through(call, target, meaning)
         self._out_of_date(target)
-        for tensor, changed in ((target, meaning), *wholes):
+        for tensor, changed in ((target, meaning), *whole):
             self.made_by[id(tensor)] = call
             self._bind(tensor, changed)
 
-    def _written_through(self, call: AtenCall, target: Tensor, meaning: Any) -> list[tuple[Tensor, Any]]:
-        """What tensors that a view has been written of stand for now, with the derivatives that autograd has."""
-        found: list[tuple[Tensor, Any]] = []
+    def _written_through(self, call: AtenCall, target: Tensor, meaning: Any) -> tuple[tuple[Tensor, Any], ...]:
+        """A tensor of which a view has been written, and what it stands for now, with the derivative that autograd has.
+
+        Nothing where none is known; what else shares the elements is read anew from it.
+        """
         for key in self.in_memory.get(memory(target), ()):
             bound = self.bound[key]
             if bound.stale or bound.tensor is target or not are_views(bound.tensor, target):
@@ -274,8 +276,9 @@ class _Decoder:
             with suppress(Untraceable):
                 value = self.builder.lifted(meaning, "a write")
                 old = self._read(bound.tensor)
-                found.append((bound.tensor, overwritten(self.builder, old, value, place, tuple(bound.tensor.shape))))
-        return found
+                changed = overwritten(self.builder, old, value, place, tuple(bound.tensor.shape))
+                return ((bound.tensor, changed),)
+        return ()
 
     def _grafted(self, target: Tensor, meaning: Any) -> Any:
         """What a write under `no_grad` leaves: new elements, with the derivative that the old ones had."""

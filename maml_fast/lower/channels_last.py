@@ -57,9 +57,11 @@ class _Rewriter:
             if self._wants_images(op):
                 self._image_op(op)
             else:
-                shape, inputs = self.graph.shapes[op.output], map(self._in_first, op.inputs)
-                moved = self._of_images(op) if op.kind == "linear_map" else replace(op, inputs=tuple(inputs))
-                self.first[op.output] = self._emit(moved, shape)
+                if op.kind == "linear_map":
+                    op = self._of_images(op)
+                else:
+                    op = replace(op, inputs=tuple(map(self._in_first, op.inputs)))
+                self.first[op.output] = self._emit(op, self.graph.shapes[op.output])
         output, network = self._in_first(self.graph.output), self.graph.network
         network = None if network is None else self._in_first(network)
         checks = tuple(map(self._in_first, self.graph.checks))

@@ -11,6 +11,7 @@ from .. import boxes
 from ..expressions import call
 from ..graph import Untraceable
 from .builder import Emitter, GraphBuilder, Literal, Value
+from .places import numbered
 from .pointwise import pointwise
 from .shapes import along, of_merged
 
@@ -30,7 +31,7 @@ def _index_fill(t: GraphBuilder, x: Any, dim: int, index: Any, value: Any) -> Va
     d = dim % len(full)
     mask = torch.zeros(full[d], dtype=torch.float64)
     mask[_places(index, full[d], "index_fill")] = 1
-    at = Literal(mask.reshape(-1, *(1 for _ in full[d + 1 :])))
+    at = numbered(mask, full, d)
     return pointwise(t, "index_fill", lambda v, m, f: call("where", m, f, v), x, at, value)
 
 

@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..expressions import call
 from ..graph import Untraceable
-from .builder import LIFTS, SAMPLES, Emitter, GraphBuilder, Literal, Value
+from .builder import LIFTS, SAMPLES, Emitter, GraphBuilder, Value
+from .places import positions
 from .pointwise import pointwise
 from .sums import axes_of, dropped, over_merged, summed
 
@@ -33,12 +32,6 @@ def dimension(t: GraphBuilder, x: Any, dim: int, what: str) -> tuple[Value, int]
     if SAMPLES in x.dims[d]:
         raise Untraceable(f"{what} over the samples has no fused kernel")
     return x, d
-
-
-def positions(t: GraphBuilder, x: Value, d: int) -> Literal:
-    """0, 1 … along a dimension."""
-    full = t.full_shape(x)
-    return Literal(torch.arange(full[d], dtype=torch.float64).reshape(-1, *(1 for _ in full[d + 1 :])))
 
 
 def largest(t: GraphBuilder, x: Any, dim: int, keepdim: bool = False) -> Value:
@@ -92,7 +85,7 @@ def place_of_largest(t: GraphBuilder, x: Any, dim: int, keepdim: bool = False) -
 def _first(t: GraphBuilder, x: Place) -> Value:
     """Places are counted backwards, so that the first is the largest number."""
     most = largest(t, x.of, x.dim, keepdim=True)
-    numbers = positions(t, x.of, x.dim)
+    numbers = positions(t.full_shape(x.of), x.dim)
     last = t.full_shape(x.of)[x.dim] - 1
 
     def backwards(v: Any, m: Any, c: Any) -> Any:

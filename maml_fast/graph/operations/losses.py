@@ -31,6 +31,7 @@ from .builder import (
     Target,
     Value,
 )
+from .places import chosen, positions
 from .pointwise import masked_filled, masks_alone, pointwise, power, softplus
 from .shapes import reshaped, squeezed, unsqueezed
 from .sums import summed
@@ -155,14 +156,14 @@ def _nll(t: GraphBuilder, x: Any, y: Any, weight: Any, reduction: int, ignore_in
         return _with_reduction(t, Losses(LossOp("cross_entropy"), x.of, y.shape), reduction), None
     x = t.lifted(x, "nll_loss")
     label, numbers = labels(t, unsqueezed(t, y, 1), t.full_shape(x), ignore_index)
-    chosen = at_labels(t, label, numbers, x)
+    found = chosen(t, label, numbers, x, 1)
     if plain:
-        return _with_reduction_of_values(t, pointwise(t, "nll", lambda v: -v, chosen), reduction), None
+        return _with_reduction_of_values(t, pointwise(t, "nll", lambda v: -v, found), reduction), None
     kept = pointwise(t, "kept", lambda v: call("eq", call("eq", v, ignore_index), 0), squeezed(t, label, [1]))
     if weight is not None:
         weights = reshaped(t, t.lifted(weight, "class weights"), numbers.shape)
-        kept = pointwise(t, "mul", lambda k, w: k * w, kept, at_labels(t, label, numbers, weights))
-    losses = pointwise(t, "nll", lambda v, k: -v * k, chosen, kept)
+        kept = pointwise(t, "mul", lambda k, w: k * w, kept, chosen(t, label, numbers, weights, 1))
+    losses = pointwise(t, "nll", lambda v, k: -v * k, found, kept)
     if reduction != _MEAN:
         return _with_reduction_of_values(t, losses, reduction), None
     return pointwise(t, "mean", lambda a, b: a / b, summed(t, losses), summed(t, kept)), None
@@ -174,16 +175,8 @@ def labels(t: GraphBuilder, y: Target, shape: Shape, ignored: int = NOT_IGNORED)
     Args:
         y: labels with a dimension of one element there. shape: of what they choose from.
     """
-    _, classes, *space = shape
-    t.take_labels(classes, ignored, y.number)
-    numbers = torch.arange(classes, dtype=torch.float64).reshape(classes, *(1 for _ in space))
-    return t.lifted(y, "labels"), Literal(numbers)
-
-
-def at_labels(t: GraphBuilder, label: Value, numbers: Literal, x: Any, keepdim: bool = False) -> Value:
-    """x at the labels, along its dimension of classes."""
-    chosen = pointwise(t, "at labels", lambda u, c, v: call("where", call("eq", u, c), v, 0), label, numbers, x)
-    return summed(t, chosen, [1], keepdim)
+    t.take_labels(shape[1], ignored, y.number)
+    return t.lifted(y, "labels"), positions(shape, 1)
 
 
 def _elementwise(t: GraphBuilder, a: Any, b: Any, loss: LossOp, reduction: int) -> Any:

@@ -13,9 +13,10 @@ from typing import Any
 from ..expressions import call
 from ..graph import Untraceable
 from .builder import Emitter, GraphBuilder, Target, Value
-from .largest import dimension, positions
-from .losses import at_labels, labels
-from .pointwise import pointwise
+from .largest import dimension
+from .losses import labels
+from .places import chosen, positions
+from .pointwise import is_nan, pointwise
 from .shapes import sliced, squeezed, unsqueezed
 from .sums import summed
 
@@ -31,7 +32,7 @@ def _require_few(t: GraphBuilder, x: Value, pairs: int, what: str) -> None:
 
 def _precedes(descending: bool, a: Any, i: Any, b: Any, j: Any) -> Any:
     """Whether b at place j stands before a at place i; NaN counts as the largest, equal ones keep their order."""
-    nan_a, nan_b = call("eq", call("eq", a, a), 0), call("eq", call("eq", b, b), 0)
+    nan_a, nan_b = is_nan(a), is_nan(b)
     larger, smaller = (
         call("where", nan_b, 1 - nan_a, call("lt", a, b)),
         call("where", nan_a, 1 - nan_b, call("lt", b, a)),
@@ -46,18 +47,12 @@ def _sorted(t: GraphBuilder, x: Any, dim: int, descending: bool) -> tuple[Value,
     n = t.full_shape(x)[d]
     _require_few(t, x, n, "sort")
     here, others = unsqueezed(t, x, d + 1), unsqueezed(t, x, d)
-    i, j = positions(t, here, d), positions(t, others, d + 1)
+    i, j = positions(t.full_shape(here), d), positions(t.full_shape(others), d + 1)
     before = pointwise(t, "precedes", lambda a, p, b, q: _precedes(descending, a, p, b, q), here, i, others, j)
     rank = unsqueezed(t, summed(t, before, [d + 1]), d)
-    values, places = _chosen(t, rank, i, others, d + 1), _chosen(t, rank, i, j, d + 1)
+    values, places = chosen(t, rank, i, others, d + 1), chosen(t, rank, i, j, d + 1)
     t.distinct.add(places.index)
     return values, places
-
-
-def _chosen(t: GraphBuilder, places: Any, numbers: Any, x: Any, dim: int) -> Value:
-    """The sum along a dimension of the elements where `places` are `numbers`."""
-    at = pointwise(t, "at places", lambda p, c, v: call("where", call("eq", p, c), v, 0), places, numbers, x)
-    return summed(t, at, [dim])
 
 
 def _sort(t: GraphBuilder, x: Any, dim: int = -1, descending: bool = False, *, stable: Any = None) -> tuple[Any, ...]:
@@ -80,7 +75,7 @@ def _median(t: GraphBuilder, x: Any, dim: int, keepdim: bool = False) -> tuple[A
     """The lower of two; NaN where one of the elements is."""
     n = t.full_shape(t.lifted(x, "median"))[dim]
     value, place = _kth(t, x, (n + 1) // 2, dim, keepdim)
-    unknown = summed(t, pointwise(t, "isnan", lambda v: call("eq", call("eq", v, v), 0), x), [dim], keepdim)
+    unknown = summed(t, pointwise(t, "isnan", is_nan, x), [dim], keepdim)
     return pointwise(t, "median", lambda v, u: call("where", u, math.nan, v), value, unknown), place
 
 
@@ -88,14 +83,14 @@ def _gather(t: GraphBuilder, x: Any, dim: int, index: Any, sparse_grad: bool = F
     """The elements at places along a dimension."""
     x, d = dimension(t, x, dim, "gather")
     if isinstance(index, Target) and index.shape == (t.samples, 1) and len(x.dims) == 2 and d == 1:
-        return at_labels(t, *labels(t, index, t.full_shape(x)), x, keepdim=True)
+        return chosen(t, *labels(t, index, t.full_shape(x)), x, 1, keepdim=True)
     index = t.lifted(index, "gather")
     x = _cropped(t, x, t.full_shape(index), d)
     n, k = t.full_shape(x)[d], t.full_shape(index)[d]
     _require_few(t, x, k, "gather")
     _require_inside(t, index, n)
     others = unsqueezed(t, x, d)
-    return _chosen(t, unsqueezed(t, index, d + 1), positions(t, others, d + 1), others, d + 1)
+    return chosen(t, unsqueezed(t, index, d + 1), positions(t.full_shape(others), d + 1), others, d + 1)
 
 
 def _cropped(t: GraphBuilder, x: Any, size: tuple[int, ...], but: int) -> Any:
@@ -120,13 +115,13 @@ def _aimed(t: GraphBuilder, x: Any, dim: int, index: Any) -> tuple[Value, Callab
         raise Untraceable(f"scatter of places {size} into {full}, of which some rows have none, has no fused kernel")
     _require_few(t, x, size[d], "scatter")
     _require_inside(t, index, full[d])
-    places, numbers = unsqueezed(t, index, d), positions(t, unsqueezed(t, x, d + 1), d)
+    places, numbers = unsqueezed(t, index, d), positions(t.full_shape(unsqueezed(t, x, d + 1)), d)
 
     def total(source: Any) -> Value:
         given = source
         if not isinstance(source, int | float):
             given = unsqueezed(t, _cropped(t, t.lifted(source, "scatter"), size, -1), d)
-        return _chosen(t, places, numbers, given, d + 1)
+        return chosen(t, places, numbers, given, d + 1)
 
     return x, total
 

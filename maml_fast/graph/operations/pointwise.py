@@ -208,6 +208,10 @@ def _not(x: Any) -> Any:
     return call("eq", x, 0)
 
 
+def is_nan(x: Any) -> Any:
+    return _not(call("eq", x, x))
+
+
 def _remainder(x: Any, y: Any) -> Any:
     """With the sign of y."""
     rest = call("fmod", x, y)
@@ -337,7 +341,7 @@ COMPARISONS: dict[str, Emitter] = {
     "gt": _of("gt", lambda a, b: call("lt", b, a), mask=True),
     "ge": _of("ge", lambda a, b: call("le", b, a), mask=True),
     "ne": _of("ne", lambda a, b: _not(call("eq", a, b)), mask=True),
-    "isnan": _of("isnan", lambda x: _not(call("eq", x, x)), mask=True),
+    "isnan": _of("isnan", is_nan, mask=True),
     "isinf": _of("isinf", lambda x: call("eq", call("abs", x), math.inf), mask=True),
     "logical_not": _of("logical_not", _not, mask=True),
     "logical_and": _of("logical_and", lambda a, b: _not(_not(a)) * _not(_not(b)), mask=True),
