@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -445,3 +450,19 @@ def test_transforms_raise(transform: str, backend: str) -> None:
 
     with pytest.raises(RuntimeError, match=r"forward mode|functorch transforms|[Bb]atching rule"):
         run()
+
+
+@pytest.mark.thorough
+def test_another_model_meets_the_compiled_graphs_that_an_earlier_process_left_on_disk(tmp_path: Path) -> None:
+    script = """
+        import sys, torch, maml_fast as mf
+        model = torch.nn.Sequential(torch.nn.Linear(3, 1), *[torch.nn.Flatten(0)] * int(sys.argv[1]))
+        maml = mf.MAML(model, 0.1, loss=lambda output, target: (output.sum() - target.sum()) ** 2)
+        x, y = torch.zeros(2, 5, 3), torch.zeros(2, 5)
+        print(list(torch.compile(lambda: maml(x, y, x), fullgraph=True)().shape))
+    """
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for flat, shape in ["0", "[2, 5, 1]"], ["1", "[2, 5]"]:
+        command = [sys.executable, "-c", textwrap.dedent(script), flat]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert run.stdout.strip() == shape, run.stderr

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import secrets
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,8 @@ from .reductions import reduced
 
 _TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
 _PREPARERS: weakref.WeakValueDictionary[int, Preparer] = weakref.WeakValueDictionary()
-_HANDLES = itertools.count()
+# PyTorch keeps compiled graphs on disk, with the shapes that a model returned: another process has other numbers.
+_HANDLES = itertools.count(secrets.randbits(40) << 20)
 
 
 def register(preparer: Preparer) -> int:
