@@ -436,6 +436,17 @@ void check_convolved(const Spec& s) {
     }
 }
 
+// Neither a parameter that adapts nor a random number: then what they read, which stands before them, depends on none.
+void check_steady(const Spec& s) {
+    require_index("steady", "count", s.steady, 0, s.ops.size() + 1);
+    for (int i = 0; i < s.steady; ++i) {
+        const OpSpec& op = s.ops[std::size_t(i)];
+        bool moves = op.kind == OpKind::draw;
+        for (int p : {op.w, op.b}) moves = moves || (p >= 0 && s.params[std::size_t(p)].adapts);
+        require(!moves, "layer " + std::to_string(i), "it differs between inner steps");
+    }
+}
+
 constexpr std::size_t kMostInputs = 1 << 10;
 
 // What several operations of a kind read of one tensor is of one size and type.
@@ -474,6 +485,7 @@ void check(const Spec& s) {
         made[s.ops[i].out] = true;
     }
     check_convolved(s);
+    check_steady(s);
     check_given(s, OpKind::input, s.inputs, "inputs");
     require_index("output", "buffer", s.out, 1, s.features.size());
     require(made[s.out], "output", "no layer writes it");

@@ -58,16 +58,16 @@ py::dict places(const PlanView& plan, const View& view, long buffers) {
 
 py::dict describe(const PlanView& plan) {
     py::list ops, code, tapes, tangents;
-    long buffers = 1;
+    const long buffers = plan.buffers;
     for (int i = 0; i < plan.n_ops; ++i) {
-        ops.append(operation(plan.ops[i]));
-        buffers = std::max(buffers, long(plan.ops[i].out) + 1);
+        py::dict d = operation(plan.ops[i]);
+        d["steady"] = i < plan.steady;
+        ops.append(d);
     }
-    int n_tapes = 0, n_tangents = 0, n_slots = 1;
+    int n_tapes = 0, n_slots = 1;
     for (const Instr* in = plan.code; in < plan.code + plan.n_code; ++in) {
         code.append(instruction(*in));
         n_tapes = std::max(n_tapes, in->tape + 1);
-        n_tangents = std::max(n_tangents, in->hvp + 1);
         for (int slot : {in->slot, in->theta, in->out, in->gradient, in->vector, in->adjoint, in->step})
             n_slots = std::max(n_slots, slot + 1);
     }
@@ -77,13 +77,14 @@ py::dict describe(const PlanView& plan) {
         d["batch"] = plan.tapes[t][0].batch;
         tapes.append(d);
     }
-    for (int h = 0; h < n_tangents; ++h) tangents.append(places(plan, plan.tangents[h], buffers));
+    for (int h = 0; h < plan.n_hvps; ++h) tangents.append(places(plan, plan.tangents[h], buffers));
     py::dict d;
     d["ops"] = ops;
     d["code"] = code;
     d["features"] = list(plan.features, buffers);
     d["tapes"] = tapes;
     d["tangents"] = tangents;
+    d["gathered"] = list(plan.gathered, buffers);
     d["slots"] = list(plan.slots, n_slots);
     d["scratch"] = std::vector<long>{plan.scratch, plan.norm_scratch, plan.gemm_scratch};
     d["workspace"] = plan.workspace;

@@ -150,7 +150,7 @@ class Engine {
 
     void forward(const Instr& in) {
         const TapeView tape = view(in.tape), one = one_sample(tape);
-        for (int i = 0; i < plan_.n_ops; ++i) {
+        for (int i = in.repeats ? plan_.steady : 0; i < plan_.n_ops; ++i) {
             if (pairs_with_norm(i)) {
                 ++i;
                 conv_norm_forward(plan_.ops[i - 1], plan_.ops[i], i, in.theta, tape);
@@ -224,23 +224,28 @@ class Engine {
 
     // The delta of an input; null where it is not wanted.
     S* input_delta(const TapeView& tape, const Op& op, int j, bool inputs) const {
-        int buffer = op.in[j];
-        if (!op.needs_grad[j]) return nullptr;
-        if (tape.value[buffer] >= 0) return ws_ + tape.delta[buffer];
-        return inputs ? static_cast<S*>(call_.dx[tape.batch]) + place(tape, plan_.features[buffer]) : nullptr;
+        const int buffer = op.in[j];
+        const bool own = tape.value[buffer] >= 0;
+        if (!op.needs_grad[j] || (!own && !inputs)) return nullptr;
+        if (own || tape.delta[buffer] >= 0) return at(tape.delta[buffer]);
+        return static_cast<S*>(call_.dx[tape.batch]) + place(tape, plan_.features[buffer]);
     }
 
-    void backward(const Instr& in) {
-        const TapeView tape = view(in.tape), one = one_sample(tape);
-        for (int i = plan_.n_ops - 1; i >= 0; --i) {
+    // Whether a backward pass is for the inner step's gradient, which is that of parameters that adapt.
+    static bool adapted_only(const Instr& in) { return in.code == Code::backward && in.batch == 0; }
+
+    void backward(const Instr& in) { pull_back(in, view(in.tape), 0, plan_.n_ops); }
+
+    // The backward pass of operations [first, last).
+    void pull_back(const Instr& in, const TapeView& tape, int first, int last) {
+        const TapeView one = one_sample(tape);
+        for (int i = last - 1; i >= first; --i) {
             const Op& op = plan_.ops[i];
-            if (!op.out_needs_grad) continue;
+            if (!op.out_needs_grad || (adapted_only(in) && !op.out_has_tangent)) continue;
             S* dx = op.n_in ? input_delta(tape, op, 0, in.inputs) : nullptr;
-            if (is_idle(op, tape, in)) {
-                if (dx && op.delta_first[0]) fill(dx, B_ * per_task(tape, op.in[0]), S(0));
-            } else if (dx && i > 0 && pairs_with_norm(i - 1) && !is_idle(plan_.ops[i - 1], tape, in)) {
+            if (dx && i > first && pairs_with_norm(i - 1)) {
                 const Op& conv = plan_.ops[i - 1];
-                conv_norm_backward(conv, op, i, in.theta, tape, in.out, tape.batch == 0, dx,
+                conv_norm_backward(conv, op, i, in.theta, tape, in.out, adapted_only(in), dx,
                                    input_delta(tape, conv, 0, in.inputs));
                 --i;
             } else {
@@ -249,17 +254,11 @@ class Engine {
         }
     }
 
-    // Whether nothing that adapts is upstream of a convolution in an inner step: no gradient of the step comes of its
-    // deltas, and Hessian-vector products multiply them by tangents that are zero, so zeros do.
-    bool is_idle(const Op& op, const TapeView& tape, const Instr& in) const {
-        return op.kind == OpKind::conv && !op.out_has_tangent && tape.batch == 0 && !in.inputs;
-    }
-
     void backward_layer(const Instr& in, const TapeView& tape, int i, S* dx) {
         const Op& op = plan_.ops[i];
         const S* dy = ws_ + tape.delta[op.out];
         long N = samples(tape), size = B_ * per_task(tape, op.out);
-        bool adapted_only = tape.batch == 0, first = op.n_in && op.delta_first[0];
+        const bool adapted = adapted_only(in), first = op.n_in && op.delta_first[0];
         auto delta = [&](int j) { return input_delta(tape, op, j, in.inputs); };
         switch (op.kind) {
             case OpKind::linear:
@@ -282,11 +281,11 @@ class Engine {
                 if (dx) max_pool_deltas(op, first, N, ws_ + tape.aux1[i], dy, dx);
                 return;
             case OpKind::layer_norm:
-                return layer_norm_deltas(op, i, in.theta, tape, in.out, adapted_only, dy, dx);
+                return layer_norm_deltas(op, i, in.theta, tape, in.out, adapted, dy, dx);
             case OpKind::batch_norm:
             case OpKind::running_norm:
             case OpKind::group_norm:
-                return norm_backward(op, i, in.theta, tape, in.out, adapted_only, dy, dx);
+                return norm_backward(op, i, in.theta, tape, in.out, adapted, dy, dx);
             case OpKind::avg_pool:
             case OpKind::transpose:
             case OpKind::pad:
@@ -294,16 +293,16 @@ class Engine {
                 if (dx) transposed_linear_map(op, first, N, dy, dx);
                 return;
             case OpKind::parameter:
-                return add_parameter_gradient(gradient(in.out, op.w, adapted_only), op.w_first, size / B_, dy);
+                return add_parameter_gradient(gradient(in.out, op.w, adapted), op.w_first, size / B_, dy);
             case OpKind::constant:
             case OpKind::target:
             case OpKind::draw:
             case OpKind::check:
                 return;
             case OpKind::input:
-                return input_deltas(op, in, tape, dy);
+                return in.code == Code::hvp ? subtract_input_delta(op, in, tape, dy) : input_deltas(op, in, tape, dy);
             case OpKind::lookup:
-                return lookup_deltas(op, tape, dy, gradient(in.out, op.w, adapted_only), delta);
+                return lookup_deltas(op, tape, dy, gradient(in.out, op.w, adapted), delta);
             case OpKind::pointwise:
                 return pointwise_backward(op, tape, dy, delta);
             case OpKind::linear_map:
@@ -333,9 +332,13 @@ class Engine {
             return;
         }
         tangents_ = plan_.tangents[in.hvp];
-        for (int i = 0; i < plan_.n_ops; ++i) forward_tangent(in, plan_.ops[i].once ? one : tape, i);
+        for (int i = plan_.steady; i < plan_.n_ops; ++i) forward_tangent(in, plan_.ops[i].once ? one : tape, i);
         loss_tangent(tape);
-        for (int i = plan_.n_ops - 1; i >= 0; --i) backward_tangent(in, plan_.ops[i].once ? one : tape, i);
+        const TapeView back = of_tangents(tape), back_one = one_sample(back);
+        for (int i = plan_.n_ops - 1; i >= plan_.steady; --i)
+            backward_tangent(in, plan_.ops[i].once ? back_one : back, tape, i);
+        if (!gather(in, tape)) return;
+        pull_back(in, back, 0, plan_.steady);
         if (!in.inputs) return;
         const S* ex = ws_ + tangents_.delta[0];
         S* dx = static_cast<S*>(call_.dx[0]) + place(tape, plan_.features[0]);
@@ -343,11 +346,43 @@ class Engine {
         for (long i = 0; i < B_ * per_task(tape, 0); ++i) dx[i] -= alpha * ex[i];
     }
 
+    // A tape whose deltas are the product's.
+    TapeView of_tangents(const TapeView& tape) const {
+        TapeView t = tape;
+        t.delta = tangents_.delta;
+        return t;
+    }
+
+    // Adds what comes back to steady values, which is linear, to that of the products before; true for the last one,
+    // with which all of it goes further back.
+    bool gather(const Instr& in, const TapeView& tape) {
+        const bool last = in.hvp == plan_.n_hvps - 1;
+        for (int v = in.inputs ? 0 : 1; plan_.steady && v < plan_.buffers; ++v) {
+            if (plan_.gathered[v] < 0) continue;
+            S *sum = ws_ + plan_.gathered[v], *delta = ws_ + tangents_.delta[v], *to = last ? delta : sum;
+            const S* from = last ? sum : delta;
+            put(!last && in.hvp == 0, to, B_ * held(tape, v) * plan_.features[v], [=](long i) { return from[i]; });
+        }
+        if (!last && !in.scaled) clear_steady_gradients(in);
+        return last || plan_.steady == 0;
+    }
+
+    void clear_steady_gradients(const Instr& in) {
+        auto clear = [&](int param, bool first) {
+            PerTask<S> to = gradient(in.out, param, false);
+            for (long b = 0; first && to && b < B_; ++b) fill(to.of(b), plan_.params[param].size, S(0));
+        };
+        for (const Op* op = plan_.ops; op < plan_.ops + plan_.steady; ++op) {
+            clear(op->w, op->w_first);
+            clear(op->b, op->b_first);
+        }
+    }
+
     S* tangent(const Op& op, int j) const { return op.has_tangent[j] ? ws_ + tangents_.value[op.in[j]] : nullptr; }
 
     void forward_tangent(const Instr& in, const TapeView& tape, int i) {
         const Op& op = plan_.ops[i];
-        if (!op.out_has_tangent) return clear_tangent_aux(op, i, tape);
+        if (!op.out_has_tangent) return;
         S* ty = ws_ + tangents_.value[op.out];
         const S* tx = op.n_in ? tangent(op, 0) : nullptr;
         long N = samples(tape), size = B_ * per_task(tape, op.out);
@@ -404,31 +439,18 @@ class Engine {
         }
     }
 
-    // The backward tangent of a norm reads these even where nothing upstream has a tangent.
-    void clear_tangent_aux(const Op& op, int i, const TapeView& tape) {
-        if (tangents_.aux1[i] >= 0) fill(ws_ + tangents_.aux1[i], B_ * per_task(tape, op.out), S(0));
-        if (tangents_.aux2[i] < 0) return;
-        long N = samples(tape);
-        long numbers =
-            op.kind == OpKind::layer_norm ? N * op.rows : 2 * op.width * (op.kind == OpKind::group_norm ? N : 1);
-        fill(ws_ + tangents_.aux2[i], B_ * numbers, S(0));
-    }
-
-    // The tangent of an input's delta; null where it is not wanted.
-    S* input_tangent_delta(const TapeView& tape, const Op& op, int j, bool inputs) const {
-        if (!op.needs_grad[j] || (tape.value[op.in[j]] < 0 && !inputs)) return nullptr;
-        return ws_ + tangents_.delta[op.in[j]];
-    }
-
-    void backward_tangent(const Instr& in, const TapeView& tape, int i) {
+    // `back` has the product's deltas, `tape` those of the backward pass. What has no tangent is pulled back as there.
+    void backward_tangent(const Instr& in, const TapeView& back, const TapeView& whole, int i) {
         const Op& op = plan_.ops[i];
         if (!op.out_needs_grad) return;
+        auto delta = [&](int j) { return input_delta(back, op, j, in.inputs); };
+        S* ex = op.n_in ? delta(0) : nullptr;
+        if (!op.out_has_tangent) return backward_layer(in, back, i, ex);
+        const TapeView tape = op.once ? one_sample(whole) : whole;
         const S *dy = ws_ + tape.delta[op.out], *ey = ws_ + tangents_.delta[op.out],
                 *tx = op.n_in ? tangent(op, 0) : nullptr;
-        S* ex = op.n_in ? input_tangent_delta(tape, op, 0, in.inputs) : nullptr;
         long N = samples(tape), size = B_ * per_task(tape, op.out);
         bool first = op.n_in && op.delta_first[0];
-        auto delta = [&](int j) { return input_tangent_delta(tape, op, j, in.inputs); };
         switch (op.kind) {
             case OpKind::linear:
                 return linear_backward_tangent(op, in, tape, tx, dy, ey, ex, delta);

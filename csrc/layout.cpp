@@ -69,6 +69,7 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     }
 
     find_flags();
+    find_steady();
     find_pairs();
     add_families();
     place_panels();
@@ -106,6 +107,7 @@ void Layout::fill_view() {
     view_.tasks = spec_.tasks;
     view_.ops = ops_.data();
     view_.n_ops = int(ops_.size());
+    view_.buffers = int(spec_.features.size());
     view_.features = spec_.features.data();
     view_.once = once_.get();
     view_.out = spec_.out;
@@ -361,9 +363,10 @@ void Layout::find_slots() {
 // Static facts of the reverse sweep: what depends on parameters, and who is first to write a sum.
 void Layout::find_flags() {
     std::size_t buffers = spec_.features.size();
-    std::vector<bool> has_tangent(buffers), needs_grad(buffers, spec_.input_gradients), written(buffers);
+    std::vector<bool> needs_grad(buffers, spec_.input_gradients), written(buffers);
     std::vector<bool> parameter_written(params_.size());
-    find_dependence(has_tangent, needs_grad);
+    has_tangent_.assign(buffers, false);
+    find_dependence(has_tangent_, needs_grad);
     const std::vector<bool> reaches = find_reach();
     auto first_write = [](std::vector<bool>& seen, int index) {
         bool first = index >= 0 && !seen[index];
@@ -377,17 +380,29 @@ void Layout::find_flags() {
         for (int j = 0; j < op->n_in; ++j) {
             flags[j] = back && first_write(written, op->in[j]);
             flags[op->n_in + j] = needs_grad[op->in[j]];
-            flags[2 * op->n_in + j] = has_tangent[op->in[j]];
+            flags[2 * op->n_in + j] = has_tangent_[op->in[j]];
         }
         op->delta_first = flags;
         op->needs_grad = flags + op->n_in;
         op->has_tangent = flags + 2 * op->n_in;
-        op->out_has_tangent = has_tangent[op->out];
+        op->out_has_tangent = has_tangent_[op->out];
         op->out_needs_grad = needs_grad[op->out] && back;
         op->w_first = back && first_write(parameter_written, op->w);
         op->b_first = back && first_write(parameter_written, op->b);
     }
-    view_.has_tangent = has_tangent[spec_.out];
+    view_.has_tangent = has_tangent_[spec_.out];
+}
+
+// Steady operations run in the first inner step only. Sample tiles pass by before the next step could read them.
+void Layout::find_steady() {
+    view_.steady = tiled() || !view_.has_tangent ? 0 : spec_.steady;
+    view_.n_hvps = hvps_;
+    bool repeats = false;
+    for (Instr& in : spec_.code) {
+        if (in.code != Code::forward || in.batch != 0) continue;
+        in.repeats = repeats;
+        repeats = true;
+    }
 }
 
 // Per buffer: whether the output depends on it. What the network returns need not: a loss may go another way.
@@ -440,7 +455,7 @@ void Layout::find_pairs() {
         if (norm.width != conv.out_width) continue;
         long readers = std::count_if(ops_.begin(), ops_.end(),
                                      [&](const Op& op) { return std::count(op.in, op.in + op.n_in, conv.out) > 0; });
-        norm.behind_conv = readers == 1;
+        norm.behind_conv = readers == 1 && int(i) != view_.steady;
         conv.bias_cancels = readers == 1 && norm.kind == OpKind::batch_norm;
     }
 }

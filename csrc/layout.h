@@ -32,6 +32,7 @@ class Layout {
         std::vector<bool> value_lasts, delta_lasts;
         std::vector<long> value, delta, aux1, aux2;
         long loss = -1;
+        bool holds(std::size_t buffer) const { return buffer < value.size() && value[buffer] >= 0; }
     };
 
     void add_op(const OpSpec& spec);
@@ -56,6 +57,7 @@ class Layout {
     void find_flags();
     void find_dependence(std::vector<bool>& has_tangent, std::vector<bool>& needs_grad) const;
     std::vector<bool> find_reach() const;
+    void find_steady();
     void find_pairs();
     void add_families();
     bool is_once(const OpSpec& op) const { return spec_.once[std::size_t(op.out)]; }
@@ -69,6 +71,7 @@ class Layout {
     void place_auxiliaries(TapePlaces& tape, long lockstep, long n);
     TapeView view_of_tile(const TapePlaces& tape, long tile);
     void place_tangents(long lockstep);
+    void place_gathered(long lockstep);
     void place_own_panels();
     long* table(std::size_t n);
     long take(long size);
@@ -103,7 +106,9 @@ class Layout {
     std::vector<std::vector<TapeView>> tapes_;
     std::vector<const TapeView*> tape_views_;
     std::vector<std::vector<long>> tables_;
-    std::vector<long> slots_, rate_offsets_;
+    std::vector<long> slots_, rate_offsets_, gathered_;
+    std::vector<bool> has_tangent_;  // per buffer: it depends on a parameter that adapts
+    TapePlaces first_support_;       // whose steady values all support tapes have
     std::vector<bool> used_slots_;
 };
 

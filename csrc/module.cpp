@@ -159,6 +159,7 @@ auto parse_list(const py::dict& d, const char* name, F parse_item) {
 Spec parse(const py::dict& d) {
     Spec s;
     s.ops = parse_list(d, "ops", parse_op);
+    s.steady = get<int>(d, "steady");
     s.features = get<std::vector<long>>(d, "features");
     s.once = get<std::vector<bool>>(d, "once");
     s.out = get<int>(d, "out");

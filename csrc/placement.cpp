@@ -116,11 +116,12 @@ void Layout::place_tangents(long lockstep) {
         for (std::size_t v = 0; v < buffers; ++v) {
             bool reuse = h > 0 && !lives_on[v];
             long size = lockstep * count(v, n) * spec_.features[v];
-            if (v > 0) value[v] = reuse ? tangents_[0].value[v] : take(size);
+            if (has_tangent_[v]) value[v] = reuse ? tangents_[0].value[v] : take(size);
             if (v > 0 || spec_.input_gradients) delta[v] = reuse ? tangents_[0].delta[v] : take(size);
         }
         for (std::size_t i = 0; i < ops_.size(); ++i) {
             const Op& op = ops_[i];
+            if (!op.out_has_tangent) continue;
             bool normed = op.kind == OpKind::layer_norm || is_pooled(op);
             const long held = count(std::size_t(op.out), n);
             if (normed) aux1[i] = h > 0 ? tangents_[0].aux1[i] : take(lockstep * held * spec_.features[op.out]);
@@ -150,6 +151,7 @@ void Layout::find_lasting(int index, std::vector<bool>& values, std::vector<bool
     }
     for (const Op& op : ops_)
         if (op.low_rank) values[op.in[0]] = deltas[op.out] = true;
+    for (int i = 0; spec_.tapes[std::size_t(index)] == 0 && i < view_.steady; ++i) values[ops_[i].out] = true;
 }
 
 Layout::TapePlaces Layout::places_of_tape(int index, long lockstep) {
@@ -166,13 +168,19 @@ Layout::TapePlaces Layout::places_of_tape(int index, long lockstep) {
     };
     t.value.assign(buffers, -1);
     t.delta.assign(buffers, -1);
+    if (t.batch == 0)
+        for (int i = 0; i < view_.steady; ++i)
+            if (const auto v = std::size_t(ops_[i].out); first_support_.holds(v)) t.value[v] = first_support_.value[v];
     for (std::size_t v = 1; v < buffers; ++v) {
-        t.value[v] = place(t.value_lasts[v], passing_values_[v], v);
-        t.delta[v] = place(t.delta_lasts[v], passing_deltas_[v], v);
+        if (t.value[v] < 0) t.value[v] = place(t.value_lasts[v], passing_values_[v], v);
+        // inner gradients need those of what adapts alone
+        const bool comes_back = t.batch != 0 || has_tangent_[v] || int(v) == spec_.out;
+        if (comes_back) t.delta[v] = place(t.delta_lasts[v], passing_deltas_[v], v);
     }
     const long n = t.lasts ? spec_.samples[t.batch] : longest_tile(t.batch);
     place_auxiliaries(t, lockstep, n);
     if (spec_.loss == LossKind::cross_entropy) t.loss = take(lockstep * n * spec_.features[spec_.out]);
+    if (t.batch == 0 && first_support_.value.empty()) first_support_ = t;
     return t;
 }
 
@@ -182,9 +190,14 @@ void Layout::place_auxiliaries(TapePlaces& t, long lockstep, long n) {
     t.aux2.assign(ops_.size(), -1);
     for (std::size_t i = 0; i < ops_.size(); ++i) {
         const Op& op = ops_[i];
+        if (t.batch == 0 && int(i) < view_.steady && !first_support_.value.empty()) {
+            t.aux1[i] = first_support_.aux1[i];
+            t.aux2[i] = first_support_.aux2[i];
+            continue;
+        }
         const long held = count(std::size_t(op.out), n);
         long size = lockstep * held * spec_.features[op.out];
-        bool curved = t.batch == 0 && spec_.second_order && !is_piecewise_linear(op.act);
+        bool curved = t.batch == 0 && spec_.second_order && op.out_has_tangent && !is_piecewise_linear(op.act);
         if (op.kind == OpKind::activation && (t.batch == 0 || spec_.reverse)) t.aux1[i] = take(size);
         if (op.kind == OpKind::activation && curved) t.aux2[i] = take(size);
         if (op.kind == OpKind::layer_norm || op.kind == OpKind::max_pool || op.kind == OpKind::max)
@@ -213,6 +226,20 @@ TapeView Layout::view_of_tile(const TapePlaces& t, long tile) {
     return {value, delta, aux1, aux2, shift(t.lasts, t.loss, spec_.out), t.batch, first, count};
 }
 
+// Deltas of steady values that other operations read: with several Hessian-vector products they add up.
+void Layout::place_gathered(long lockstep) {
+    gathered_.assign(spec_.features.size(), -1);
+    if (view_.steady == 0 || hvps_ < 2) return;
+    std::vector<bool> steady(spec_.features.size());
+    steady[0] = spec_.input_gradients;
+    for (int i = 0; i < view_.steady; ++i) steady[ops_[i].out] = true;
+    for (const Op* op = ops_.data() + view_.steady; op < ops_.data() + ops_.size(); ++op)
+        for (int j = 0; j < op->n_in; ++j)
+            if (const auto v = std::size_t(op->in[j]);
+                steady[v] && gathered_[v] < 0 && op->out_needs_grad && op->needs_grad[j])
+                gathered_[v] = take(lockstep * count(v, spec_.samples[0]) * spec_.features[v]);
+}
+
 // A task's own weights in panels serve all sample tiles.
 void Layout::place_own_panels() {
     for (Op& op : ops_)
@@ -229,9 +256,11 @@ void Layout::place_buffers(long lockstep) {
     tape_views_.clear();
     passing_values_.assign(spec_.features.size(), -1);
     passing_deltas_.assign(spec_.features.size(), -1);
+    first_support_ = {};
     for (std::size_t t = 0; t < spec_.tapes.size(); ++t) place_tape(int(t), lockstep);
     for (const auto& views : tapes_) tape_views_.push_back(views.data());
     place_tangents(lockstep);
+    place_gathered(lockstep);
     place_own_panels();
     slots_.assign(spec_.slots, -1);
     for (int s = 1; s < spec_.slots; ++s)
@@ -240,6 +269,7 @@ void Layout::place_buffers(long lockstep) {
     view_.lockstep = lockstep;
     view_.tapes = tape_views_.data();
     view_.tangents = tangents_.data();
+    view_.gathered = gathered_.data();
     view_.slots = slots_.data();
     view_.scratch = take(scratch_size(lockstep));
     view_.norm_scratch = take(norm_scratch_size());

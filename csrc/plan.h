@@ -90,9 +90,10 @@ struct Instr {
     Code code{};
     int slot = -1, theta = -1, out = -1, gradient = -1, vector = -1, adjoint = -1;
     int tape = -1;
-    int draws = -1;       // a forward pass: the inner step whose random numbers it draws, or -1 for the query's
-    bool seed = false;    // a query loss: also its slope
-    bool inputs = false;  // also the gradient w.r.t. the batch's inputs
+    int draws = -1;        // a forward pass: the inner step whose random numbers it draws, or -1 for the query's
+    bool seed = false;     // a query loss: also its slope
+    bool inputs = false;   // also the gradient w.r.t. the batch's inputs
+    bool repeats = false;  // a forward pass on the support set that is not the first
     int batch = 0;
     int hvp = -1;         // which tangents a Hessian-vector product writes
     int step = -1;        // a backward pass: the slot for θ − α ∘ gradient, which takes the gradient's place; or -1
@@ -127,6 +128,8 @@ struct PlanView {
     long tasks;
     const Op* ops;
     int n_ops;
+    int steady;  // so many operations, the first, give the same in every inner step
+    int buffers;
     const long* features;  // per buffer: elements per sample
     const bool* once;      // per buffer: it has no sample axis
     int out;
@@ -137,6 +140,8 @@ struct PlanView {
     int n_code;
     const TapeView* const* tapes;  // per tape: a view of each sample tile
     const TangentView* tangents;
+    int n_hvps;
+    const long* gathered;     // per buffer: where its deltas add up over the Hessian-vector products, or -1
     const long* slots;        // offset of each slot
     const long* rate_offset;  // per rate: offset in the rate gradient
     long samples[2];          // support, query

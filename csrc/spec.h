@@ -53,6 +53,7 @@ struct ReadSpec {
 
 struct Spec {
     std::vector<OpSpec> ops;
+    int steady = 0;              // so many of them, the first, give the same in every inner step
     std::vector<long> features;  // per buffer; buffer 0 is the input
     std::vector<bool> once;      // per buffer: it has no sample axis
     int out = -1;

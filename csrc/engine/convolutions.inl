@@ -52,8 +52,7 @@ void conv_gradients(const Op& op, bool add, long N, const S* x, const S* dy, Per
 }
 
 void conv_backward_values(const Op& op, const Instr& in, const TapeView& tape, const S* dy, S* dx) const {
-    bool adapted_only = tape.batch == 0;
-    PerTask<S> gw = gradient(in.out, op.w, adapted_only), gb = gradient(in.out, op.b, adapted_only);
+    PerTask<S> gw = gradient(in.out, op.w, adapted_only(in)), gb = gradient(in.out, op.b, adapted_only(in));
     PerTask<const S> w = weight(in.theta, op.w);
     long N = samples(tape);
     if (dx) conv_deltas(op, op.delta_first[0], N, dy, w, nullptr, w, dx);

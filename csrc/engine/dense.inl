@@ -211,12 +211,14 @@ void linear_gradients(const Op& op, long N, const S* dy, const S* x, const S* dz
 template <class F>
 void linear_backward(const Op& op, const Instr& in, const TapeView& tape, const S* dy, S* dx, F delta) {
     long N = samples(tape);
-    bool adapted_only = tape.batch == 0;
+    auto to = [&](int param, bool first) {
+        return in.code == Code::hvp ? curvature(in, param, first)
+                                    : gradient_or_step(in, param, adapted_only(in), first);
+    };
     if (dx) linear_transposed_product(op, N, {dy, matrix(op, in.theta, tape)}, {}, !op.delta_first[0], dx);
     if (dx && op.low_rank) add_transposed_product(op, in.theta_terms, N, dy, dx);
     linear_gradients(op, N, dy, value(tape, op.in[0]), nullptr, nullptr,
-                     op.n_in > 1 ? matrix_delta(op, delta) : gradient_or_step(in, op.w, adapted_only, op.w_first),
-                     gradient_or_step(in, op.b, adapted_only, op.b_first));
+                     op.n_in > 1 ? matrix_delta(op, delta) : to(op.w, op.w_first), to(op.b, op.b_first));
 }
 
 void linear_tangent(const Op& op, const Instr& in, const TapeView& tape, const S* tx, S* ty) {

@@ -17,6 +17,7 @@ from ..graph.graph import ACTIVATIONS, Attribute, Graph, Numbers, Op, Shape
 from ..lower.broadcast import axes
 from ..lower.expression_code import Code, compiled
 from ..lower.fusion import NORMS
+from ..lower.hoisting import steady_first
 from ..lower.plan import Plan
 
 KINDS = frozenset(
@@ -136,11 +137,14 @@ class Spec:
 
     def __init__(self, plan: Plan, graph: Graph) -> None:
         self.plan, self.graph = plan, graph
+        self.loads = plan.mode is Mode.APPLY
         self.buffer = {0: 0}
         self.features = [graph.features(0)]
         self.once = [False]
         self.constants = constants_of(graph)
-        self.ops = [self._op(op) for op in graph.live_ops() if not self._alias(op)]
+        ordered, steady = steady_first(graph, [adapts or self.loads for adapts in plan.model.adapts])
+        self.steady = sum(op.kind != "reshape" for op in ordered[:steady])
+        self.ops = [self._op(op) for op in ordered if not self._alias(op)]
         self.convolved = {op.parameters[0] for op in graph.live_ops() if op.kind == "conv"}
 
     def _alias(self, op: Op) -> bool:
@@ -257,11 +261,11 @@ class Spec:
     def as_dict(self) -> dict[str, Any]:
         plan, graph = self.plan, self.graph
         used, loss = graph.used_parameters(), plan.loss
-        loads = plan.mode is Mode.APPLY
         reverse = plan.mode in (Mode.META_GRADIENT, Mode.VJP)
         program = plan.program
         return {
             "ops": self.ops,
+            "steady": self.steady,
             "features": self.features,
             "once": self.once,
             "out": self.buffer[graph.output],
@@ -270,8 +274,8 @@ class Spec:
                 {
                     "name": plan.model.names[i],
                     "size": math.prod(shape),
-                    "adapts": adapts or loads,
-                    "active": (trainable or loads) and i in used,
+                    "adapts": adapts or self.loads,
+                    "active": (trainable or self.loads) and i in used,
                     **_rate_of(plan, i),
                     **dict(zip(("o", "c", "taps"), self._conv_dims(i, shape), strict=True)),
                 }

@@ -34,6 +34,7 @@ def _operations(described: Described, names: Sequence[str]) -> Iterator[str]:
         given = ", ".join(names[p] for p in op["parameters"] if p >= 0)
         notes = ["adapted weight kept as factors"] if op["low_rank"] else []
         notes += ["with the convolution before it"] if op["behind_conv"] else []
+        notes += ["once for all inner steps"] if op["steady"] else []
         operands = "; ".join(filter(None, (inputs, given)))
         yield ", ".join([f"  b{out} {described['features'][out]} = {op['kind']}({operands})", *notes])
 
@@ -110,6 +111,8 @@ def _places(described: Described) -> Iterator[tuple[str, str, int]]:
     for h, tangents in enumerate(described["tangents"]):
         for part, offset in _parts(tangents, described["ops"]):
             names.setdefault(offset, (f"tangents{h}", part))
+    for buffer, offset in enumerate(described["gathered"]):
+        names.setdefault(offset, ("sums over inner steps", f"delta b{buffer}"))
     for op in described["ops"]:
         names.setdefault(op["own_panels"], ("weights in panels", f"b{op['out']}"))
     # from the last on: what takes nothing has the place of what follows
