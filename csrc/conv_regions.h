@@ -42,6 +42,11 @@ struct Convolution {
     long kernel() const { return window.kh * window.kw; }
     long group_channels() const { return channels / groups; }
     long group_outputs() const { return outputs / groups; }
+    // Depthwise: every channel meets a kernel of its own, and products run through all of them at once.
+    bool depthwise() const { return groups > 1 && groups == channels && groups == outputs; }
+    long passes() const { return depthwise() ? 1 : groups; }
+    long pass_outputs() const { return outputs / passes(); }
+    long pass_channels() const { return channels / passes(); }
     long in_size() const { return window.h * window.w * channels; }
     long out_size() const { return window.oh * window.ow * outputs; }
 };

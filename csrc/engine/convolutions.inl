@@ -16,7 +16,7 @@ void conv_products(const Op& op, long N, const S* x, PerTask<const S> w, const S
         Pair<S> one = pair(x, w), two = pair(x2, v);
         const S* bb = bias.of(b);
         S* yb = y + b * N * c.out_size();
-        each_share(N, c.window.oh * c.window.ow, c.group_outputs(),
+        each_share(N, c.window.oh * c.window.ow, c.pass_outputs(),
                    [=, &c](const Share& share) { conv_forward(c, one, two, bb, false, share, yb); });
     }
 }
@@ -37,7 +37,7 @@ void conv_deltas(const Op& op, bool first_writer, long N, const S* dy, PerTask<c
         Pair<S> one{dy + b * size, flipped(op, w, b, scratch())}, two{nullptr, nullptr};
         if (dy2) two = {dy2 + b * size, flipped(op, v, b, scratch() + plan_.params[op.w].size)};
         S* to = dx + b * N * c.in_size();
-        each_share(N, c.window.h * c.window.w, c.group_channels(),
+        each_share(N, c.window.h * c.window.w, c.pass_channels(),
                    [=, &c](const Share& share) { conv_backward(c, one, two, !first_writer, share, to); });
     }
 }
@@ -101,7 +101,7 @@ void conv_norm_forward(const Op& conv, const Op& norm, int i, int slot, const Ta
         S* z = output(tape, conv.out) + b * N * c.out_size();
         long chunks = 0;
         each_cached(N, c.out_size(), [&](long first, long last) {
-            conv_forward(c, one, none, bias.of(b), false, Share{first, last, 0, c.group_outputs()}, z);
+            conv_forward(c, one, none, bias.of(b), false, Share{first, last, 0, c.pass_outputs()}, z);
             if (n.constant) return;
             long whole = last == N ? ceil_div(n.rows(), kNormChunk) : last * positions / kNormChunk;
             for (; chunks < whole; ++chunks) chunk_moments(n, z, chunks, partial);
@@ -129,7 +129,7 @@ void conv_norm_backward(const Op& conv, const Op& norm, int i, int slot, const T
         bool add = !conv.w_first;
         each_cached(N, c.out_size(), [&](long first, long last) {
             norm_deltas_of(n, t, true, first * positions, last * positions, dy, d);
-            if (dx) conv_backward(c, one, none, !conv.delta_first[0], Share{first, last, 0, c.group_channels()}, to);
+            if (dx) conv_backward(c, one, none, !conv.delta_first[0], Share{first, last, 0, c.pass_channels()}, to);
             if (gw) conv_weight_gradient(c, add, first, last, x, d, gw.of(b));
             add = true;
         });

@@ -55,10 +55,10 @@ struct Share {
 };
 
 // The products of all regions for samples [first, last); `p` lacks the segments. `from_size`, `to_size`: numbers a
-// sample.
+// sample. each: depthwise.
 template <class S>
-void conv_regions(const Region* regions, int n_regions, Indirect<S> p, const Share& share, long from_size, long to_size,
-                  S* y) {
+void conv_regions(const Region* regions, int n_regions, bool each, Indirect<S> p, const Share& share, long from_size,
+                  long to_size, S* y) {
     for (int i = 0; i < n_regions; ++i) {
         const Region& g = regions[i];
         p.segments = g.segments;
@@ -76,7 +76,8 @@ void conv_regions(const Region* regions, int n_regions, Indirect<S> p, const Sha
                     if (++jy == g.ny) jy = 0, ++n;
                 }
             }
-            indirect_rows(p, rows, from, to, y, share.begin, share.end);
+            each ? indirect_rows<S, true>(p, rows, from, to, y, share.begin, share.end)
+                 : indirect_rows<S, false>(p, rows, from, to, y, share.begin, share.end);
         }
     }
 }
@@ -84,22 +85,22 @@ void conv_regions(const Region* regions, int n_regions, Indirect<S> p, const Sha
 // y (+)= W * x [+ V * x'] + bias.
 template <class S>
 void conv_forward(const Convolution& c, Pair<S> one, Pair<S> two, const S* bias, bool add, const Share& share, S* y) {
-    for (long g = 0; g < c.groups; ++g) {
+    for (long g = 0; g < c.passes(); ++g) {
         long in = g * c.group_channels(), out = g * c.group_outputs();
         auto of_group = [&](Pair<S> p) { return p.a ? Pair<S>{p.a + in, p.b + out} : p; };
         Indirect<S> p{{of_group(one), of_group(two)}, nullptr, 0, c.outputs, add, bias ? bias + out : nullptr};
-        conv_regions(c.forward, c.n_forward, p, share, c.in_size(), c.out_size(), y + out);
+        conv_regions(c.forward, c.n_forward, c.depthwise(), p, share, c.in_size(), c.out_size(), y + out);
     }
 }
 
 // δx (+)= Wᵀ * δy [+ Vᵀ * δy'], with flipped weights.
 template <class S>
 void conv_backward(const Convolution& c, Pair<S> one, Pair<S> two, bool add, const Share& share, S* dx) {
-    for (long g = 0; g < c.groups; ++g) {
+    for (long g = 0; g < c.passes(); ++g) {
         long in = g * c.group_channels(), out = g * c.group_outputs();
         auto of_group = [&](Pair<S> p) { return p.a ? Pair<S>{p.a + out, p.b + out * c.group_channels()} : p; };
         Indirect<S> p{{of_group(one), of_group(two)}, nullptr, 0, c.group_channels(), add, nullptr};
-        conv_regions(c.backward, c.n_backward, p, share, c.out_size(), c.in_size(), dx + in);
+        conv_regions(c.backward, c.n_backward, c.depthwise(), p, share, c.out_size(), c.in_size(), dx + in);
     }
 }
 
@@ -108,7 +109,7 @@ constexpr long kLatticeRows = 256;  // positions whose inputs and deltas stay in
 // Which rows of the weight gradient one tile computes: channels of one tap, or of any where all taps meet one lattice.
 inline long gradient_tiles(const Convolution& c) {
     long rows = c.one_lattice ? c.kernel() * c.group_channels() : c.group_channels();
-    return c.groups * ceil_div(rows, kTileRows) * (c.one_lattice ? 1 : c.kernel());
+    return c.passes() * ceil_div(rows, kTileRows) * (c.one_lattice ? 1 : c.kernel());
 }
 
 // Tile `index` of ∇W (+)= xᵀ δy over samples [first, last) and result rows [top, bottom).
@@ -140,8 +141,9 @@ void conv_gradient_tile(const Convolution& c, long index, long first, long last,
                  at.nx,
                  at.from_x,
                  at.to_x};
-    lattice_rows(t, rows, offsets, add, dw + (tap * C + start) * c.outputs + g * c.group_outputs(), c.outputs,
-                 c.group_outputs());
+    S* to = dw + (tap * C + start) * c.outputs + g * c.group_outputs();
+    c.depthwise() ? lattice_rows<S, true>(t, rows, offsets, add, to, c.outputs, c.outputs)
+                  : lattice_rows<S, false>(t, rows, offsets, add, to, c.outputs, c.group_outputs());
 }
 
 // Calls f(first, last, top, bottom) for tiles of samples [begin, end) with about `rows` positions each.

@@ -1,5 +1,5 @@
 // C[row] = (C[row] | bias | 0) + Σ_segments A[row + a …] B[b …], where the rows of A and C are anywhere: a product
-// that never gathers its operands.
+// that never gathers its operands. Each: one between columns of the same number, A[row + a + j] B[b, j].
 
 // One operand pair of a product: the source rows, and the weights (row-major, `ld` apart).
 template <class S>
@@ -18,8 +18,10 @@ struct Indirect {
     const S* bias;
 };
 
+constexpr int kEachRows = 4;  // of tiles whose columns meet each: more share no more operands
+
 // MR rows by NV vectors of C in registers. Edge: fewer columns than NV vectors hold.
-template <class S, int MR, int NV, bool Edge>
+template <class S, bool Each, int MR, int NV, bool Edge>
 __attribute__((noinline)) void indirect_tile(const Indirect<S>& p, long column, const long* from, const long* to, S* y,
                                              long columns) {
     constexpr long L = lanes<S>;
@@ -45,11 +47,15 @@ __attribute__((noinline)) void indirect_tile(const Indirect<S>& p, long column, 
                 for (int v = 0; v < NV; ++v)
                     bv[v] = Edge && kMaskedEdges<S> && v == NV - 1 ? load_edge(b + v * L, edge) : load(b + v * L);
 #pragma GCC unroll 32
-                for (int r = 0; r < MR; ++r) {
-                    S x = row[r][k];
+                for (int r = 0; r < MR; ++r)
+                    if constexpr (Each) {
 #pragma GCC unroll 4
-                    for (int v = 0; v < NV; ++v) acc[r][v] += x * bv[v];
-                }
+                        for (int v = 0; v < NV; ++v) acc[r][v] += read(row[r] + column, v) * bv[v];
+                    } else {
+                        S x = row[r][k];
+#pragma GCC unroll 4
+                        for (int v = 0; v < NV; ++v) acc[r][v] += x * bv[v];
+                    }
             }
         }
     }
@@ -65,19 +71,20 @@ __attribute__((noinline)) void indirect_tile(const Indirect<S>& p, long column, 
 template <class S>
 using IndirectTile = void (*)(const Indirect<S>&, long, const long*, const long*, S*, long);
 
-template <class S, int NV, bool Edge, int... MR>
+template <class S, bool Each, int NV, bool Edge, int... MR>
 inline IndirectTile<S> pick_indirect(int rows, Heights<MR...>) {
-    static constexpr IndirectTile<S> table[] = {indirect_tile<S, MR + 1, NV, Edge>...};
+    static constexpr IndirectTile<S> table[] = {indirect_tile<S, Each, MR + 1, NV, Edge>...};
     return table[rows - 1];
 }
 
 // f(column, columns, top, height) for the tiles that cover `rows` rows, at most kTileRows, of the columns from `first`
 // to `last`.
-template <class S, class F>
+template <class S, bool Each, class F>
 inline void each_tile(int rows, long first, long last, F f) {
     for (long j = first, columns; j < last; j += columns) {
         columns = least(last - j, kWidest * lanes<S>);
-        int highest = tile_rows(int(ceil_div(columns, lanes<S>))), tiles = (rows + highest - 1) / highest;
+        int highest = Each ? kEachRows : tile_rows(int(ceil_div(columns, lanes<S>)));
+        int tiles = (rows + highest - 1) / highest;
         for (int i = 0; i < tiles; ++i) {
             int top = i * rows / tiles;
             f(j, columns, top, (i + 1) * rows / tiles - top);
@@ -85,16 +92,18 @@ inline void each_tile(int rows, long first, long last, F f) {
     }
 }
 
-template <int NV>
-using TileHeights = HeightsTo<(tile_rows(NV) < kTileRows ? tile_rows(NV) : kTileRows)>;
+template <bool Each, int NV>
+using TileHeights = HeightsTo<(Each                        ? kEachRows
+                               : tile_rows(NV) < kTileRows ? tile_rows(NV)
+                                                           : kTileRows)>;
 
 // Columns [first, last) of `rows` rows of C; `first` is a multiple of a panel's width.
-template <class S>
+template <class S, bool Each>
 inline void indirect_rows(const Indirect<S>& p, int rows, const long* from, const long* to, S* y, long first,
                           long last) {
-    each_tile<S>(rows, first, last, [&](long j, long columns, int top, int height) {
+    each_tile<S, Each>(rows, first, last, [&](long j, long columns, int top, int height) {
         auto tile = by_width<S>(columns, [&](auto vectors, auto ragged) {
-            return pick_indirect<S, vectors.value, ragged.value>(height, TileHeights<vectors.value>{});
+            return pick_indirect<S, Each, vectors.value, ragged.value>(height, TileHeights<Each, vectors.value>{});
         });
         tile(p, j, from + top, to + top, y, columns);
     });
@@ -102,7 +111,7 @@ inline void indirect_rows(const Indirect<S>& p, int rows, const long* from, cons
 
 // ---- the transposed product: Σ over the positions of a lattice ------------------------------------
 
-// C[m] (+)= Σ_positions A[position + a_m] B[position …] for m < MR, `ld` between rows of C.
+// C[m] (+)= Σ_positions A[position + a_m] B[position …] for m < MR, `ld` between rows of C. Each: as above.
 template <class S>
 struct Lattice {
     const S *a, *b;
@@ -111,7 +120,7 @@ struct Lattice {
     long nx, a_x, b_x;
 };
 
-template <class S, int MR, int NV, bool Edge>
+template <class S, bool Each, int MR, int NV, bool Edge>
 __attribute__((noinline)) void lattice_tile(const Lattice<S>& t, const long* offsets, bool add, S* c, long ld,
                                             long columns) {
     constexpr long L = lanes<S>;
@@ -136,11 +145,18 @@ __attribute__((noinline)) void lattice_tile(const Lattice<S>& t, const long* off
                 for (int v = 0; v < NV; ++v)
                     bv[v] = Edge && kMaskedEdges<S> && v == NV - 1 ? load_edge(b + v * L, edge) : load(b + v * L);
 #pragma GCC unroll 32
-                for (int r = 0; r < MR; ++r) {
-                    S s = row[r][xa];
+                for (int r = 0; r < MR; ++r)
+                    if constexpr (Each) {
 #pragma GCC unroll 4
-                    for (int v = 0; v < NV; ++v) acc[r][v] += s * bv[v];
-                }
+                        for (int v = 0; v < NV; ++v) {
+                            const S* q = row[r] + xa + v * L;
+                            acc[r][v] += (Edge && v == NV - 1 ? load_edge(q, edge) : load(q)) * bv[v];
+                        }
+                    } else {
+                        S s = row[r][xa];
+#pragma GCC unroll 4
+                        for (int v = 0; v < NV; ++v) acc[r][v] += s * bv[v];
+                    }
             }
         }
 #pragma GCC unroll 32
@@ -155,19 +171,20 @@ __attribute__((noinline)) void lattice_tile(const Lattice<S>& t, const long* off
 template <class S>
 using LatticeTile = void (*)(const Lattice<S>&, const long*, bool, S*, long, long);
 
-template <class S, int NV, bool Edge, int... MR>
+template <class S, bool Each, int NV, bool Edge, int... MR>
 inline LatticeTile<S> pick_lattice(int rows, Heights<MR...>) {
-    static constexpr LatticeTile<S> table[] = {lattice_tile<S, MR + 1, NV, Edge>...};
+    static constexpr LatticeTile<S> table[] = {lattice_tile<S, Each, MR + 1, NV, Edge>...};
     return table[rows - 1];
 }
 
-template <class S>
+template <class S, bool Each>
 inline void lattice_rows(Lattice<S> t, int rows, const long* offsets, bool add, S* c, long ld, long columns) {
-    const S* b = t.b;
-    each_tile<S>(rows, 0, columns, [&](long j, long width, int top, int height) {
+    const S *a = t.a, *b = t.b;
+    each_tile<S, Each>(rows, 0, columns, [&](long j, long width, int top, int height) {
         auto tile = by_width<S>(width, [&](auto vectors, auto ragged) {
-            return pick_lattice<S, vectors.value, ragged.value>(height, TileHeights<vectors.value>{});
+            return pick_lattice<S, Each, vectors.value, ragged.value>(height, TileHeights<Each, vectors.value>{});
         });
+        t.a = Each ? a + j : a;
         t.b = b + j;
         tile(t, offsets + top, add, c + top * ld + j, ld, width);
     });
