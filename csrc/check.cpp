@@ -353,6 +353,7 @@ class CodeCheck {
                 slot(in_.theta, 0);
                 return slot(in_.gradient, 1);
             case Code::scale:
+            case Code::add:
             case Code::subtract:
                 slot(in_.out, 1);
                 return slot(in_.vector, 1);

@@ -38,6 +38,8 @@ py::dict instruction(const Instr& in) {
     d["code"] = name_of(in.code);
     for (const auto& [name, value] : operands) d[name] = value;
     d["seed"] = in.seed;
+    d["weight"] = in.weight;
+    d["add"] = in.add;
     d["inputs"] = in.inputs;
     d["scaled"] = in.scaled;
     return d;

@@ -71,9 +71,9 @@ class Engine {
             case Code::forward:
                 return forward(in);
             case Code::support_loss:
-                return loss(in.tape, 0, nullptr, true);
+                return loss(in, 0, nullptr, true);
             case Code::query_loss:
-                return loss(in.tape, 1, static_cast<S*>(call_.losses) + t0_, in.seed);
+                return loss(in, 1, static_cast<S*>(call_.losses) + t0_, in.seed);
             case Code::cotangent:
                 return cotangent(in.tape);
             case Code::backward:
@@ -84,8 +84,10 @@ class Engine {
                 return scale(in.out, in.vector);
             case Code::hvp:
                 return hvp(in);
+            case Code::add:
+                return add(S(1), in.out, in.vector);
             case Code::subtract:
-                return subtract(in.out, in.vector);
+                return add(S(-1), in.out, in.vector);
             case Code::rate_gradient:
                 return rate_gradient(in.gradient, in.adjoint);
             case Code::accumulate:

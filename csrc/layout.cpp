@@ -222,6 +222,9 @@ void Layout::follow(const Instr& in, std::vector<Terms>& slots) {
             slots[in.out] = {{Origin::tangent_delta, in.tape, in.hvp, 1, false},
                              {Origin::tangent_input, in.tape, in.hvp, 1, false}};
             break;
+        case Code::add:
+            slots[in.out].insert(slots[in.out].end(), slots[in.vector].begin(), slots[in.vector].end());
+            break;
         case Code::subtract:
             subtract(slots[in.vector], false, slots[in.out]);
             break;
@@ -295,7 +298,8 @@ std::vector<bool> Layout::passed_on() const {
     std::vector<bool> passed(std::size_t(spec_.slots), true);
     for (std::size_t i = 0; i < spec_.code.size(); ++i) {
         const Instr& in = spec_.code[i];
-        int fresh = i > 0 ? spec_.code[i - 1].out : -1, changed = in.code == Code::subtract ? in.out : -1;
+        int fresh = i > 0 ? spec_.code[i - 1].out : -1;
+        const int changed = in.code == Code::subtract || in.code == Code::add ? in.out : -1;
         for (int slot : {in.theta, in.gradient, in.vector, in.adjoint, changed})
             if (slot >= 0 && slot != fresh) passed[std::size_t(slot)] = false;
     }

@@ -130,8 +130,12 @@ Instr parse_instruction(const py::dict& d) {
         {"gradient", &in.gradient}, {"vector", &in.vector}, {"adjoint", &in.adjoint},
         {"tape", &in.tape},         {"batch", &in.batch},   {"draws", &in.draws}};
     for (const std::string& field : fields_of(kInstructions[int(in.code)])) {
-        if (field == "seed" || field == "inputs") {
-            (field == "seed" ? in.seed : in.inputs) = get<bool>(d, field.c_str());
+        if (field == "seed" || field == "inputs" || field == "add") {
+            (field == "seed" ? in.seed : field == "add" ? in.add : in.inputs) = get<bool>(d, field.c_str());
+            continue;
+        }
+        if (field == "weight") {
+            in.weight = get<double>(d, "weight");
             continue;
         }
         auto named = [&](const auto& operand) { return field == operand.first; };

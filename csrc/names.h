@@ -94,12 +94,13 @@
     X(load, slot)                                \
     X(forward, theta, batch, tape, draws)        \
     X(support_loss, tape)                        \
-    X(query_loss, tape, seed)                    \
+    X(query_loss, tape, seed, weight, add)       \
     X(cotangent, tape)                           \
     X(backward, theta, batch, tape, out, inputs) \
     X(update, out, theta, gradient)              \
     X(scale, out, vector)                        \
     X(hvp, theta, tape, vector, out, inputs)     \
+    X(add, out, vector)                          \
     X(subtract, out, vector)                     \
     X(rate_gradient, gradient, adjoint)          \
     X(accumulate, vector)                        \

@@ -92,6 +92,8 @@ struct Instr {
     int tape = -1;
     int draws = -1;        // a forward pass: the inner step whose random numbers it draws, or -1 for the query's
     bool seed = false;     // a query loss: also its slope
+    double weight = 1;     // of a query loss
+    bool add = false;      // a query loss: to what earlier ones left
     bool inputs = false;   // also the gradient w.r.t. the batch's inputs
     bool repeats = false;  // a forward pass on the support set that is not the first
     int batch = 0;

@@ -19,6 +19,7 @@ from maml_fast.algorithms import maml
 from maml_fast.algorithms.goal import Goal, Inner, Mode, Needs
 from maml_fast.algorithms.program import (
     Accumulate,
+    Add,
     Backward,
     Batch,
     Cotangent,
@@ -60,10 +61,11 @@ class Wanted:
     first_order: bool = False
     needs: Needs = NOTHING_MORE
     adapts: tuple[bool, ...] = (True,)
+    step_weights: tuple[float, ...] | None = None
 
     @property
     def inner(self) -> Inner:
-        return Inner(losses.resolve("mse"), self.steps, self.first_order)
+        return Inner(losses.resolve("mse"), self.steps, self.first_order, self.step_weights)
 
 
 # ---- every program that is emitted ---------------------------------------------------------------
@@ -86,6 +88,36 @@ def test_any_number_of_steps_keeps_the_rules(steps: int, adapts: bool, rates: bo
     for mode, first_order, save, x_s, x_q in product(Mode, *[(False, True)] * 4):
         goal = Wanted(mode, steps, first_order, Needs((True,), (rates,), x_s, x_q), (adapts,))
         verify(maml.emit(goal, save), goal)
+
+
+@pytest.mark.parametrize("weights", [(0.1, 0.2, 0.7), (0.5, 0.0, 0.5), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("adapts", [True, False])
+def test_losses_at_several_steps_keep_the_rules(weights: tuple[float, ...], adapts: bool) -> None:
+    for mode, first_order, save, x_s, rates, outputs in product(Mode, *[(False, True)] * 5):
+        needs = Needs((True,), (rates,), x_s, x_q=False, outputs=outputs and mode is Mode.META_GRADIENT)
+        goal = Wanted(mode, 2, first_order, needs, (adapts,), weights)
+        verify(maml.emit(goal, save), goal)
+
+
+def test_the_text_of_losses_at_several_steps() -> None:
+    goal = Wanted(steps=1, step_weights=(0.25, 0.75))
+    assert [line.strip() for line in maml.emit(goal).lines()] == [
+        "tape0 = forward(θ0, query)",
+        "losses = 0.25·query_loss(tape0, seed)",
+        "λ1 = backward(θ0, tape0, query)",
+        "tape1 = forward(θ0, support, step 0)",
+        "support_loss(tape1)",
+        "g2 = backward(θ0, tape1, support)",
+        "θ3 = θ0 − α∘g2",
+        "tape0 = forward(θ3, query)",
+        "losses += 0.75·query_loss(tape0, seed)",
+        "λ4 = backward(θ3, tape0, query)",
+        "v5 = α∘λ4",
+        "h6 = hvp(θ0, tape1, v5)",
+        "λ4 −= h6",
+        "λ4 += λ1",
+        "gradient += λ4",
+    ]
 
 
 # ---- every rule broken on purpose ----------------------------------------------------------------
@@ -183,6 +215,10 @@ BROKEN: list[tuple[str, str, Callable[[], Program]]] = [
     ("overlap", "a product over its parameters", lambda: changed(Hvp, out=slot(Hvp, "theta"))),
     ("overlap", "a gradient over its parameters", lambda: changed(Backward, 1, out=slot(Backward, "theta", 1))),
     ("once", "two query losses", lambda: twice(QueryLoss)),
+    ("undefined", "a loss added to none", lambda: changed(QueryLoss, add=True)),
+    ("goal", "another number of losses", lambda: only(
+        *QUERIED, Forward(0, QUERY, 1), QueryLoss(1, seed=True, add=True), Backward(0, QUERY, 1, 3), Add(2, 3),
+        Accumulate(2))),
     ("once", "query losses of two tapes", lambda: only(
         *QUERIED, Forward(0, QUERY, 0), QueryLoss(0, seed=False), Accumulate(2), tapes=(QUERY, QUERY))),
     ("once", "two cotangents", lambda: only(Forward(0, QUERY, 1), Cotangent(1), Cotangent(1))),

@@ -1,10 +1,10 @@
 // Part of Engine: losses, their slopes and tangents.
 
-void loss(int tape_index, int batch, S* losses, bool slope) {
-    const TapeView& tape = view(tape_index);
-    if (plan_.loss == LossKind::value) return own_loss(tape, batch, losses, slope);
+void loss(const Instr& in, int batch, S* losses, bool slope) {
+    const TapeView& tape = view(in.tape);
+    if (plan_.loss == LossKind::value) return own_loss(in, tape, batch, losses, slope);
     long N = samples(tape), all = plan_.samples[batch], F = plan_.features[plan_.out], size = N * F;
-    S d = S(plan_.loss_parameter), factor = S(plan_.loss_factor[batch]);
+    S d = S(plan_.loss_parameter), factor = S(plan_.loss_factor[batch] * in.weight);
     for (long b = 0; b < B_; ++b) {
         const S* z = value(tape, plan_.out) + b * size;
         S* dz = slope ? ws_ + tape.delta[plan_.out] + b * size : nullptr;
@@ -23,16 +23,16 @@ void loss(int tape_index, int batch, S* losses, bool slope) {
                 losses ? sum_of<S>(size, [=](long i) { return pointwise_value(kind, z[i], y[i], d); }) / count : S(0);
             if (dz) put(true, dz, size, [=](long i) { return scale * pointwise_slope(kind, z[i], y[i], d); });
         }
-        if (losses) losses[b] = starts(true) ? factor * value : losses[b] + factor * value;
+        if (losses) losses[b] = starts(!in.add) ? factor * value : losses[b] + factor * value;
     }
 }
 
 // The output is the loss, but for a factor.
-void own_loss(const TapeView& tape, int batch, S* losses, bool slope) const {
-    const S factor = S(plan_.loss_factor[batch]), *z = value(tape, plan_.out);
+void own_loss(const Instr& in, const TapeView& tape, int batch, S* losses, bool slope) const {
+    const S factor = S(plan_.loss_factor[batch] * in.weight), *z = value(tape, plan_.out);
     S* dz = ws_ + tape.delta[plan_.out];
     for (long b = 0; b < B_; ++b) {
-        if (losses) losses[b] = factor * z[b];
+        if (losses) losses[b] = (in.add ? losses[b] : S(0)) + factor * z[b];
         if (slope) dz[b] = batch == 1 ? factor * static_cast<const S*>(call_.weights)[t0_ + b] : factor;
     }
 }

@@ -39,9 +39,9 @@ void scale(int out, int vector) {
     });
 }
 
-void subtract(int out, int vector) {
+void add(S factor, int out, int vector) {
     S *to = ws_ + plan_.slots[out], *from = ws_ + plan_.slots[vector];
-    for (long i = 0; i < B_ * plan_.parameters; ++i) to[i] -= from[i];
+    for (long i = 0; i < B_ * plan_.parameters; ++i) to[i] += factor * from[i];
 }
 
 void accumulate(const Instr& in) {

@@ -30,11 +30,22 @@ class Mode(enum.Enum):
 
 @dataclass(frozen=True)
 class Inner:
-    """The inner loop: θ_{k+1} = θ_k − α ∘ ∇L(θ_k) for k = 0 … steps − 1."""
+    """The inner loop: θ_{k+1} = θ_k − α ∘ ∇L(θ_k) for k = 0 … steps − 1.
+
+    Attributes:
+        step_weights: w_k of the query loss at θ_k, for k = 0 … steps; None for that at the last alone.
+    """
 
     loss: Loss
     steps: int
     first_order: bool
+    step_weights: tuple[float, ...] | None = None
+
+    def weights(self, steps: int) -> tuple[float, ...]:
+        """w_k for k = 0 … steps: `self.steps`, or 0 where nothing adapts and all θ_k are θ_0."""
+        if self.step_weights is None:
+            return (*(0.0,) * steps, 1.0)
+        return self.step_weights if steps == self.steps else (sum(self.step_weights),)
 
 
 @dataclass(frozen=True)
@@ -81,3 +92,13 @@ class Goal(Protocol):
     def needs(self) -> Needs: ...
     @property
     def adapts(self) -> tuple[bool, ...]: ...
+
+
+def weights_of(goal: Goal) -> tuple[float, ...]:
+    """w_k of the query loss at every θ_k that the call needs, up to its last; without losses 1 at the last alone."""
+    steps = goal.inner.steps if any(goal.adapts) else 0
+    if goal.mode not in (Mode.LOSS, Mode.META_GRADIENT):
+        return (*(0.0,) * steps, 1.0)
+    weights = goal.inner.weights(steps)
+    last = max((k for k, w in enumerate(weights) if w), default=0)
+    return weights if goal.needs.outputs else weights[: last + 1]

@@ -1,15 +1,17 @@
-"""MAML and first-order MAML (Finn et al., arXiv 1703.03400) as a `Program`.
+"""MAML and first-order MAML (Finn et al., arXiv 1703.03400) as a `Program`; L = Σ_k w_k L_q(θ_k), with w_K = 1 alone or
+all of them (MAML++, Antoniou et al., arXiv 1810.09502).
 
 θ_{k+1} = θ_k − α ∘ g_k,  g_k = ∇L_s(θ_k)
-λ_K = ∇L_q(θ_K),  λ_k = λ_{k+1} − H_k (α ∘ λ_{k+1})
-dL/dθ_0 = λ_0,    dL/dα = − Σ_k g_k ∘ λ_{k+1}
+λ_K = w_K ∇L_q(θ_K),  λ_k = λ_{k+1} − H_k (α ∘ λ_{k+1}) + w_k ∇L_q(θ_k)
+dL/dθ_0 = λ_0,        dL/dα = − Σ_k g_k ∘ λ_{k+1}
 """
 
 from __future__ import annotations
 
-from .goal import Goal, Mode
+from .goal import Goal, Mode, weights_of
 from .program import (
     Accumulate,
+    Add,
     Backward,
     Batch,
     Cotangent,
@@ -45,7 +47,10 @@ class _Emitter:
         self.code: list[Instruction] = []
         self.slots = 1
         self.tapes: list[Batch] = []
-        self.steps = goal.inner.steps if any(goal.adapts) else 0
+        self.weights = weights_of(goal)
+        self.steps = len(self.weights) - 1
+        self.pulled: dict[int, int] = {}  # by step: the slot of w_k ∇L_q(θ_k)
+        self.scored = False
         self.reverse = goal.mode in (Mode.META_GRADIENT, Mode.VJP)
         self.second_order = self.reverse and not goal.inner.first_order
         self.rate_gradients = self.reverse and any(goal.needs.rates)
@@ -78,7 +83,10 @@ class _Emitter:
         self.support_tapes: list[int] = []
         self.gradients: list[int] = []
         keep_tapes = self.second_order and self.save
+        self.query_tape = -1
         for k in range(self.steps):
+            if self.weights[k]:
+                self._score(k, thetas[k])
             tape = self._tape(Batch.SUPPORT) if keep_tapes or k == 0 else self.support_tapes[0]
             gradient = self._slot() if self.rate_gradients or k == 0 else self.gradients[0]
             self._support_pass(k, thetas[k], tape, gradient)
@@ -97,32 +105,55 @@ class _Emitter:
         ]
 
     def _query(self, thetas: list[int]) -> None:
-        goal, tape = self.goal, self._tape(Batch.QUERY)
-        self.code.append(Forward(thetas[-1], Batch.QUERY, tape))
+        goal, last = self.goal, thetas[-1]
+        if goal.mode in (Mode.LOSS, Mode.META_GRADIENT):
+            if self.weights[-1] or not self.scored:
+                self._score(self.steps, last)
+            elif goal.needs.outputs:
+                self._forward(last)
+        else:
+            self._forward(last)
         if goal.mode is Mode.QUERY_OUTPUTS or goal.needs.outputs:
-            self.code.append(StoreOutputs(tape))
+            self.code.append(StoreOutputs(self.query_tape))
         if goal.mode is Mode.VJP:
-            self.code.append(Cotangent(tape))
-        elif goal.mode is not Mode.QUERY_OUTPUTS:
-            self.code.append(QueryLoss(tape, seed=self.reverse))
+            self.code.append(Cotangent(self.query_tape))
+            self._pull(self.steps, last)
         if self.reverse:
-            adjoint = self._slot()
-            self.code.append(Backward(thetas[-1], Batch.QUERY, tape, adjoint, inputs=goal.needs.x_q))
-            self._reverse_sweep(thetas, adjoint)
-            self.code.append(Accumulate(adjoint))
+            self._reverse_sweep(thetas)
 
-    def _reverse_sweep(self, thetas: list[int], adjoint: int) -> None:
-        if self.second_order and self.steps:
+    def _forward(self, theta: int) -> None:
+        if self.query_tape < 0:
+            self.query_tape = self._tape(Batch.QUERY)
+        self.code.append(Forward(theta, Batch.QUERY, self.query_tape))
+
+    def _score(self, step: int, theta: int) -> None:
+        """The query loss at θ_k, and its gradient."""
+        self._forward(theta)
+        self.code.append(QueryLoss(self.query_tape, self.reverse, self.weights[step], add=self.scored))
+        self.scored = True
+        if self.reverse:
+            self._pull(step, theta)
+
+    def _pull(self, step: int, theta: int) -> None:
+        slot = self.pulled[step] = self._slot()
+        self.code.append(Backward(theta, Batch.QUERY, self.query_tape, slot, inputs=self.goal.needs.x_q))
+
+    def _reverse_sweep(self, thetas: list[int]) -> None:
+        last = max(self.pulled)
+        adjoint = self.pulled[last]
+        if self.second_order and last:
             vector, product = self._slot(), self._slot()
-        for k in reversed(range(self.steps)):
+        for k in reversed(range(last)):
             if self.rate_gradients:
                 self.code.append(RateGradient(self.gradients[k], adjoint))
-            if not self.second_order:
-                continue
-            if not self.save and k < self.steps - 1:
-                self._support_pass(k, thetas[k], self.support_tapes[k], None)
-            self.code += [
-                Scale(vector, adjoint),
-                Hvp(thetas[k], self.support_tapes[k], vector, product, inputs=self.goal.needs.x_s),
-                Subtract(adjoint, product),
-            ]
+            if self.second_order:
+                if not self.save and k < self.steps - 1:
+                    self._support_pass(k, thetas[k], self.support_tapes[k], None)
+                self.code += [
+                    Scale(vector, adjoint),
+                    Hvp(thetas[k], self.support_tapes[k], vector, product, inputs=self.goal.needs.x_s),
+                    Subtract(adjoint, product),
+                ]
+            if k in self.pulled:
+                self.code.append(Add(adjoint, self.pulled[k]))
+        self.code.append(Accumulate(adjoint))

@@ -57,10 +57,15 @@ class SupportLoss:
 
 @dataclass(frozen=True)
 class QueryLoss:
-    """losses[t] ← the mean loss on the query set; with `seed`, output delta ← w_t · its gradient."""
+    """losses[t] (+)= weight · the mean loss on the query set; with `seed`, output delta ← w_t · weight · its gradient.
+
+    With `add`, to what earlier ones left in losses[t].
+    """
 
     tape: int
     seed: bool
+    weight: float = 1.0
+    add: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,14 @@ class Hvp:
 
 
 @dataclass(frozen=True)
+class Add:
+    """out ← out + vector."""
+
+    out: int
+    vector: int
+
+
+@dataclass(frozen=True)
 class Subtract:
     """out ← out − vector."""
 
@@ -162,6 +175,7 @@ Instruction = (
     | Update
     | Scale
     | Hvp
+    | Add
     | Subtract
     | RateGradient
     | Accumulate
@@ -245,8 +259,9 @@ def _text(i: Instruction, read: Callable[[int], str]) -> str:
             return f"tape{tape} = forward({read(theta)}, {batch}{step})"
         case SupportLoss(tape):
             return f"support_loss(tape{tape})"
-        case QueryLoss(tape, seed):
-            return f"losses = query_loss(tape{tape}{', seed' if seed else ''})"
+        case QueryLoss(tape, seed, weight, add):
+            factor = "" if weight == 1.0 else f"{weight}·"
+            return f"losses {'+=' if add else '='} {factor}query_loss(tape{tape}{', seed' if seed else ''})"
         case Cotangent(tape):
             return f"cotangent(tape{tape})"
         case Backward(theta, batch, tape, _, inputs):
@@ -257,6 +272,8 @@ def _text(i: Instruction, read: Callable[[int], str]) -> str:
             return f"α∘{read(vector)}"
         case Hvp(theta, tape, vector, _, inputs):
             return f"hvp({read(theta)}, tape{tape}, {read(vector)}{', inputs' if inputs else ''})"
+        case Add(out, vector):
+            return f"{read(out)} += {read(vector)}"
         case Subtract(out, vector):
             return f"{read(out)} −= {read(vector)}"
         case RateGradient(gradient, adjoint):

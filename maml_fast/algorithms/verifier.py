@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from .goal import Goal, Mode
+from .goal import Goal, Mode, weights_of
 from .program import (
     Accumulate,
+    Add,
     Backward,
     Batch,
     Cotangent,
@@ -41,7 +42,7 @@ RULES = {
     "seed": "a backward pass follows a loss or a cotangent, which filled the output's delta",
     "deltas": "a Hessian-vector product follows a support loss and the backward pass that filled the deltas",
     "overlap": "an instruction does not overwrite what it still reads",
-    "once": "a result is written once",
+    "once": "a result is written once; losses may be added to",
     "accumulated": "a slot that was added to the gradient is final: nothing reads or writes it any more",
     "dead": "what is computed is read",
     "goal": "the program computes what the call wants, and nothing else",
@@ -198,9 +199,12 @@ class _Verifier:
                 self.forward(theta, self.tape(index, batch), index)
             case SupportLoss(index):
                 self.seeded(self.filled(index, Batch.SUPPORT), index)
-            case QueryLoss(index, seed):
+            case QueryLoss(index, seed, _, add):
                 tape = self.filled(index, Batch.QUERY)
-                self.once("losses")
+                if not add:
+                    self.once("losses")
+                elif "losses" not in self.results:
+                    self.fail("undefined", "losses are added to before they are written")
                 if seed:
                     self.seeded(tape, index)
             case Cotangent(index):
@@ -218,7 +222,7 @@ class _Verifier:
             case Scale(out, vector):
                 self.read(vector, _VECTOR)
                 self.write(out, _VECTOR)
-            case Subtract(out, vector):
+            case Add(out, vector) | Subtract(out, vector):
                 self.read(out, _VECTOR)
                 self.read(vector, _VECTOR)
                 self.write(out, _VECTOR)
@@ -274,34 +278,40 @@ class _Verifier:
 
 
 _RESULTS: dict[Mode, tuple[type[Instruction], ...]] = {
-    Mode.LOSS: (QueryLoss,),
-    Mode.META_GRADIENT: (QueryLoss, Accumulate),
+    Mode.LOSS: (),
+    Mode.META_GRADIENT: (Accumulate,),
     Mode.QUERY_OUTPUTS: (StoreOutputs,),
     Mode.VJP: (Cotangent, Accumulate),
     Mode.ADAPT: (StoreParameters,),
     Mode.APPLY: (Load, StoreOutputs),
 }
 _MAY = {Mode.META_GRADIENT: (StoreOutputs,)}
-"""What every mode's program computes, and what it may compute beside."""
+"""What every mode's program computes beside losses, and what it may compute."""
 
 
 def _check_goal(program: Program, goal: Goal) -> None:
     reverse = goal.mode in (Mode.META_GRADIENT, Mode.VJP)
-    steps = goal.inner.steps if any(goal.adapts) and goal.mode is not Mode.APPLY else 0
+    weights = weights_of(goal)
+    steps = 0 if goal.mode is Mode.APPLY else len(weights) - 1
+    scores = goal.mode in (Mode.LOSS, Mode.META_GRADIENT)
+    losses = scores * max(sum(w != 0 for w in weights), 1)
+    pulled = max((k for k, w in enumerate(weights) if w), default=0) if scores else steps
     second_order = reverse and not goal.inner.first_order
 
     def expect(what: str, wanted: int, found: int) -> None:
         if wanted != found:
             raise ProgramError("goal", f"mode {goal.mode.value}", f"expected {int(wanted)} {what}, got {found}")
 
-    for kind in (QueryLoss, Cotangent, Accumulate, StoreOutputs, StoreParameters, Load):
+    expect("QueryLoss", losses, _count(program, QueryLoss))
+    expect("QueryLoss that adds", max(losses - 1, 0), _count(program, QueryLoss, add=True))
+    for kind in (Cotangent, Accumulate, StoreOutputs, StoreParameters, Load):
         if kind not in _MAY.get(goal.mode, ()):
             expect(f"{kind.__name__}", kind in _RESULTS[goal.mode], _count(program, kind))
-    expect("QueryLoss with a seed", goal.mode is Mode.META_GRADIENT, _count(program, QueryLoss, seed=True))
+    expect("QueryLoss with a seed", losses * (goal.mode is Mode.META_GRADIENT), _count(program, QueryLoss, seed=True))
     expect("Update", steps, _count(program, Update))
-    expect("RateGradient", steps if reverse and any(goal.needs.rates) else 0, _count(program, RateGradient))
-    expect("Hvp", steps if second_order else 0, _count(program, Hvp))
-    expect("Hvp with inputs", steps if second_order and goal.needs.x_s else 0, _count(program, Hvp, inputs=True))
+    expect("RateGradient", pulled if reverse and any(goal.needs.rates) else 0, _count(program, RateGradient))
+    expect("Hvp", pulled if second_order else 0, _count(program, Hvp))
+    expect("Hvp with inputs", pulled if second_order and goal.needs.x_s else 0, _count(program, Hvp, inputs=True))
     expect("Backward with inputs", reverse and goal.needs.x_q, _count(program, Backward, inputs=True))
 
 

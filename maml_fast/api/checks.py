@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -158,6 +159,27 @@ def steps(value: Any) -> int:
     if value < 0:
         raise ValueError(f"steps: expected 0 or more, got {value}")
     return value
+
+
+def step_weights(value: Any) -> tuple[float, ...] | None:
+    """Check the weights of the query losses: None, or finite numbers of which one is not zero."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError("step_weights: expected constants, got a tensor that requires grad; they are not learned")
+    try:
+        weights = tuple(float(w) for w in value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"step_weights: expected None or a sequence of numbers, got {value!r}") from None
+    if not all(map(math.isfinite, weights)) or not any(weights):
+        raise ValueError(f"step_weights: expected finite numbers that are not all zero, got {weights}")
+    return weights
+
+
+def one_weight_per_step(weights: tuple[float, ...] | None, steps: int) -> None:
+    """Refuse another number of weights than there are θ_0 … θ_K."""
+    if weights is not None and len(weights) != steps + 1:
+        raise ValueError(f"step_weights: expected {steps + 1}, one for each of θ_0 … θ_{steps}, got {len(weights)}")
 
 
 def precision(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, overload
 
@@ -25,7 +25,7 @@ class MAML(nn.Module):
     """Model-Agnostic Meta-Learning over a batch of tasks (Finn et al., arXiv 1703.03400).
 
     For every task t, θ_{k+1} = θ_k − α ∘ ∇L_s(θ_k) for k = 0 … steps − 1 on its support set; the
-    meta-objective is the mean over tasks of L_q(θ_K) on its query set.
+    meta-objective is the mean over tasks of L_q(θ_K) on its query set, or of a weighted sum of those of all steps.
 
     Args:
         model: any `nn.Module` from one batch (N, *in), or several tensors of it, to one batch (N, *out).
@@ -38,6 +38,8 @@ class MAML(nn.Module):
         allow_nograd: accepted for learn2learn's signature. Frozen parameters
             (`requires_grad=False`) are always constants.
         steps: K ≥ 0, the number of inner steps.
+        step_weights: w_0 … w_K: a task's objective is Σ_k w_k L_q(θ_k), in one pass (MAML++, Antoniou et al.,
+            arXiv 1810.09502); None for L_q(θ_K). Assign others to anneal them: a plan is made for each set of numbers.
         loss: `"mse"`, `"cross_entropy"`, `"bce_with_logits"`, `"l1"`, `"huber"`, the matching
             `torch.nn` module or function, or any callable `(outputs, targets) -> scalar`. The mean
             over a task's samples. It is evaluated with the task's own parameters in the model, so that a penalty over
@@ -80,6 +82,7 @@ class MAML(nn.Module):
     lr: RateLike  # a number or mapping stands in __dict__, a parameter is registered
     loss: losses.Loss
     steps: int
+    step_weights: tuple[float, ...] | None
     first_order: bool
     allow_unused: bool | None
     backend: str
@@ -97,6 +100,7 @@ class MAML(nn.Module):
         allow_nograd: bool = False,
         *,
         steps: int = 1,
+        step_weights: Sequence[float] | Tensor | None = None,
         loss: losses.LossLike = "cross_entropy",
         backend: str = "auto",
         adapts: Adapts = None,
@@ -113,6 +117,7 @@ class MAML(nn.Module):
         given = {
             "loss": loss,
             "steps": steps,
+            "step_weights": step_weights,
             "first_order": first_order,
             "allow_unused": allow_unused,
             "backend": backend,

@@ -120,6 +120,7 @@ class Settings:
 
     loss: losses.Loss
     steps: int
+    step_weights: tuple[float, ...] | None
     first_order: bool
     allow_unused: bool | None
     backend: str
@@ -132,6 +133,7 @@ class Settings:
 CHECKED: dict[str, Callable[[Any], Any]] = {
     "loss": losses.resolve,
     "steps": checks.steps,
+    "step_weights": checks.step_weights,
     "first_order": bool,
     "allow_unused": lambda value: value,
     "backend": dispatch.known,
@@ -477,6 +479,7 @@ class Preparer:
         if x_s is not None and x_q is not None:
             checks.same_tasks(x_s, x_q)
         if mode in (Mode.LOSS, Mode.META_GRADIENT):
+            checks.one_weight_per_step(settings.step_weights, settings.steps)
             checks.targets("y_q", y_q, "x_q", x_q, loss, dtype)
             checks.same_structure("y_q", y_q, "y_s", y_s)
 
@@ -537,7 +540,7 @@ class Preparer:
             mode=mode,
             model=self.model,
             objective=self.objective_of(settings.loss),
-            inner=Inner(settings.loss, settings.steps, settings.first_order),
+            inner=Inner(settings.loss, settings.steps, settings.first_order, settings.step_weights),
             rates=rates,
             needs=needs,
             tasks=x.shape[0],

@@ -149,6 +149,8 @@ def _threads(plan: Plan) -> int:
 
 def _unsupported(plan: Plan, graph: Graph) -> list[str]:
     reasons = []
+    if plan.inner.step_weights and plan.needs.x_q and plan.mode.differentiates:
+        reasons.append("gradients with respect to query inputs of losses at several steps")
     for op in graph.live_ops():
         if op.kind not in KINDS and op.kind not in ACTIVATIONS and op.kind not in ("reshape", "spatial_mean"):
             reasons.append(f"layer {op.kind} has no kernel")

@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any, get_args
 
 from ..algorithms.goal import Mode
-from ..algorithms.program import Batch, Instruction, Load, RateGradient, StoreParameters, Update
+from ..algorithms.program import Add, Batch, Instruction, Load, RateGradient, StoreParameters, Update
 from ..graph import structure
 from ..graph.boxes import Box, in_memory_order
 from ..graph.expressions import Expression, derivatives
@@ -354,7 +354,7 @@ def _as_channels(image: Shape, attributes: Mapping[str, Attribute]) -> tuple[Sha
 
 def _allows_low_rank(plan: Plan) -> bool:
     """Whether adapted weights may stay factored: their factors must outlive the inner step they come from."""
-    program, stored = plan.program, (Load, StoreParameters, RateGradient)
+    program, stored = plan.program, (Load, StoreParameters, RateGradient, Add)
     if any(isinstance(i, stored) for i in program.instructions):
         return False
     steps = sum(isinstance(i, Update) for i in program.instructions)
@@ -364,5 +364,6 @@ def _allows_low_rank(plan: Plan) -> bool:
 def _encode(instruction: Instruction) -> dict[str, Any]:
     """An instruction's name and operands, an absent one as −1."""
     name, operands = INSTRUCTIONS[type(instruction)]
-    values = {f: getattr(instruction, f) for f in operands}
-    return {"code": name} | {f: -1 if v is None else v if isinstance(v, bool) else int(v) for f, v in values.items()}
+    given = {f: getattr(instruction, f) for f in operands}
+    values = {f: -1 if v is None else v for f, v in given.items()}
+    return {"code": name} | {f: v if isinstance(v, bool | float) else int(v) for f, v in values.items()}

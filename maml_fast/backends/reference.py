@@ -52,12 +52,16 @@ def _no_hooks() -> AbstractContextManager[None]:
     return torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS)
 
 
-def _adapt_task(draws: Drawing, plan: Plan, t: Tensors, task: int) -> list[Tensor]:
-    """θ_K of one task; with a graph back to θ_0 where the mode is a gradient's."""
+def _inner_loop(draws: Drawing, plan: Plan, t: Tensors, task: int) -> Iterator[list[Tensor]]:
+    """θ_0 … θ_K of one task; with a graph back to θ_0 where the mode is a gradient's."""
     theta = list(t.parameters) if plan.mode.differentiates else _leaves(t.parameters, plan.model.trainable)
     adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
-    for step in range(plan.inner.steps if adapted else 0):
+    for step in range(plan.inner.steps):
+        yield theta
+        if not adapted:
+            continue
         draws.begin(step, task)
+        theta = list(theta)
         loss = plan.objective.value(_point(plan, theta, t.learned), _of(t.x_s, task), _of(t.y_s, task))
         gradients: Sequence[Tensor | None] = [None] * len(adapted)
         if loss.requires_grad:
@@ -71,6 +75,12 @@ def _adapt_task(draws: Drawing, plan: Plan, t: Tensors, task: int) -> list[Tenso
             if g is not None:
                 theta[i] = theta[i] - t.rates[plan.rates.of_parameter[i]] * g
         theta = theta if plan.mode.differentiates else _leaves(theta, plan.model.trainable)
+    yield theta
+
+
+def _adapt_task(draws: Drawing, plan: Plan, t: Tensors, task: int) -> list[Tensor]:
+    """θ_K of one task."""
+    *_, theta = _inner_loop(draws, plan, t, task)
     return theta
 
 
@@ -117,6 +127,9 @@ def _query_outputs(draws: Drawing, plan: Plan, t: Tensors) -> Any:
 
 
 def _losses(draws: Drawing, plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
+    if plan.inner.step_weights is not None:
+        losses, outputs = zip(*(_weighted_loss(draws, plan, t, task) for task in range(plan.tasks)), strict=True)
+        return torch.stack(losses), structure.stacked(outputs) if plan.needs.outputs else None
     points = _adapted_points(draws, plan, t)
     if plan.needs.outputs:
         both = (plan.objective.value_and_outputs(at, _of(t.x_q, task), _of(t.y_q, task)) for task, at in points)
@@ -125,6 +138,24 @@ def _losses(draws: Drawing, plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
     values = _tasks(plan, (plan.objective.value(at, _of(t.x_q, task), _of(t.y_q, task)) for task, at in points))
     assert isinstance(values, Tensor)
     return values, None
+
+
+def _weighted_loss(draws: Drawing, plan: Plan, t: Tensors, task: int) -> tuple[Tensor, Any]:
+    """Σ_k w_k L_q(θ_k) of one task, and the query outputs at θ_K if the plan needs them."""
+    assert plan.inner.step_weights is not None
+    total, outputs = torch.zeros((), dtype=plan.dtype, device=plan.device), None
+    for step, theta in enumerate(_inner_loop(draws, plan, t, task)):
+        weight, with_outputs = plan.inner.step_weights[step], step == plan.inner.steps and plan.needs.outputs
+        if weight == 0 and not with_outputs:
+            continue
+        at = _point(plan, theta, t.learned)
+        draws.begin(None, task)
+        if with_outputs:
+            loss, outputs = plan.objective.value_and_outputs(at, _of(t.x_q, task), _of(t.y_q, task))
+        else:
+            loss = plan.objective.value(at, _of(t.x_q, task), _of(t.y_q, task))
+        total = total + weight * (loss if plan.mode.differentiates else loss.detach())
+    return total, outputs
 
 
 def _adapt(draws: Drawing, plan: Plan, t: Tensors) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,8 +46,10 @@ class VmapBackend(Backend):
             return differentiate(draws, plan, tensors, _query_outputs, _losses, _adapt, _apply)
 
 
-def _adapt_task(draws: Drawing, plan: Plan, t: Tensors, buffers: Sequence[Tensor], x: Data, y: Data) -> list[Tensor]:
-    """θ_K of the task that vmap is at."""
+def _inner_loop(
+    draws: Drawing, plan: Plan, t: Tensors, buffers: Sequence[Tensor], x: Data, y: Data
+) -> Iterator[list[Tensor]]:
+    """θ_0 … θ_K of the task that vmap is at."""
     theta = list(t.parameters)
     adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
 
@@ -57,13 +59,22 @@ def _adapt_task(draws: Drawing, plan: Plan, t: Tensors, buffers: Sequence[Tensor
             values[i] = p
         return plan.objective.value(_point(values, t, buffers), x, y, keep_new=False)
 
-    for step in range(plan.inner.steps if adapted else 0):
+    for step in range(plan.inner.steps):
+        yield theta
+        if not adapted:
+            continue
         draws.begin(step)
         gradients = grad(support_loss)([theta[i] for i in adapted], theta)
         theta = list(theta)
         for i, g in zip(adapted, gradients, strict=True):
-            step = g.detach() if plan.inner.first_order else g
-            theta[i] = theta[i] - t.rates[plan.rates.of_parameter[i]] * step
+            g = g.detach() if plan.inner.first_order else g
+            theta[i] = theta[i] - t.rates[plan.rates.of_parameter[i]] * g
+    yield theta
+
+
+def _adapt_task(draws: Drawing, plan: Plan, t: Tensors, buffers: Sequence[Tensor], x: Data, y: Data) -> list[Tensor]:
+    """θ_K of the task that vmap is at."""
+    *_, theta = _inner_loop(draws, plan, t, buffers, x, y)
     return theta
 
 
@@ -105,11 +116,21 @@ def _query_outputs(draws: Drawing, plan: Plan, t: Tensors) -> Any:
 
 def _losses(draws: Drawing, plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
     def task(buffers: list[Tensor], x_s: Data, y_s: Data, x_q: Data, y_q: Data) -> Any:
-        at = _point(_adapt_task(draws, plan, t, buffers, x_s, y_s), t, buffers)
-        draws.begin(None)
-        if plan.needs.outputs:
-            return plan.objective.value_and_outputs(at, x_q, y_q, keep_new=False)
-        return plan.objective.value(at, x_q, y_q, keep_new=False), None
+        total, outputs = None, None
+        weights = plan.inner.weights(plan.inner.steps)
+        for step, theta in enumerate(_inner_loop(draws, plan, t, buffers, x_s, y_s)):
+            weight, with_outputs = weights[step], step == plan.inner.steps and plan.needs.outputs
+            if weight == 0 and not with_outputs:
+                continue
+            at = _point(theta, t, buffers)
+            draws.begin(None)
+            if with_outputs:
+                loss, outputs = plan.objective.value_and_outputs(at, x_q, y_q, keep_new=False)
+            else:
+                loss = plan.objective.value(at, x_q, y_q, keep_new=False)
+            loss = loss if weight == 1.0 else weight * loss
+            total = loss if total is None else total + loss
+        return total, outputs
 
     losses, outputs = _outputs(plan, task, t.x_s, t.y_s, t.x_q, t.y_q)
     return losses, outputs
@@ -165,7 +186,7 @@ def _failure_on(plan: Plan, device: torch.device) -> str:
 
 def _rehearse(plan: Plan, device: torch.device) -> None:
     """Run the plan for two tasks of zeros; the second step already has the parameters that differ between tasks."""
-    inner = replace(plan.inner, steps=min(plan.inner.steps, 2))
+    inner = replace(plan.inner, steps=min(plan.inner.steps, 2), step_weights=None)
     small = replace(plan, tasks=2, inner=inner, device=device, state={})
 
     def zeros(like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ....algorithms.program import (
     Accumulate,
+    Add,
     Backward,
     Batch,
     Cotangent,
@@ -268,6 +269,9 @@ class Executor:
             to, source = self._adapting(out), self._adapting(vector)
             vectors.step(self.launch, to, theta, source, self.buffers.rates, self.buffers.rate_at)
 
+    def add(self, i: Add) -> None:
+        combine(self.launch, self._slot(i.out), self._slot(i.vector), add=True)
+
     def subtract(self, i: Subtract) -> None:
         combine(self.launch, self._slot(i.out), self._slot(i.vector), f=-1.0, add=True)
 
@@ -312,6 +316,7 @@ _EXECUTE: dict[type[Instruction], Callable[[Executor, Any], None]] = {
     Update: Executor.update,
     Scale: Executor.scale,
     Hvp: Executor.hvp,
+    Add: Executor.add,
     Subtract: Executor.subtract,
     RateGradient: Executor.rate_gradient,
     Accumulate: Executor.accumulate,
