@@ -11,17 +11,35 @@ if TYPE_CHECKING:
     from . import nn
     from .api.adapted import Adapted
     from .api.maml import MAML
+    from .api.presets import ANIL, BOIL, FOMAML, MetaSGD
     from .checking.own import verify
     from .checking.report import Report
     from .optim import FlatAdam, FlatParameters
 
 __version__ = "0.1.0"
-__all__ = ["MAML", "Adapted", "FlatAdam", "FlatParameters", "Report", "__version__", "nn", "verify"]
+__all__ = [
+    "ANIL",
+    "BOIL",
+    "FOMAML",
+    "MAML",
+    "Adapted",
+    "FlatAdam",
+    "FlatParameters",
+    "MetaSGD",
+    "Report",
+    "__version__",
+    "nn",
+    "verify",
+]
 
 _look_up = names_of(
     __name__,
     {
         "MAML": "api.maml",
+        "FOMAML": "api.presets",
+        "ANIL": "api.presets",
+        "BOIL": "api.presets",
+        "MetaSGD": "api.presets",
         "Adapted": "api.adapted",
         "FlatAdam": "optim",
         "FlatParameters": "optim",
