@@ -419,12 +419,16 @@ void check_rates(const Spec& s) {
         return in.code == Code::update || in.code == Code::scale || in.code == Code::rate_gradient;
     });
     for (const ReadSpec& rate : s.rates) require(rate.size > 0, rate.name, "a rate without elements");
+    require(s.rate_sets > 0, "rates", "no set of them");
+    for (const Instr& in : s.code) require_index("program", "rates", in.rates, 0, std::size_t(s.rate_sets));
     for (const ParamSpec& p : s.params) {
-        require_index(quoted(p), "rate", p.rate, p.adapts && read ? 0 : -1, s.rates.size());
-        require(!p.elementwise || p.rate >= 0, quoted(p), "a rate for every element, of a parameter that has none");
-        if (p.rate < 0) continue;
-        const ReadSpec& rate = s.rates[p.rate];
-        require_equal(rate.name + " of " + quoted(p), p.elementwise ? p.size : 1, rate.size);
+        require(p.rates.size() == std::size_t(s.rate_sets), quoted(p), "it has not one rate in every set");
+        for (int index : p.rates) {
+            require_index(quoted(p), "rate", index, p.adapts && read ? 0 : -1, s.rates.size());
+            if (index < 0) continue;
+            const ReadSpec& rate = s.rates[std::size_t(index)];
+            require_equal(rate.name + " of " + quoted(p), rate.size == 1 ? 1 : p.size, rate.size);
+        }
     }
 }
 

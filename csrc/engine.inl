@@ -79,9 +79,9 @@ class Engine {
             case Code::backward:
                 return backward(in);
             case Code::update:
-                return update(in.out, in.theta, in.gradient);
+                return update(in.out, in.theta, in.gradient, in.rates);
             case Code::scale:
-                return scale(in.out, in.vector);
+                return scale(in.out, in.vector, in.rates);
             case Code::hvp:
                 return hvp(in);
             case Code::add:
@@ -89,7 +89,7 @@ class Engine {
             case Code::subtract:
                 return add(S(-1), in.out, in.vector);
             case Code::rate_gradient:
-                return rate_gradient(in.gradient, in.adjoint);
+                return rate_gradient(in.gradient, in.adjoint, in.rates);
             case Code::accumulate:
                 return accumulate(in);
             case Code::store_parameters:
@@ -563,8 +563,9 @@ void pack_op(const PlanView& plan, const Call& call, int index, S* arena) {
     }
     if (!op.packs) return;
     conv_weights_inward(p.o, p.c, p.taps, w, arena + p.packed);
-    if (p.rate_packed >= 0)
-        conv_weights_inward(p.o, p.c, p.taps, static_cast<const S*>(call.rates[p.rate]), arena + p.rate_packed);
+    for (int set = 0; set < plan.rate_sets; ++set)
+        if (const RateOf& r = p.rates[set]; r.packed >= 0)
+            conv_weights_inward(p.o, p.c, p.taps, static_cast<const S*>(call.rates[r.index]), arena + r.packed);
 }
 
 template <class S>

@@ -81,6 +81,21 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     fill_view();
 }
 
+const RateOf* Layout::add_rates(const ParamSpec& s) {
+    RateOf* rates = rates_.emplace_back(std::make_unique<RateOf[]>(s.rates.size())).get();
+    for (std::size_t set = 0; set < s.rates.size(); ++set) {
+        const int index = s.rates[set];
+        const bool elementwise = index >= 0 && spec_.rates[std::size_t(index)].size > 1;
+        rates[set] = {index, elementwise, s.taps && elementwise ? packed(s.size) : -1};
+    }
+    return rates;
+}
+
+bool Layout::has_rate_per_element(const ParamSpec& s) const {
+    return std::any_of(s.rates.begin(), s.rates.end(),
+                       [&](int index) { return index >= 0 && spec_.rates[std::size_t(index)].size > 1; });
+}
+
 void Layout::add_param(int index) {
     const ParamSpec& s = spec_.params[index];
     bool formed = std::none_of(ops_.begin(), ops_.end(), [&](const Op& op) { return op.low_rank && op.w == index; });
@@ -89,14 +104,12 @@ void Layout::add_param(int index) {
     p.size = s.size;
     p.offset = dense ? view_.parameters : -1;
     p.sum = s.active ? view_.sums : -1;
-    p.rate = s.rate;
-    p.elementwise = s.elementwise;
+    p.rates = add_rates(s);
     p.adapts = s.adapts && dense;
     p.o = s.o;
     p.c = s.c;
     p.taps = s.taps;
     p.packed = s.taps ? packed(s.size) : -1;
-    p.rate_packed = s.taps && s.elementwise ? packed(s.size) : -1;
     params_.push_back(p);
     if (dense) view_.parameters += s.size;
     if (s.active) view_.sums += s.size;
@@ -114,6 +127,7 @@ void Layout::fill_view() {
     view_.outputs = spec_.outputs;
     view_.params = params_.data();
     view_.n_params = int(params_.size());
+    view_.rate_sets = spec_.rate_sets;
     view_.code = spec_.code.data();
     view_.n_code = int(spec_.code.size());
     view_.rate_offset = rate_offsets_.data();
@@ -160,7 +174,7 @@ void Layout::find_low_rank() {
         if (op.kind != OpKind::linear || op.w < 0 || op.once) continue;
         const ParamSpec& p = spec_.params[op.w];
         long uses = std::count_if(ops_.begin(), ops_.end(), [&](const Op& o) { return o.w == op.w || o.b == op.w; });
-        if (!p.adapts || !p.active || p.elementwise || uses > 1) continue;
+        if (!p.adapts || !p.active || has_rate_per_element(p) || uses > 1) continue;
         double rank = double(steps * spec_.samples[0] * op.rows), query = double(spec_.samples[1] * op.rows);
         double factored = 4 * rank * (query + rank) * double(op.width + op.out_width);
         double formed = (2 * rank + 16) * double(op.width * op.out_width);
@@ -196,8 +210,9 @@ void Layout::keep_terms(Instr& in, const std::vector<Terms>& slots) {
 
 namespace {
 
-void subtract(const std::vector<LowRankTerm>& from, bool scaled, std::vector<LowRankTerm>& to) {
-    for (const LowRankTerm& f : from) to.push_back({f.origin, f.tape, f.hvp, -f.sign, scaled || f.rate});
+// rates: the set that scales them, or -1.
+void subtract(const std::vector<LowRankTerm>& from, int rates, std::vector<LowRankTerm>& to) {
+    for (const LowRankTerm& f : from) to.push_back({f.origin, f.tape, f.hvp, -f.sign, f.rates >= 0 ? f.rates : rates});
 }
 
 }  // namespace
@@ -206,27 +221,27 @@ void subtract(const std::vector<LowRankTerm>& from, bool scaled, std::vector<Low
 void Layout::follow(const Instr& in, std::vector<Terms>& slots) {
     switch (in.code) {
         case Code::backward:
-            if (in.out >= 0) slots[in.out] = {{Origin::gradient, in.tape, -1, 1, false}};
+            if (in.out >= 0) slots[in.out] = {{Origin::gradient, in.tape, -1, 1, -1}};
             break;
         case Code::update: {
             Terms following = slots[in.theta];
-            subtract(slots[in.gradient], true, following);
+            subtract(slots[in.gradient], in.rates, following);
             slots[in.out] = std::move(following);
             break;
         }
         case Code::scale:
             slots[in.out] = slots[in.vector];
-            for (LowRankTerm& f : slots[in.out]) f.rate = true;
+            for (LowRankTerm& f : slots[in.out]) f.rates = in.rates;
             break;
         case Code::hvp:
-            slots[in.out] = {{Origin::tangent_delta, in.tape, in.hvp, 1, false},
-                             {Origin::tangent_input, in.tape, in.hvp, 1, false}};
+            slots[in.out] = {{Origin::tangent_delta, in.tape, in.hvp, 1, -1},
+                             {Origin::tangent_input, in.tape, in.hvp, 1, -1}};
             break;
         case Code::add:
             slots[in.out].insert(slots[in.out].end(), slots[in.vector].begin(), slots[in.vector].end());
             break;
         case Code::subtract:
-            subtract(slots[in.vector], false, slots[in.out]);
+            subtract(slots[in.vector], -1, slots[in.out]);
             break;
         case Code::load:
         case Code::forward:
@@ -290,7 +305,8 @@ bool Layout::steps_fuse() const {
             if (p < 0) continue;
             if (op.kind != OpKind::linear || op.low_rank || ++uses[p] > 1) return false;
         }
-    return std::none_of(params_.begin(), params_.end(), [](const Param& p) { return p.adapts && p.elementwise; });
+    return std::none_of(spec_.params.begin(), spec_.params.end(),
+                        [&](const ParamSpec& p) { return p.adapts && has_rate_per_element(p); });
 }
 
 // Per slot: whether all that ever reads it is the instruction right behind the one that writes it.
@@ -317,6 +333,7 @@ void Layout::fuse_steps() {
     for (std::size_t i = 0; i < code.size(); ++i) {
         Instr in = code[i];
         if (is_step(i, passed) && (sample_tiles_[0] == 1 || code[i + 1].out != in.theta)) {
+            in.rates = code[i + 1].rates;
             in.step = code[++i].out;
             in.out = -1;
         } else if (is_adjoint_step(i, passed)) {

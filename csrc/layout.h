@@ -37,6 +37,8 @@ class Layout {
 
     void add_op(const OpSpec& spec);
     void add_param(int index);
+    const RateOf* add_rates(const ParamSpec& spec);
+    bool has_rate_per_element(const ParamSpec& spec) const;
     void fill_view();
     double work() const;
     long blocks() const;
@@ -93,6 +95,7 @@ class Layout {
     std::vector<Op> ops_;
     std::vector<std::unique_ptr<bool[]>> flags_;
     std::vector<Param> params_;
+    std::vector<std::unique_ptr<RateOf[]>> rates_;
     std::vector<std::unique_ptr<ConvolutionTables>> convolutions_;
     std::vector<std::unique_ptr<PointwiseTables>> pointwise_;
     std::vector<std::unique_ptr<LinearMapTables>> maps_;

@@ -114,8 +114,7 @@ ParamSpec parse_param(const py::dict& d) {
     p.size = get<long>(d, "size");
     p.adapts = get<bool>(d, "adapts");
     p.active = get<bool>(d, "active");
-    p.rate = get<int>(d, "rate");
-    p.elementwise = get<bool>(d, "elementwise");
+    p.rates = get<std::vector<int>>(d, "rates");
     p.o = get<long>(d, "o");
     p.c = get<long>(d, "c");
     p.taps = get<long>(d, "taps");
@@ -126,9 +125,9 @@ Instr parse_instruction(const py::dict& d) {
     Instr in;
     in.code = instruction(text(d, "code"));
     const std::pair<const char*, int*> operands[] = {
-        {"slot", &in.slot},         {"theta", &in.theta},   {"out", &in.out},
-        {"gradient", &in.gradient}, {"vector", &in.vector}, {"adjoint", &in.adjoint},
-        {"tape", &in.tape},         {"batch", &in.batch},   {"draws", &in.draws}};
+        {"slot", &in.slot},     {"theta", &in.theta},     {"out", &in.out},   {"gradient", &in.gradient},
+        {"vector", &in.vector}, {"adjoint", &in.adjoint}, {"tape", &in.tape}, {"batch", &in.batch},
+        {"draws", &in.draws},   {"rates", &in.rates}};
     for (const std::string& field : fields_of(kInstructions[int(in.code)])) {
         if (field == "seed" || field == "inputs" || field == "add") {
             (field == "seed" ? in.seed : field == "add" ? in.add : in.inputs) = get<bool>(d, field.c_str());
@@ -171,6 +170,7 @@ Spec parse(const py::dict& d) {
     s.params = parse_list(d, "params", parse_param);
     s.constants = parse_read(d["constants"]);
     s.rates = parse_read(d["rates"]);
+    s.rate_sets = get<int>(d, "rate_sets");
     s.inputs = get<std::size_t>(d, "inputs");
     s.targets = get<std::size_t>(d, "targets");
     s.code = parse_list(d, "code", parse_instruction);

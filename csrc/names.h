@@ -97,12 +97,12 @@
     X(query_loss, tape, seed, weight, add)       \
     X(cotangent, tape)                           \
     X(backward, theta, batch, tape, out, inputs) \
-    X(update, out, theta, gradient)              \
-    X(scale, out, vector)                        \
+    X(update, out, theta, gradient, rates)       \
+    X(scale, out, vector, rates)                 \
     X(hvp, theta, tape, vector, out, inputs)     \
     X(add, out, vector)                          \
     X(subtract, out, vector)                     \
-    X(rate_gradient, gradient, adjoint)          \
+    X(rate_gradient, gradient, adjoint, rates)   \
     X(accumulate, vector)                        \
     X(store_parameters, theta)                   \
     X(store_outputs, tape)

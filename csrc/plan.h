@@ -14,18 +14,23 @@ namespace maml_fast {
 
 constexpr bool is_piecewise_linear(Act act) { return act == Act::relu || act == Act::leaky_relu || act == Act::clamp; }
 
+// A parameter's learning rate.
+struct RateOf {
+    int index;  // -1 where it does not adapt
+    bool elementwise;
+    long packed;  // of a rate for every weight of a convolution, offset in the weights' order; or -1
+};
+
 struct Param {
     long size;
-    long offset;       // in a slot; -1 where the parameter has no gradient or its layer is low-rank
-    long sum;          // in the sum over tasks; -1 where the parameter has no gradient
-    int rate;          // index of its learning rate; -1 where it does not adapt
-    bool elementwise;  // the rate is one per element
+    long offset;          // in a slot; -1 where the parameter has no gradient or its layer is low-rank
+    long sum;             // in the sum over tasks; -1 where the parameter has no gradient
+    const RateOf* rates;  // per set of rates
     bool adapts;
     // A convolution's weights: (o, c, taps) in the caller's memory, (taps, c, o) everywhere else; 0 for other
     // parameters.
     long o, c, taps;
-    long packed;       // offset of θ_0 in that order, or -1
-    long rate_packed;  // of an elementwise rate, or -1
+    long packed;  // offset of θ_0 in that order, or -1
 };
 
 // One layer. Which fields mean something depends on the kind.
@@ -73,7 +78,7 @@ struct LowRankTerm {
     Origin origin;
     int tape, hvp;
     int sign;
-    bool rate;  // times the learning rate
+    int rates;  // times the learning rate of this set; -1 for none
 };
 
 struct LowRankTerms {
@@ -90,6 +95,7 @@ struct Instr {
     Code code{};
     int slot = -1, theta = -1, out = -1, gradient = -1, vector = -1, adjoint = -1;
     int tape = -1;
+    int rates = 0;         // which set of learning rates
     int draws = -1;        // a forward pass: the inner step whose random numbers it draws, or -1 for the query's
     bool seed = false;     // a query loss: also its slope
     double weight = 1;     // of a query loss
@@ -138,6 +144,7 @@ struct PlanView {
     int outputs;  // what the network returns, where the output is a loss of a person's own
     const Param* params;
     int n_params;
+    int rate_sets;
     const Instr* code;
     int n_code;
     const TapeView* const* tapes;  // per tape: a view of each sample tile

@@ -300,12 +300,13 @@ void Runner<S>::reduce(const Call& call, const S* total) {
     S* rates = static_cast<S*>(call.rate_gradient);
     if (!rates) return;
     for (long i = 0; i < plan.rates; ++i) rates[i] = total[plan.sums + i];
-    for (int p = 0; p < plan.n_params; ++p) {
-        const Param& param = plan.params[p];
-        if (!param.taps || !param.elementwise) continue;
-        long offset = plan.rate_offset[param.rate];
-        unpack_gradients(param, total + plan.sums + offset, false, rates + offset);
-    }
+    for (int p = 0; p < plan.n_params; ++p)
+        for (int set = 0; set < plan.rate_sets; ++set) {
+            const RateOf& rate = plan.params[p].rates[set];
+            if (rate.packed < 0) continue;
+            long offset = plan.rate_offset[rate.index];
+            unpack_gradients(plan.params[p], total + plan.sums + offset, false, rates + offset);
+        }
 }
 
 // The objective Σ_t w_t L_t.

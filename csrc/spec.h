@@ -40,8 +40,7 @@ struct ParamSpec {
     std::string name;
     long size = 0;
     bool adapts = false, active = false;
-    int rate = -1;  // where it adapts
-    bool elementwise = false;
+    std::vector<int> rates;       // per set; -1 where it does not adapt
     long o = 0, c = 0, taps = 0;  // of a convolution's weights, else 0
 };
 
@@ -60,6 +59,7 @@ struct Spec {
     int outputs = -1;  // the buffer that the network returns: the output, but for a loss of a person's own
     std::vector<ParamSpec> params;
     std::vector<ReadSpec> constants, rates;
+    int rate_sets = 1;                    // for all inner steps, or for each
     std::size_t inputs = 0, targets = 0;  // beside buffer 0, and beside the first of the targets
     std::vector<Instr> code;
     std::vector<int> tapes;  // batch of each tape

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .api.adapted import Adapted
     from .api.maml import MAML
     from .api.presets import ANIL, BOIL, FOMAML, MetaSGD
+    from .api.rates import per_step
     from .checking.own import verify
     from .checking.report import Report
     from .optim import FlatAdam, FlatParameters
@@ -29,6 +30,7 @@ __all__ = [
     "Report",
     "__version__",
     "nn",
+    "per_step",
     "verify",
 ]
 
@@ -44,6 +46,7 @@ _look_up = names_of(
         "FlatAdam": "optim",
         "FlatParameters": "optim",
         "Report": "checking.report",
+        "per_step": "api.rates",
         "verify": "checking.own",
     },
 )

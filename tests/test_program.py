@@ -62,6 +62,7 @@ class Wanted:
     needs: Needs = NOTHING_MORE
     adapts: tuple[bool, ...] = (True,)
     step_weights: tuple[float, ...] | None = None
+    rate_sets: int = 1
 
     @property
     def inner(self) -> Inner:
@@ -95,8 +96,9 @@ def test_any_number_of_steps_keeps_the_rules(steps: int, adapts: bool, rates: bo
 def test_losses_at_several_steps_keep_the_rules(weights: tuple[float, ...], adapts: bool) -> None:
     for mode, first_order, save, x_s, rates, outputs in product(Mode, *[(False, True)] * 5):
         needs = Needs((True,), (rates,), x_s, x_q=False, outputs=outputs and mode is Mode.META_GRADIENT)
-        goal = Wanted(mode, 2, first_order, needs, (adapts,), weights)
-        verify(maml.emit(goal, save), goal)
+        for rate_sets in (1, 2):
+            goal = Wanted(mode, 2, first_order, needs, (adapts,), weights, rate_sets)
+            verify(maml.emit(goal, save), goal)
 
 
 def test_the_text_of_losses_at_several_steps() -> None:
@@ -215,6 +217,7 @@ BROKEN: list[tuple[str, str, Callable[[], Program]]] = [
     ("overlap", "a product over its parameters", lambda: changed(Hvp, out=slot(Hvp, "theta"))),
     ("overlap", "a gradient over its parameters", lambda: changed(Backward, 1, out=slot(Backward, "theta", 1))),
     ("once", "two query losses", lambda: twice(QueryLoss)),
+    ("goal", "the rates of a step that has none", lambda: changed(Update, rates=1)),
     ("undefined", "a loss added to none", lambda: changed(QueryLoss, add=True)),
     ("goal", "another number of losses", lambda: only(
         *QUERIED, Forward(0, QUERY, 1), QueryLoss(1, seed=True, add=True), Backward(0, QUERY, 1, 3), Add(2, 3),

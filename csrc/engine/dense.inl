@@ -54,7 +54,7 @@ bool absent(const Op& op, const LowRankTerm& f) const {
 }
 
 S coefficient(const Op& op, const LowRankTerm& f) const {
-    return S(f.sign) * (f.rate ? *rate(plan_.params[op.w]) : S(1));
+    return S(f.sign) * (f.rates >= 0 ? *rate(plan_.params[op.w], f.rates) : S(1));
 }
 
 // y += x (Σ_r c_r P_rᵀ Q_r)ᵀ = Σ_r c_r (x Q_rᵀ) P_r.
@@ -178,7 +178,7 @@ void multiply(long rows, long width, const Operand& p, const Operand& q, PerTask
 Destination gradient_or_step(const Instr& in, int param, bool adapted_only, bool first) const {
     if (in.step < 0) return added(gradient(in.out, param, adapted_only), starts(first));
     PerTask<S> to = gradient(in.step, param, adapted_only);
-    S scale = to ? -*rate(plan_.params[param]) : S(1);
+    S scale = to ? -*rate(plan_.params[param], in.rates) : S(1);
     return sample_tile_ == 0 ? Destination{to, weight(in.theta, param), scale} : added(to, false, scale);
 }
 

@@ -10,29 +10,30 @@ void each_adapted(F f) {
 S* slot(int index, const Param& p, long b) const { return ws_ + plan_.slots[index] + b * plan_.parameters + p.offset; }
 
 // Of a parameter that adapts.
-const S* rate(const Param& p) const {
-    return p.rate_packed >= 0 ? arena_ + p.rate_packed : static_cast<const S*>(call_.rates[p.rate]);
+const S* rate(const Param& p, int set) const {
+    const RateOf& r = p.rates[set];
+    return r.packed >= 0 ? arena_ + r.packed : static_cast<const S*>(call_.rates[r.index]);
 }
 
 // Where a product is scaled as it is made, all parameters have the same.
 S only_rate() const { return *static_cast<const S*>(call_.rates[0]); }
 
-void update(int out, int theta, int grad) {
+void update(int out, int theta, int grad, int set) {
     each_adapted([&](int index, const Param& p, long b) {
-        const S *from = weight(theta, index).of(b), *g = slot(grad, p, b), *a = rate(p);
+        const S *from = weight(theta, index).of(b), *g = slot(grad, p, b), *a = rate(p, set);
         S *to = slot(out, p, b), alpha = *a;
-        if (p.elementwise)
+        if (p.rates[set].elementwise)
             for (long i = 0; i < p.size; ++i) to[i] = from[i] - a[i] * g[i];
         else
             for (long i = 0; i < p.size; ++i) to[i] = from[i] - alpha * g[i];
     });
 }
 
-void scale(int out, int vector) {
+void scale(int out, int vector, int set) {
     each_adapted([&](int, const Param& p, long b) {
-        const S *from = slot(vector, p, b), *a = rate(p);
+        const S *from = slot(vector, p, b), *a = rate(p, set);
         S *to = slot(out, p, b), alpha = *a;
-        if (p.elementwise)
+        if (p.rates[set].elementwise)
             for (long i = 0; i < p.size; ++i) to[i] = a[i] * from[i];
         else
             for (long i = 0; i < p.size; ++i) to[i] = alpha * from[i];
@@ -58,11 +59,11 @@ void accumulate(const Instr& in) {
         if (plan_.ops[i].low_rank) accumulate_low_rank(plan_.ops[i], in.theta_terms);
 }
 
-void rate_gradient(int grad, int adjoint) {
+void rate_gradient(int grad, int adjoint, int set) {
     each_adapted([&](int, const Param& p, long b) {
         const S *g = slot(grad, p, b), *l = slot(adjoint, p, b);
-        S* to = partial_ + plan_.sums + plan_.rate_offset[p.rate];
-        if (p.elementwise)
+        S* to = partial_ + plan_.sums + plan_.rate_offset[p.rates[set].index];
+        if (p.rates[set].elementwise)
             for (long i = 0; i < p.size; ++i) to[i] -= g[i] * l[i];
         else
             *to -= sum_of<S>(p.size, [=](long i) { return g[i] * l[i]; });

@@ -82,6 +82,7 @@ class Goal(Protocol):
 
     Attributes:
         adapts: which parameters the inner loop updates, in `Model.names` order.
+        rate_sets: how many sets of rates there are: one for all steps, or one for each.
     """
 
     @property
@@ -92,6 +93,8 @@ class Goal(Protocol):
     def needs(self) -> Needs: ...
     @property
     def adapts(self) -> tuple[bool, ...]: ...
+    @property
+    def rate_sets(self) -> int: ...
 
 
 def weights_of(goal: Goal) -> tuple[float, ...]:

@@ -73,6 +73,10 @@ class _Emitter:
         self.tapes.append(batch)
         return len(self.tapes) - 1
 
+    def _rates(self, step: int) -> int:
+        """The step's set of rates."""
+        return step if self.goal.rate_sets > 1 else 0
+
     def _apply(self) -> None:
         theta, tape = self._slot(), self._tape(Batch.QUERY)
         self.code += [Load(theta), Forward(theta, Batch.QUERY, tape), StoreOutputs(tape)]
@@ -91,7 +95,7 @@ class _Emitter:
             gradient = self._slot() if self.rate_gradients or k == 0 else self.gradients[0]
             self._support_pass(k, thetas[k], tape, gradient)
             following = self._slot() if self.second_order or k == 0 else thetas[1]
-            self.code.append(Update(following, thetas[k], gradient))
+            self.code.append(Update(following, thetas[k], gradient, self._rates(k)))
             thetas.append(following)
             self.support_tapes.append(tape)
             self.gradients.append(gradient)
@@ -145,12 +149,12 @@ class _Emitter:
             vector, product = self._slot(), self._slot()
         for k in reversed(range(last)):
             if self.rate_gradients:
-                self.code.append(RateGradient(self.gradients[k], adjoint))
+                self.code.append(RateGradient(self.gradients[k], adjoint, self._rates(k)))
             if self.second_order:
                 if not self.save and k < self.steps - 1:
                     self._support_pass(k, thetas[k], self.support_tapes[k], None)
                 self.code += [
-                    Scale(vector, adjoint),
+                    Scale(vector, adjoint, self._rates(k)),
                     Hvp(thetas[k], self.support_tapes[k], vector, product, inputs=self.goal.needs.x_s),
                     Subtract(adjoint, product),
                 ]

@@ -91,11 +91,12 @@ class Backward:
 
 @dataclass(frozen=True)
 class Update:
-    """out ← theta − α ∘ gradient."""
+    """out ← theta − α ∘ gradient, with the α of that number among the sets of rates."""
 
     out: int
     theta: int
     gradient: int
+    rates: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Scale:
 
     out: int
     vector: int
+    rates: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class RateGradient:
 
     gradient: int
     adjoint: int
+    rates: int = 0
 
 
 @dataclass(frozen=True)

@@ -309,6 +309,9 @@ def _check_goal(program: Program, goal: Goal) -> None:
             expect(f"{kind.__name__}", kind in _RESULTS[goal.mode], _count(program, kind))
     expect("QueryLoss with a seed", losses * (goal.mode is Mode.META_GRADIENT), _count(program, QueryLoss, seed=True))
     expect("Update", steps, _count(program, Update))
+    for i in program.instructions:
+        if isinstance(i, Update | Scale | RateGradient) and not 0 <= i.rates < goal.rate_sets:
+            raise ProgramError("goal", f"`{i}`", f"expected a set of rates below {goal.rate_sets}, got {i.rates}")
     expect("RateGradient", pulled if reverse and any(goal.needs.rates) else 0, _count(program, RateGradient))
     expect("Hvp", pulled if second_order else 0, _count(program, Hvp))
     expect("Hvp with inputs", pulled if second_order and goal.needs.x_s else 0, _count(program, Hvp, inputs=True))

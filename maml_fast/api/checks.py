@@ -182,6 +182,12 @@ def one_weight_per_step(weights: tuple[float, ...] | None, steps: int) -> None:
         raise ValueError(f"step_weights: expected {steps + 1}, one for each of θ_0 … θ_{steps}, got {len(weights)}")
 
 
+def one_rate_per_step(rates: int | None, steps: int) -> None:
+    """Refuse another number of steps than the rates are for; None: for any."""
+    if rates is not None and rates != steps:
+        raise ValueError(f"lr: expected {steps} rates, one for each inner step, got {rates} in mf.per_step")
+
+
 def precision(value: Any) -> str:
     """The name of a precision of products."""
     if value not in _PRECISIONS:

@@ -31,7 +31,7 @@ class MAML(nn.Module):
         model: any `nn.Module` from one batch (N, *in), or several tensors of it, to one batch (N, *out).
         lr: α. A number, a (learnable) scalar tensor, or a mapping from parameter name to a number
             or a tensor that is a scalar or has the parameter's shape, which is copied. An `nn.Parameter`
-            is registered, so that `parameters()` yields it.
+            is registered, so that `parameters()` yields it. `mf.per_step` gives one of these for each inner step.
         first_order: drop second derivatives (FOMAML).
         allow_unused: False raises if a parameter does not take part in the model's output;
             otherwise such parameters get zero gradients.

@@ -472,6 +472,7 @@ class Preparer:
         parameters = self.model.parameters()
         dtype, device, loss = common_dtype(parameters), common_device(parameters), settings.loss
         if mode is not Mode.APPLY:
+            checks.one_rate_per_step(self.rates.steps, settings.steps)
             checks.inputs("x_s", x_s, dtype, device)
             checks.targets("y_s", y_s, "x_s", x_s, loss, dtype)
         if mode is not Mode.ADAPT:

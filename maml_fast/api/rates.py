@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,42 @@ from torch import Tensor, nn
 from ..graph.model import Model
 from ..lower.plan import Rates
 
-RateLike = float | Tensor | Mapping[str, float | Tensor]
+
+@dataclass(frozen=True, eq=False)
+class PerStep:
+    """One rate for each inner step; made by `per_step`.
+
+    Attributes:
+        rates: r_0 … r_{K−1}.
+    """
+
+    rates: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rates:
+            raise ValueError("per_step: expected at least one rate, got none")
+        if any(isinstance(rate, PerStep) for rate in self.rates):
+            raise TypeError("per_step: expected numbers, tensors or mappings, got rates that are per step themselves")
+
+
+def per_step(rates: Iterable[float | Tensor | Mapping[str, float | Tensor]]) -> PerStep:
+    """Learning rates r_0 … r_{K−1}, one for each inner step (MAML++, Antoniou et al., arXiv 1810.09502).
+
+    Args:
+        rates: each what `lr` of `MAML` takes. A mapping given as `lr` may hold `per_step` of what its values may be.
+
+    Raises:
+        TypeError, ValueError: no rates, or some that are per step themselves.
+    """
+    return PerStep(tuple(dict(rate) if isinstance(rate, Mapping) else rate for rate in rates))
+
+
+Rate = float | Tensor | PerStep
+RateLike = Rate | Mapping[str, Rate]
 
 
 class LearningRates:
-    """The inner loop's α: one for all parameters, or a mapping with one per parameter.
+    """The inner loop's α: one for all parameters, or a mapping with one per parameter; of all inner steps, or of each.
 
     A number is a constant. A tensor is a scalar `()` or has its parameter's shape (one rate per
     element); it is learnable if it requires grad.
@@ -26,7 +58,8 @@ class LearningRates:
             it thaws; otherwise it names parameters that adapt and no others.
 
     Attributes:
-        given: a copy of `lr`. values: the rates in use, in the order of the parameters that adapt.
+        given: a copy of `lr`. values: the rates in use, step by step in the order of the parameters that adapt.
+        steps: how many inner steps they are for; None for any number.
 
     Raises:
         TypeError: neither a number, a tensor nor a mapping of them.
@@ -34,28 +67,34 @@ class LearningRates:
     """
 
     def __init__(self, lr: RateLike, model: Model, settled: bool = False) -> None:
-        self.given = dict(lr) if isinstance(lr, Mapping) else lr
-        adapted = [i for i, adapts in enumerate(model.adapts) if adapts]
-        of_parameter = [0] * len(model.names)
-        self._slots: dict[str, str] = {}
-        if isinstance(self.given, dict):
-            names = [model.names[i] for i in adapted]
-            _check_names(self.given, names, model.names if settled else names)
-            self._slots = {f"lr{k}": name for k, name in enumerate(n for n in model.names if n in self.given)}
-            self.values = [
-                _check(f"lr[{n!r}]", self.given[n], model.shapes[i]) for n, i in zip(names, adapted, strict=True)
-            ]
-            for index, i in enumerate(adapted):
-                of_parameter[i] = index
-            self.values = self.values or [0.0]
-        else:
-            self.values = [_check("lr", lr, ())]
-        self.shapes = Rates(
-            tuple(tuple(v.shape) if isinstance(v, Tensor) else () for v in self.values), tuple(of_parameter)
-        )
+        self.given: Any = dict(lr) if isinstance(lr, Mapping) else lr
+        each, self.steps = _steps_of(self.given)
+        self._places: dict[str, tuple[Any, ...]] = {}
+        self.values: list[float | Tensor] = []
+        sets = []
+        for step, rates in enumerate(each):
+            at = "" if self.steps is None else f" of step {step}"
+            values, of_parameter = _of_one_step(rates, model, settled, at)
+            sets.append(tuple(len(self.values) + i for i in of_parameter))
+            self.values += values
+            self._name(rates, model, step)
+        self.shapes = Rates(tuple(tuple(v.shape) if isinstance(v, Tensor) else () for v in self.values), tuple(sets))
         self._constants: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         self.all_constant = not any(isinstance(v, Tensor) for v in self.values)
         self._none = (False,) * len(self.values)
+
+    def _name(self, rates: Any, model: Model, step: int) -> None:
+        """Note under which names, without dots, `MAML` registers a step's rates, and where they stand in `given`."""
+        names = [n for n in model.names if n in rates] if isinstance(rates, dict) else [None]
+        for k, name in enumerate(names):
+            index = "" if name is None else str(k)
+            of_name = () if name is None else (name,)
+            if isinstance(self.given, PerStep):
+                self._places[f"lr{index}_{step}"] = (step, *of_name)
+            elif of_name and isinstance(self.given[name], PerStep):
+                self._places[f"lr{index}_{step}"] = (*of_name, step)
+            elif step == 0:
+                self._places[f"lr{index}"] = of_name
 
     def following(self, model: Model) -> LearningRates:
         """The same rates for a model that has changed, each at its parameter's name.
@@ -65,11 +104,10 @@ class LearningRates:
         """
         return LearningRates(self.given, model, settled=True)
 
-    def replaced(self, name: str, value: Any) -> dict[str, Any] | None:
-        """The mapping with another value in place of the registered parameter `name`; None where no rate has it."""
-        return (
-            {**self.given, self._slots[name]: value} if isinstance(self.given, dict) and name in self._slots else None
-        )
+    def replaced(self, name: str, value: Any) -> Any:
+        """What was given with another value in place of the registered parameter `name`; None where no rate has it."""
+        path = self._places.get(name)
+        return _put(self.given, path, value) if path else None
 
     def learnable(self) -> tuple[bool, ...]:
         if self.all_constant:
@@ -88,10 +126,53 @@ class LearningRates:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Those to register in the `MAML` module, under names without dots."""
-        named = (
-            {k: self.given[n] for k, n in self._slots.items()} if isinstance(self.given, dict) else {"lr": self.given}
-        )
+        named = {name: _at(self.given, path) for name, path in self._places.items()}
         return {name: v for name, v in named.items() if isinstance(v, nn.Parameter)}
+
+
+def _steps_of(given: Any) -> tuple[list[Any], int | None]:
+    """The rates of every inner step, and how many those are; or what was given for all steps, and None."""
+    if isinstance(given, PerStep):
+        return list(given.rates), len(given.rates)
+    per_name = given.items() if isinstance(given, dict) else ()
+    counts = {name: len(v.rates) for name, v in per_name if isinstance(v, PerStep)}
+    if not counts:
+        return [given], None
+    steps = next(iter(counts.values()))
+    if any(count != steps for count in counts.values()):
+        raise ValueError(f"lr: expected as many steps for every parameter, got {counts}")
+    each = [{n: v.rates[k] if isinstance(v, PerStep) else v for n, v in per_name} for k in range(steps)]
+    return each, steps
+
+
+def _of_one_step(rates: Any, model: Model, settled: bool, at: str) -> tuple[list[float | Tensor], list[int]]:
+    """The rates in use, and which of them each parameter has."""
+    adapted = [i for i, adapts in enumerate(model.adapts) if adapts]
+    of_parameter = [0] * len(model.names)
+    if not isinstance(rates, dict):
+        return [_check(f"lr{at}", rates, ())], of_parameter
+    names = [model.names[i] for i in adapted]
+    _check_names(rates, names, model.names if settled else names)
+    for index, i in enumerate(adapted):
+        of_parameter[i] = index
+    values = [_check(f"lr[{model.names[i]!r}]{at}", rates[model.names[i]], model.shapes[i]) for i in adapted]
+    return values or [0.0], of_parameter
+
+
+def _at(given: Any, path: Sequence[Any]) -> Any:
+    for place in path:
+        given = given.rates[place] if isinstance(given, PerStep) else given[place]
+    return given
+
+
+def _put(given: Any, path: Sequence[Any], value: Any) -> Any:
+    """A copy with another value at this place."""
+    if not path:
+        return value
+    place, *rest = path
+    if isinstance(given, PerStep):
+        return PerStep(tuple(_put(r, rest, value) if k == place else r for k, r in enumerate(given.rates)))
+    return {**given, place: _put(given[place], rest, value)}
 
 
 def _check_names(lr: Mapping[str, Any], adapted: Sequence[str], allowed: Sequence[str]) -> None:

@@ -276,7 +276,7 @@ class Spec:
                     "size": math.prod(shape),
                     "adapts": adapts or self.loads,
                     "active": (trainable or self.loads) and i in used,
-                    **_rate_of(plan, i),
+                    "rates": _rates_of(plan, i),
                     **dict(zip(("o", "c", "taps"), self._conv_dims(i, shape), strict=True)),
                 }
                 for i, (shape, adapts, trainable) in enumerate(
@@ -291,6 +291,7 @@ class Spec:
             "slots": program.slots,
             "support": plan.support,
             "query": plan.query,
+            "rate_sets": plan.rate_sets,
             "rates": [
                 {"name": name, "size": math.prod(shape)}
                 for name, shape in zip(_rate_names(plan), plan.rates.shapes, strict=True)
@@ -306,24 +307,22 @@ class Spec:
         }
 
 
-def _rate_of(plan: Plan, parameter: int) -> dict[str, Any]:
-    """Which rate a parameter has: none where it does not adapt, whatever the plan's table holds there."""
-    if not plan.model.adapts[parameter]:
-        return {"rate": -1, "elementwise": False}
-    rate = plan.rates.of_parameter[parameter]
-    return {"rate": rate, "elementwise": plan.rates.shapes[rate] != ()}
+def _rates_of(plan: Plan, parameter: int) -> list[int]:
+    """A parameter's rate in each set: none where it does not adapt, whatever the plan's table holds there."""
+    adapts = plan.model.adapts[parameter]
+    return [rates[parameter] if adapts else -1 for rates in plan.rates.sets]
 
 
 def _rate_names(plan: Plan) -> list[str]:
     """The rates as error messages call them."""
-    if len(plan.rates.shapes) == 1:
-        return ["lr"]
-    owners = {
-        rate: f"lr[{name!r}]"
-        for name, rate, adapts in zip(plan.model.names, plan.rates.of_parameter, plan.model.adapts, strict=True)
-        if adapts
-    }
-    return [owners.get(i, f"lr {i}") for i in range(len(plan.rates.shapes))]
+    names = {}
+    for step, rates in enumerate(plan.rates.sets):
+        of_step = f" of step {step}" if plan.rate_sets > 1 else ""
+        one = len(set(rates)) == 1
+        for name, rate, adapts in zip(plan.model.names, rates, plan.model.adapts, strict=True):
+            if adapts:
+                names[rate] = ("lr" if one else f"lr[{name!r}]") + of_step
+    return [names.get(i, "lr" if len(plan.rates.shapes) == 1 else f"lr {i}") for i in range(len(plan.rates.shapes))]
 
 
 def _window(in_shape: Shape, out_shape: Shape, attributes: Mapping[str, Attribute]) -> dict[str, int]:

@@ -73,7 +73,7 @@ def _inner_loop(draws: Drawing, plan: Plan, t: Tensors, task: int) -> Iterator[l
             )
         for i, g in zip(adapted, gradients, strict=True):
             if g is not None:
-                theta[i] = theta[i] - t.rates[plan.rates.of_parameter[i]] * g
+                theta[i] = theta[i] - t.rates[plan.rates.of(step, i)] * g
         theta = theta if plan.mode.differentiates else _leaves(theta, plan.model.trainable)
     yield theta
 

@@ -68,7 +68,7 @@ def _inner_loop(
         theta = list(theta)
         for i, g in zip(adapted, gradients, strict=True):
             g = g.detach() if plan.inner.first_order else g
-            theta[i] = theta[i] - t.rates[plan.rates.of_parameter[i]] * g
+            theta[i] = theta[i] - t.rates[plan.rates.of(step, i)] * g
     yield theta
 
 

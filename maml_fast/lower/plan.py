@@ -38,11 +38,15 @@ class Rates:
 
     Attributes:
         shapes: shape of each rate tensor: `()` or that of its parameter.
-        of_parameter: index of each parameter's rate.
+        sets: for all inner steps or for each of them, the index of each parameter's rate.
     """
 
     shapes: tuple[tuple[int, ...], ...]
-    of_parameter: tuple[int, ...]
+    sets: tuple[tuple[int, ...], ...]
+
+    def of(self, step: int, parameter: int) -> int:
+        """Index of the parameter's rate at an inner step."""
+        return self.sets[step if len(self.sets) > 1 else 0][parameter]
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,11 @@ class Plan:
         asked = {"x_s": needs.x_s_each or (needs.x_s,), "x_q": needs.x_q_each or (needs.x_q,)}
         each = [[asked[n][place] for place in structure.by_name(self.data[n])] for n in asked if n in self.data]
         return Inputs.of(given[0], self.dtype, [any(pair) for pair in zip(*each, strict=True)], self.device)
+
+    @property
+    def rate_sets(self) -> int:
+        """How many sets of rates there are: one for all inner steps, or one for each."""
+        return len(self.rates.sets)
 
     @property
     def draws(self) -> bool | None:

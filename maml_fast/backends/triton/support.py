@@ -53,6 +53,8 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
     from .layers.table import KINDS
 
     reasons = [] if graph.used_parameters() else ["the output depends on no parameter"]
+    if plan.rate_sets > 1:
+        reasons.append("learning rates of each inner step have no kernel")
     if plan.inner.step_weights:
         reasons.append("query losses at several steps have no kernel")
     if plan.inputs.several or plan.inputs.primary is None:

@@ -84,7 +84,7 @@ class Buffers:
         places = torch.zeros(flat.adapting, dtype=torch.int32)
         self.of_rate: list[list[int]] = [[] for _ in sizes]
         for p in sorted(flat.adapting_set):
-            rate = plan.rates.of_parameter[p]
+            rate = plan.rates.of(0, p)
             self.of_rate[rate].append(p)
             elementwise = plan.rates.shapes[rate] != ()
             own = torch.arange(flat.sizes[p], dtype=torch.int32).view(plan.model.shapes[p]) if elementwise else 0

@@ -142,7 +142,7 @@ class Executor:
         theta = self._slot(one.base)[:, where]
         if not one.scaled:
             return Step(theta, None, None, each=False)
-        each = self.plan.rates.shapes[self.plan.rates.of_parameter[p]] != ()
+        each = self.plan.rates.shapes[self.plan.rates.of(0, p)] != ()
         return Step(theta, *self._rates(where), each)
 
     def _rates(self, where: slice) -> tuple[Tensor, Tensor]:
