@@ -57,11 +57,7 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
         reasons.append("learning rates of each inner step have no kernel")
     if plan.inner.step_weights:
         reasons.append("query losses at several steps have no kernel")
-    if plan.inputs.several or plan.inputs.primary is None:
-        reasons.append("inputs of whole numbers, or several, have no kernel")
     for op in graph.live_ops():
-        if "query" in op.attributes:
-            reasons.append("numbers that depend on the number of samples have no kernel")
         if op.kind not in KINDS and op.kind != "reshape":
             reasons.append(f"layer {op.kind} has no kernel")
         reasons += _why_not_family(graph, op)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ....graph.graph import Numbers
-from ..kernels.elementwise import copy_rows, numbers
+from ..kernels.elementwise import copy_rows
 from ..kernels.expressions import Delta, Pointwise
 from ..kernels.vectors import sum_rows
 from .kinds import Kind
@@ -36,31 +36,18 @@ class Parameter(Kind):
 
 
 class Constant(Kind):
-    """y = c: a buffer, or numbers that are part of the graph."""
+    """y = c: a buffer, or numbers that are part of the graph, which may be others for the query."""
 
     def forward(self, p: Pass) -> None:
-        (found,) = p.static() or (p.constant(p.layer.constants[0]),)
+        *_, found = p.static()[: 1 + p.of_query] or (p.constant(p.layer.constants[0]),)
         copy_rows(p.launch, p.y(), found.reshape(1, -1).expand(p.tasks, -1))
 
     def backward(self, p: Pass) -> None:
         """Nothing comes back."""
 
     def statics(self, layer: Layer) -> tuple[Tensor, ...]:
-        numbers: Numbers | None = layer.attributes.get("numbers")
-        if numbers is None:
-            return ()
-        return (torch.frombuffer(bytearray(numbers.data), dtype=torch.float64).to(torch.float32),)
-
-
-class Target(Kind):
-    """y = the targets of every sample, labels as numbers."""
-
-    def forward(self, p: Pass) -> None:
-        assert p.y_batch is not None
-        numbers(p.launch, p.y(), p.y_batch)
-
-    def backward(self, p: Pass) -> None:
-        """Nothing comes back."""
+        sets: list[Numbers] = [layer.attributes[n] for n in ("numbers", "query") if n in layer.attributes]
+        return tuple(torch.frombuffer(bytearray(s.data), dtype=torch.float64).to(torch.float32) for s in sets)
 
 
 class Expression(Kind):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ....algorithms.goal import Mode
 from ....graph.graph import ACTIVATIONS, Graph, Op
+from ....graph.inputs import Inputs
 from ....lower.channels_last import channels_last
 from ....lower.fusion import tiles
 from ....lower.plan import Plan
@@ -136,7 +137,7 @@ class Network:
         ops = [op for op in self._with_tails(graph, fused) if not self._name(op)]
         self.out = self.buffers[graph.output]
         self.returned = self._returned(graph)
-        self.layers = self._layers(ops, plan.needs.x_s or plan.needs.x_q)
+        self.layers = self._layers(ops, plan.inputs)
         self.out_has_tangent = any(layer.output_has_tangent for layer in self.layers if layer.output == self.out)
         self.after, self.before = self._fused_activations()
         self.constants = list(dict.fromkeys(name for op in ops for name in op.constants))
@@ -220,21 +221,22 @@ class Network:
                 found.update(self.buffers[i] for i in op.inputs)
         return found
 
-    def _dependence(self, ops: list[Op], input_gradients: bool) -> tuple[list[bool], list[bool]]:
+    def _dependence(self, ops: list[Op], inputs: Inputs) -> tuple[list[bool], list[bool]]:
         """Per buffer: whether it has a tangent, and whether its delta is wanted."""
         has_tangent = [False] * len(self.features)
-        needs_grad = [input_gradients] + [False] * (len(self.features) - 1)
+        wanted = {self.buffers[op.output] for op in ops if _is_wanted(op, inputs)}
+        needs_grad = [inputs.primary in inputs.wanted, *(b in wanted for b in range(1, len(self.features)))]
         for op in ops:
             sources, out = [self.buffers[i] for i in op.inputs], self.buffers[op.output]
             adapts, active = (
                 any(p in chosen for p in op.parameters) for chosen in (self.flat.adapting_set, self.flat.active_set)
             )
             has_tangent[out] = adapts or any(has_tangent[i] for i in sources)
-            needs_grad[out] = active or any(needs_grad[i] for i in sources)
+            needs_grad[out] = needs_grad[out] or active or any(needs_grad[i] for i in sources)
         return has_tangent, needs_grad
 
-    def _layers(self, ops: list[Op], input_gradients: bool) -> list[Layer]:
-        has_tangent, needs_grad = self._dependence(ops, input_gradients)
+    def _layers(self, ops: list[Op], inputs: Inputs) -> list[Layer]:
+        has_tangent, needs_grad = self._dependence(ops, inputs)
         reach = self._reach(ops)
         written: set[tuple[str, int]] = set()
 
@@ -278,3 +280,8 @@ class Network:
 
 def _activates(op: Op) -> bool:
     return op.kind in ACTIVATIONS
+
+
+def _is_wanted(op: Op, inputs: Inputs) -> bool:
+    """Whether the operation reads an input of which the gradient is asked for."""
+    return op.kind == "input" and inputs.others[op.attributes["number"]] in inputs.wanted

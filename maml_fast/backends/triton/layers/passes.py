@@ -15,8 +15,9 @@ from .network import Layer, Network
 
 @dataclass(frozen=True)
 class Pass:
-    """Arrays of `tasks` tasks: values (tasks, samples · features), weights (tasks, size); `batch` samples in all.
+    """Arrays of `tasks` tasks: values (tasks, samples · features), weights (tasks, size).
 
+    `batch` are the samples in all; `inputs`, where their gradients go if they are wanted, and `targets` have numbers.
     An accessor returns None where the plan has no such array. y, dy, ty and ey are the output's value,
     delta, tangent and delta's tangent; x, dx, tx and ex input j's; vw and vb the direction of
     a Hessian-vector product; gw and gb where the parameters' gradients (or their tangents) go, or the steps
@@ -30,9 +31,12 @@ class Pass:
     tasks: int
     batch: int
     tape: int
+    of_query: bool
     x_batch: Tensor
-    y_batch: Tensor | None
     dx_batch: Tensor | None
+    inputs: Mapping[int, Tensor]
+    input_deltas: Mapping[int, Tensor]
+    targets: Mapping[int, Tensor]
     constants: Mapping[str, Tensor]
     statics: Mapping[int, tuple[Tensor, ...]]
     weights: Callable[[int], Tensor | None]

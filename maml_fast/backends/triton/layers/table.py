@@ -5,7 +5,8 @@ from __future__ import annotations
 from ....graph.graph import ACTIVATIONS
 from .boxes import Boxes
 from .dense import Activation, Add, Affine, Cat, Linear, Transpose
-from .families import Constant, Expression, Parameter, Target
+from .families import Constant, Expression, Parameter
+from .given import Input, Target
 from .image_layers import AvgPool, Convolution, MaxPool, SpatialMean, Upsample
 from .kinds import Kind
 from .norms import BatchNorm, ImageNorm, RowNorm
@@ -31,6 +32,7 @@ KINDS: dict[str, Kind] = {
     "parameter": Parameter(),
     "constant": Constant(),
     "target": Target(),
+    "input": Input(),
     "pointwise": Expression(),
     "linear_map": Boxes(),
     "matmul": Matmul(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from ....lower.plan import Plan, Result, Tensors
 from ..kernels.vectors import segments
 from ..layers.network import Network
 from ..layers.table import KINDS
+from .batch import Given
 
 
 class Buffers:
@@ -22,7 +22,7 @@ class Buffers:
     Attributes:
         theta: (total,) parameters. rates: all rate tensors, flat. rate_at: (adapting,) int32.
         statics: of layers by their index, as their kinds say.
-        x, y, dx: by `Batch`. given: (T, adapting). adapted: (T, total).
+        batches: inputs and targets by `Batch`. given: (T, adapting). adapted: (T, total).
         gradient: (trainable,). rate_products: (adapting,) Σ −g ∘ λ. rate_sums: one a rate.
     """
 
@@ -37,21 +37,12 @@ class Buffers:
         def sure(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
-        samples = {Batch.SUPPORT: plan.support, Batch.QUERY: plan.query}
         outputs = (t, plan.query, *(graph.shapes[graph.output] if graph.returned is None else graph.returned))
         self.theta = sure(flat.total)
         kinds = [(layer, KINDS[layer.kind].statics(layer)) for layer in network.layers]
         self.statics = {layer.index: tuple(t.to(device) for t in found) for layer, found in kinds if found}
         self.constants = {name: sure(*plan.objective.tensor(name).shape) for name in network.constants}
-        self.x = {b: sure(t, n, *plan.inputs.primary_shape) for b, n in samples.items()}
-        self.y = {
-            b: self._targets(plan.data.get(name), samples[b], device)
-            for b, name in zip(Batch, ("y_s", "y_q"), strict=True)
-        }
-        self.dx = {
-            Batch.SUPPORT: numbers(t, plan.support, *plan.inputs.primary_shape, wanted=reverse and plan.needs.x_s),
-            Batch.QUERY: numbers(t, plan.query, *plan.inputs.primary_shape, wanted=reverse and plan.needs.x_q),
-        }
+        self.batches = {b: Given(plan, network, b, device) for b in Batch}
         self.weights = numbers(t, wanted=plan.mode is Mode.META_GRADIENT)
         self.cotangent = numbers(*outputs, wanted=plan.mode is Mode.VJP)
         self.given = numbers(t, flat.adapting, wanted=plan.mode is Mode.APPLY)
@@ -60,19 +51,6 @@ class Buffers:
         self.outputs = numbers(*outputs, wanted=plan.needs.outputs or plan.mode in (Mode.QUERY_OUTPUTS, Mode.APPLY))
         self.gradient = numbers(flat.trainable, wanted=reverse)
         self._place_rates(device, reverse and any(plan.needs.rates))
-
-    def _targets(self, given: Any, samples: int, device: torch.device) -> Tensor | None:
-        """Of all tasks, as they are given; None where nobody reads them."""
-        plan, graph = self.plan, self.network.graph
-        labels = plan.loss.takes_labels
-        if plan.loss.name == "value":
-            reads = [layer for layer in self.network.layers if layer.kind == "target"]
-            if given is None or not reads:
-                return None
-            labels = bool(reads[0].attributes["labels"])
-        own = graph.shapes[graph.output]
-        shape = tuple(given.shape) if isinstance(given, Tensor) else (samples, *(() if labels else own))
-        return torch.zeros((plan.tasks, *shape), dtype=torch.int64 if labels else torch.float32, device=device)
 
     def _place_rates(self, device: torch.device, wanted: bool) -> None:
         plan, flat = self.plan, self.network.flat
@@ -110,7 +88,8 @@ class Buffers:
         for value in vars(self).values():
             values = value.values() if isinstance(value, dict) else [value]
             for one in values:
-                yield from (v for v in (one if isinstance(one, tuple) else [one]) if isinstance(v, Tensor))
+                many = one.tensors() if isinstance(one, Given) else one if isinstance(one, tuple) else [one]
+                yield from (v for v in many if isinstance(v, Tensor))
 
     # ---- before and after a run ----------------------------------------------------------------
 
@@ -121,10 +100,8 @@ class Buffers:
             *((flat.view(self.theta, i), p) for i, p in enumerate(t.parameters)),
             *zip(self.rate_views, t.rates, strict=False),
             *((buffer, objective.tensor(name)) for name, buffer in self.constants.items()),
-            (self.x[Batch.SUPPORT], t.x_s),
-            (self.x[Batch.QUERY], t.x_q),
-            (self.y[Batch.SUPPORT], t.y_s),
-            (self.y[Batch.QUERY], t.y_q),
+            *self.batches[Batch.SUPPORT].pairs(t.x_s, t.y_s),
+            *self.batches[Batch.QUERY].pairs(t.x_q, t.y_q),
             (self.weights, t.weights),
             (self.cotangent, t.cotangent),
         ]
@@ -135,14 +112,14 @@ class Buffers:
             chosen = [pair for pair in wanted if pair[0].dtype == dtype]
             torch._foreach_copy_([to for to, _ in chosen], [source for _, source in chosen])
 
-    def result(self) -> Result:
+    def result(self, t: Tensors) -> Result:
         """Fresh copies of what the mode returns; parameters' gradients are views of one vector."""
         plan, flat, shapes = self.plan, self.network.flat, self.plan.model.shapes
         result = Result(
             losses=_copied(self.losses),
             outputs=_copied(self.outputs),
-            x_s=_copied(self.dx[Batch.SUPPORT]),
-            x_q=_copied(self.dx[Batch.QUERY]),
+            x_s=self.batches[Batch.SUPPORT].gradient(t.x_s),
+            x_q=self.batches[Batch.QUERY].gradient(t.x_q),
         )
         if self.weights is not None and self.losses is not None:
             result.objective = torch.dot(self.losses, self.weights)

@@ -84,11 +84,14 @@ class Call:
             if self.capture is None:
                 self.buffers.fill(tensors)
                 self.run()
-                return self.buffers.result()
+                return self._result(tensors)
             with self.capture.exclusively():
                 self.buffers.fill(tensors)
                 self.capture.replay()
-                return self.buffers.result()
+                return self._result(tensors)
+
+    def _result(self, tensors: Tensors) -> Result:
+        return self.buffers.result(tensors)
 
     def bytes(self) -> int:
         """What buffers and memory take."""

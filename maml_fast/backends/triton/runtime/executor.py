@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -71,7 +71,8 @@ class Executor:
     def run(self, chunk: int) -> None:
         """All tasks, `chunk` at a time; gradients add up over chunks in order."""
         buffers = self.buffers
-        for total in (buffers.gradient, buffers.rate_products, *buffers.dx.values()):
+        totals = [total for given in buffers.batches.values() for total in given.totals()]
+        for total in (buffers.gradient, buffers.rate_products, *totals):
             if total is not None:
                 total.zero_()
         for first in range(0, self.plan.tasks, chunk):
@@ -155,8 +156,12 @@ class Executor:
             out, base, gradient = (self._slot(slot)[:, where] for slot in (one.out, one.base, one.gradient))
             vectors.step(self.launch, out, base, gradient, *(self._rates(where) if one.scaled else (None, None)))
 
+    def _each(self, arrays: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        return {number: self._mine(x) for number, x in arrays.items()}
+
     def _pass(self, tape: int, inputs: bool = False) -> Pass:
         batch = self.program.tapes[tape]
+        given = self.buffers.batches[batch]
         return Pass(
             launch=self.launch,
             precision=self.precision,
@@ -165,9 +170,12 @@ class Executor:
             tasks=self.tasks,
             batch=self.samples[batch],
             tape=tape,
-            x_batch=self._mine(self.buffers.x[batch]),
-            y_batch=None if self.buffers.y[batch] is None else self._mine(self.buffers.y[batch]),
-            dx_batch=self._mine(self.buffers.dx[batch]) if inputs else None,
+            of_query=batch is Batch.QUERY,
+            x_batch=self._mine(given.x),
+            dx_batch=self._mine(given.dx) if inputs and given.dx is not None else None,
+            inputs=self._each(given.inputs),
+            input_deltas=self._each(given.deltas) if inputs else {},
+            targets=self._each(given.targets),
             constants=self.buffers.constants,
             statics=self.buffers.statics,
             weights=_absent,
@@ -186,7 +194,7 @@ class Executor:
 
     def _targets(self, batch: Batch) -> Any:
         """None where the loss is the output, whatever it has read."""
-        return None if self.plan.loss.name == "value" else self._mine(self.buffers.y[batch])
+        return None if self.plan.loss.name == "value" else self._mine(self.buffers.batches[batch].targets[0])
 
     def _output(self, kind: str, tape: int) -> Tensor:
         found = self.memory.view(self.tasks, kind, tape, self.network.out)
