@@ -1,22 +1,27 @@
-"""What a task is given."""
+"""What a task is given or draws."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from ..kernels.elementwise import combine, copy_rows, numbers
+from ..kernels.philox import draw
 from .kinds import Kind
 from .passes import Pass
 
 
-class Target(Kind):
+class _Given(Kind):
+    """A value that depends on nothing."""
+
+    def backward(self, p: Pass) -> None:
+        """Nothing comes back."""
+
+
+class Target(_Given):
     """y = one of the targets of every sample, labels as numbers."""
 
     def forward(self, p: Pass) -> None:
         numbers(p.launch, p.y(), p.targets[p.layer.attributes["number"]])
-
-    def backward(self, p: Pass) -> None:
-        """Nothing comes back."""
 
 
 class Input(Kind):
@@ -37,3 +42,12 @@ class Input(Kind):
     @staticmethod
     def _gradient(p: Pass) -> Tensor | None:
         return p.input_deltas.get(p.layer.attributes["number"])
+
+
+class Draw(_Given):
+    """y = uniform numbers in [0, 1): see `philox.py`."""
+
+    def forward(self, p: Pass) -> None:
+        number, outer = (int(p.layer.attributes[name]) for name in ("number", "outer"))
+        assert p.seed is not None
+        draw(p.launch, p.y(), p.seed, number, p.step, p.first, p.samples, outer)

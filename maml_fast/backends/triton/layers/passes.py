@@ -15,9 +15,10 @@ from .network import Layer, Network
 
 @dataclass(frozen=True)
 class Pass:
-    """Arrays of `tasks` tasks: values (tasks, samples · features), weights (tasks, size).
+    """Arrays of `tasks` tasks from `first` on: values (tasks, samples · features), weights (tasks, size).
 
-    `batch` are the samples in all; `inputs`, where their gradients go if they are wanted, and `targets` have numbers.
+    `batch` are the samples in all; `inputs`, where their gradients go if they are wanted, and `targets` have numbers;
+    `step` is the inner step whose random numbers are drawn, None for the query's.
     An accessor returns None where the plan has no such array. y, dy, ty and ey are the output's value,
     delta, tangent and delta's tangent; x, dx, tx and ex input j's; vw and vb the direction of
     a Hessian-vector product; gw and gb where the parameters' gradients (or their tangents) go, or the steps
@@ -32,11 +33,14 @@ class Pass:
     batch: int
     tape: int
     of_query: bool
+    first: int
+    step: int | None
     x_batch: Tensor
     dx_batch: Tensor | None
     inputs: Mapping[int, Tensor]
     input_deltas: Mapping[int, Tensor]
     targets: Mapping[int, Tensor]
+    seed: Tensor | None
     constants: Mapping[str, Tensor]
     statics: Mapping[int, tuple[Tensor, ...]]
     weights: Callable[[int], Tensor | None]

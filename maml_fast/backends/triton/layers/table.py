@@ -6,7 +6,7 @@ from ....graph.graph import ACTIVATIONS
 from .boxes import Boxes
 from .dense import Activation, Add, Affine, Cat, Linear, Transpose
 from .families import Constant, Expression, Parameter
-from .given import Input, Target
+from .given import Draw, Input, Target
 from .image_layers import AvgPool, Convolution, MaxPool, SpatialMean, Upsample
 from .kinds import Kind
 from .norms import BatchNorm, ImageNorm, RowNorm
@@ -33,6 +33,7 @@ KINDS: dict[str, Kind] = {
     "constant": Constant(),
     "target": Target(),
     "input": Input(),
+    "draw": Draw(),
     "pointwise": Expression(),
     "linear_map": Boxes(),
     "matmul": Matmul(),

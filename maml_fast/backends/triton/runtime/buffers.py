@@ -23,6 +23,7 @@ class Buffers:
         theta: (total,) parameters. rates: all rate tensors, flat. rate_at: (adapting,) int32.
         statics: of layers by their index, as their kinds say.
         batches: inputs and targets by `Batch`. given: (T, adapting). adapted: (T, total).
+        seed: of the random numbers, where any are drawn.
         gradient: (trainable,). rate_products: (adapting,) Σ −g ∘ λ. rate_sums: one a rate.
     """
 
@@ -43,6 +44,8 @@ class Buffers:
         self.statics = {layer.index: tuple(t.to(device) for t in found) for layer, found in kinds if found}
         self.constants = {name: sure(*plan.objective.tensor(name).shape) for name in network.constants}
         self.batches = {b: Given(plan, network, b, device) for b in Batch}
+        kinds_of_layer = {layer.kind for layer in network.layers}
+        self.seed = torch.zeros(1, dtype=torch.int64, device=device) if "draw" in kinds_of_layer else None
         self.weights = numbers(t, wanted=plan.mode is Mode.META_GRADIENT)
         self.cotangent = numbers(*outputs, wanted=plan.mode is Mode.VJP)
         self.given = numbers(t, flat.adapting, wanted=plan.mode is Mode.APPLY)
@@ -111,6 +114,10 @@ class Buffers:
         for dtype in {to.dtype for to, _ in wanted}:
             chosen = [pair for pair in wanted if pair[0].dtype == dtype]
             torch._foreach_copy_([to for to, _ in chosen], [source for _, source in chosen])
+        if self.seed is not None:
+            if t.seed is None:
+                raise RuntimeError("maml_fast: a call that draws random numbers has no seed")
+            self.seed.fill_(t.seed)
 
     def result(self, t: Tensors) -> Result:
         """Fresh copies of what the mode returns; parameters' gradients are views of one vector."""

@@ -171,11 +171,14 @@ class Executor:
             batch=self.samples[batch],
             tape=tape,
             of_query=batch is Batch.QUERY,
+            first=self.first,
+            step=None,
             x_batch=self._mine(given.x),
             dx_batch=self._mine(given.dx) if inputs and given.dx is not None else None,
             inputs=self._each(given.inputs),
             input_deltas=self._each(given.deltas) if inputs else {},
             targets=self._each(given.targets),
+            seed=self.buffers.seed,
             constants=self.buffers.constants,
             statics=self.buffers.statics,
             weights=_absent,
@@ -204,7 +207,7 @@ class Executor:
     # ---- the network ---------------------------------------------------------------------------
 
     def forward(self, i: Forward) -> None:
-        p = replace(self._pass(i.tape), weights=self._weights(i.theta))
+        p = replace(self._pass(i.tape), weights=self._weights(i.theta), step=i.draws)
         for layer in self.network.layers:
             KINDS[layer.kind].forward(p.of(layer))
 
