@@ -15,7 +15,7 @@ from ...lower.plan import Plan
 _OLDEST = (8, 0)
 _MOST_NUMBERS = 1 << 31  # a task's array, whose offsets are 32-bit
 
-_BROADCASTING = ("pointwise", "linear_map", "matmul", "linear")
+_BROADCASTING = ("pointwise", "linear_map", "matmul", "linear", "lookup")
 _NORMS = ("layer_norm", "batch_norm", "running_norm")
 _INSTRUCTIONS = frozenset(("linear", *ACTIVATIONS, "affine", "add", "cat", "reshape", *_NORMS))
 

@@ -1,10 +1,11 @@
-"""What a task is given or draws."""
+"""What a task is given or draws, and what a call is refused for."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from ..kernels.elementwise import combine, copy_rows, numbers
+from ..kernels.outside import check
 from ..kernels.philox import draw
 from .kinds import Kind
 from .passes import Pass
@@ -51,3 +52,11 @@ class Draw(_Given):
         number, outer = (int(p.layer.attributes[name]) for name in ("number", "outer"))
         assert p.seed is not None
         draw(p.launch, p.y(), p.seed, number, p.step, p.first, p.samples, outer)
+
+
+class Check(_Given):
+    """A mask that has to be set; nothing reads its output, which has no memory to speak of."""
+
+    def forward(self, p: Pass) -> None:
+        assert p.outside is not None
+        check(p.launch, p.outside, p.x(0))

@@ -41,6 +41,7 @@ class Pass:
     input_deltas: Mapping[int, Tensor]
     targets: Mapping[int, Tensor]
     seed: Tensor | None
+    outside: Tensor | None
     constants: Mapping[str, Tensor]
     statics: Mapping[int, tuple[Tensor, ...]]
     weights: Callable[[int], Tensor | None]

@@ -6,9 +6,10 @@ from ....graph.graph import ACTIVATIONS
 from .boxes import Boxes
 from .dense import Activation, Add, Affine, Cat, Linear, Transpose
 from .families import Constant, Expression, Parameter
-from .given import Draw, Input, Target
+from .given import Check, Draw, Input, Target
 from .image_layers import AvgPool, Convolution, MaxPool, SpatialMean, Upsample
 from .kinds import Kind
+from .lookups import Lookup
 from .norms import BatchNorm, ImageNorm, RowNorm
 from .products import Matmul
 from .rows import Maximum, Softmax
@@ -34,6 +35,8 @@ KINDS: dict[str, Kind] = {
     "target": Target(),
     "input": Input(),
     "draw": Draw(),
+    "check": Check(),
+    "lookup": Lookup(),
     "pointwise": Expression(),
     "linear_map": Boxes(),
     "matmul": Matmul(),

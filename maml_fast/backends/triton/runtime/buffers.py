@@ -10,6 +10,7 @@ from torch import Tensor
 from ....algorithms.goal import Mode
 from ....algorithms.program import Batch
 from ....lower.plan import Plan, Result, Tensors
+from ..kernels.outside import UNSET
 from ..kernels.vectors import segments
 from ..layers.network import Network
 from ..layers.table import KINDS
@@ -23,7 +24,7 @@ class Buffers:
         theta: (total,) parameters. rates: all rate tensors, flat. rate_at: (adapting,) int32.
         statics: of layers by their index, as their kinds say.
         batches: inputs and targets by `Batch`. given: (T, adapting). adapted: (T, total).
-        seed: of the random numbers, where any are drawn.
+        seed: of the random numbers, where any are drawn. outside: see `kernels/outside.py`, where anything is refused.
         gradient: (trainable,). rate_products: (adapting,) Σ −g ∘ λ. rate_sums: one a rate.
     """
 
@@ -46,6 +47,8 @@ class Buffers:
         self.batches = {b: Given(plan, network, b, device) for b in Batch}
         kinds_of_layer = {layer.kind for layer in network.layers}
         self.seed = torch.zeros(1, dtype=torch.int64, device=device) if "draw" in kinds_of_layer else None
+        refuses = not kinds_of_layer.isdisjoint(("lookup", "check"))
+        self.outside = torch.zeros(2, dtype=torch.int64, device=device) if refuses else None
         self.weights = numbers(t, wanted=plan.mode is Mode.META_GRADIENT)
         self.cotangent = numbers(*outputs, wanted=plan.mode is Mode.VJP)
         self.given = numbers(t, flat.adapting, wanted=plan.mode is Mode.APPLY)
@@ -118,6 +121,17 @@ class Buffers:
             if t.seed is None:
                 raise RuntimeError("maml_fast: a call that draws random numbers has no seed")
             self.seed.fill_(t.seed)
+
+    def refuse(self) -> None:
+        """Raise what the core does where a kernel has refused what it was given; waits for the device."""
+        index, rows = (0, 0) if self.outside is None else self.outside.tolist()
+        if rows == UNSET:
+            raise ValueError(
+                "model: expected what PyTorch's own checks accept (torch.distributions, one_hot, gaussian_nll_loss; "
+                "indices of gather and scatter)"
+            )
+        if rows:
+            raise IndexError(f"model: expected indices in [0, {rows}), got {index}")
 
     def result(self, t: Tensors) -> Result:
         """Fresh copies of what the mode returns; parameters' gradients are views of one vector."""

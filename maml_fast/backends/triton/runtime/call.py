@@ -91,6 +91,7 @@ class Call:
                 return self._result(tensors)
 
     def _result(self, tensors: Tensors) -> Result:
+        self.buffers.refuse()
         return self.buffers.result(tensors)
 
     def bytes(self) -> int:

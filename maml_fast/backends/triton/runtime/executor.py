@@ -72,7 +72,7 @@ class Executor:
         """All tasks, `chunk` at a time; gradients add up over chunks in order."""
         buffers = self.buffers
         totals = [total for given in buffers.batches.values() for total in given.totals()]
-        for total in (buffers.gradient, buffers.rate_products, *totals):
+        for total in (buffers.gradient, buffers.rate_products, buffers.outside, *totals):
             if total is not None:
                 total.zero_()
         for first in range(0, self.plan.tasks, chunk):
@@ -179,6 +179,7 @@ class Executor:
             input_deltas=self._each(given.deltas) if inputs else {},
             targets=self._each(given.targets),
             seed=self.buffers.seed,
+            outside=self.buffers.outside,
             constants=self.buffers.constants,
             statics=self.buffers.statics,
             weights=_absent,
