@@ -11,24 +11,31 @@ from typing import Any
 import interpreted
 import pytest
 import test_captured_losses
+import test_draws
 import test_families
+import test_lookups
+import test_per_batch
 import torch
 from interpreted import assert_close, assert_equal, record
 from torch import Tensor, nn
 
 from maml_fast import MAML, cases
 from maml_fast.algorithms import maml as algorithm
-from maml_fast.backends import agreement, dispatch
+from maml_fast.backends import agreement, dispatch, philox
 from maml_fast.backends.triton import TritonBackend
 from maml_fast.backends.triton.kernels import expression_source, launch, tiles
 from maml_fast.backends.triton.kernels.expressions import Pointwise
 from maml_fast.backends.triton.kernels.gather import Array, both_ways, gather
 from maml_fast.backends.triton.kernels.largest import Largest
+from maml_fast.backends.triton.kernels.lookup import Lookup
 from maml_fast.backends.triton.kernels.matmul import Matrices, matmul
+from maml_fast.backends.triton.kernels.philox import draw
 from maml_fast.backends.triton.kernels.softmax import Rows
+from maml_fast.backends.triton.kernels.vectors import Step
 from maml_fast.backends.triton.memory import Memory
 from maml_fast.backends.triton.runtime.executor import Executor
 from maml_fast.checking import verify
+from maml_fast.graph import structure
 from maml_fast.graph.boxes import Box, sliced, summed
 from maml_fast.graph.expressions import call, variable
 from maml_fast.graph.expressions.language import PRIMITIVES
@@ -503,3 +510,234 @@ def test_declines_primitives_that_nobody_has_written(monkeypatch: pytest.MonkeyP
     monkeypatch.delitem(expression_source.WRITTEN, "cos")
     model = nn.Sequential(nn.Linear(4, 6), test_families.Lambda(torch.cos))
     assert "layer cos is made of cos, which has no kernel" in declined(model, 6)
+
+
+# ---- what a task is given or draws, and rows of tables -------------------------------------------------------
+
+
+def of_batch(model: nn.Module, backend: str, batch: Any, **settings: Any) -> agreement.Results:
+    """A meta-gradient, also to inputs, and adapted parameters; the same random numbers every time."""
+    x_s, y_s, x_q, y_q = batch
+    x_s, x_q = (structure.mapped(x, lambda v: v.clone().requires_grad_(v.is_floating_point())) for x in (x_s, x_q))
+    support, query = ([v for v in structure.tensors(x) if v.requires_grad] for x in (x_s, x_q))
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(3)
+    maml = MAML(model, **{"lr": 0.3, "backend": backend, "check": "never", "allow_unused": True} | settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = maml.meta_loss(x_s, y_s, x_q, y_q)
+        found = torch.autograd.grad(loss, [*leaves, *support, *query], allow_unused=True)
+        adapted = list(maml.adapt(batch[0], y_s).parameters.values())
+    pulled = [torch.zeros_like(v) if g is None else g for g, v in zip(found, [*leaves, *support, *query], strict=True)]
+    inputs = {"x_s": pulled[len(leaves) : len(leaves) + len(support)], "x_q": pulled[len(leaves) + len(support) :]}
+    return {"loss": (loss.detach(),), "parameters": pulled[: len(leaves)], "adapted": adapted} | (
+        inputs if support else {}
+    )
+
+
+def cast(batch: Any, dtype: torch.dtype, moved: agreement.Rounding | None = None) -> Any:
+    def one(v: Tensor) -> Tensor:
+        v = v.to(dtype) if v.is_floating_point() else v
+        return v if moved is None else moved(v)
+
+    return [structure.mapped(x, one) for x in batch]
+
+
+def assert_like_the_core(model: nn.Module, batch: Any, **settings: Any) -> None:
+    """By the rule of `agreement.py`, against the core's float64 numbers and what its float32 makes of them."""
+    settings = {"steps": 2, "first_order": False} | settings
+    wanted = of_batch(model.double(), "cpu", cast(batch, torch.float64), **settings)
+    model.float()
+    found = of_batch(model, "triton-wide", cast(batch, torch.float32), **settings)
+
+    def own() -> Iterator[dict[str, float]]:
+        for moved in (None, *agreement.roundings(torch.float32)):
+            once = of_batch(model, "cpu", cast(batch, torch.float32, moved), **settings)
+            yield agreement.errors_of(once, wanted)
+
+    orders = {kind: agreement.order_of(kind, settings["steps"], settings["first_order"]) for kind in found}
+    errors = agreement.judge(agreement.errors_of(found, wanted), own(), orders, torch.float32)
+    assert all(e.ok for e in errors), [e for e in errors if not e.ok]
+
+
+@pytest.mark.parametrize(("samples", "outer", "inner"), [(1, 1, 1), (3, 1, 5), (5, 3, 7), (4, 2, 200)])
+@pytest.mark.parametrize("step", [None, 0, 3])
+def test_uniform_numbers_are_the_same_everywhere(samples: int, outer: int, inner: int, step: int | None) -> None:
+    seed, elements = 2**61 + 12345, samples * outer * inner
+    y = torch.full((3, elements), math.nan)
+    draw(launch.run, y, torch.tensor([seed]), 7, step, 5, samples, outer)
+    wanted = philox.uniform(seed, 7, -1 if step is None else step, 5, 3, elements).view(3, outer, samples, inner)
+    assert torch.equal(y.double().view(3, samples, outer, inner), wanted.transpose(1, 2))
+
+
+SHOWN_DRAWS = ("samples-second", "one-number", "bernoulli", "noisy-weights", "normal")
+
+
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize("name", shown([n for n in test_draws.MODELS if n not in ("dropout", "gru")], SHOWN_DRAWS))
+def test_what_is_drawn(name: str) -> None:
+    assert_like_the_core(test_draws.made(name), test_draws.batch(), lr=0.1)
+
+
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("first_order", [True, False])
+def test_dropout(steps: int, first_order: bool) -> None:
+    assert_like_the_core(test_draws.made("dropout"), test_draws.batch(), lr=0.1, steps=steps, first_order=first_order)
+
+
+def test_chunks_and_recomputed_tapes_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 3)), test_draws.batch(torch.float32)
+    whole = of_batch(model, "triton-wide", batch)
+    monkeypatch.setattr(algorithm, "emit", partial(algorithm.emit, save=False))
+    monkeypatch.setitem(dispatch.BACKENDS, "triton-wide", TritonBackend("wide", budget=10_000))
+    chunks, run = [], Executor.run
+    monkeypatch.setattr(Executor, "run", lambda self, chunk: (chunks.append(chunk), run(self, chunk)))
+    for kind, values in of_batch(model, "triton-wide", batch).items():
+        assert verify.relative_error(values, [v.double() for v in whole[kind]]) < 1e-6, kind
+    assert min(chunks) < 3
+
+
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize("name", shown(test_per_batch.MODELS, ["factor-and-shift", "tensor"]))
+def test_numbers_that_depend_on_the_samples(name: str) -> None:
+    assert_like_the_core(test_per_batch.Net(test_per_batch.MODELS[name]), test_per_batch.batch(), lr=0.1)
+
+
+SHOWN_LOOKUPS = ("padding", "computed", "indexed", "twice", "one-hot", "booleans", "two", "three")
+
+
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize("name", shown([n for n in test_lookups.MODELS if n != "unread"], SHOWN_LOOKUPS))
+def test_lookups_and_inputs(name: str) -> None:
+    assert_like_the_core(*test_lookups.made(name))
+
+
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("first_order", [True, False])
+def test_an_embedding_that_adapts(steps: int, first_order: bool) -> None:
+    assert_like_the_core(*test_lookups.made("mean"), steps=steps, first_order=first_order)
+
+
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize("name", ["padding", "two"])
+def test_a_table_that_does_not_adapt(name: str) -> None:
+    assert_like_the_core(*test_lookups.made(name), adapts=lambda n, p: n.startswith("out."))
+
+
+@pytest.mark.usefixtures("core")
+def test_an_input_that_nothing_reads() -> None:
+    model, batch = test_lookups.made("unread")
+    assert_like_the_core(model, batch)
+    assert_like_the_core(model, [{"a": x[0], "b": x[1]} if isinstance(x, tuple) else x for x in batch])
+
+
+@pytest.mark.usefixtures("core")
+def test_an_index_that_depends_on_parameters() -> None:
+    """Nothing comes back through it."""
+    model = test_lookups.Text(lambda m, x: m.words((m.places.weight[:6, 0] * x > 0).long()).mean(1))
+    batch = [test_lookups.normal(n, 6) if x else test_lookups.whole(n, below=3) for n in (5, 7) for x in (1, 0)]
+    assert_like_the_core(model, batch)
+
+
+@pytest.mark.usefixtures("core")
+def test_several_targets() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def batch(samples: int) -> list[Any]:
+        y = {"y": test_lookups.whole(samples, below=3), "weight": test_lookups.normal(samples)}
+        return [test_lookups.normal(samples, 4), y]
+
+    def loss(z: Tensor, y: dict[str, Tensor]) -> Tensor:
+        return (nn.functional.cross_entropy(z, y["y"], reduction="none") * y["weight"] ** 2).mean()
+
+    assert_like_the_core(model, [*batch(5), *batch(7)], loss=loss)
+
+
+@pytest.mark.parametrize("name", ["two", "dropout"])
+def test_the_self_check_agrees(name: str) -> None:
+    drawn = test_draws.made("dropout", torch.float32), test_draws.batch()
+    model, batch = drawn if name == "dropout" else test_lookups.made(name, torch.float32)
+    batch = cast(batch, torch.float32)
+    maml = MAML(model, 0.1, backend="triton-wide", check="always", allow_unused=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert all(v.isfinite().all() for v in structure.tensors(maml.adapt(*batch[:2])(batch[2])))
+        assert maml.backward(*batch).isfinite()
+
+
+@pytest.mark.parametrize(("width", "padding"), [(1, -1), (5, 2), (200, 2)])
+def test_lookup(width: int, padding: int) -> None:
+    """In several blocks of the table and of the indices; one of them has a row of its own, others share theirs."""
+    tasks, count, rows = 2, 140, 20
+    index = torch.randint(0, 5, (tasks, count)).float()
+    index[:, 7], index[:, 60] = rows - 1, 2
+    table, out = torch.randn(tasks, rows, width), torch.zeros(2, dtype=torch.int64)
+    kernels = Lookup(launch.run, index, count, rows, width, padding)
+    y, ty = (torch.full((tasks, count, width), math.nan) for _ in range(2))
+    kernels.values(table.flatten(1), y.flatten(1), out)
+    kernels.tangent(table.flatten(1), ty.flatten(1))
+    wanted = torch.stack([t[i.long()] for t, i in zip(table, index, strict=True)])
+    assert torch.equal(y, wanted)
+    assert torch.equal(ty, torch.where((index == padding)[:, :, None], 0.0, wanted))
+    assert out.tolist() == [0, 0]
+
+    dy = torch.randn(tasks, count, width)
+    dy[0, 7] = math.inf  # and nobody else's row
+    sums = torch.zeros(tasks, rows, width, dtype=torch.float64)
+    for t, k in ((t, k) for t in range(tasks) for k in range(count) if index[t, k] != padding):
+        sums[t, int(index[t, k])] += dy[t, k].double()
+    g = torch.ones(tasks, rows * width)
+    for add in (True, False):
+        kernels.gradient(g, dy.flatten(1), add=add)
+        torch.testing.assert_close(g.double().view_as(sums), sums + add, rtol=1e-5, atol=1e-5)
+    rates = torch.tensor([0.5, 0.25])
+    step = Step(table.flatten(1).clone(), rates, torch.ones(rows * width, dtype=torch.int32), each=False)
+    kernels.gradient(step.theta, dy.flatten(1), add=False, step=step)
+    torch.testing.assert_close(step.theta.double().view_as(sums), table - 0.25 * sums, rtol=1e-5, atol=1e-5)
+
+
+def refused(model: nn.Module, backend: str, batch: Any) -> Exception:
+    """What a call raises, after which no parameter has a gradient."""
+    with pytest.raises((IndexError, ValueError)) as error:
+        MAML(model, 0.3, backend=backend, check="never", allow_unused=True).backward(*batch)
+    assert all(p.grad is None for p in model.parameters())
+    return error.value
+
+
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize(
+    ("index", "place"),
+    [(test_lookups.WORDS, 0), (-1, 2), *(pytest.param(i, 0, marks=pytest.mark.exhaustive) for i in (2**40, -(2**63)))],
+)
+def test_an_index_out_of_range_raises_what_the_core_does(index: int, place: int) -> None:
+    model, batch = test_lookups.made("mean", torch.float32)
+    batch[place][1, 2, 3] = index
+    core, own = (refused(model, backend, batch) for backend in ("cpu", "triton-wide"))
+    assert isinstance(own, IndexError)
+    assert str(own) == str(core)
+    batch[place][1, 2, 3] = 0
+    assert MAML(model, 0.3, backend="triton-wide", check="never", allow_unused=True).backward(*batch).isfinite()
+
+
+@pytest.mark.usefixtures("core")
+def test_what_pytorch_would_refuse_raises_what_the_core_does() -> None:
+    model, batch = test_lookups.made("one-hot", torch.float32)
+    batch[0][1, 2] = 6
+    core, own = (refused(model, backend, batch) for backend in ("cpu", "triton-wide"))
+    assert isinstance(own, ValueError)
+    assert str(own) == str(core)
+
+
+def test_the_resident_variant_declines_what_is_given_or_drawn() -> None:
+    for (model, batch), kinds in (
+        (test_lookups.made("two", torch.float32), ("input", "lookup")),
+        ((test_draws.made("dropout", torch.float32), test_draws.batch(torch.float32)), ("draw",)),
+    ):
+        batch = cast(batch, torch.float32)
+        with pytest.raises(RuntimeError) as error:
+            MAML(model, 0.3, backend="triton-resident", allow_unused=True).explain(*batch)
+        for kind in kinds:
+            assert f"layer {kind} has no instruction in the resident kernel" in str(error.value)
+        assert "variant wide" in MAML(model, 0.3, backend="triton", allow_unused=True).explain(*batch)

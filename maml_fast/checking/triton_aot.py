@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -237,7 +238,7 @@ def family_work() -> tuple[tuple[int, Instance], ...]:
     found: dict[object, Instance] = {}
     problems = [case.build(torch.float32) for case in select(tag="families")]
     calls = [(problem.maml("reference"), problem.batch) for problem in problems]
-    calls += [_with_loss_of_labels(problems[0])]
+    calls += [_with_loss_of_labels(problems[0]), _with_tables_and_random_numbers()]
     for maml, batch in calls:
         plan = maml._prepare(Mode.META_GRADIENT, *batch).call.plan
         graph = plan.trace[0]
@@ -262,6 +263,25 @@ def _with_loss_of_labels(problem: Problem) -> tuple[MAML, tuple[Data, Data, Data
     labels = [torch.zeros(v.shape[:2], dtype=torch.int64) for v in x]
     batch = problem.x_s, labels[0], problem.x_q, labels[1]
     return MAML(problem.model, 0.1, loss=loss, backend="reference", check="never"), batch
+
+
+class _Words(nn.Module):
+    """Rows of a parameter and of a computed table, a further input, random numbers, and a mask that is checked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.others = nn.Embedding(11, 12, padding_idx=0), nn.Embedding(11, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, tokens: Tensor, x: Tensor) -> Tensor:
+        h = F.dropout(self.words(tokens).mean(1)) + F.embedding(tokens[:, 0], torch.tanh(self.others.weight))
+        return self.head(h * x) + F.one_hot(tokens[:, 1], 3)
+
+
+def _with_tables_and_random_numbers() -> tuple[MAML, tuple[Data, Data, Data, Data]]:
+    tokens, x, y = torch.zeros(3, 5, 6, dtype=torch.int64), torch.zeros(3, 5, 12), torch.zeros(3, 5, 3)
+    maml = MAML(_Words(), 0.1, loss="mse", backend="reference", check="never")
+    return maml, ((tokens, x), y, (tokens, x), y)
 
 
 def compile_family(n: int) -> tuple[str, int, Usage]:
