@@ -51,6 +51,7 @@ class _Emitter:
         self.steps = len(self.weights) - 1
         self.pulled: dict[int, int] = {}  # by step: the slot of w_k ∇L_q(θ_k)
         self.scored = False
+        self.query_tape = -1
         self.reverse = goal.mode in (Mode.META_GRADIENT, Mode.VJP)
         self.second_order = self.reverse and not goal.inner.first_order
         self.rate_gradients = self.reverse and any(goal.needs.rates)
@@ -87,7 +88,6 @@ class _Emitter:
         self.support_tapes: list[int] = []
         self.gradients: list[int] = []
         keep_tapes = self.second_order and self.save
-        self.query_tape = -1
         for k in range(self.steps):
             if self.weights[k]:
                 self._score(k, thetas[k])

@@ -127,25 +127,16 @@ def _query_outputs(draws: Drawing, plan: Plan, t: Tensors) -> Any:
 
 
 def _losses(draws: Drawing, plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
-    if plan.inner.step_weights is not None:
-        losses, outputs = zip(*(_weighted_loss(draws, plan, t, task) for task in range(plan.tasks)), strict=True)
-        return torch.stack(losses), structure.stacked(outputs) if plan.needs.outputs else None
-    points = _adapted_points(draws, plan, t)
-    if plan.needs.outputs:
-        both = (plan.objective.value_and_outputs(at, _of(t.x_q, task), _of(t.y_q, task)) for task, at in points)
-        losses, outputs = zip(*both, strict=True)
-        return torch.stack(losses), structure.stacked(outputs)
-    values = _tasks(plan, (plan.objective.value(at, _of(t.x_q, task), _of(t.y_q, task)) for task, at in points))
-    assert isinstance(values, Tensor)
-    return values, None
+    losses, outputs = zip(*(_loss(draws, plan, t, task) for task in range(plan.tasks)), strict=True)
+    return torch.stack(losses), structure.stacked(outputs) if plan.needs.outputs else None
 
 
-def _weighted_loss(draws: Drawing, plan: Plan, t: Tensors, task: int) -> tuple[Tensor, Any]:
+def _loss(draws: Drawing, plan: Plan, t: Tensors, task: int) -> tuple[Tensor, Any]:
     """Σ_k w_k L_q(θ_k) of one task, and the query outputs at θ_K if the plan needs them."""
-    assert plan.inner.step_weights is not None
-    total, outputs = torch.zeros((), dtype=plan.dtype, device=plan.device), None
+    total, outputs = None, None
+    weights = plan.inner.weights(plan.inner.steps)
     for step, theta in enumerate(_inner_loop(draws, plan, t, task)):
-        weight, with_outputs = plan.inner.step_weights[step], step == plan.inner.steps and plan.needs.outputs
+        weight, with_outputs = weights[step], step == plan.inner.steps and plan.needs.outputs
         if weight == 0 and not with_outputs:
             continue
         at = _point(plan, theta, t.learned)
@@ -154,7 +145,12 @@ def _weighted_loss(draws: Drawing, plan: Plan, t: Tensors, task: int) -> tuple[T
             loss, outputs = plan.objective.value_and_outputs(at, _of(t.x_q, task), _of(t.y_q, task))
         else:
             loss = plan.objective.value(at, _of(t.x_q, task), _of(t.y_q, task))
-        total = total + weight * (loss if plan.mode.differentiates else loss.detach())
+        if weight == 0:  # what is not finite there does not count
+            continue
+        loss = loss if plan.mode.differentiates else loss.detach()
+        loss = loss if weight == 1.0 else weight * loss
+        total = loss if total is None else total + loss
+    assert total is not None  # one weight is not zero
     return total, outputs
 
 

@@ -128,6 +128,8 @@ def _losses(draws: Drawing, plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
                 loss, outputs = plan.objective.value_and_outputs(at, x_q, y_q, keep_new=False)
             else:
                 loss = plan.objective.value(at, x_q, y_q, keep_new=False)
+            if weight == 0:  # what is not finite there does not count
+                continue
             loss = loss if weight == 1.0 else weight * loss
             total = loss if total is None else total + loss
         return total, outputs
