@@ -35,6 +35,31 @@ bool is_channel_norm(OpKind kind) {
 
 std::string quoted(const ParamSpec& p) { return "parameter '" + p.name + "'"; }
 
+// Every step reads what is there: what is given, constants, and registers that a step has written. A result may be
+// missing where its place is −1.
+void check_expression(const std::string& where, const ExpressionSpec& e, int given) {
+    const int registers = given + int(e.constants.size());
+    require(e.registers >= 0 && e.registers < (1 << 12) && e.constants.size() < (1 << 12), where,
+            "an expression of too many registers or constants");
+    std::vector<bool> known(std::size_t(registers + e.registers));
+    std::fill_n(known.begin(), registers, true);
+    auto read = [&](int place) {
+        require(place >= 0 && place < int(known.size()) && known[std::size_t(place)], where,
+                "a step reads a place that none has written");
+    };
+    for (const Step& step : e.steps) {
+        const std::size_t arity = fields_of(kPrimitives[int(step.primitive)]).size();
+        read(step.a);
+        if (arity > 1) read(step.b);
+        if (arity > 2) read(step.c);
+        require((arity > 1 || step.b == -1) && (arity > 2 || step.c == -1), where, "a step has too many arguments");
+        require(step.out >= registers && step.out < int(known.size()), where, "a step writes no register");
+        known[std::size_t(step.out)] = true;
+    }
+    for (int place : e.outputs)
+        if (place != -1) read(place);
+}
+
 // ---- layers ------------------------------------------------------------------------------------
 
 class OpCheck {
@@ -257,29 +282,9 @@ class OpCheck {
         expression(p.backward_tangent, n);
     }
 
-    // Every step reads what is there: operands, constants, and registers that a step has written.
     void expression(const ExpressionSpec& e, std::size_t outputs) const {
-        const int first = 2 * int(op_.inputs.size()) + 2, registers = first + int(e.constants.size());
-        require(e.registers >= 0 && e.registers < (1 << 12) && e.constants.size() < (1 << 12), where_,
-                "an expression of too many registers or constants");
-        std::vector<bool> known(std::size_t(registers + e.registers));
-        std::fill_n(known.begin(), registers, true);
-        auto read = [&](int place) {
-            require(place >= 0 && place < int(known.size()) && known[std::size_t(place)], where_,
-                    "a step reads a place that none has written");
-        };
-        for (const Step& step : e.steps) {
-            const std::size_t arity = fields_of(kPrimitives[int(step.primitive)]).size();
-            read(step.a);
-            if (arity > 1) read(step.b);
-            if (arity > 2) read(step.c);
-            require((arity > 1 || step.b == -1) && (arity > 2 || step.c == -1), where_,
-                    "a step has too many arguments");
-            require(step.out >= registers && step.out < int(known.size()), where_, "a step writes no register");
-            known[std::size_t(step.out)] = true;
-        }
         require(e.outputs.size() == outputs, where_, "an expression has another number of results");
-        for (int place : e.outputs) read(place);
+        check_expression(where_, e, 2 * int(op_.inputs.size()) + 2);
     }
 
     // Whether start + Σ i·stride stays within `most` elements.
@@ -357,6 +362,8 @@ class CodeCheck {
             case Code::subtract:
                 slot(in_.out, 1);
                 return slot(in_.vector, 1);
+            case Code::pointwise:
+                return function();
             case Code::hvp:
                 slot(in_.theta, 0);
                 slot(in_.vector, 1);
@@ -384,6 +391,51 @@ class CodeCheck {
         require(spec_.samples[batch] > 0, where_, "its batch has no samples");
     }
 
+    void function() const {
+        require_index(where_, "function", in_.function, 0, spec_.functions.size());
+        const SlotFunctionSpec& f = spec_.functions[std::size_t(in_.function)];
+        for (int i : f.ins) slot(i, 0);
+        for (int i : f.outs) slot(i, 1);
+        require(f.of.size() == spec_.params.size(), where_, "its function is not of every parameter");
+        for (std::size_t p = 0; p < f.of.size(); ++p) {
+            const SlotFunctionOfSpec& of = f.of[p];
+            if (of.code == -1) continue;
+            require_index(where_, "code", of.code, 0, spec_.codes.size());
+            require(spec_.params[p].adapts, where_, "it moves a parameter that does not adapt");
+            for (int set : of.numbers) number(spec_.params[p], set);
+            for (int set : of.gradients) number(spec_.params[p], set);
+            code(spec_.codes[std::size_t(of.code)], f, of, spec_.params[p]);
+        }
+    }
+
+    void number(const ParamSpec& p, int set) const {
+        require_index(where_, "number", set, 0, p.rates.size());
+        require_index(where_, "number", p.rates[std::size_t(set)], 0, spec_.rates.size());
+    }
+
+    void code(const ExpressionSpec& e, const SlotFunctionSpec& f, const SlotFunctionOfSpec& of,
+              const ParamSpec& p) const {
+        const std::size_t slots = f.ins.size(), given = slots + of.numbers.size();
+        require(given + e.constants.size() + std::size_t(e.registers) <= kMostPlaces, where_, "too many places");
+        check_expression(where_, e, int(given));
+        require(e.outputs.size() == f.outs.size() + of.gradients.size(), where_, "another number of results");
+        for (std::size_t i = f.outs.size(); i < e.outputs.size(); ++i)
+            require(e.outputs[i] >= 0, where_, "the gradient of a number is missing");
+        require_index(where_, "number of uniform steps", e.uniform, 0, e.steps.size() + 1);
+        std::vector<bool> uniform(given + e.constants.size() + std::size_t(e.registers));
+        for (std::size_t i = slots; i < given; ++i) {
+            const int rate = p.rates[std::size_t(of.numbers[i - slots])];
+            uniform[i] = spec_.rates[std::size_t(rate)].size == 1;
+        }
+        std::fill_n(uniform.begin() + std::ptrdiff_t(given), e.constants.size(), true);
+        for (int s = 0; s < e.uniform; ++s) {
+            const Step& step = e.steps[std::size_t(s)];
+            for (int place : {step.a, step.b, step.c})
+                require(place < 0 || uniform[std::size_t(place)], where_, "a uniform step reads elements");
+            uniform[std::size_t(step.out)] = true;
+        }
+    }
+
     void inputs() const {
         require(!in_.inputs || spec_.input_gradients, where_, "the plan has no gradients of inputs");
     }
@@ -399,7 +451,9 @@ void check_sizes(const Spec& s) {
     require(s.tasks > 0 && s.samples[0] >= 0 && s.samples[1] >= 0, "sizes", "no tasks or a negative number of samples");
     require(!s.features.empty() && s.slots > 0, "sizes", "no buffers or no slots");
     require(s.once.size() == s.features.size() && !s.once[0], "sizes", "not every buffer has or lacks a sample axis");
-    require(std::size_t(s.slots) <= s.code.size() + 1, "sizes", "more slots than instructions fill");
+    std::size_t filled = s.code.size() + 1;
+    for (const SlotFunctionSpec& f : s.functions) filled += f.outs.size();
+    require(std::size_t(s.slots) <= filled, "sizes", "more slots than instructions fill");
     double sum = 1;
     for (long features : s.features) {
         require(features > 0, "sizes", "a buffer without elements");

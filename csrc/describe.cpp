@@ -39,6 +39,7 @@ py::dict instruction(const Instr& in) {
                                                     {"batch", in.batch},
                                                     {"draws", in.draws},
                                                     {"rates", in.rates},
+                                                    {"function", in.function},
                                                     {"step", in.step},
                                                     {"group_size", in.group_size},
                                                     {"sample_tiles", in.sample_tiles}};
@@ -49,6 +50,7 @@ py::dict instruction(const Instr& in) {
     d["weight"] = in.weight;
     d["add"] = in.add;
     d["inputs"] = in.inputs;
+    d["in_place"] = in.in_place;
     d["scaled"] = in.scaled;
     return d;
 }
@@ -80,6 +82,9 @@ py::dict describe(const PlanView& plan) {
         n_tapes = std::max(n_tapes, in->tape + 1);
         for (int slot : {in->slot, in->theta, in->out, in->gradient, in->vector, in->adjoint, in->step})
             n_slots = std::max(n_slots, slot + 1);
+        if (in->code != Code::pointwise) continue;
+        const SlotFunction& f = plan.functions[in->function];
+        for (int i = 0; i < f.n_outs; ++i) n_slots = std::max(n_slots, f.outs[i] + 1);
     }
     for (int t = 0; t < n_tapes; ++t) {
         py::dict d = places(plan, plan.tapes[t][0], buffers);

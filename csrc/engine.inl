@@ -82,6 +82,8 @@ class Engine {
                 return update(in.out, in.theta, in.gradient, in.rates);
             case Code::scale:
                 return scale(in.out, in.vector, in.rates);
+            case Code::pointwise:
+                return slot_function(plan_.functions[in.function]);
             case Code::hvp:
                 return hvp(in);
             case Code::add:
@@ -330,7 +332,7 @@ class Engine {
     void hvp(const Instr& in) {
         const TapeView tape = view(in.tape), one = one_sample(tape);
         if (!plan_.has_tangent) {
-            if (!in.scaled) fill(ws_ + plan_.slots[in.out], B_ * plan_.parameters, S(0));
+            if (!in.in_place) fill(ws_ + plan_.slots[in.out], B_ * plan_.parameters, S(0));
             return;
         }
         tangents_ = plan_.tangents[in.hvp];
@@ -344,7 +346,7 @@ class Engine {
         if (!in.inputs) return;
         const S* ex = ws_ + tangents_.delta[0];
         S* dx = static_cast<S*>(call_.dx[0]) + place(tape, plan_.features[0]);
-        S alpha = in.scaled ? only_rate() : S(1);
+        S alpha = product_factor(in);
         for (long i = 0; i < B_ * per_task(tape, 0); ++i) dx[i] -= alpha * ex[i];
     }
 
@@ -365,7 +367,7 @@ class Engine {
             const S* from = last ? sum : delta;
             put(!last && in.hvp == 0, to, B_ * held(tape, v) * plan_.features[v], [=](long i) { return from[i]; });
         }
-        if (!last && !in.scaled) clear_steady_gradients(in);
+        if (!last && !in.in_place) clear_steady_gradients(in);
         return last || plan_.steady == 0;
     }
 
@@ -534,6 +536,7 @@ class Engine {
 #include "engine/sums.inl"
 #include "engine/losses.inl"
 #include "engine/vectors.inl"
+#include "engine/slot_functions.inl"
     // clang-format on
 
     const PlanView& plan_;

@@ -27,6 +27,32 @@ struct Expression {
 constexpr int kMostOperands = 8;
 constexpr int kMostAxes = 8;
 
+// An expression over slots and numbers of the inner rule. Places: the slots that are read, the numbers, the constants,
+// the registers. Steps that read numbers and constants alone come first: they are done once, in double precision.
+struct SlotCode {
+    Expression expression;
+    int n_uniform;
+};
+
+// What an instruction over slots does to one parameter.
+struct SlotFunctionOf {
+    const SlotCode* code;  // null where it leaves the parameter alone
+    const int* numbers;    // sets of the parameter's rates
+    const int* gradients;  // likewise, of the numbers whose gradients the outputs behind the slots' are
+    int n_numbers, n_gradients;
+    bool runs_on;  // it is the same as of the parameter before, which ends in a slot where this one begins
+};
+
+struct SlotFunction {
+    const int* ins;
+    int n_ins;
+    const int* outs;
+    int n_outs;
+    const SlotFunctionOf* of;  // per parameter
+};
+
+constexpr int kMostPlaces = 1024;  // of a SlotCode
+
 // Operands broadcast to the output's axes: where one has a single element its stride is 0.
 struct Pointwise {
     int operands;

@@ -68,6 +68,7 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
         view_.rates += rate.size;
     }
 
+    add_functions();
     find_flags();
     find_steady();
     find_pairs();
@@ -248,6 +249,7 @@ void Layout::follow(const Instr& in, std::vector<Terms>& slots) {
         case Code::support_loss:
         case Code::query_loss:
         case Code::cotangent:
+        case Code::pointwise:
         case Code::rate_gradient:
         case Code::accumulate:
         case Code::store_parameters:
@@ -318,6 +320,8 @@ std::vector<bool> Layout::passed_on() const {
         const int changed = in.code == Code::subtract || in.code == Code::add ? in.out : -1;
         for (int slot : {in.theta, in.gradient, in.vector, in.adjoint, changed})
             if (slot >= 0 && slot != fresh) passed[std::size_t(slot)] = false;
+        if (in.code == Code::pointwise)
+            for (int slot : spec_.functions[std::size_t(in.function)].ins) passed[std::size_t(slot)] = false;
     }
     return passed;
 }
@@ -342,10 +346,17 @@ void Layout::fuse_steps() {
                 int adjoint = in.vector;
                 in = code[i + 1];
                 in.vector = in.out = adjoint;
-                in.scaled = true;
+                in.in_place = in.scaled = true;
                 i += 2;
             }
             if (last) {
+                fused.push_back(code[++i]);
+                in.out = kSums;
+            }
+        } else if (is_subtracted(i, passed)) {
+            in.in_place = true;
+            in.out = code[++i].out;
+            if (is(i + 1, Code::accumulate) && code[i + 1].vector == in.out) {
                 fused.push_back(code[++i]);
                 in.out = kSums;
             }
@@ -373,12 +384,65 @@ bool Layout::is_adjoint_step(std::size_t i, const std::vector<bool>& passed) con
            passed[std::size_t(scale.out)] && passed[std::size_t(hvp.out)];
 }
 
+// Whether λ ← λ − H v begins at i, for a v of its own.
+bool Layout::is_subtracted(std::size_t i, const std::vector<bool>& passed) const {
+    if (!is(i, Code::hvp) || !is(i + 1, Code::subtract)) return false;
+    const Instr &hvp = spec_.code[i], &subtract = spec_.code[i + 1];
+    return subtract.vector == hvp.out && subtract.out != hvp.vector && passed[std::size_t(hvp.out)];
+}
+
 // Which slots the program still names.
 void Layout::find_slots() {
     used_slots_.assign(spec_.slots, false);
-    for (const Instr& in : spec_.code)
-        for (int slot : {in.slot, in.theta, in.out, in.gradient, in.vector, in.adjoint, in.step})
-            if (slot >= 0) used_slots_[slot] = true;
+    auto use = [&](int slot) {
+        if (slot >= 0) used_slots_[std::size_t(slot)] = true;
+    };
+    for (const Instr& in : spec_.code) {
+        for (int slot : {in.slot, in.theta, in.out, in.gradient, in.vector, in.adjoint, in.step}) use(slot);
+        if (in.code != Code::pointwise) continue;
+        for (int slot : spec_.functions[std::size_t(in.function)].ins) use(slot);
+        for (int slot : spec_.functions[std::size_t(in.function)].outs) use(slot);
+    }
+}
+
+// What pointwise instructions do to the parameters, in the order of the slots.
+void Layout::add_functions() {
+    for (const ExpressionSpec& e : spec_.codes)
+        codes_.push_back({{e.constants.data(), int(e.constants.size()), 0, e.steps.data(), int(e.steps.size()),
+                           e.outputs.data(), int(e.outputs.size())},
+                          e.uniform});
+    for (const SlotFunctionSpec& f : spec_.functions) {
+        std::vector<SlotFunctionOf>& of = functions_of_.emplace_back();
+        for (std::size_t p = 0; p < f.of.size(); ++p) {
+            const SlotFunctionOfSpec& s = f.of[p];
+            SlotCode* code = s.code >= 0 && params_[p].adapts ? &codes_[std::size_t(s.code)] : nullptr;
+            if (code)
+                code->expression.places = int(f.ins.size() + s.numbers.size()) + code->expression.n_constants +
+                                          spec_.codes[std::size_t(s.code)].registers;
+            of.push_back({code, s.numbers.data(), s.gradients.data(), int(s.numbers.size()), int(s.gradients.size()),
+                          code && runs_on(f, p)});
+        }
+        functions_.push_back({f.ins.data(), int(f.ins.size()), f.outs.data(), int(f.outs.size()), of.data()});
+    }
+    view_.functions = functions_.data();
+}
+
+// Whether a parameter is moved as the one before it is, by the same numbers, and its elements follow that one's.
+bool Layout::runs_on(const SlotFunctionSpec& f, std::size_t p) const {
+    if (p == 0 || f.of[p].code != f.of[p - 1].code || std::count(f.ins.begin(), f.ins.end(), 0) > 0) return false;
+    const Param &before = params_[p - 1], &now = params_[p];
+    if (!before.adapts || now.offset != before.offset + before.size) return false;
+    const std::vector<int>&these = f.of[p].numbers, &those = f.of[p - 1].numbers;
+    for (std::size_t i = 0; i < these.size(); ++i) {
+        const int rate = spec_.params[p].rates[std::size_t(these[i])];
+        const bool same = rate == spec_.params[p - 1].rates[std::size_t(those[i])];
+        if (!same || spec_.rates[std::size_t(rate)].size != 1) return false;
+    }
+    for (std::size_t i = 0; i < f.of[p].gradients.size(); ++i)
+        if (spec_.params[p].rates[std::size_t(f.of[p].gradients[i])] !=
+            spec_.params[p - 1].rates[std::size_t(f.of[p - 1].gradients[i])])
+            return false;
+    return true;
 }
 
 // Static facts of the reverse sweep: what depends on parameters, and who is first to write a sum.

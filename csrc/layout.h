@@ -54,8 +54,11 @@ class Layout {
     void fuse_steps();
     bool is(std::size_t i, Code wanted) const;
     bool is_step(std::size_t i, const std::vector<bool>& passed) const;
+    bool is_subtracted(std::size_t i, const std::vector<bool>& passed) const;
     bool is_adjoint_step(std::size_t i, const std::vector<bool>& passed) const;
     void find_slots();
+    void add_functions();
+    bool runs_on(const SlotFunctionSpec& f, std::size_t param) const;
     void find_flags();
     void find_dependence(std::vector<bool>& has_tangent, std::vector<bool>& needs_grad) const;
     std::vector<bool> find_reach() const;
@@ -108,6 +111,9 @@ class Layout {
     std::vector<long> passing_values_, passing_deltas_;  // per buffer: where all tapes keep what none rereads, or -1
     std::vector<std::vector<TapeView>> tapes_;
     std::vector<const TapeView*> tape_views_;
+    std::vector<SlotCode> codes_;
+    std::vector<std::vector<SlotFunctionOf>> functions_of_;
+    std::vector<SlotFunction> functions_;
     std::vector<std::vector<long>> tables_;
     std::vector<long> slots_, rate_offsets_, gathered_;
     std::vector<bool> has_tangent_;  // per buffer: it depends on a parameter that adapts

@@ -56,6 +56,7 @@ ExpressionSpec parse_expression(const py::dict& d) {
     e.constants = get<std::vector<double>>(d, "constants");
     e.registers = get<int>(d, "registers");
     e.outputs = get<std::vector<int>>(d, "outputs");
+    if (d.contains("uniform")) e.uniform = get<int>(d, "uniform");
     for (const auto& [name, out, a, b, c] : get<std::vector<std::tuple<std::string, int, int, int, int>>>(d, "steps"))
         e.steps.push_back({primitive(name), out, a, b, c});
     return e;
@@ -121,18 +122,31 @@ ParamSpec parse_param(const py::dict& d) {
     return p;
 }
 
+SlotFunctionSpec parse_function(const py::dict& d) {
+    SlotFunctionSpec f;
+    f.ins = get<std::vector<int>>(d, "ins");
+    f.outs = get<std::vector<int>>(d, "outs");
+    for (auto item : d["of"]) {
+        auto of = item.cast<py::dict>();
+        f.of.push_back(
+            {get<int>(of, "code"), get<std::vector<int>>(of, "numbers"), get<std::vector<int>>(of, "gradients")});
+    }
+    return f;
+}
+
 Instr parse_instruction(const py::dict& d) {
     Instr in;
     in.code = instruction(text(d, "code"));
     const std::pair<const char*, int*> operands[] = {
-        {"slot", &in.slot},     {"theta", &in.theta},     {"out", &in.out},   {"gradient", &in.gradient},
-        {"vector", &in.vector}, {"adjoint", &in.adjoint}, {"tape", &in.tape}, {"batch", &in.batch},
-        {"draws", &in.draws},   {"rates", &in.rates}};
+        {"slot", &in.slot},     {"theta", &in.theta},     {"out", &in.out},          {"gradient", &in.gradient},
+        {"vector", &in.vector}, {"adjoint", &in.adjoint}, {"tape", &in.tape},        {"batch", &in.batch},
+        {"draws", &in.draws},   {"rates", &in.rates},     {"function", &in.function}};
     for (const std::string& field : fields_of(kInstructions[int(in.code)])) {
         if (field == "seed" || field == "inputs" || field == "add") {
             (field == "seed" ? in.seed : field == "add" ? in.add : in.inputs) = get<bool>(d, field.c_str());
             continue;
         }
+        if (field == "ins" || field == "outs") continue;  // with the function
         if (field == "weight") {
             in.weight = get<double>(d, "weight");
             continue;
@@ -174,6 +188,8 @@ Spec parse(const py::dict& d) {
     s.inputs = get<std::size_t>(d, "inputs");
     s.targets = get<std::size_t>(d, "targets");
     s.code = parse_list(d, "code", parse_instruction);
+    s.codes = parse_list(d, "codes", parse_expression);
+    s.functions = parse_list(d, "functions", parse_function);
     s.tapes = get<std::vector<int>>(d, "tapes");
     s.slots = get<int>(d, "slots");
     s.samples[0] = get<long>(d, "support");

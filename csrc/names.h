@@ -99,6 +99,7 @@
     X(backward, theta, batch, tape, out, inputs) \
     X(update, out, theta, gradient, rates)       \
     X(scale, out, vector, rates)                 \
+    X(pointwise, function, ins, outs)            \
     X(hvp, theta, tape, vector, out, inputs)     \
     X(add, out, vector)                          \
     X(subtract, out, vector)                     \

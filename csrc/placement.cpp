@@ -97,6 +97,7 @@ long Layout::blocks_scratch_size() const {
              {&op.pointwise->value, &op.pointwise->backward, &op.pointwise->tangent, &op.pointwise->backward_tangent})
             places = std::max(places, long(e->places));
     }
+    for (const SlotCode& code : codes_) places = std::max(places, long(code.expression.places));
     return places * kPointwiseBlock;
 }
 

@@ -96,6 +96,7 @@ struct Instr {
     int slot = -1, theta = -1, out = -1, gradient = -1, vector = -1, adjoint = -1;
     int tape = -1;
     int rates = 0;         // which set of learning rates
+    int function = -1;     // what a pointwise instruction does
     int draws = -1;        // a forward pass: the inner step whose random numbers it draws, or -1 for the query's
     bool seed = false;     // a query loss: also its slope
     double weight = 1;     // of a query loss
@@ -103,10 +104,11 @@ struct Instr {
     bool inputs = false;   // also the gradient w.r.t. the batch's inputs
     bool repeats = false;  // a forward pass on the support set that is not the first
     int batch = 0;
-    int hvp = -1;         // which tangents a Hessian-vector product writes
-    int step = -1;        // a backward pass: the slot for θ − α ∘ gradient, which takes the gradient's place; or -1
-    bool scaled = false;  // a Hessian-vector product: what it adds to its slot is −α times it
-    int group_size = 1;   // this many instructions from this one on run for one sample tile after the other
+    int hvp = -1;           // which tangents a Hessian-vector product writes
+    int step = -1;          // a backward pass: the slot for θ − α ∘ gradient, which takes the gradient's place; or -1
+    bool in_place = false;  // a Hessian-vector product: it is subtracted from what its slot holds
+    bool scaled = false;    // and α times it is
+    int group_size = 1;     // this many instructions from this one on run for one sample tile after the other
     int sample_tiles = 1;
     LowRankTerms theta_terms{nullptr, 0};   // low-rank part of θ (of a sum's vector)
     LowRankTerms vector_terms{nullptr, 0};  // of the direction
@@ -147,7 +149,8 @@ struct PlanView {
     int rate_sets;
     const Instr* code;
     int n_code;
-    const TapeView* const* tapes;  // per tape: a view of each sample tile
+    const SlotFunction* functions;  // of pointwise instructions
+    const TapeView* const* tapes;   // per tape: a view of each sample tile
     const TangentView* tangents;
     int n_hvps;
     const long* gathered;     // per buffer: where its deltas add up over the Hessian-vector products, or -1
@@ -243,6 +246,7 @@ inline long norm_scratch(long channels, long rows) {
 }
 
 constexpr long kPointwiseBlock = 256;  // elements that a pointwise expression is computed for at once
+constexpr long kSlotBlock = 128;       // and one over slots, which has more operands
 
 constexpr int kProducts = 2;  // products that are added up in one pass
 constexpr int kPanels = 2;    // panels that a tile may span

@@ -132,6 +132,8 @@ void Signature::read_code(const Spec& s) {
                 break;
             case Code::update:
             case Code::scale:
+            case Code::pointwise:
+            case Code::add:
             case Code::subtract:
             case Code::rate_gradient:
                 break;  // of slots

@@ -13,6 +13,17 @@ struct ExpressionSpec {
     int registers = 0;
     std::vector<Step> steps;
     std::vector<int> outputs;
+    int uniform = 0;  // of an expression over slots: so many steps, the first, read numbers and constants alone
+};
+
+struct SlotFunctionOfSpec {
+    int code = -1;
+    std::vector<int> numbers, gradients;
+};
+
+struct SlotFunctionSpec {
+    std::vector<int> ins, outs;
+    std::vector<SlotFunctionOfSpec> of;  // per parameter
 };
 
 struct PointwiseSpec {
@@ -62,7 +73,9 @@ struct Spec {
     int rate_sets = 1;                    // for all inner steps, or for each
     std::size_t inputs = 0, targets = 0;  // beside buffer 0, and beside the first of the targets
     std::vector<Instr> code;
-    std::vector<int> tapes;  // batch of each tape
+    std::vector<ExpressionSpec> codes;        // of expressions over slots
+    std::vector<SlotFunctionSpec> functions;  // of pointwise instructions
+    std::vector<int> tapes;                   // batch of each tape
     int slots = 0;
     long samples[2] = {0, 0};
     LossKind loss{};

@@ -9,6 +9,7 @@ from .lazy import names_of
 
 if TYPE_CHECKING:
     from . import nn
+    from .algorithms.rules import SGD, Adam, AdamW, RMSprop
     from .api.adapted import Adapted
     from .api.maml import MAML
     from .api.presets import ANIL, BOIL, FOMAML, MetaSGD
@@ -23,10 +24,14 @@ __all__ = [
     "BOIL",
     "FOMAML",
     "MAML",
+    "SGD",
+    "Adam",
+    "AdamW",
     "Adapted",
     "FlatAdam",
     "FlatParameters",
     "MetaSGD",
+    "RMSprop",
     "Report",
     "__version__",
     "nn",
@@ -42,6 +47,10 @@ _look_up = names_of(
         "ANIL": "api.presets",
         "BOIL": "api.presets",
         "MetaSGD": "api.presets",
+        "SGD": "algorithms.rules",
+        "Adam": "algorithms.rules",
+        "AdamW": "algorithms.rules",
+        "RMSprop": "algorithms.rules",
         "Adapted": "api.adapted",
         "FlatAdam": "optim",
         "FlatParameters": "optim",

@@ -37,6 +37,7 @@ from maml_fast.algorithms.program import (
     SupportLoss,
     Update,
 )
+from maml_fast.algorithms.updates import Updates
 from maml_fast.algorithms.verifier import RULES, ProgramError, verify
 from maml_fast.api.maml import MAML
 from maml_fast.backends.cpu import CpuBackend
@@ -63,6 +64,7 @@ class Wanted:
     adapts: tuple[bool, ...] = (True,)
     step_weights: tuple[float, ...] | None = None
     rate_sets: int = 1
+    updates: Updates | None = None
 
     @property
     def inner(self) -> Inner:

@@ -184,11 +184,11 @@ Destination gradient_or_step(const Instr& in, int param, bool adapted_only, bool
 
 // Of a Hessian-vector product.
 Destination curvature(const Instr& in, int param, bool first) const {
-    if (!in.scaled) return added(gradient(in.out, param, false), starts(first));
+    if (!in.in_place) return added(gradient(in.out, param, false), starts(first));
     if (param < 0 || plan_.params[param].sum < 0) return {};
     const Param& p = plan_.params[param];
     PerTask<S> to = in.out == kSums ? PerTask<S>{partial_ + p.sum, 0} : gradient(in.out, param, false);
-    return added(to, false, -only_rate());
+    return added(to, false, -product_factor(in));
 }
 
 // The gradients dyᵀ x + dzᵀ z and Σ dy; the second product is absent where z is null.

@@ -24,7 +24,7 @@ void input_deltas(const Op& op, const Instr& in, const TapeView& tape, const S* 
 
 void subtract_input_delta(const Op& op, const Instr& in, const TapeView& tape, const S* ey) const {
     S* to = input_gradient(op, in, tape);
-    const S alpha = in.scaled ? only_rate() : S(1);
+    const S alpha = product_factor(in);
     for (long i = 0; to && i < B_ * per_task(tape, op.out); ++i) to[i] -= alpha * ey[i];
 }
 

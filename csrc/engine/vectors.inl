@@ -15,8 +15,8 @@ const S* rate(const Param& p, int set) const {
     return r.packed >= 0 ? arena_ + r.packed : static_cast<const S*>(call_.rates[r.index]);
 }
 
-// Where a product is scaled as it is made, all parameters have the same.
-S only_rate() const { return *static_cast<const S*>(call_.rates[0]); }
+// What a Hessian-vector product is subtracted times; where that is a rate, all parameters have the same.
+S product_factor(const Instr& in) const { return in.scaled ? *static_cast<const S*>(call_.rates[0]) : S(1); }
 
 void update(int out, int theta, int grad, int set) {
     each_adapted([&](int index, const Param& p, long b) {

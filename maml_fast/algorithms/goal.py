@@ -8,6 +8,8 @@ from typing import Protocol
 
 from ..cached import cached_property
 from ..graph.losses import Loss
+from .rules import OwnRule, Rule
+from .updates import Updates
 
 
 class Mode(enum.Enum):
@@ -34,12 +36,14 @@ class Inner:
 
     Attributes:
         step_weights: w_k of the query loss at θ_k, for k = 0 … steps; None for that at the last alone.
+        rule: how a step moves the parameters; None for the above.
     """
 
     loss: Loss
     steps: int
     first_order: bool
     step_weights: tuple[float, ...] | None = None
+    rule: Rule | OwnRule | None = None
 
     def weights(self, steps: int) -> tuple[float, ...]:
         """w_k for k = 0 … steps: `self.steps`, or 0 where nothing adapts and all θ_k are θ_0."""
@@ -83,6 +87,7 @@ class Goal(Protocol):
     Attributes:
         adapts: which parameters the inner loop updates, in `Model.names` order.
         rate_sets: how many sets of rates there are: one for all steps, or one for each.
+        updates: the steps of an inner rule; None for those of plain gradient descent.
     """
 
     @property
@@ -95,6 +100,8 @@ class Goal(Protocol):
     def adapts(self) -> tuple[bool, ...]: ...
     @property
     def rate_sets(self) -> int: ...
+    @property
+    def updates(self) -> Updates | None: ...
 
 
 def weights_of(goal: Goal) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ Tapes hold one forward pass: every activation, and after `Backward` every delta.
 
 `str(program)` is one line per instruction, as in `tape0 = forward(θ0, support)`. A name ends in the slot's number and
 begins with what the slot holds: θ parameters, g a support gradient, λ the adjoint of the parameters, v a direction,
-h a Hessian-vector product.
+h a Hessian-vector product, s the state of an inner rule, μ its adjoint.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from typing import NoReturn
+
+from .updates import Elementwise
 
 
 class Batch(enum.IntEnum):
@@ -109,6 +111,19 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Pointwise:
+    """outs ← a function of slots and of the inner rule's numbers; also adds to the numbers' gradients.
+
+    `ins` are the slots of `function.reads`, `outs` those of `function.writes`. Only the last of `outs` may be among
+    the slots that are read.
+    """
+
+    function: Elementwise
+    outs: tuple[int, ...]
+    ins: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Hvp:
     """out ← ∇²L_s(theta) v, from the activations and deltas of `tape`.
 
@@ -177,6 +192,7 @@ Instruction = (
     | Backward
     | Update
     | Scale
+    | Pointwise
     | Hvp
     | Add
     | Subtract
@@ -232,12 +248,24 @@ class Printer:
         return _text(instruction, self.read)
 
     def line(self, instruction: Instruction) -> str:
-        text, written = self.text(instruction), _written(instruction)
-        return text if written is None else f"{self.write(*written)} = {text}"
+        text = self.text(instruction)
+        names = ", ".join(self.write(*written) for written in _written(instruction))
+        return f"{names} = {text}" if names else text
 
 
-def _written(i: Instruction) -> tuple[int, str] | None:
-    """The slot that an instruction overwrites, and the letter of what it holds then."""
+_LETTERS = {"t": "θ", "g": "g", "s": "s", "v": "v", "m": "μ", "l": "λ"}
+"""How `updates.py` calls what a slot holds, and what it is printed as."""
+
+
+def _written(i: Instruction) -> Iterator[tuple[int, str]]:
+    """The slots that an instruction overwrites, and the letters of what they hold then."""
+    if isinstance(i, Pointwise):
+        yield from ((slot, _LETTERS[held[0]]) for slot, held in zip(i.outs, i.function.writes, strict=False))
+    elif (one := _one_written(i)) is not None:
+        yield one
+
+
+def _one_written(i: Instruction) -> tuple[int, str] | None:
     match i:
         case Load(slot):
             return slot, "θ"
@@ -273,6 +301,8 @@ def _text(i: Instruction, read: Callable[[int], str]) -> str:
             return f"{read(theta)} − α∘{read(gradient)}"
         case Scale(_, vector):
             return f"α∘{read(vector)}"
+        case Pointwise(function, _, ins):
+            return function.text(dict(zip(function.reads, map(read, ins), strict=False)).get)
         case Hvp(theta, tape, vector, _, inputs):
             return f"hvp({read(theta)}, tape{tape}, {read(vector)}{', inputs' if inputs else ''})"
         case Add(out, vector):

@@ -20,6 +20,7 @@ from .program import (
     Hvp,
     Instruction,
     Load,
+    Pointwise,
     Program,
     QueryLoss,
     RateGradient,
@@ -222,6 +223,8 @@ class _Verifier:
             case Scale(out, vector):
                 self.read(vector, _VECTOR)
                 self.write(out, _VECTOR)
+            case Pointwise():
+                self.pointwise(i)
             case Add(out, vector) | Subtract(out, vector):
                 self.read(out, _VECTOR)
                 self.read(vector, _VECTOR)
@@ -266,6 +269,15 @@ class _Verifier:
             self.write(i.out, _VECTOR, keep=(i.theta,))
         tape.deltas.read = i.inputs or i.out is not None  # there may be no other reader
 
+    def pointwise(self, i: Pointwise) -> None:
+        if (len(i.ins), len(i.outs)) != (len(i.function.reads), len(i.function.writes)):
+            self.fail("range", "it has another number of slots than its function reads and writes")
+        for slot, held in zip(i.ins, i.function.reads, strict=True):
+            self.read(slot, _THETA if held == "t" else _VECTOR)
+        for place, (slot, held) in enumerate(zip(i.outs, i.function.writes, strict=True), 1):
+            keep = (*i.ins, *i.outs[: place - 1]) if place < len(i.outs) else i.outs[: place - 1]
+            self.write(slot, _THETA if held == "t" else _VECTOR, keep)
+
     def hvp(self, i: Hvp) -> None:
         tape = self.filled(i.tape, Batch.SUPPORT)
         self.read(i.theta, _THETA)
@@ -308,6 +320,9 @@ def _check_goal(program: Program, goal: Goal) -> None:
         if kind not in _MAY.get(goal.mode, ()):
             expect(f"{kind.__name__}", kind in _RESULTS[goal.mode], _count(program, kind))
     expect("QueryLoss with a seed", losses * (goal.mode is Mode.META_GRADIENT), _count(program, QueryLoss, seed=True))
+    if goal.updates is not None:
+        _check_rule(program, goal, steps, pulled if second_order else 0)
+        return
     expect("Update", steps, _count(program, Update))
     for i in program.instructions:
         if isinstance(i, Update | Scale | RateGradient) and not 0 <= i.rates < goal.rate_sets:
@@ -316,6 +331,15 @@ def _check_goal(program: Program, goal: Goal) -> None:
     expect("Hvp", pulled if second_order else 0, _count(program, Hvp))
     expect("Hvp with inputs", pulled if second_order and goal.needs.x_s else 0, _count(program, Hvp, inputs=True))
     expect("Backward with inputs", reverse and goal.needs.x_q, _count(program, Backward, inputs=True))
+
+
+def _check_rule(program: Program, goal: Goal, steps: int, most_products: int) -> None:
+    """The steps of an inner rule, and no more Hessian-vector products than steps to go back through."""
+    moved = sum("t" in i.function.writes for i in program.instructions if isinstance(i, Pointwise))
+    if moved != steps or _count(program, Update):
+        raise ProgramError("goal", f"mode {goal.mode.value}", f"expected {steps} steps of the rule, got {moved}")
+    if _count(program, Hvp) > most_products:
+        raise ProgramError("goal", f"mode {goal.mode.value}", "more Hessian-vector products than steps")
 
 
 def _count(program: Program, kind: type[Instruction], **fields: bool) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from ..algorithms.rules import OwnRule, Rule
 from ..backends.cpu import MOST_THREADS
 from ..graph import structure
 from ..graph.losses import Loss
@@ -182,10 +183,27 @@ def one_weight_per_step(weights: tuple[float, ...] | None, steps: int) -> None:
         raise ValueError(f"step_weights: expected {steps + 1}, one for each of θ_0 … θ_{steps}, got {len(weights)}")
 
 
-def one_rate_per_step(rates: int | None, steps: int) -> None:
-    """Refuse another number of steps than the rates are for; None: for any."""
-    if rates is not None and rates != steps:
-        raise ValueError(f"lr: expected {steps} rates, one for each inner step, got {rates} in mf.per_step")
+def one_of(**given: Any) -> None:
+    """Refuse none or several of arguments that take each other's place."""
+    names = " or ".join(given)
+    if sum(v is not None for v in given.values()) != 1:
+        raise TypeError(f"expected either {names}, got {'none' if all(v is None for v in given.values()) else 'both'}")
+
+
+def rule(value: Any) -> Rule | OwnRule:
+    """An inner rule: of this package, or an object with `init` and `update`."""
+    if isinstance(value, type) or not all(callable(getattr(value, name, None)) for name in ("init", "update")):
+        kind = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"inner: expected mf.SGD(…), mf.Adam(…) or an object with init and update, got {kind}")
+    found: Rule | OwnRule = value
+    return found
+
+
+def with_number(inner: Rule | OwnRule, name: str, value: Any) -> Rule:
+    """The rule with another value for one of its numbers."""
+    if not isinstance(inner, Rule):
+        raise AttributeError(f"{name}: {type(inner).__name__} is a rule of one's own, which holds its own numbers")
+    return inner.replaced(name, value)
 
 
 def precision(value: Any) -> str:

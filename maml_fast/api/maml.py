@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal, overload
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from ..algorithms import rules
 from ..algorithms.goal import Mode
+from ..algorithms.rules import OwnRule, Rule
 from ..graph import losses
 from ..graph.model import Adapts
 from ..graph.structure import Data
@@ -38,6 +41,11 @@ class MAML(nn.Module):
         allow_nograd: accepted for learn2learn's signature. Frozen parameters
             (`requires_grad=False`) are always constants.
         steps: K ≥ 0, the number of inner steps.
+        inner: in place of `lr` another inner rule, differentiated through with its state: `mf.SGD` (momentum, weight
+            decay), `mf.Adam`, `mf.AdamW`, `mf.RMSprop`; `lr=α` is short for `inner=mf.SGD(α)`. Or one's own: an
+            object with `init(theta) -> state` and `update(theta, gradient, state, step) -> (theta, state)` over
+            dictionaries by parameter name, in tensor operations; if it is an `nn.Module`, its parameters are among
+            `parameters()`. A rule gets a gradient of zeros for a parameter that the loss does not use.
         step_weights: w_0 … w_K: a task's objective is Σ_k w_k L_q(θ_k), in one pass (MAML++, Antoniou et al.,
             arXiv 1810.09502); None for L_q(θ_K). Assign others to anneal them: a plan is made for each set of numbers.
         loss: `"mse"`, `"cross_entropy"`, `"bce_with_logits"`, `"l1"`, `"huber"`, the matching
@@ -67,7 +75,7 @@ class MAML(nn.Module):
     task's y in the structure that was given. Samples of the query set may have another shape than those of the support
     set. The fused backends run one tensor of the parameters' dtype and one shape of samples, the others any.
 
-    `lr`, `steps` and every other argument after `model` but `adapts` may be assigned later: `maml.steps = 10`.
+    `lr`, `inner`, `steps` and every other argument after `model` but `adapts` may be assigned later: `maml.steps = 10`.
 
     Buffers are constants on every backend: a pass starts from the module's own, and what forward writes into them (the
     running statistics of a norm, the iterates of `spectral_norm`) is thrown away. BatchNorm uses the statistics of the
@@ -79,7 +87,8 @@ class MAML(nn.Module):
         RuntimeError: the named backend cannot run the model; the message lists why.
     """
 
-    lr: RateLike  # a number or mapping stands in __dict__, a parameter is registered
+    lr: RateLike | None  # a number or mapping stands in __dict__, a parameter is registered
+    inner: Rule | OwnRule
     loss: losses.Loss
     steps: int
     step_weights: tuple[float, ...] | None
@@ -94,11 +103,12 @@ class MAML(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        lr: RateLike,
+        lr: RateLike | None = None,
         first_order: bool = False,
         allow_unused: bool | None = None,
         allow_nograd: bool = False,
         *,
+        inner: Rule | OwnRule | None = None,
         steps: int = 1,
         step_weights: Sequence[float] | Tensor | None = None,
         loss: losses.LossLike = "cross_entropy",
@@ -126,32 +136,57 @@ class MAML(nn.Module):
             "precision": precision,
             "check": check,
         }
+        checks.one_of(lr=lr, inner=inner)
         settings = {name: check(given[name]) for name, check in CHECKED.items()}
         self.__dict__.update(settings)
         self._adapts = adapts if adapts is None or callable(adapts) or isinstance(adapts, str) else tuple(adapts)
-        self._start(Settings(**settings), lr)
+        rule = rules.SGD(lr) if inner is None else checks.rule(inner)
+        self._start(Settings(**settings), rule)
 
-    def _start(self, settings: Settings, lr: RateLike, again: bool = False) -> None:
-        self._preparer = Preparer(self.module, self._adapts, settings, lr, again)
+    def _start(self, settings: Settings, inner: Rule | OwnRule, again: bool = False) -> None:
+        lr, rule = _taken(inner)
+        self._preparer = Preparer(self.module, self._adapts, replace(settings, rule=rule), lr, again)
         compiled.register(self._preparer)
+        self._show_rule(inner)
         self._show_rates(self._preparer.rates)
         self._show_learned()
 
     def __setattr__(self, name: str, value: Any) -> None:
         preparer = self.__dict__.get("_preparer")
-        if preparer is not None and name.startswith("lr"):
-            lr = value if name == "lr" else preparer.rates.replaced(name, value)
-            if lr is not None:
-                old = preparer.rates
-                preparer.set_rates(lr, settled=name != "lr")
-                self._show_rates(preparer.rates, old)
-                return
+        if preparer is not None and (rule := self._rule_with(name, value)) is not None:
+            self._take(rule, settled=name not in ("lr", "inner"))
+            return
         if name in CHECKED:
             value = CHECKED[name](value)
             self._preparer.set(name, value)
         super().__setattr__(name, value)
         if name == "loss":
             self._show_learned()
+
+    def _rule_with(self, name: str, value: Any) -> Rule | OwnRule | None:
+        """The inner rule after an assignment; None where that is not of the rule."""
+        if name == "inner":
+            return checks.rule(value)
+        if name == "lr":
+            return checks.with_number(self.inner, "lr", value)
+        replaced = self._preparer.rates.replaced(name, value)
+        return None if replaced is None else checks.with_number(self.inner, *replaced)
+
+    def _take(self, inner: Rule | OwnRule, settled: bool = False) -> None:
+        """Another inner rule, or the same with other numbers."""
+        old = self._preparer.rates
+        self._preparer.set_rates(*_taken(inner), settled)
+        self._show_rule(inner)
+        self._show_rates(self._preparer.rates, old)
+
+    def _show_rule(self, inner: Rule | OwnRule) -> None:
+        """Answer to `inner`; a rule that is a module is registered, so that `parameters()` yields its own."""
+        self._modules.pop("inner", None)
+        self.__dict__.pop("inner", None)
+        if isinstance(inner, nn.Module):
+            self.add_module("inner", inner)
+        else:
+            self.__dict__["inner"] = inner
 
     def _show_learned(self) -> None:
         """Register a loss that is a module with parameters of its own, so that `parameters()` yields them."""
@@ -179,7 +214,7 @@ class MAML(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._start(Settings(**{name: self.__dict__[name] for name in CHECKED}), self.lr, again=True)
+        self._start(Settings(**{name: self.__dict__[name] for name in CHECKED}), self.inner, again=True)
 
     # ---- the public calls ----------------------------------------------------------------------
 
@@ -294,6 +329,14 @@ class MAML(nn.Module):
         y_q: Data | None = None,
     ) -> Prepared:
         return self._preparer.prepare(mode, x_s, y_s, x_q, y_q)
+
+
+def _taken(inner: Rule | OwnRule) -> tuple[RateLike | None, Rule | OwnRule | None]:
+    """The rates, None for a rule of one's own, and the rule, None for plain gradient descent."""
+    if not isinstance(inner, Rule):
+        return None, inner
+    plain = isinstance(inner, rules.SGD) and inner.is_plain
+    return inner.numbers["lr"], None if plain else inner
 
 
 def _loss_of(result: Result, outputs: bool) -> Tensor | tuple[Tensor, Any]:

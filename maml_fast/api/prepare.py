@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..algorithms.goal import Inner, Mode, Needs
+from ..algorithms.rules import OwnRule, Rule
 from ..backends import dispatch, verbose
 from ..backends.randomness import new_seed
 from ..graph import losses, structure
@@ -128,6 +129,7 @@ class Settings:
     threads: int | None
     precision: str
     check: str
+    rule: Rule | OwnRule | None = None
 
 
 CHECKED: dict[str, Callable[[Any], Any]] = {
@@ -142,7 +144,7 @@ CHECKED: dict[str, Callable[[Any], Any]] = {
     "precision": checks.precision,
     "check": when,
 }
-"""Every setting's name, and what checks and normalises its value."""
+"""What checks and normalises the value of every setting, but of the inner rule, which comes with its numbers."""
 
 
 def _seed_of(plan: Plan, seed: int | None) -> int | None:
@@ -155,21 +157,22 @@ class Preparer:
 
     Args:
         module: the user's network. adapts: see `Model`.
-        settings: the algorithm and how to run it. lr: the learning rates. settled: see `LearningRates`.
+        settings: the algorithm and how to run it. lr: the learning rates, if the rule takes them.
+        settled: see `LearningRates`.
     """
 
     def __init__(
-        self, module: nn.Module, adapts: Adapts, settings: Settings, lr: RateLike, settled: bool = False
+        self, module: nn.Module, adapts: Adapts, settings: Settings, lr: RateLike | None, settled: bool = False
     ) -> None:
         self.handle = -1
         self.module = module
         self.adapts = adapts
         self.model = self._snapshot()
-        self.rates = LearningRates(lr, self.model, settled)
+        self.rates = LearningRates(lr, self.model, settled, settings.rule)
         self._objectives: dict[losses.Loss, Objective] = {}
         self.objective = self.objective_of(settings.loss)
         self._settings = settings
-        self._states: dict[tuple[Settings, Rates], int] = {}
+        self._states: dict[tuple[Settings, Rates, Hashable], int] = {}
         self._first_state = 0
         self._plans: dict[Any, Call] = {}
         self._latest: dict[Mode, Call] = {}
@@ -189,10 +192,12 @@ class Preparer:
             self.objective = self.objective_of(value)
         self._enter_state()
 
-    def set_rates(self, lr: RateLike, settled: bool = False) -> None:
-        """Take new rates, for the module as it is now."""
+    def set_rates(self, lr: RateLike | None, rule: Rule | OwnRule | None, settled: bool = False) -> None:
+        """Take another inner rule with its numbers, for the module as it is now."""
         model = self._snapshot() if self.model.restructured() else self.model
-        self._follow(model, LearningRates(lr, model, settled))
+        rates = LearningRates(lr, model, settled, rule)
+        self._settings = replace(self._settings, rule=rule)
+        self._follow(model, rates)
 
     def plans(self) -> Iterator[Call]:
         """The calls planned so far, the least recently used first."""
@@ -200,11 +205,11 @@ class Preparer:
 
     def _enter_state(self) -> None:
         """Number the settings: a small int is hashed at every call instead of all of them. No number comes again."""
-        self._now = (self._settings, self.rates.shapes)
+        self._now = (self._settings, self.rates.shapes, self.rates.picture)
         self.state = self._states.setdefault(self._now, self._first_state + len(self._states))
 
-    def settings_of(self, state: int) -> tuple[Settings, Rates]:
-        """The settings with this number, and the shapes of the rates.
+    def settings_of(self, state: int) -> tuple[Settings, Rates, Hashable]:
+        """The settings with this number, the shapes of the rates, and the state of a rule of a person's own.
 
         Raises:
             RuntimeError: they are of a model that is no more.
@@ -285,6 +290,8 @@ class Preparer:
             given: takes the place of the parameters, rates and settings that there are.
             seed: of the random numbers; None for a new one.
         """
+        if not self.rates.holds():
+            self._follow(self.model, self.rates.following(self.model))
         if given is None and (again := self._again(mode, x_s, y_s, x_q, y_q, outputs, seed)) is not None:
             return again
         parameters = self._current_parameters()
@@ -321,7 +328,7 @@ class Preparer:
         new = call is None
         start = perf_counter() if new else 0.0
         if call is None:
-            settings, rate_shapes = self._now if given is None else self.settings_of(state)
+            settings, rate_shapes, _ = self._now if given is None else self.settings_of(state)
             self._check_batch(mode, settings, *batch)
             present = {n: v for n, v in zip(("x_s", "y_s", "x_q", "y_q"), batch, strict=True) if v is not None}
             with torch.inference_mode(False):  # what is made now is kept, and used outside
@@ -472,7 +479,7 @@ class Preparer:
         parameters = self.model.parameters()
         dtype, device, loss = common_dtype(parameters), common_device(parameters), settings.loss
         if mode is not Mode.APPLY:
-            checks.one_rate_per_step(self.rates.steps, settings.steps)
+            self.rates.check_steps(settings.steps)
             checks.inputs("x_s", x_s, dtype, device)
             checks.targets("y_s", y_s, "x_s", x_s, loss, dtype)
         if mode is not Mode.ADAPT:
@@ -541,7 +548,7 @@ class Preparer:
             mode=mode,
             model=self.model,
             objective=self.objective_of(settings.loss),
-            inner=Inner(settings.loss, settings.steps, settings.first_order, settings.step_weights),
+            inner=Inner(settings.loss, settings.steps, settings.first_order, settings.step_weights, settings.rule),
             rates=rates,
             needs=needs,
             tasks=x.shape[0],

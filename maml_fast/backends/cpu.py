@@ -98,6 +98,7 @@ class CpuBackend(Backend):
             reasons.append(f"dtype {plan.dtype} is neither float32 nor float64")
         graph, untraceable = plan.trace
         reasons += untraceable
+        reasons += filter(None, [plan.traced_rule[1]])
         if graph is not None:
             reasons += _unsupported(plan, graph)
         return reasons or _refused(plan)
@@ -113,7 +114,7 @@ class CpuBackend(Backend):
 
     def describe(self, plan: Plan) -> str:
         described = _call_of(plan).core.describe()
-        return cpu_text.text(described, plan.model.names, CLASSES, plan.dtype.itemsize)
+        return cpu_text.text(described, plan.model.names, CLASSES, plan.program, plan.dtype.itemsize)
 
     def profile(self, plan: Plan, tensors: Tensors) -> tuple[Result, list[Spent]]:
         call, spent = _call_of(plan), dict[str, Any]()
@@ -151,6 +152,10 @@ def _unsupported(plan: Plan, graph: Graph) -> list[str]:
     reasons = []
     if plan.inner.step_weights and plan.needs.x_q and plan.mode.differentiates:
         reasons.append("gradients with respect to query inputs of losses at several steps")
+    if plan.updates is not None:
+        used = graph.used_parameters()
+        idle = [n for i, n in enumerate(plan.model.names) if plan.adapts[i] and i not in used]
+        reasons += [f"the inner rule moves parameter {n!r}, which the loss does not use" for n in idle]
     for op in graph.live_ops():
         if op.kind not in KINDS and op.kind not in ACTIVATIONS and op.kind not in ("reshape", "spatial_mean"):
             reasons.append(f"layer {op.kind} has no kernel")
@@ -206,6 +211,7 @@ class _Call:
         self.new_objective = _new((), plan.dtype)
         self.new_outputs = _new((plan.tasks, plan.query, *(graph.returned or ())), plan.dtype)
         self.new_gradients = self._gradient_makers(plan, graph.used_parameters())
+        self.program = plan.program
         spec = Spec(plan, graph).as_dict()
         self.core = _core.Plan(spec, plan.dtype == torch.float64, _core.choose())
         self.reverse = plan.mode in (Mode.META_GRADIENT, Mode.VJP)
@@ -215,7 +221,7 @@ class _Call:
     @cached_property
     def labels(self) -> list[tuple[str, str]]:
         """The kind and the text of every instruction."""
-        return list(cpu_text.instructions(self.core.describe(), CLASSES))
+        return list(cpu_text.instructions(self.core.describe(), CLASSES, self.program))
 
     def __call__(self, plan: Plan, t: Tensors, spent: dict[str, Any] | None = None) -> Result:
         if self.draws and t.seed is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import fields
 from typing import Any, get_args
 
 from ..algorithms.goal import Mode
-from ..algorithms.program import Add, Batch, Instruction, Load, RateGradient, StoreParameters, Update
+from ..algorithms.program import Add, Batch, Instruction, Load, Pointwise, RateGradient, StoreParameters, Update
 from ..graph import structure
 from ..graph.boxes import Box, in_memory_order
 from ..graph.expressions import Expression, derivatives
@@ -19,6 +20,7 @@ from ..lower.expression_code import Code, compiled
 from ..lower.fusion import NORMS
 from ..lower.hoisting import steady_first
 from ..lower.plan import Plan
+from .cpu_functions import SlotFunctions
 
 KINDS = frozenset(
     (
@@ -129,6 +131,7 @@ def _code(code: Code) -> dict[str, Any]:
         "registers": code.registers,
         "steps": list(code.steps),
         "outputs": list(code.outputs),
+        "uniform": code.uniform,
     }
 
 
@@ -145,6 +148,7 @@ class Spec:
         ordered, steady = steady_first(graph, [adapts or self.loads for adapts in plan.model.adapts])
         self.steady = sum(op.kind != "reshape" for op in ordered[:steady])
         self.ops = [self._op(op) for op in ordered if not self._alias(op)]
+        self.slot_functions = SlotFunctions(plan)
         self.convolved = {op.parameters[0] for op in graph.live_ops() if op.kind == "conv"}
 
     def _alias(self, op: Op) -> bool:
@@ -258,6 +262,23 @@ class Spec:
         """(out, in, taps) of a convolution's weights, zeros for other parameters."""
         return (shape[0], shape[1], math.prod(shape[2:])) if parameter in self.convolved else (0, 0, 0)
 
+    def _instructions(self) -> list[dict[str, Any]]:
+        count = itertools.count()
+        return [_encode(i, next(count) if isinstance(i, Pointwise) else -1) for i in self.plan.program.instructions]
+
+    def _rate_sets(self) -> int:
+        """How many numbers a parameter has at most: of plain gradient descent one for each set of rates."""
+        return self.plan.rate_sets if self.plan.inner.rule is None else max(self.slot_functions.most_rates, 1)
+
+    def _rates_of(self, parameter: int) -> list[int]:
+        """A parameter's numbers: none where it does not adapt, whatever the plan's table holds there."""
+        plan = self.plan
+        if plan.inner.rule is None:
+            adapts = plan.model.adapts[parameter]
+            return [rates[parameter] if adapts else -1 for rates in plan.rates.sets]
+        own = self.slot_functions.rates[parameter]
+        return own + [-1] * (self._rate_sets() - len(own))
+
     def as_dict(self) -> dict[str, Any]:
         plan, graph = self.plan, self.graph
         used, loss = graph.used_parameters(), plan.loss
@@ -276,7 +297,7 @@ class Spec:
                     "size": math.prod(shape),
                     "adapts": adapts or self.loads,
                     "active": (trainable or self.loads) and i in used,
-                    "rates": _rates_of(plan, i),
+                    "rates": self._rates_of(i),
                     **dict(zip(("o", "c", "taps"), self._conv_dims(i, shape), strict=True)),
                 }
                 for i, (shape, adapts, trainable) in enumerate(
@@ -286,12 +307,14 @@ class Spec:
             "inputs": len(plan.inputs.others),
             "targets": other_targets(plan),
             "constants": [{"name": _name(c), "size": _elements(plan, c)} for c in self.constants],
-            "code": [_encode(i) for i in program.instructions],
+            "code": self._instructions(),
+            "codes": [_code(c) for c in self.slot_functions.codes],
+            "functions": self.slot_functions.functions,
             "tapes": [int(batch) for batch in program.tapes],
             "slots": program.slots,
             "support": plan.support,
             "query": plan.query,
-            "rate_sets": plan.rate_sets,
+            "rate_sets": self._rate_sets(),
             "rates": [
                 {"name": name, "size": math.prod(shape)}
                 for name, shape in zip(_rate_names(plan), plan.rates.shapes, strict=True)
@@ -305,12 +328,6 @@ class Spec:
             "low_rank": _allows_low_rank(plan),
             "tasks": plan.tasks,
         }
-
-
-def _rates_of(plan: Plan, parameter: int) -> list[int]:
-    """A parameter's rate in each set: none where it does not adapt, whatever the plan's table holds there."""
-    adapts = plan.model.adapts[parameter]
-    return [rates[parameter] if adapts else -1 for rates in plan.rates.sets]
 
 
 def _rate_names(plan: Plan) -> list[str]:
@@ -353,16 +370,18 @@ def _as_channels(image: Shape, attributes: Mapping[str, Attribute]) -> tuple[Sha
 
 def _allows_low_rank(plan: Plan) -> bool:
     """Whether adapted weights may stay factored: their factors must outlive the inner step they come from."""
-    program, stored = plan.program, (Load, StoreParameters, RateGradient, Add)
+    program, stored = plan.program, (Load, StoreParameters, RateGradient, Add, Pointwise)
     if any(isinstance(i, stored) for i in program.instructions):
         return False
     steps = sum(isinstance(i, Update) for i in program.instructions)
     return program.tapes.count(Batch.SUPPORT) == steps
 
 
-def _encode(instruction: Instruction) -> dict[str, Any]:
-    """An instruction's name and operands, an absent one as −1."""
+def _encode(instruction: Instruction, function: int) -> dict[str, Any]:
+    """An instruction's name and operands, an absent one as −1; the slots of a function stand with the function."""
     name, operands = INSTRUCTIONS[type(instruction)]
+    if isinstance(instruction, Pointwise):
+        return {"code": name, "function": function}
     given = {f: getattr(instruction, f) for f in operands}
     values = {f: -1 if v is None else v for f, v in given.items()}
     return {"code": name} | {f: v if isinstance(v, bool | float) else int(v) for f, v in values.items()}

@@ -9,20 +9,27 @@ from operator import itemgetter
 from textwrap import wrap
 from typing import Any
 
-from ..algorithms.program import Backward, Batch, Hvp, Instruction, Printer
+from ..algorithms.program import Backward, Batch, Hvp, Instruction, Pointwise, Printer, Program
 
 Described = Mapping[str, Any]
 """What `_core.Plan.describe` returns."""
 
 
-def text(described: Described, names: Sequence[str], kinds: Mapping[str, type[Instruction]], itemsize: int) -> str:
+def text(
+    described: Described,
+    names: Sequence[str],
+    kinds: Mapping[str, type[Instruction]],
+    program: Program,
+    itemsize: int,
+) -> str:
     """The whole description.
 
     Args:
-        names: of the parameters. kinds: classes of instructions by their name in the core. itemsize: bytes per element.
+        names: of the parameters. kinds: classes of instructions by their name in the core.
+        program: what was described to the core. itemsize: bytes per element.
     """
     lines = ["kernels:", *_operations(described, names), "instructions after fusion:"]
-    for number, (_, line) in enumerate(instructions(described, kinds)):
+    for number, (_, line) in enumerate(instructions(described, kinds, program)):
         lines.append(f"{number:4}  {line}")
     return "\n".join([*lines, *_memory(described, itemsize)])
 
@@ -39,11 +46,15 @@ def _operations(described: Described, names: Sequence[str]) -> Iterator[str]:
         yield ", ".join([f"  b{out} {described['features'][out]} = {op['kind']}({operands})", *notes])
 
 
-def instructions(described: Described, kinds: Mapping[str, type[Instruction]]) -> Iterator[tuple[str, str]]:
+def instructions(
+    described: Described, kinds: Mapping[str, type[Instruction]], program: Program
+) -> Iterator[tuple[str, str]]:
     """The kind of work that each instruction is, and the instruction as text."""
     printer = Printer()
+    functions = [i for i in program.instructions if isinstance(i, Pointwise)]
     for d in described["code"]:
-        instruction = _instruction(d, kinds[d["code"]])
+        own = functions[d["function"]] if d["function"] >= 0 else None
+        instruction = own or _instruction(d, kinds[d["code"]])
         batch = "" if d["tape"] < 0 else f" {Batch(described['tapes'][d['tape']]['batch'])}"
         tiles = f", by {d['sample_tiles']} sample tiles" if d["sample_tiles"] > 1 else ""
         yield f"{d['code']}{'' if 'loss' in d['code'] else batch}", _line(d, instruction, printer) + tiles
@@ -54,9 +65,9 @@ def _line(d: Mapping[str, Any], instruction: Instruction, printer: Printer) -> s
         theta = printer.read(instruction.theta)
         gradient = printer.text(instruction)
         return f"{printer.write(d['step'], 'θ')} = {theta} − α∘{gradient}"
-    if d["scaled"] and isinstance(instruction, Hvp):
+    if d["in_place"] and isinstance(instruction, Hvp):
         to = printer.read(d["out"]) if d["out"] >= 0 else "gradient"
-        return f"{to} −= α∘{printer.text(instruction)}"
+        return f"{to} −= {'α∘' if d['scaled'] else ''}{printer.text(instruction)}"
     return printer.line(instruction)
 
 

@@ -18,6 +18,7 @@ from ..lower.plan import Plan, Result, Tensors
 from .autograd import differentiate
 from .base import Backend
 from .composed import Composed
+from .inner_step import InnerSteps
 from .philox import Drawing
 
 _HOOKS = (
@@ -56,12 +57,12 @@ def _inner_loop(draws: Drawing, plan: Plan, t: Tensors, task: int) -> Iterator[l
     """θ_0 … θ_K of one task; with a graph back to θ_0 where the mode is a gradient's."""
     theta = list(t.parameters) if plan.mode.differentiates else _leaves(t.parameters, plan.model.trainable)
     adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
+    inner = InnerSteps(plan, t)
     for step in range(plan.inner.steps):
         yield theta
         if not adapted:
             continue
         draws.begin(step, task)
-        theta = list(theta)
         loss = plan.objective.value(_point(plan, theta, t.learned), _of(t.x_s, task), _of(t.y_s, task))
         gradients: Sequence[Tensor | None] = [None] * len(adapted)
         if loss.requires_grad:
@@ -71,10 +72,10 @@ def _inner_loop(draws: Drawing, plan: Plan, t: Tensors, task: int) -> Iterator[l
                 create_graph=plan.second_order,
                 allow_unused=True,
             )
-        for i, g in zip(adapted, gradients, strict=True):
-            if g is not None:
-                theta[i] = theta[i] - t.rates[plan.rates.of(step, i)] * g
-        theta = theta if plan.mode.differentiates else _leaves(theta, plan.model.trainable)
+        theta = inner.step(step, theta, gradients)
+        if not plan.mode.differentiates:
+            theta = _leaves(theta, plan.model.trainable)
+            inner.detach()
     yield theta
 
 

@@ -24,6 +24,7 @@ from ..lower.plan import Plan, Result, Tensors
 from .autograd import differentiate
 from .base import Backend
 from .composed import Composed
+from .inner_step import InnerSteps
 from .philox import Drawing
 
 
@@ -52,6 +53,7 @@ def _inner_loop(
     """θ_0 … θ_K of the task that vmap is at."""
     theta = list(t.parameters)
     adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
+    inner = InnerSteps(plan, t)
 
     def support_loss(fast: list[Tensor], theta: list[Tensor]) -> Tensor:
         values = list(theta)
@@ -65,10 +67,8 @@ def _inner_loop(
             continue
         draws.begin(step)
         gradients = grad(support_loss)([theta[i] for i in adapted], theta)
-        theta = list(theta)
-        for i, g in zip(adapted, gradients, strict=True):
-            g = g.detach() if plan.inner.first_order else g
-            theta[i] = theta[i] - t.rates[plan.rates.of(step, i)] * g
+        first_order = plan.inner.first_order
+        theta = inner.step(step, theta, [g.detach() if first_order else g for g in gradients])
     yield theta
 
 

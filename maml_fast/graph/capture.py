@@ -146,7 +146,7 @@ def capture(
     recorder, loss = Recorder(model.named(parameters), buffers), None
     try:
         standing_in = model.standing_in(model.named(parameters), buffers)
-        with _plain_pytorch(), META, recorder, standing_in, Questions(recorder, inputs.device):
+        with plain_pytorch(), META, recorder, standing_in, Questions(recorder, inputs.device):
             output = _called(model.module, inputs, given)
             of_forward = len(recorder.calls)
             if criterion is not None:
@@ -201,7 +201,7 @@ def _refuse_overwritten(calls: list[AtenCall], result: Any) -> None:
 
 
 @contextmanager
-def _plain_pytorch() -> Iterator[None]:
+def plain_pytorch() -> Iterator[None]:
     """Autograd on, automatic casts off, forward's warnings left to the real run."""
     with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
         warnings.simplefilter("ignore")

@@ -74,10 +74,12 @@ def decode(captured: Captured, samples: int, inputs: Inputs, name_of: Callable[[
     Raises:
         Untraceable: the output needs something that no fused kernel computes.
     """
-    return _Decoder(captured, samples, inputs, name_of).graph()
+    return Decoder(captured, samples, inputs, name_of).graph()
 
 
-class _Decoder:
+class Decoder:
+    """What the tensors of a captured pass stand for, and the graph under construction; see `decode`."""
+
     def __init__(self, captured: Captured, samples: int, inputs: Inputs, name_of: Callable[[Tensor], str]) -> None:
         self.captured, self.name_of = captured, name_of
         self.builder = GraphBuilder(samples, inputs.primary_shape, captured.dtype)
@@ -106,9 +108,14 @@ class _Decoder:
         x = self.builder.emit("input", [], shape, once=False, number=number, whole=whole, per_task=False)
         return replace(x, mask=dtype == torch.bool)
 
-    def graph(self) -> Graph:
+    def follow(self) -> None:
+        """Find out what the tensors of forward's calls stand for."""
         for call in self.captured.calls[: self.captured.of_forward]:
             self._call(call)
+
+    def graph(self) -> Graph:
+        """The graph of the pass."""
+        self.follow()
         if self.captured.loss is not None:
             return self._graph_with_loss()
         self._refuse_tensor_hooks()
@@ -126,7 +133,7 @@ class _Decoder:
         output = self.captured.output
         if not isinstance(output, Tensor):
             raise Untraceable(f"forward returns a {type(output).__name__}, not a single tensor")
-        meaning = self._read(output)
+        meaning = self.meaning(output)
         if isinstance(meaning, LogProbabilities):
             meaning = self.builder.lifted(meaning, "what forward returns")
         if not isinstance(meaning, Value) or meaning.mask:
@@ -140,7 +147,7 @@ class _Decoder:
         for call in self.captured.calls[self.captured.of_forward :]:
             self._call(call)
         self._refuse_tensor_hooks()
-        meaning = self._read(loss) if isinstance(loss, Tensor) else None
+        meaning = self.meaning(loss) if isinstance(loss, Tensor) else None
         if not isinstance(meaning, Losses) or meaning.shape != ():
             return self._graph_of_value(meaning, returned)
         factor = meaning.factor * (self.builder.samples if meaning.of_sum else 1)
@@ -180,7 +187,7 @@ class _Decoder:
 
     def _call(self, call: AtenCall) -> None:
         if call.name == "check":
-            self._check(self._read(call.args[0]))
+            self._check(self.meaning(call.args[0]))
             return
         if call.name == "native_batch_norm" and call.written:
             call = replace(call, args=(*call.args[:3], None, None, *call.args[5:]))
@@ -216,7 +223,7 @@ class _Decoder:
         """What autograd has kept of an operation's result for its derivative, and gives out with its history."""
         made = self._results.get((node_of(tensor), tensor.output_nr))
         if made is not None:
-            return self._read(made)
+            return self.meaning(made)
         raise Untraceable("forward takes a derivative through something that the capture has not seen")
 
     def _is_written(self, tensor: Tensor) -> bool:
@@ -275,7 +282,7 @@ class _Decoder:
                 continue
             with suppress(Untraceable):
                 value = self.builder.lifted(meaning, "a write")
-                old = self._read(bound.tensor)
+                old = self.meaning(bound.tensor)
                 changed = overwritten(self.builder, old, value, place, tuple(bound.tensor.shape))
                 return ((bound.tensor, changed),)
         return ()
@@ -285,7 +292,8 @@ class _Decoder:
         try:
             if not isinstance(meaning, Value):
                 return meaning
-            return pointwise(self.builder, "graft", lambda v, s: expression("graft", v, s), meaning, self._read(target))
+            old = self.meaning(target)
+            return pointwise(self.builder, "graft", lambda v, s: expression("graft", v, s), meaning, old)
         except Untraceable as error:
             return Unknown(str(error))
 
@@ -352,7 +360,7 @@ class _Decoder:
         """Whether a comparison of whole numbers comes out the same with floating point numbers in their place."""
         unknown = 0
         for tensor in filter(_is_whole, tensors_in((call.args, call.kwargs))):
-            meaning = self._read(tensor)
+            meaning = self.meaning(tensor)
             if not isinstance(meaning, Literal) or bool((meaning.tensor.abs() >= _EXACT).any()):
                 unknown += 1
         return unknown == 0 or (unknown == 1 and _is_small((call.args, call.kwargs)))
@@ -360,14 +368,14 @@ class _Decoder:
     def _resolve(self, argument: Any) -> Any:
         """The argument with meanings for tensors."""
         if isinstance(argument, Tensor):
-            return self._read(argument)
+            return self.meaning(argument)
         if isinstance(argument, tuple | list):
             return [self._resolve(a) for a in argument]
         if isinstance(argument, dict):
             return {k: self._resolve(v) for k, v in argument.items()}
         return argument
 
-    def _read(self, tensor: Tensor) -> Any:
+    def meaning(self, tensor: Tensor) -> Any:
         """What a tensor stands for.
 
         Raises:
@@ -397,9 +405,9 @@ class _Decoder:
             if whole.stale or isinstance(whole.meaning, Unknown) or not are_views(whole.tensor, tensor):
                 continue
             if is_whole(whole.tensor) and is_whole(tensor):
-                meaning = reshaped(self.builder, self._read(whole.tensor), tensor.shape)
+                meaning = reshaped(self.builder, self.meaning(whole.tensor), tensor.shape)
             elif (place := region(whole.tensor, tensor)) is not None:
-                meaning = part(self.builder, self._read(whole.tensor), place)
+                meaning = part(self.builder, self.meaning(whole.tensor), place)
                 meaning = reshaped(self.builder, meaning, tensor.shape)
             else:
                 continue

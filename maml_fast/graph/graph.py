@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from ..cached import cached_property
+from .expressions import Expression, variable
 
 Shape = tuple[int, ...]
 Attribute: TypeAlias = Any  # float | int | tuple[int, ...]; the layer's kind and the attribute's name tell which
@@ -79,6 +80,17 @@ class Op:
     parameters: tuple[int | None, ...] = ()
     attributes: Mapping[str, Attribute] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
+
+    def function(self) -> Expression | None:
+        """What it does to every element, as an expression of its operands x0, x1, …; None where it is none."""
+        if self.kind == "pointwise":
+            expression: Expression = self.attributes["expression"]
+            return expression
+        if self.kind == "affine":
+            return variable("x0") * self.attributes["factor"] + self.attributes["shift"]
+        if self.kind == "add":
+            return variable("x0") + variable("x1") * self.attributes["alpha"]
+        return None
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class _Merger:
                 inputs.append(self._constant(a.value, b.value, (1,) * len(self.shapes[op.output])))
             return pairs[a.value, b.value]
 
-        expression = paired(*map(_function, (op, other)))
+        expression = paired(*map(_expression, (op, other)))
         name = op.attributes.get("name", op.kind)
         return replace(op, kind="pointwise", inputs=tuple(inputs), attributes={"name": name, "expression": expression})
 
@@ -89,9 +89,7 @@ class _Merger:
 _NUMBERS = ("numbers", "expression", "factor", "shift")
 
 
-def _function(op: Op) -> Expression:
-    if op.kind == "pointwise":
-        expression: Expression = op.attributes["expression"]
-        return expression
-    x = variable("x0")
-    return x * op.attributes["factor"] + op.attributes["shift"]
+def _expression(op: Op) -> Expression:
+    found = op.function()
+    assert found is not None  # only what has an expression holds numbers
+    return found

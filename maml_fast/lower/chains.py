@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..graph.expressions import Expression, call, variable
-from ..graph.expressions.language import in_order
+from ..graph.expressions import variable
+from ..graph.expressions.language import in_order, substituted
 from ..graph.graph import Graph, Op
 
 MOST_OPERANDS, MOST_PARTS = 8, 32
@@ -37,7 +37,7 @@ def chain(graph: Graph) -> Graph:
 
 def _with_operands(graph: Graph, op: Op, made: Mapping[int, Op], uses: Mapping[int, int]) -> Op:
     """The op with those of its operands taken in that can be."""
-    function = _function(op)
+    function = op.function()
     if function is None:
         return op
     for v in dict.fromkeys(op.inputs):
@@ -58,16 +58,16 @@ def _alike(graph: Graph, inner: Op, outer: Op) -> bool:
 
 def _taken(op: Op, v: int, inner: Op) -> Op | None:
     """`op` with `inner`, which makes its operand v, taken in; None where that is no gain or too many operands."""
-    outer_function, inner_function = _function(op), _function(inner)
+    outer_function, inner_function = op.function(), inner.function()
     if outer_function is None or inner_function is None or "pointwise" not in (op.kind, inner.kind):
         return None
     inputs = tuple(dict.fromkeys([*(i for i in op.inputs if i != v), *inner.inputs]))
     if len(inputs) > MOST_OPERANDS:
         return None
     place = {i: variable(f"x{j}") for j, i in enumerate(inputs)}
-    within = _substituted(inner_function, {f"x{j}": place[i] for j, i in enumerate(inner.inputs)})
+    within = substituted(inner_function, {f"x{j}": place[i] for j, i in enumerate(inner.inputs)})
     given = {f"x{j}": within if i == v else place[i] for j, i in enumerate(op.inputs)}
-    expression = _substituted(outer_function, given)
+    expression = substituted(outer_function, given)
     if len(in_order([expression])) > MOST_PARTS:
         return None
     attributes = {"name": f"{_name(op)}∘{_name(inner)}", "expression": expression}
@@ -76,28 +76,3 @@ def _taken(op: Op, v: int, inner: Op) -> Op | None:
 
 def _name(op: Op) -> str:
     return str(op.attributes.get("name", op.kind))
-
-
-def _function(op: Op) -> Expression | None:
-    """The op as an expression of its operands x0, x1, …; None where it is none."""
-    if op.kind == "pointwise":
-        expression: Expression = op.attributes["expression"]
-        return expression
-    x, y = variable("x0"), variable("x1")
-    if op.kind == "affine":
-        return x * op.attributes["factor"] + op.attributes["shift"]
-    if op.kind == "add":
-        return x + y * op.attributes["alpha"]
-    return None
-
-
-def _substituted(x: Expression, values: Mapping[str, Expression]) -> Expression:
-    """The expression with others in place of its variables."""
-    known: dict[int, Expression] = {}
-    for part in in_order([x]):
-        arguments = [known[id(a)] for a in part.arguments]
-        if part.name == "variable":
-            known[id(part)] = values[str(part.value)]
-        else:
-            known[id(part)] = call(part.name, *arguments) if arguments else part
-    return known[id(x)]

@@ -12,13 +12,16 @@ from torch import Tensor
 from ..algorithms import maml
 from ..algorithms.goal import Inner, Mode, Needs
 from ..algorithms.program import Program
+from ..algorithms.tracing import traced
+from ..algorithms.updates import Updates
 from ..cached import cached_property
 from ..graph import structure
 from ..graph.capture import Criterion
-from ..graph.graph import Graph, LossOp
+from ..graph.graph import Graph, LossOp, Untraceable
 from ..graph.inputs import Inputs
 from ..graph.model import Model
 from ..graph.objective import Objective
+from ..graph.stand_ins import lock
 from ..graph.trace import trace
 from .chains import chain
 from .channels_last import channels_last
@@ -39,14 +42,17 @@ class Rates:
     Attributes:
         shapes: shape of each rate tensor: `()` or that of its parameter.
         sets: for all inner steps or for each of them, the index of each parameter's rate.
+        others: likewise by name the further numbers of an inner rule.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     sets: tuple[tuple[int, ...], ...]
+    others: tuple[tuple[str, tuple[tuple[int, ...], ...]], ...] = ()
 
-    def of(self, step: int, parameter: int) -> int:
-        """Index of the parameter's rate at an inner step."""
-        return self.sets[step if len(self.sets) > 1 else 0][parameter]
+    def of(self, step: int, parameter: int, name: str = "lr") -> int:
+        """Index of the parameter's rate at an inner step, or of another number of the rule."""
+        sets = self.sets if name == "lr" else dict(self.others)[name]
+        return sets[step if len(sets) > 1 else 0][parameter]
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,29 @@ class Plan:
     def rate_sets(self) -> int:
         """How many sets of rates there are: one for all inner steps, or one for each."""
         return len(self.rates.sets)
+
+    @property
+    def updates(self) -> Updates | None:
+        """The steps of the inner rule, as far as it is traced; None for plain gradient descent."""
+        return self.traced_rule[0]
+
+    @cached_property
+    def traced_rule(self) -> tuple[Updates | None, str]:
+        """The steps of the inner rule, or why they are no expressions; neither for plain gradient descent."""
+        rule, model = self.inner.rule, self.model
+        if rule is None or self.mode is Mode.APPLY or not any(self.adapts):
+            return None, ""
+        adapted = {n: (i, model.shapes[i]) for i, n in enumerate(model.names) if model.adapts[i]}
+
+        def number(name: str, step: int, parameter: int) -> int:
+            return self.rates.of(step, parameter, name)
+
+        try:
+            with lock:  # equal expressions are one object
+                return traced(rule, adapted, self.inner.steps, number, self.dtype), ""
+        except Untraceable as error:
+            kind = type(rule).__name__
+            return None, f"inner: {kind} is not computed element by element by what kernels know: {error}"
 
     @property
     def draws(self) -> bool | None:
@@ -197,8 +226,15 @@ class Plan:
 
     @cached_property
     def program(self) -> Program:
-        """The algorithm's instructions for this mode; tapes are saved if they fit `tape_bytes`."""
-        return maml.emit(self, save=self.saved_tapes_bytes() <= self.tape_bytes)
+        """The algorithm's instructions for this mode; tapes are saved if they fit `tape_bytes`.
+
+        Raises:
+            Untraceable: the inner rule is not made of expressions.
+        """
+        if reason := self.traced_rule[1]:
+            raise Untraceable(reason)
+        with lock:
+            return maml.emit(self, save=self.saved_tapes_bytes() <= self.tape_bytes)
 
     @cached_property
     def lean_program(self) -> Program:

@@ -15,4 +15,4 @@ def text(plan: Plan) -> str:
         sections.append("graph, shapes per sample:\n" + indent(graph.text(names), "  "))
         if (lowered := kernels.text(names)) != graph.text(names):
             sections.append("graph for kernels, images channels last:\n" + indent(lowered, "  "))
-    return "\n".join([*sections, str(plan.program)])
+    return "\n".join([*sections, plan.traced_rule[1] or str(plan.program)])

@@ -55,6 +55,8 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
     reasons = [] if graph.used_parameters() else ["the output depends on no parameter"]
     if plan.rate_sets > 1:
         reasons.append("learning rates of each inner step have no kernel")
+    if plan.inner.rule is not None:
+        reasons.append(f"the inner rule {type(plan.inner.rule).__name__} has no kernel")
     if plan.inner.step_weights:
         reasons.append("query losses at several steps have no kernel")
     for op in graph.live_ops():

@@ -262,6 +262,18 @@ def opaque(x: Expression) -> Expression:
     return known[id(x)]
 
 
+def substituted(x: Expression, values: Mapping[str, Expression]) -> Expression:
+    """The expression with others in place of its variables, those that have one."""
+    known: dict[int, Expression] = {}
+    for part in in_order([x]):
+        arguments = [known[id(a)] for a in part.arguments]
+        if part.name == "variable":
+            known[id(part)] = values.get(str(part.value), part)
+        else:
+            known[id(part)] = call(part.name, *arguments) if arguments else part
+    return known[id(x)]
+
+
 def in_order(roots: list[Expression]) -> list[Expression]:
     """Every expression that the roots are made of, once, arguments before what they are arguments of."""
     found: dict[int, Expression] = {}

@@ -1,0 +1,64 @@
+// Part of Engine: what an inner rule and its adjoint do to slots, element by element of the parameters that adapt.
+
+void slot_function(const SlotFunction& f) {
+    for (int p = 0; p < plan_.n_params;) {
+        const int first = p;
+        long size = plan_.params[p++].size;
+        if (!f.of[first].code) continue;
+        while (p < plan_.n_params && f.of[p].runs_on) size += plan_.params[p++].size;
+        slot_run(f, first, size);
+    }
+}
+
+// A run of elements that begins with a parameter's first.
+void slot_run(const SlotFunction& f, int param, long size) {
+    const SlotFunctionOf& of = f.of[param];
+    const Expression& e = of.code->expression;
+    const Param& p = plan_.params[param];
+    const int n_read = f.n_ins + of.n_numbers;
+    S* memory = ws_ + plan_.blocks_scratch;
+    fill_uniform(f, of, p, memory);
+    for (long b = 0; b < B_; ++b) {
+        const S* base[kMostPlaces];
+        for (int i = 0; i < f.n_ins; ++i) base[i] = weight(f.ins[i], param).of(b);
+        for (int i = 0; i < of.n_numbers; ++i)
+            base[f.n_ins + i] = p.rates[of.numbers[i]].elementwise ? rate(p, of.numbers[i]) : nullptr;
+        for (long start = 0; start < size; start += kSlotBlock) {
+            const long n = least(kSlotBlock, size - start);
+            auto place = [&](int i) {
+                return i < n_read && base[i] ? const_cast<S*>(base[i]) + start : memory + i * kSlotBlock;
+            };
+            for (const Step* s = e.steps + of.code->n_uniform; s < e.steps + e.n_steps; ++s)
+                step_block<S>(*s, n, place);
+            for (int i = 0; i < of.n_gradients; ++i)
+                add_number_gradient(p.rates[of.gradients[i]], start, n, place(e.outputs[f.n_outs + i]));
+            for (int i = 0; i < f.n_outs; ++i)
+                if (e.outputs[i] >= 0) copy(place(e.outputs[i]), slot(f.outs[i], p, b) + start, n);
+        }
+    }
+}
+
+// Blocks of what is the same for all elements: scalar numbers, constants, and what is computed of them alone.
+void fill_uniform(const SlotFunction& f, const SlotFunctionOf& of, const Param& p, S* memory) const {
+    const Expression& e = of.code->expression;
+    double value[kMostPlaces];
+    auto keep = [&](int place, double v) {
+        value[place] = v;
+        fill(memory + place * kSlotBlock, kSlotBlock, S(v));
+    };
+    for (int i = 0; i < of.n_numbers; ++i)
+        if (!p.rates[of.numbers[i]].elementwise) keep(f.n_ins + i, double(*rate(p, of.numbers[i])));
+    for (int i = 0; i < e.n_constants; ++i) keep(f.n_ins + of.n_numbers + i, e.constants[i]);
+    for (const Step* s = e.steps; s < e.steps + of.code->n_uniform; ++s) {
+        step_block<double>(*s, 1, [&](int i) { return value + i; });
+        keep(s->out, value[s->out]);
+    }
+}
+
+void add_number_gradient(const RateOf& r, long start, long n, const S* values) {
+    S* to = partial_ + plan_.sums + plan_.rate_offset[r.index];
+    if (r.elementwise)
+        for (long i = 0; i < n; ++i) to[start + i] += values[i];
+    else
+        *to += sum_of<S>(n, [=](long i) { return values[i]; });
+}

@@ -1,0 +1,204 @@
+"""From an inner rule to its steps as expressions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..graph.elementwise import expressions_of, stand_in
+from ..graph.expressions import Expression, variable
+from ..graph.expressions.language import in_order, substituted
+from ..graph.graph import Shape, Untraceable
+from .rules import OwnRule, Rule
+from .stepping import learned_by, moved, started
+from .updates import Moved, Updates, with_start
+
+Parameters = Mapping[str, tuple[int, Shape]]
+"""By name the index and shape of each parameter that adapts."""
+
+
+def traced(
+    rule: Rule | OwnRule, parameters: Parameters, steps: int, number: Callable[[str, int, int], int], dtype: torch.dtype
+) -> Updates:
+    """The steps of a rule.
+
+    Args:
+        number: (name, inner step, parameter) to the index of a number of the package's own rules; the parameters of a
+            module that is a rule are numbered as they stand.
+
+    Raises:
+        Untraceable: a step is not made of expressions, element by element.
+    """
+    if isinstance(rule, Rule):
+        return Updates([_of_rule(rule, parameters, k, number) for k in range(steps)])
+    return Updates(_Own(rule, parameters, dtype).steps(steps))
+
+
+# ---- the package's own: the same for every parameter ---------------------------------------------
+
+
+def _of_rule(rule: Rule, parameters: Parameters, step: int, number: Callable[[str, int, int], int]) -> dict[int, Moved]:
+    names = ("t", "g", *rule.numbers)
+    count = _states_of(rule) if step else 0
+    given = {name: stand_in((), torch.float64) for name in (*names, *(f"s{i}" for i in range(count)))}
+
+    def update() -> Any:
+        numbers = {n: given[n] for n in rule.numbers}
+        return rule.update(numbers, given["t"], given["g"], tuple(given[f"s{i}"] for i in range(count)), step)
+
+    theta, *state = expressions_of(update, given, lambda made: [(t, ()) for t in (made[0], *made[1])])
+    of = {}
+    for index, _ in parameters.values():
+        values = {name: variable(f"n{number(name, step, index)}") for name in rule.numbers}
+        of[index] = Moved(substituted(theta, values), tuple(substituted(s, values) for s in state))
+    return of
+
+
+def _states_of(rule: Rule) -> int:
+    """How many tensors of state a parameter has."""
+    one = torch.ones((), dtype=torch.float64)
+    return len(rule.update(dict.fromkeys(rule.numbers, one), one, one, (), 0)[1])
+
+
+# ---- one's own -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of a state: which of the tree's leaves, the parameter that it belongs to, and its place there."""
+
+    leaf: int
+    parameter: str
+    place: int
+
+
+class _Own:
+    """Traces a rule of one's own on stand-ins for all parameters, one step after the other."""
+
+    def __init__(self, rule: OwnRule, parameters: Parameters, dtype: torch.dtype) -> None:
+        self._rule, self._parameters, self._dtype = rule, parameters, dtype
+        self._learned = {n: (i, tuple(p.shape), p.dtype) for i, (n, p) in enumerate(learned_by(rule).items())}
+
+    def steps(self, count: int) -> list[dict[int, Moved]]:
+        theta = self._stand_ins()
+        learned = {f"n{i}": stand_in(shape, dtype) for i, shape, dtype in self._learned.values()}
+        by_name = dict(zip(self._learned, learned.values(), strict=True))
+        given = {**_prefixed("t", theta), **learned}
+        tree: list[Any] = []
+
+        def init() -> Any:
+            tree.append(started(self._rule, theta, by_name))
+            return tree[0]
+
+        begun = self._expressions(init, given, self._owned)
+        found = []
+        for k in range(count):
+            state, parts = tree[-1], self._parts(tree[-1])
+            moved_now, following = self._step(k, state, parts, by_name, learned)
+            if k == 0:
+                starts = {n: [e for e, p in zip(begun, parts, strict=True) if p.parameter == n] for n in theta}
+                moved_now = {n: with_start(m, starts[n]) for n, m in moved_now.items()}
+            found.append({self._parameters[n][0]: m for n, m in moved_now.items()})
+            tree.append(following)
+        return found
+
+    def _step(
+        self, k: int, state: Any, parts: Sequence[_Part], by_name: dict[str, Tensor], learned: dict[str, Tensor]
+    ) -> tuple[dict[str, Moved], Any]:
+        theta, gradient = self._stand_ins(), self._stand_ins()
+        flat, form = pytree.tree_flatten(state)
+        held = {f"s{p.place}:{p.parameter}": stand_in(self._parameters[p.parameter][1], self._dtype) for p in parts}
+        for part, tensor in zip(parts, held.values(), strict=True):
+            flat[part.leaf] = tensor
+        made: list[Any] = []
+
+        def update() -> Any:
+            now = pytree.tree_unflatten(flat, form)
+            made.append(moved(self._rule, theta, gradient, now, k, _no_numbers, by_name))
+            return made[0]
+
+        given = {**_prefixed("t", theta), **_prefixed("g", gradient), **held, **learned}
+        made_of = self._expressions(
+            update, given, lambda result: [*((result[0][n], n) for n in theta), *self._owned(result[1])]
+        )
+        after, states = self._parts(made[0][1]), made_of[len(theta) :]
+        of = {
+            n: Moved(e, tuple(s for s, p in zip(states, after, strict=True) if p.parameter == n))
+            for n, e in zip(theta, made_of, strict=False)
+        }
+        return of, made[0][1]
+
+    def _expressions(
+        self,
+        function: Callable[[], Any],
+        given: Mapping[str, Tensor],
+        results: Callable[[Any], list[tuple[Tensor, str]]],
+    ) -> list[Expression]:
+        """Of results, each with the parameter that it belongs to, as expressions of that one's variables."""
+        owners: list[str] = []
+
+        def with_shapes(made: Any) -> list[tuple[Tensor, Shape]]:
+            found = results(made)
+            owners[:] = [name for _, name in found]
+            return [(tensor, self._parameters[name][1]) for tensor, name in found]
+
+        made = expressions_of(function, given, with_shapes)
+        return [self._of_one(e, n) for e, n in zip(made, owners, strict=True)]
+
+    def _owned(self, state: Any) -> list[tuple[Tensor, str]]:
+        leaves = pytree.tree_leaves(state)
+        return [(leaves[p.leaf], p.parameter) for p in self._parts(state)]
+
+    def _of_one(self, expression: Expression, name: str) -> Expression:
+        """The expression of one parameter's variables."""
+        values = {}
+        for x in in_order([expression]):
+            if x.name != "variable":
+                continue
+            kind, _, owner = str(x.value).partition(":")
+            if not owner:
+                self._check_number(int(kind[1:]), name)
+            elif owner != name:
+                raise Untraceable(f"{name!r} moves by what belongs to {owner!r}")
+            else:
+                values[str(x.value)] = variable(kind)
+        return substituted(expression, values)
+
+    def _check_number(self, index: int, name: str) -> None:
+        shape = next(s for i, s, _ in self._learned.values() if i == index)
+        if math.prod(shape) != 1 and shape != self._parameters[name][1]:
+            raise Untraceable(f"{name!r} reads a number of shape {shape}, neither a scalar nor of its own shape")
+
+    def _stand_ins(self) -> dict[str, Tensor]:
+        return {n: stand_in(shape, self._dtype) for n, (_, shape) in self._parameters.items()}
+
+    def _parts(self, state: Any) -> list[_Part]:
+        """The tensors of a state, each with the parameter whose name its path has."""
+        places: dict[str, int] = {}
+        found = []
+        for leaf, (path, value) in enumerate(pytree.tree_flatten_with_path(state)[0]):
+            if not isinstance(value, Tensor):
+                if value is None or isinstance(value, int | float | str):
+                    continue
+                raise Untraceable(f"its state holds a {type(value).__name__}")
+            keys = [getattr(key, "key", None) for key in path]
+            name = next((k for k in keys if k in self._parameters), None)
+            if name is None or tuple(value.shape) != self._parameters[name][1]:
+                raise Untraceable("its state has a tensor that belongs to no parameter")
+            found.append(_Part(leaf, name, places.setdefault(name, 0)))
+            places[name] += 1
+        return found
+
+
+def _prefixed(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{kind}:{name}": t for name, t in tensors.items()}
+
+
+def _no_numbers(name: str, parameter: str, step: int) -> Tensor:
+    raise AssertionError(f"a rule of one's own has no number {name!r}")

@@ -1,0 +1,207 @@
+"""An inner rule's steps as expressions, and their adjoints, which are derived.
+
+With (λ, μ) the adjoints of (θ, m) behind a step, those before it and that of the gradient are
+
+    (λ_k, μ_k, γ_k) = adjoint of U_k at (λ_{k+1}, μ_{k+1})
+
+to which the program adds H_k γ_k. Variables: `t` θ_k, `g` g_k, `s0` … the state m_k, `a0` … m_{k+1}, `l` λ_{k+1},
+`m0` … the state's adjoint, and `n<i>` the i-th of the rule's numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+from ..graph.expressions import Expression, call, constant, variable
+from ..graph.expressions.derive import pull_back
+from ..graph.expressions.language import in_order, opaque, substituted
+
+ZERO = constant(0)
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """New contents of slots, and gradients of numbers, element by element.
+
+    Attributes:
+        reads: the variables that stand for slots. writes: what the written slots hold then.
+        of: for each parameter that adapts the expression of each slot, None where it is left as it is.
+        numbers: likewise by number the expression whose sum, or elements, are added to its gradient.
+    """
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    of: Mapping[int, tuple[Expression | None, ...]]
+    numbers: Mapping[int, Mapping[int, Expression]]
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def text(self, read: Callable[[str], str | None]) -> str:
+        """What it is of, with names for what it reads."""
+        learned = len({n for of in self.numbers.values() for n in of})
+        more = f"; gradients of {learned} numbers" if learned else ""
+        return f"{'step' if 't' in self.writes else 'step_back'}({', '.join(read(v) or '?' for v in self.reads)}{more})"
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What one inner step makes of one parameter: θ_{k+1} and m_{k+1} as expressions of `t`, `g`, `s0` … and numbers.
+
+    At the first step m_0 is written out in θ_0.
+    """
+
+    theta: Expression
+    state: tuple[Expression, ...]
+
+
+class Updates:
+    """All inner steps of a rule for one plan.
+
+    Args:
+        steps: for each inner step what it makes of each parameter that adapts, by its index.
+
+    Attributes:
+        states: how many tensors of state a parameter has at most.
+    """
+
+    def __init__(self, steps: Sequence[Mapping[int, Moved]]) -> None:
+        self.steps = steps
+        self.states = max((len(m.state) for step in steps for m in step.values()), default=0)
+
+    def forward(self, step: int, steps: int) -> Elementwise:
+        """θ_{k+1}, and of m_{k+1} what later ones of so many steps read."""
+        kept = sorted(self._read_behind(step, steps))
+        of = {p: (opaque(m.theta), *(_at(m.state, i) for i in kept)) for p, m in self.steps[step].items()}
+        return _made(("t", *(f"s{i}" for i in kept)), of, {})
+
+    def _read_behind(self, step: int, steps: int) -> set[int]:
+        """Which tensors of the state steps behind this one read."""
+        read: set[int] = set()
+        for k in reversed(range(step + 1, steps)):
+            of = [e for m in self.steps[k].values() for e in (m.theta, *(m.state[i] for i in read if i < len(m.state)))]
+            read = {int(v[1:]) for v in slots_in(of) if v[0] == "s"}
+        return read
+
+    def way_back(
+        self, last: int, steps: int, second_order: bool, learned: Callable[[int], bool]
+    ) -> dict[int, Elementwise]:
+        """For the steps before the last the adjoint: −γ_k, μ_k and λ_k, and the gradients of the numbers.
+
+        What is zero for every parameter, λ_k where it is λ_{k+1}, and what nobody reads is not written.
+
+        Args:
+            last: the step whose λ is given. steps: how many there are.
+            second_order: whether γ is wanted. learned: whether the gradient of a number is.
+        """
+
+        def adjoint(k: int, live: Set[int], wanted: Set[int]) -> Elementwise:
+            return self._adjoint(k, self._read_behind(k, steps), live, wanted, second_order, learned)
+
+        wanted: list[set[int]] = [set()]  # per step: whose adjoints those before it read
+        for k in range(last - 1):
+            wanted.append(_adjoints_in(adjoint(k, {*range(self.states)}, wanted[k]).reads))
+        found, live = {}, set[int]()
+        for k in reversed(range(last)):
+            found[k] = adjoint(k, live, wanted[k])
+            live = _adjoints_in(found[k].writes)
+        return found
+
+    def _adjoint(
+        self,
+        step: int,
+        kept: Set[int],
+        live: Set[int],
+        wanted: Set[int],
+        second_order: bool,
+        learned: Callable[[int], bool],
+    ) -> Elementwise:
+        """The adjoint of a step.
+
+        Args:
+            kept: which tensors of the state behind it stay. live: which of them have an adjoint.
+            wanted: which of those before it are to have one.
+        """
+        of: dict[int, tuple[Expression | None, ...]] = {}
+        numbers: dict[int, dict[int, Expression]] = {}
+        read = ("g", *(f"s{i}" for i in range(self.states)), "t")
+        for p, moved in self.steps[step].items():
+            of_rule = sorted(n for n in numbers_in((moved.theta, *moved.state)) if learned(n))
+            variables = [variable(v) for v in (*read, *(f"n{n}" for n in of_rule))]
+            after = {opaque(e): variable(f"a{i}") for i, e in enumerate(moved.state) if i in kept}
+            found = [_with_parts(opaque(e), after) for e in _pulled(moved, live, variables)]
+            gamma, *state, theta = found[: len(read)]
+            of[p] = (
+                -gamma if second_order else None,
+                *(e if i in wanted else None for i, e in enumerate(state)),
+                theta,
+            )
+            numbers[p] = dict(zip(of_rule, found[len(read) :], strict=True))
+        writes = ("v", *(f"m{i}" for i in range(self.states)), "l")
+        places = [i for i, w in enumerate(writes) if not all(_is_idle(e[i], w) for e in of.values())]
+        of = {p: tuple(e[i] for i in places) for p, e in of.items()}
+        return _made(tuple(writes[i] for i in places), of, numbers)
+
+
+def _is_idle(expression: Expression | None, writes: str) -> bool:
+    """Whether a slot need not be written: it is zero, or λ as it is."""
+    return expression is None or expression is (variable("l") if writes == "l" else ZERO)
+
+
+def _at(state: Sequence[Expression], place: int) -> Expression | None:
+    return opaque(state[place]) if place < len(state) else None
+
+
+def _adjoints_in(names: Iterable[str]) -> set[int]:
+    """The tensors of the state whose adjoints are among these."""
+    return {int(name[1:]) for name in names if name[0] == "m"}
+
+
+def _pulled(moved: Moved, live: Set[int], variables: Sequence[Expression]) -> list[Expression]:
+    """⟨λ, θ_{k+1}⟩ + Σ_i ⟨μ_i, m_i⟩, differentiated."""
+    total = pull_back(moved.theta, variable("l"), variables)
+    for i, state in enumerate(moved.state):
+        if i in live:
+            total = [a + b for a, b in zip(total, pull_back(state, variable(f"m{i}"), variables), strict=True)]
+    return total
+
+
+def _with_parts(expression: Expression, known: Mapping[Expression, Expression]) -> Expression:
+    """The expression with variables in place of parts that are known."""
+    found: dict[int, Expression] = {}
+    for x in in_order([expression]):
+        if x.arguments and x in known:
+            found[id(x)] = known[x]
+        else:
+            found[id(x)] = call(x.name, *(found[id(a)] for a in x.arguments)) if x.arguments else x
+    return found[id(expression)]
+
+
+def _made(
+    writes: tuple[str, ...],
+    of: Mapping[int, tuple[Expression | None, ...]],
+    numbers: Mapping[int, Mapping[int, Expression]],
+) -> Elementwise:
+    every = [e for row in of.values() for e in row if e is not None] + [e for r in numbers.values() for e in r.values()]
+    return Elementwise(tuple(sorted(slots_in(every))), writes, of, numbers)
+
+
+def _variables(expressions: Iterable[Expression]) -> set[str]:
+    return {str(x.value) for x in in_order(list(expressions)) if x.name == "variable"}
+
+
+def slots_in(expressions: Iterable[Expression]) -> set[str]:
+    """The variables that stand for slots."""
+    return {v for v in _variables(expressions) if not v.startswith("n")}
+
+
+def numbers_in(expressions: Iterable[Expression]) -> set[int]:
+    """The numbers that expressions read."""
+    return {int(v[1:]) for v in _variables(expressions) if v.startswith("n")}
+
+
+def with_start(moved: Moved, start: Sequence[Expression]) -> Moved:
+    """The first step with m_0 written out."""
+    values = {f"s{i}": e for i, e in enumerate(start)}
+    return Moved(substituted(moved.theta, values), tuple(substituted(s, values) for s in moved.state))

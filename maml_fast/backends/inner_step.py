@@ -1,0 +1,53 @@
+"""One inner step as the textbook writes it, for backends whose gradients come from autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algorithms.stepping import learned_by, moved, started
+from ..lower.plan import Plan, Tensors
+
+
+class InnerSteps:
+    """The inner rule at work on one task, which keeps its state between steps.
+
+    Args:
+        plan, tensors: the call's.
+    """
+
+    def __init__(self, plan: Plan, tensors: Tensors) -> None:
+        self._plan, self._rates = plan, tensors.rates
+        self._adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
+        self._index = {plan.model.names[i]: i for i in self._adapted}
+        self._rule = plan.inner.rule
+        self._learned = dict(zip(learned_by(self._rule), tensors.rates, strict=False))
+        self._state: Any = None
+
+    def step(self, k: int, theta: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """θ_{k+1} of θ_k and the gradients of the parameters that adapt; None for those that the loss does not use."""
+        after = list(theta)
+        if self._rule is None:
+            for i, g in zip(self._adapted, gradients, strict=True):
+                if g is not None:
+                    after[i] = theta[i] - self._rates[self._plan.rates.of(k, i)] * g
+            return after
+        named = {name: theta[i] for name, i in self._index.items()}
+        zeroed = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), gradients, strict=True)]
+        if k == 0:
+            self._state = started(self._rule, named, self._learned)
+        given = dict(zip(named, zeroed, strict=True))
+        moved_to, self._state = moved(self._rule, named, given, self._state, k, self._number, self._learned)
+        for name, i in self._index.items():
+            after[i] = moved_to[name]
+        return after
+
+    def detach(self) -> None:
+        """Cut the state from its graph, where nobody differentiates it."""
+        self._state = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, self._state)
+
+    def _number(self, name: str, parameter: str, step: int) -> Tensor:
+        return self._rates[self._plan.rates.of(step, self._index[parameter], name)]
