@@ -244,11 +244,11 @@ def test_broken_steps_are_found() -> None:
         with pytest.raises(ProgramError) as found:
             verify(broken(program, 3, **changes))
         assert found.value.rule == rule
-    adapting = maml._preparer.prepare(Mode.ADAPT, *batch()[:2]).call.plan
+    adapting = mf.MAML(network(), inner=mf.SGD(0.1, weight_decay=0.1), steps=2, loss="mse")
+    plan = adapting._preparer.prepare(Mode.ADAPT, *batch()[:2]).call.plan
+    one_step = (*plan.program.instructions[:4], StoreParameters(2))
     with pytest.raises(ProgramError, match="expected 2 steps of the rule, got 1"):
-        verify(
-            replace(adapting.program, instructions=(*adapting.program.instructions[:4], StoreParameters(2))), adapting
-        )
+        verify(replace(plan.program, instructions=one_step), plan)
 
 
 def test_the_text() -> None:
