@@ -396,12 +396,17 @@ class CodeCheck {
         const SlotFunctionSpec& f = spec_.functions[std::size_t(in_.function)];
         for (int i : f.ins) slot(i, 0);
         for (int i : f.outs) slot(i, 1);
+        for (int i : f.scalars) require_index(where_, "number of the task", i, 0, std::size_t(spec_.scalars));
+        for (int i : f.sums) {
+            require_index(where_, "sum", i, 0, std::size_t(spec_.scalars));
+            require(std::count(f.scalars.begin(), f.scalars.end(), i) == 0, where_, "it sums up what it reads");
+        }
         require(f.of.size() == spec_.params.size(), where_, "its function is not of every parameter");
         for (std::size_t p = 0; p < f.of.size(); ++p) {
             const SlotFunctionOfSpec& of = f.of[p];
             if (of.code == -1) continue;
             require_index(where_, "code", of.code, 0, spec_.codes.size());
-            require(spec_.params[p].adapts, where_, "it moves a parameter that does not adapt");
+            require(spec_.params[p].active, where_, "it works on a parameter that no slot holds");
             for (int set : of.numbers) number(spec_.params[p], set);
             for (int set : of.gradients) number(spec_.params[p], set);
             code(spec_.codes[std::size_t(of.code)], f, of, spec_.params[p]);
@@ -415,16 +420,18 @@ class CodeCheck {
 
     void code(const ExpressionSpec& e, const SlotFunctionSpec& f, const SlotFunctionOfSpec& of,
               const ParamSpec& p) const {
-        const std::size_t slots = f.ins.size(), given = slots + of.numbers.size();
+        const std::size_t slots = f.ins.size(), own = slots + f.scalars.size(), given = own + of.numbers.size();
         require(given + e.constants.size() + std::size_t(e.registers) <= kMostPlaces, where_, "too many places");
         check_expression(where_, e, int(given));
-        require(e.outputs.size() == f.outs.size() + of.gradients.size(), where_, "another number of results");
+        const std::size_t results = f.outs.size() + f.sums.size() + of.gradients.size();
+        require(e.outputs.size() == results, where_, "another number of results");
         for (std::size_t i = f.outs.size(); i < e.outputs.size(); ++i)
-            require(e.outputs[i] >= 0, where_, "the gradient of a number is missing");
+            require(e.outputs[i] >= 0, where_, "a sum or the gradient of a number is missing");
         require_index(where_, "number of uniform steps", e.uniform, 0, e.steps.size() + 1);
         std::vector<bool> uniform(given + e.constants.size() + std::size_t(e.registers));
-        for (std::size_t i = slots; i < given; ++i) {
-            const int rate = p.rates[std::size_t(of.numbers[i - slots])];
+        std::fill(uniform.begin() + std::ptrdiff_t(slots), uniform.begin() + std::ptrdiff_t(own), true);
+        for (std::size_t i = own; i < given; ++i) {
+            const int rate = p.rates[std::size_t(of.numbers[i - own])];
             uniform[i] = spec_.rates[std::size_t(rate)].size == 1;
         }
         std::fill_n(uniform.begin() + std::ptrdiff_t(given), e.constants.size(), true);
@@ -454,6 +461,7 @@ void check_sizes(const Spec& s) {
     std::size_t filled = s.code.size() + 1;
     for (const SlotFunctionSpec& f : s.functions) filled += f.outs.size();
     require(std::size_t(s.slots) <= filled, "sizes", "more slots than instructions fill");
+    require(s.scalars >= 0 && std::size_t(s.scalars) <= s.code.size(), "sizes", "more numbers of a task than sums");
     double sum = 1;
     for (long features : s.features) {
         require(features > 0, "sizes", "a buffer without elements");

@@ -50,6 +50,7 @@ py::dict instruction(const Instr& in) {
     d["weight"] = in.weight;
     d["add"] = in.add;
     d["inputs"] = in.inputs;
+    d["weighted"] = in.weighted;
     d["in_place"] = in.in_place;
     d["scaled"] = in.scaled;
     return d;

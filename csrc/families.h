@@ -27,8 +27,9 @@ struct Expression {
 constexpr int kMostOperands = 8;
 constexpr int kMostAxes = 8;
 
-// An expression over slots and numbers of the inner rule. Places: the slots that are read, the numbers, the constants,
-// the registers. Steps that read numbers and constants alone come first: they are done once, in double precision.
+// An expression over slots, numbers of the task and of the inner rule. Places: the slots that are read, the task's
+// numbers, the rule's, the constants, the registers. Steps that read numbers and constants alone come first: they are
+// done once, in double precision. Results: the slots', the sums', the gradients of the rule's numbers.
 struct SlotCode {
     Expression expression;
     int n_uniform;
@@ -48,6 +49,10 @@ struct SlotFunction {
     int n_ins;
     const int* outs;
     int n_outs;
+    const int* scalars;  // numbers of the task that are read
+    int n_scalars;
+    const int* sums;  // and those that become the sum over all elements
+    int n_sums;
     const SlotFunctionOf* of;  // per parameter
 };
 

@@ -415,14 +415,15 @@ void Layout::add_functions() {
         std::vector<SlotFunctionOf>& of = functions_of_.emplace_back();
         for (std::size_t p = 0; p < f.of.size(); ++p) {
             const SlotFunctionOfSpec& s = f.of[p];
-            SlotCode* code = s.code >= 0 && params_[p].adapts ? &codes_[std::size_t(s.code)] : nullptr;
+            SlotCode* code = s.code >= 0 && params_[p].offset >= 0 ? &codes_[std::size_t(s.code)] : nullptr;
             if (code)
-                code->expression.places = int(f.ins.size() + s.numbers.size()) + code->expression.n_constants +
-                                          spec_.codes[std::size_t(s.code)].registers;
+                code->expression.places = int(f.ins.size() + f.scalars.size() + s.numbers.size()) +
+                                          code->expression.n_constants + spec_.codes[std::size_t(s.code)].registers;
             of.push_back({code, s.numbers.data(), s.gradients.data(), int(s.numbers.size()), int(s.gradients.size()),
                           code && runs_on(f, p)});
         }
-        functions_.push_back({f.ins.data(), int(f.ins.size()), f.outs.data(), int(f.outs.size()), of.data()});
+        functions_.push_back({f.ins.data(), int(f.ins.size()), f.outs.data(), int(f.outs.size()), f.scalars.data(),
+                              int(f.scalars.size()), f.sums.data(), int(f.sums.size()), of.data()});
     }
     view_.functions = functions_.data();
 }
@@ -431,7 +432,7 @@ void Layout::add_functions() {
 bool Layout::runs_on(const SlotFunctionSpec& f, std::size_t p) const {
     if (p == 0 || f.of[p].code != f.of[p - 1].code || std::count(f.ins.begin(), f.ins.end(), 0) > 0) return false;
     const Param &before = params_[p - 1], &now = params_[p];
-    if (!before.adapts || now.offset != before.offset + before.size) return false;
+    if (before.offset < 0 || now.adapts != before.adapts || now.offset != before.offset + before.size) return false;
     const std::vector<int>&these = f.of[p].numbers, &those = f.of[p - 1].numbers;
     for (std::size_t i = 0; i < these.size(); ++i) {
         const int rate = spec_.params[p].rates[std::size_t(these[i])];

@@ -126,6 +126,8 @@ SlotFunctionSpec parse_function(const py::dict& d) {
     SlotFunctionSpec f;
     f.ins = get<std::vector<int>>(d, "ins");
     f.outs = get<std::vector<int>>(d, "outs");
+    f.scalars = get<std::vector<int>>(d, "scalars");
+    f.sums = get<std::vector<int>>(d, "sums");
     for (auto item : d["of"]) {
         auto of = item.cast<py::dict>();
         f.of.push_back(
@@ -142,11 +144,15 @@ Instr parse_instruction(const py::dict& d) {
         {"vector", &in.vector}, {"adjoint", &in.adjoint}, {"tape", &in.tape},        {"batch", &in.batch},
         {"draws", &in.draws},   {"rates", &in.rates},     {"function", &in.function}};
     for (const std::string& field : fields_of(kInstructions[int(in.code)])) {
-        if (field == "seed" || field == "inputs" || field == "add") {
-            (field == "seed" ? in.seed : field == "add" ? in.add : in.inputs) = get<bool>(d, field.c_str());
+        const std::pair<const char*, bool*> flags[] = {
+            {"seed", &in.seed}, {"inputs", &in.inputs}, {"add", &in.add}, {"weighted", &in.weighted}};
+        if (auto flag =
+                std::find_if(std::begin(flags), std::end(flags), [&](const auto& f) { return field == f.first; });
+            flag != std::end(flags)) {
+            *flag->second = get<bool>(d, field.c_str());
             continue;
         }
-        if (field == "ins" || field == "outs") continue;  // with the function
+        if (field == "ins" || field == "outs" || field == "scalars" || field == "sums") continue;  // with the function
         if (field == "weight") {
             in.weight = get<double>(d, "weight");
             continue;
@@ -192,6 +198,7 @@ Spec parse(const py::dict& d) {
     s.functions = parse_list(d, "functions", parse_function);
     s.tapes = get<std::vector<int>>(d, "tapes");
     s.slots = get<int>(d, "slots");
+    s.scalars = get<int>(d, "scalars");
     s.samples[0] = get<long>(d, "support");
     s.samples[1] = get<long>(d, "query");
     s.loss = loss_kind(text(d, "loss"));

@@ -90,22 +90,22 @@
     X(value)
 
 // Instructions and their operands: slots, tapes and flags, as in maml_fast/algorithms/program.py.
-#define MAML_FAST_INSTRUCTIONS(X)                \
-    X(load, slot)                                \
-    X(forward, theta, batch, tape, draws)        \
-    X(support_loss, tape)                        \
-    X(query_loss, tape, seed, weight, add)       \
-    X(cotangent, tape)                           \
-    X(backward, theta, batch, tape, out, inputs) \
-    X(update, out, theta, gradient, rates)       \
-    X(scale, out, vector, rates)                 \
-    X(pointwise, function, ins, outs)            \
-    X(hvp, theta, tape, vector, out, inputs)     \
-    X(add, out, vector)                          \
-    X(subtract, out, vector)                     \
-    X(rate_gradient, gradient, adjoint, rates)   \
-    X(accumulate, vector)                        \
-    X(store_parameters, theta)                   \
+#define MAML_FAST_INSTRUCTIONS(X)                    \
+    X(load, slot)                                    \
+    X(forward, theta, batch, tape, draws)            \
+    X(support_loss, tape)                            \
+    X(query_loss, tape, seed, weight, add)           \
+    X(cotangent, tape)                               \
+    X(backward, theta, batch, tape, out, inputs)     \
+    X(update, out, theta, gradient, rates)           \
+    X(scale, out, vector, rates)                     \
+    X(pointwise, function, ins, outs, scalars, sums) \
+    X(hvp, theta, tape, vector, out, inputs)         \
+    X(add, out, vector)                              \
+    X(subtract, out, vector)                         \
+    X(rate_gradient, gradient, adjoint, rates)       \
+    X(accumulate, vector, weighted)                  \
+    X(store_parameters, theta)                       \
     X(store_outputs, tape)
 
 namespace maml_fast {

@@ -267,6 +267,7 @@ void Layout::place_buffers(long lockstep) {
     for (int s = 1; s < spec_.slots; ++s)
         if (used_slots_[s]) slots_[s] = take(lockstep * view_.parameters);
 
+    view_.scalars = take(lockstep * spec_.scalars);
     view_.lockstep = lockstep;
     view_.tapes = tape_views_.data();
     view_.tangents = tangents_.data();

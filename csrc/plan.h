@@ -95,14 +95,15 @@ struct Instr {
     Code code{};
     int slot = -1, theta = -1, out = -1, gradient = -1, vector = -1, adjoint = -1;
     int tape = -1;
-    int rates = 0;         // which set of learning rates
-    int function = -1;     // what a pointwise instruction does
-    int draws = -1;        // a forward pass: the inner step whose random numbers it draws, or -1 for the query's
-    bool seed = false;     // a query loss: also its slope
-    double weight = 1;     // of a query loss
-    bool add = false;      // a query loss: to what earlier ones left
-    bool inputs = false;   // also the gradient w.r.t. the batch's inputs
-    bool repeats = false;  // a forward pass on the support set that is not the first
+    int rates = 0;          // which set of learning rates
+    int function = -1;      // what a pointwise instruction does
+    int draws = -1;         // a forward pass: the inner step whose random numbers it draws, or -1 for the query's
+    bool seed = false;      // a query loss: also its slope
+    double weight = 1;      // of a query loss
+    bool add = false;       // a query loss: to what earlier ones left
+    bool weighted = false;  // what is accumulated: times the task's weight
+    bool inputs = false;    // also the gradient w.r.t. the batch's inputs
+    bool repeats = false;   // a forward pass on the support set that is not the first
     int batch = 0;
     int hvp = -1;           // which tangents a Hessian-vector product writes
     int step = -1;          // a backward pass: the slot for θ − α ∘ gradient, which takes the gradient's place; or -1
@@ -164,6 +165,7 @@ struct PlanView {
     long norm_scratch;        // and for channel norms and sums over rows
     long gemm_scratch;
     long blocks_scratch;  // for blocks of pointwise expressions
+    long scalars;         // numbers of each task: of one the tasks of the block, then the next
     long workspace;       // elements per thread
     long packed;          // elements of the shared panels
     long lockstep;        // tasks a thread works on at once

@@ -123,6 +123,7 @@ void Signature::read_code(const Spec& s) {
                 break;
             case Code::accumulate:
                 reverse = true;
+                weights.required = weights.required || in.weighted;
                 break;
             case Code::store_parameters:
                 stores = true;

@@ -22,7 +22,7 @@ struct SlotFunctionOfSpec {
 };
 
 struct SlotFunctionSpec {
-    std::vector<int> ins, outs;
+    std::vector<int> ins, outs, scalars, sums;
     std::vector<SlotFunctionOfSpec> of;  // per parameter
 };
 
@@ -77,6 +77,7 @@ struct Spec {
     std::vector<SlotFunctionSpec> functions;  // of pointwise instructions
     std::vector<int> tapes;                   // batch of each tape
     int slots = 0;
+    int scalars = 0;  // numbers of each task
     long samples[2] = {0, 0};
     LossKind loss{};
     double loss_parameter = 0;

@@ -9,6 +9,7 @@ from .lazy import names_of
 
 if TYPE_CHECKING:
     from . import nn
+    from .algorithms.gradients import Clip, Displacement, Implicit, Unrolled
     from .algorithms.rules import SGD, Adam, AdamW, RMSprop
     from .api.adapted import Adapted
     from .api.maml import MAML
@@ -28,11 +29,15 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adapted",
+    "Clip",
+    "Displacement",
     "FlatAdam",
     "FlatParameters",
+    "Implicit",
     "MetaSGD",
     "RMSprop",
     "Report",
+    "Unrolled",
     "__version__",
     "nn",
     "per_step",
@@ -51,6 +56,10 @@ _look_up = names_of(
         "Adam": "algorithms.rules",
         "AdamW": "algorithms.rules",
         "RMSprop": "algorithms.rules",
+        "Clip": "algorithms.gradients",
+        "Displacement": "algorithms.gradients",
+        "Implicit": "algorithms.gradients",
+        "Unrolled": "algorithms.gradients",
         "Adapted": "api.adapted",
         "FlatAdam": "optim",
         "FlatParameters": "optim",

@@ -65,6 +65,7 @@ class Wanted:
     step_weights: tuple[float, ...] | None = None
     rate_sets: int = 1
     updates: Updates | None = None
+    active: tuple[bool, ...] = (True,)
 
     @property
     def inner(self) -> Inner:
@@ -289,8 +290,8 @@ def test_a_checked_call_verifies_its_program(monkeypatch: pytest.MonkeyPatch, ch
     """A program without its second-order part is a program, and not what was asked for."""
     emitted = maml.emit
 
-    def first_order(goal: Goal, save: bool = True) -> Program:
-        return emitted(Wanted(goal.mode, goal.inner.steps, True, goal.needs, goal.adapts), save)
+    def first_order(goal: Goal, save: bool = True, every: int | None = None) -> Program:
+        return emitted(Wanted(goal.mode, goal.inner.steps, True, goal.needs, goal.adapts), save, every)
 
     monkeypatch.setattr(maml, "emit", first_order)
     problem = SMALL[0].build(torch.float32)

@@ -247,7 +247,7 @@ def test_broken_steps_are_found() -> None:
     adapting = mf.MAML(network(), inner=mf.SGD(0.1, weight_decay=0.1), steps=2, loss="mse")
     plan = adapting._preparer.prepare(Mode.ADAPT, *batch()[:2]).call.plan
     one_step = (*plan.program.instructions[:4], StoreParameters(2))
-    with pytest.raises(ProgramError, match="expected 2 steps of the rule, got 1"):
+    with pytest.raises(ProgramError, match="expected 2 inner steps, got 1"):
         verify(replace(plan.program, instructions=one_step), plan)
 
 

@@ -1,6 +1,7 @@
-// Part of Engine: what an inner rule and its adjoint do to slots, element by element of the parameters that adapt.
+// Part of Engine: what an inner rule and its adjoint do to slots, element by element.
 
 void slot_function(const SlotFunction& f) {
+    for (int i = 0; i < f.n_sums; ++i) fill(scalar(f.sums[i], 0), B_, S(0));
     for (int p = 0; p < plan_.n_params;) {
         const int first = p;
         long size = plan_.params[p++].size;
@@ -10,19 +11,23 @@ void slot_function(const SlotFunction& f) {
     }
 }
 
+// A number of task b.
+S* scalar(int index, long b) const { return ws_ + plan_.scalars + index * plan_.lockstep + b; }
+
 // A run of elements that begins with a parameter's first.
 void slot_run(const SlotFunction& f, int param, long size) {
     const SlotFunctionOf& of = f.of[param];
     const Expression& e = of.code->expression;
     const Param& p = plan_.params[param];
-    const int n_read = f.n_ins + of.n_numbers;
+    const int first_number = f.n_ins + f.n_scalars, n_read = first_number + of.n_numbers;
     S* memory = ws_ + plan_.blocks_scratch;
-    fill_uniform(f, of, p, memory);
     for (long b = 0; b < B_; ++b) {
+        if (b == 0 || f.n_scalars > 0) fill_uniform(f, of, p, b, memory);
         const S* base[kMostPlaces];
-        for (int i = 0; i < f.n_ins; ++i) base[i] = weight(f.ins[i], param).of(b);
+        for (int i = 0; i < f.n_ins; ++i) base[i] = slot_or_weight(f.ins[i], param, b);
+        for (int i = 0; i < f.n_scalars; ++i) base[f.n_ins + i] = nullptr;
         for (int i = 0; i < of.n_numbers; ++i)
-            base[f.n_ins + i] = p.rates[of.numbers[i]].elementwise ? rate(p, of.numbers[i]) : nullptr;
+            base[first_number + i] = p.rates[of.numbers[i]].elementwise ? rate(p, of.numbers[i]) : nullptr;
         for (long start = 0; start < size; start += kSlotBlock) {
             const long n = least(kSlotBlock, size - start);
             auto place = [&](int i) {
@@ -30,29 +35,42 @@ void slot_run(const SlotFunction& f, int param, long size) {
             };
             for (const Step* s = e.steps + of.code->n_uniform; s < e.steps + e.n_steps; ++s)
                 step_block<S>(*s, n, place);
+            const int* results = e.outputs + f.n_outs;
+            for (int i = 0; i < f.n_sums; ++i) *scalar(f.sums[i], b) += sum_of_block(n, place(results[i]));
             for (int i = 0; i < of.n_gradients; ++i)
-                add_number_gradient(p.rates[of.gradients[i]], start, n, place(e.outputs[f.n_outs + i]));
+                add_number_gradient(p.rates[of.gradients[i]], start, n, place(results[f.n_sums + i]));
             for (int i = 0; i < f.n_outs; ++i)
                 if (e.outputs[i] >= 0) copy(place(e.outputs[i]), slot(f.outs[i], p, b) + start, n);
         }
     }
 }
 
-// Blocks of what is the same for all elements: scalar numbers, constants, and what is computed of them alone.
-void fill_uniform(const SlotFunction& f, const SlotFunctionOf& of, const Param& p, S* memory) const {
+// θ_0 in slot 0, which all tasks share.
+const S* slot_or_weight(int index, int param, long b) const {
+    return index == 0 ? weight(0, param).of(b) : slot(index, plan_.params[param], b);
+}
+
+// Blocks of what is the same for all elements of a task: scalar numbers, constants, and what is computed of them alone.
+void fill_uniform(const SlotFunction& f, const SlotFunctionOf& of, const Param& p, long b, S* memory) const {
     const Expression& e = of.code->expression;
     double value[kMostPlaces];
     auto keep = [&](int place, double v) {
         value[place] = v;
         fill(memory + place * kSlotBlock, kSlotBlock, S(v));
     };
-    for (int i = 0; i < of.n_numbers; ++i)
-        if (!p.rates[of.numbers[i]].elementwise) keep(f.n_ins + i, double(*rate(p, of.numbers[i])));
-    for (int i = 0; i < e.n_constants; ++i) keep(f.n_ins + of.n_numbers + i, e.constants[i]);
+    int place = f.n_ins;
+    for (int i = 0; i < f.n_scalars; ++i) keep(place++, double(*scalar(f.scalars[i], b)));
+    for (int i = 0; i < of.n_numbers; ++i, ++place)
+        if (!p.rates[of.numbers[i]].elementwise) keep(place, double(*rate(p, of.numbers[i])));
+    for (int i = 0; i < e.n_constants; ++i) keep(place++, e.constants[i]);
     for (const Step* s = e.steps; s < e.steps + of.code->n_uniform; ++s) {
         step_block<double>(*s, 1, [&](int i) { return value + i; });
         keep(s->out, value[s->out]);
     }
+}
+
+S sum_of_block(long n, const S* values) const {
+    return sum_of<S>(n, [=](long i) { return values[i]; });
 }
 
 void add_number_gradient(const RateOf& r, long start, long n, const S* values) {
@@ -60,5 +78,5 @@ void add_number_gradient(const RateOf& r, long start, long n, const S* values) {
     if (r.elementwise)
         for (long i = 0; i < n; ++i) to[start + i] += values[i];
     else
-        *to += sum_of<S>(n, [=](long i) { return values[i]; });
+        *to += sum_of_block(n, values);
 }

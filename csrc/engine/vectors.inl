@@ -49,7 +49,12 @@ void accumulate(const Instr& in) {
     auto add = [&](long offset, long sum, long size) {
         for (long b = 0; b < B_; ++b) {
             const S* from = ws_ + plan_.slots[in.vector] + b * plan_.parameters + offset;
-            put(false, partial_ + sum, size, [=](long i) { return from[i]; });
+            if (in.weighted) {
+                const S w = static_cast<const S*>(call_.weights)[t0_ + b];
+                put(false, partial_ + sum, size, [=](long i) { return w * from[i]; });
+            } else {
+                put(false, partial_ + sum, size, [=](long i) { return from[i]; });
+            }
         }
     };
     if (plan_.sums == plan_.parameters) return add(0, 0, plan_.sums);  // nothing is factored: the orders agree

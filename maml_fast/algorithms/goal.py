@@ -8,7 +8,8 @@ from typing import Protocol
 
 from ..cached import cached_property
 from ..graph.losses import Loss
-from .rules import OwnRule, Rule
+from .gradients import UNROLLED, Clip, Gradient, Implicit, Unrolled
+from .rules import SGD, OwnRule, Rule
 from .updates import Updates
 
 
@@ -37,6 +38,7 @@ class Inner:
     Attributes:
         step_weights: w_k of the query loss at θ_k, for k = 0 … steps; None for that at the last alone.
         rule: how a step moves the parameters; None for the above.
+        gradient: what the meta-gradient is of. clip: of every inner gradient.
     """
 
     loss: Loss
@@ -44,6 +46,27 @@ class Inner:
     first_order: bool
     step_weights: tuple[float, ...] | None = None
     rule: Rule | OwnRule | None = None
+    gradient: Gradient = UNROLLED
+    clip: Clip | None = None
+
+    @property
+    def whole_rule(self) -> Rule | OwnRule | None:
+        """The rule, also where plain gradient descent descends something else than the loss's gradient."""
+        if self.rule is None and (self.clip is not None or isinstance(self.gradient, Implicit)):
+            return SGD(lr=None)  # its number comes with the call
+        return self.rule
+
+    @property
+    def unrolls(self) -> bool:
+        """Whether the meta-gradient goes back through the inner steps."""
+        return isinstance(self.gradient, Unrolled)
+
+    @property
+    def curved_from(self) -> int:
+        """The first of the inner steps whose second derivatives count; their number for none."""
+        if self.first_order or not isinstance(self.gradient, Unrolled):
+            return self.steps
+        return self.gradient.curved_from(self.steps)
 
     def weights(self, steps: int) -> tuple[float, ...]:
         """w_k for k = 0 … steps: `self.steps`, or 0 where nothing adapts and all θ_k are θ_0."""
@@ -86,6 +109,7 @@ class Goal(Protocol):
 
     Attributes:
         adapts: which parameters the inner loop updates, in `Model.names` order.
+        active: which of them have a gradient.
         rate_sets: how many sets of rates there are: one for all steps, or one for each.
         updates: the steps of an inner rule; None for those of plain gradient descent.
     """
@@ -98,6 +122,8 @@ class Goal(Protocol):
     def needs(self) -> Needs: ...
     @property
     def adapts(self) -> tuple[bool, ...]: ...
+    @property
+    def active(self) -> tuple[bool, ...]: ...
     @property
     def rate_sets(self) -> int: ...
     @property

@@ -10,7 +10,11 @@ With an inner rule θ_{k+1}, m_{k+1} = U_k(θ_k, g_k, m_k) the adjoint of U_k ta
 
 from __future__ import annotations
 
+from typing import Any
+
+from . import implicit
 from .goal import Goal, Mode, weights_of
+from .gradients import Displacement, Implicit
 from .program import (
     Accumulate,
     Add,
@@ -32,86 +36,133 @@ from .program import (
     SupportLoss,
     Update,
 )
-from .updates import Updates
+from .updates import Updates, displacement
 
 
-def emit(goal: Goal, save: bool = True) -> Program:
+def emit(goal: Goal, save: bool = True, every: int | None = None) -> Program:
     """The goal as a program.
 
     Args:
         goal: what to compute.
         save: keep every inner step's tape; otherwise recompute it in the reverse sweep.
+        every: keep the parameters and the rule's state of every so-manieth step alone; on the way back the steps
+            between run again, and their tapes are kept until then. None keeps those of all steps.
     """
-    return _Emitter(goal, save).program()
+    return _Emitter(goal, save, every).program()
 
 
 class _Emitter:
-    def __init__(self, goal: Goal, save: bool) -> None:
+    """Emits instructions. What a slot or tape is for has a key, and what has the same key has the same place.
+
+    Attributes:
+        theta, gradient, tape: by inner step, where they are now.
+    """
+
+    def __init__(self, goal: Goal, save: bool, every: int | None) -> None:
         self.goal = goal
         self.code: list[Instruction] = []
         self.slots = 1
+        self.scalars = 0
         self.tapes: list[Batch] = []
         self.weights = weights_of(goal)
         self.steps = len(self.weights) - 1
         self.pulled: dict[int, int] = {}  # by step: the slot of w_k ∇L_q(θ_k)
         self.scored = False
         self.query_tape = -1
-        self.reverse = goal.mode in (Mode.META_GRADIENT, Mode.VJP)
-        self.second_order = self.reverse and not goal.inner.first_order
-        self.save = save or not self.second_order
-        self.product: int | None = None
+        self.reverse = goal.mode in (Mode.META_GRADIENT, Mode.VJP) and goal.inner.unrolls
+        self.curved_from = min(goal.inner.curved_from, self.steps) if self.reverse else self.steps
+        self.save = save
+        self.every = every if every is not None and every < self.steps else max(self.steps, 1)
+        self.theta, self.gradient, self.tape = {0: 0}, dict[int, int](), dict[int, int]()
+        self._places: dict[Any, int] = {}
         self.mover = _Descent(self) if goal.updates is None else _Ruled(self, goal.updates)
 
     def program(self) -> Program:
         if self.goal.mode is Mode.APPLY:
             self._apply()
         elif self.goal.mode is Mode.ADAPT:
-            self.code.append(StoreParameters(self._inner_loop()[-1]))
+            self._inner_loop()
+            self.code.append(StoreParameters(self.theta[self.steps]))
         else:
-            self._query(self._inner_loop())
-        return Program(tuple(self.code), self.slots, tuple(self.tapes))
+            self._inner_loop()
+            self._query()
+        return Program(tuple(self.code), self.slots, tuple(self.tapes), self.scalars)
 
-    def _slot(self) -> int:
-        self.slots += 1
-        return self.slots - 1
+    def slot(self, *key: Any) -> int:
+        """The slot of this key, a new one at first."""
+        if key not in self._places:
+            self._places[key] = self.slots
+            self.slots += 1
+        return self._places[key]
 
-    def _tape(self, batch: Batch) -> int:
-        self.tapes.append(batch)
-        return len(self.tapes) - 1
+    def scalar(self) -> int:
+        """A new number of each task."""
+        self.scalars += 1
+        return self.scalars - 1
+
+    def _tape(self, batch: Batch, place: int = 0) -> int:
+        key = batch, place
+        if key not in self._places:
+            self._places[key] = len(self.tapes)
+            self.tapes.append(batch)
+        return self._places[key]
 
     def _apply(self) -> None:
-        theta, tape = self._slot(), self._tape(Batch.QUERY)
+        theta, tape = self.slot("given"), self._tape(Batch.QUERY)
         self.code += [Load(theta), Forward(theta, Batch.QUERY, tape), StoreOutputs(tape)]
 
-    def _inner_loop(self) -> list[int]:
-        """θ_0 … θ_K; fills `self.support_tapes` and `self.gradients`, one a step."""
-        thetas = [0]
-        self.support_tapes: list[int] = []
-        self.gradients: list[int] = []
-        keep_tapes = self.second_order and self.save
+    # ---- forward ---------------------------------------------------------------------------------
+
+    def segment(self, k: int) -> int:
+        """The first of the steps that run again together with step k."""
+        return k - k % self.every
+
+    def begins(self, step: int) -> bool:
+        """Whether steps that run again begin here."""
+        inside = 0 < step < self.steps and step == self.segment(step)
+        return self.reverse and inside and (self.mover.reads_back or self.curved_from < step + self.every)
+
+    def is_curved(self, k: int) -> bool:
+        """Whether the second derivatives of step k count."""
+        return k >= self.curved_from
+
+    def _inner_loop(self) -> None:
+        """θ_0 … θ_K; of the last segment all stays that the way back reads."""
+        last = self.segment(max(self.steps - 1, 0))
         for k in range(self.steps):
             if self.weights[k]:
-                self._score(k, thetas[k])
-            tape = self._tape(Batch.SUPPORT) if keep_tapes or k == 0 else self.support_tapes[0]
-            gradient = self._slot() if self.mover.reads_gradients or k == 0 else self.gradients[0]
-            self._support_pass(k, thetas[k], tape, gradient)
-            thetas.append(self.mover.step(k, thetas, gradient))
-            self.support_tapes.append(tape)
-            self.gradients.append(gradient)
-        return thetas
+                self._score(k)
+            self._step(k, kept=self.reverse and k >= last)
+            self.mover.step(k, kept=self.reverse and k >= last)
 
-    def _support_pass(self, step: int, theta: int, tape: int, gradient: int | None) -> None:
+    def _step(self, k: int, kept: bool, moves: bool = True) -> None:
+        """The support pass and the gradient of an inner step, or only its deltas where nobody reads that."""
+        stays = kept and self.save and self.is_curved(k)
+        place = k % self.every
+        self.tape[k] = self._tape(Batch.SUPPORT, place if stays else self._passing())
+        self.gradient[k] = self.slot("g", place if kept and self.mover.reads_gradients else 0)
+        read = moves or self.mover.reads_gradient(k)
+        self.support_pass(k, self.theta[k], self.tape[k], self.gradient[k] if read else None)
+
+    def _passing(self) -> int:
+        """The place of a tape that nobody reads later: that of the first one to stay."""
+        return max(self.curved_from, self.segment(max(self.steps - 1, 0))) % self.every if self.save else 0
+
+    def support_pass(self, step: int, theta: int, tape: int, gradient: int | None) -> None:
+        """Forward and backward on the support set."""
         self.code += [
             Forward(theta, Batch.SUPPORT, tape, step),
             SupportLoss(tape),
             Backward(theta, Batch.SUPPORT, tape, gradient),
         ]
 
-    def _query(self, thetas: list[int]) -> None:
-        goal, last = self.goal, thetas[-1]
+    # ---- the query set ---------------------------------------------------------------------------
+
+    def _query(self) -> None:
+        goal, last = self.goal, self.theta[self.steps]
         if goal.mode in (Mode.LOSS, Mode.META_GRADIENT):
             if self.weights[-1] or not self.scored:
-                self._score(self.steps, last)
+                self._score(self.steps)
             elif goal.needs.outputs:
                 self._forward(last)
         else:
@@ -120,47 +171,73 @@ class _Emitter:
             self.code.append(StoreOutputs(self.query_tape))
         if goal.mode is Mode.VJP:
             self.code.append(Cotangent(self.query_tape))
-            self._pull(self.steps, last)
-        if self.reverse:
-            self._reverse_sweep(thetas)
+            self._pull(self.steps)
+        if goal.mode.differentiates:
+            self._meta_gradient()
 
     def _forward(self, theta: int) -> None:
-        if self.query_tape < 0:
-            self.query_tape = self._tape(Batch.QUERY)
+        self.query_tape = self._tape(Batch.QUERY)
         self.code.append(Forward(theta, Batch.QUERY, self.query_tape))
 
-    def _score(self, step: int, theta: int) -> None:
+    def _score(self, step: int) -> None:
         """The query loss at θ_k, and its gradient."""
-        self._forward(theta)
-        self.code.append(QueryLoss(self.query_tape, self.reverse, self.weights[step], add=self.scored))
+        self._forward(self.theta[step])
+        pulls = self.goal.mode.differentiates and not isinstance(self.goal.inner.gradient, Displacement)
+        self.code.append(QueryLoss(self.query_tape, pulls, self.weights[step], add=self.scored))
         self.scored = True
-        if self.reverse:
-            self._pull(step, theta)
+        if pulls:
+            self._pull(step)
 
-    def _pull(self, step: int, theta: int) -> None:
-        slot = self.pulled[step] = self._slot()
-        self.code.append(Backward(theta, Batch.QUERY, self.query_tape, slot, inputs=self.goal.needs.x_q))
+    def _pull(self, step: int) -> None:
+        slot = self.pulled[step] = self.slot("pulled", step)
+        inputs = self.goal.needs.x_q
+        self.code.append(Backward(self.theta[step], Batch.QUERY, self.query_tape, slot, inputs=inputs))
 
-    def _reverse_sweep(self, thetas: list[int]) -> None:
+    # ---- the meta-gradient -----------------------------------------------------------------------
+
+    def _meta_gradient(self) -> None:
+        gradient = self.goal.inner.gradient
+        if isinstance(gradient, Displacement):
+            way, function = self.slot("way"), displacement(self.goal.adapts, self.goal.active)
+            held = {"b": 0, "t": self.theta[self.steps]}
+            self.code.append(Pointwise(function, (way,), tuple(held[name] for name in function.reads)))
+            self.code.append(Accumulate(way, weighted=True))
+        elif isinstance(gradient, Implicit):
+            self.code.append(Accumulate(implicit.solve(self, gradient, self.pulled[self.steps])))
+        else:
+            self._reverse_sweep()
+
+    def _reverse_sweep(self) -> None:
         last = max(self.pulled)
-        adjoint = self.pulled[last]
+        adjoint, held = self.pulled[last], self.segment(max(self.steps - 1, 0))
         for k in reversed(range(last)):
-            vector = self.mover.pull_back(k, thetas[k], self.gradients[k], adjoint)
+            if self.segment(k) != held and (self.is_curved(k) or self.mover.reads_back):
+                held = self.segment(k)
+                self._run_again(held, k + 1)
+            vector = self.mover.pull_back(k, adjoint)
             if vector is not None:
-                self._add_curvature(k, thetas[k], vector, adjoint)
+                self._add_curvature(k, vector, adjoint)
             if k in self.pulled:
                 self.code.append(Add(adjoint, self.pulled[k]))
         self.code.append(Accumulate(adjoint))
 
-    def _add_curvature(self, k: int, theta: int, vector: int, adjoint: int) -> None:
+    def _run_again(self, first: int, end: int) -> None:
+        """Steps first … end − 1, of which all stays that the way back reads, as far as it does."""
+        last = max((k for k in range(first, end) if self.is_curved(k) or self.mover.reads_step(k)), default=first)
+        for k in range(first, last):
+            self._step(k, kept=True)
+            self.mover.step(k, kept=True)
+        if self.is_curved(last) or self.mover.reads_gradient(last):
+            self._step(last, kept=True, moves=False)
+
+    def _add_curvature(self, k: int, vector: int, adjoint: int) -> None:
         """λ ← λ − H_k v."""
+        theta, product = self.theta[k], self.slot("product")
         if not self.save and k < self.steps - 1:
-            self._support_pass(k, theta, self.support_tapes[k], None)
-        if self.product is None:
-            self.product = self._slot()
+            self.support_pass(k, theta, self.tape[k], None)
         self.code += [
-            Hvp(theta, self.support_tapes[k], vector, self.product, inputs=self.goal.needs.x_s),
-            Subtract(adjoint, self.product),
+            Hvp(theta, self.tape[k], vector, product, inputs=self.goal.needs.x_s),
+            Subtract(adjoint, product),
         ]
 
 
@@ -168,36 +245,49 @@ class _Descent:
     """θ_{k+1} = θ_k − α ∘ g_k, v_k = α ∘ λ_{k+1}.
 
     Attributes:
-        reads_gradients: whether the way back reads g_k.
+        reads_gradients: whether the way back reads any g_k. reads_back: whether it reads anything of a step.
     """
 
     def __init__(self, emitter: _Emitter) -> None:
         self._emitter = emitter
-        self._vector: int | None = None
         self.reads_gradients = emitter.reverse and any(emitter.goal.needs.rates)
+        self.reads_back = self.reads_gradients
+
+    def reads_gradient(self, k: int) -> bool:
+        """Whether the way back of step k reads its gradient."""
+        return self.reads_gradients
+
+    def reads_step(self, k: int) -> bool:
+        """Whether the way back of step k reads anything of it."""
+        return self.reads_gradients
 
     def _rates(self, step: int) -> int:
         """The step's set of rates."""
         return step if self._emitter.goal.rate_sets > 1 else 0
 
-    def step(self, k: int, thetas: list[int], gradient: int) -> int:
-        """Emit step k; the slot of θ_{k+1}."""
-        e = self._emitter
-        following = e._slot() if e.second_order or k == 0 else thetas[1]
-        e.code.append(Update(following, thetas[k], gradient, self._rates(k)))
-        return following
+    def step(self, k: int, kept: bool) -> None:
+        """Emit step k."""
+        e, key = self._emitter, ("passing",)
+        if e.begins(k + 1) or (kept and e.is_curved(k + 1)):
+            key = _key(e, k + 1)
+        e.theta[k + 1] = e.slot("θ", *key)
+        e.code.append(Update(e.theta[k + 1], e.theta[k], e.gradient[k], self._rates(k)))
 
-    def pull_back(self, k: int, theta: int, gradient: int, adjoint: int) -> int | None:
+    def pull_back(self, k: int, adjoint: int) -> int | None:
         """Emit the step's way back; the slot of v_k, None where H_k v_k is not wanted."""
         e = self._emitter
         if self.reads_gradients:
-            e.code.append(RateGradient(gradient, adjoint, self._rates(k)))
-        if not e.second_order:
+            e.code.append(RateGradient(e.gradient[k], adjoint, self._rates(k)))
+        if not e.is_curved(k):
             return None
-        if self._vector is None:
-            self._vector = e._slot()
-        e.code.append(Scale(self._vector, adjoint, self._rates(k)))
-        return self._vector
+        vector = e.slot("v")
+        e.code.append(Scale(vector, adjoint, self._rates(k)))
+        return vector
+
+
+def _key(e: _Emitter, step: int) -> tuple[Any, ...]:
+    """Of what stays behind a step: by its number at the head of a segment, by its place within one."""
+    return ("head", step) if e.begins(step) else ("kept", (step - 1) % e.every)
 
 
 class _Ruled:
@@ -208,43 +298,83 @@ class _Ruled:
 
     def __init__(self, emitter: _Emitter, updates: Updates) -> None:
         self._emitter, self._updates = emitter, updates
-        self._states: list[dict[str, int]] = [{}]  # per step
+        self._states: dict[int, dict[str, int]] = {0: {}}  # per step
+        self._scalars: dict[int, tuple[int, ...]] = {}
         self._live: dict[str, int] = {}  # the state's adjoint
-        self._spare: dict[str, list[int]] = {}
-        last = max((k for k, w in enumerate(emitter.weights) if w), default=0)
-        learned = emitter.goal.needs.rates.__getitem__
-        self._back = updates.way_back(last, emitter.steps, emitter.second_order, learned) if emitter.reverse else {}
-        self._read_back = {name.replace("a", "s") for f in self._back.values() for name in f.reads}
-        self.reads_gradients = "g" in self._read_back
+        e = emitter
+        last = max((k for k, w in enumerate(e.weights) if w), default=0)
+        learned = e.goal.needs.rates.__getitem__
+        self._back = updates.way_back(last, e.steps, e.is_curved, learned) if e.reverse else {}
+        read = {name for f in self._back.values() for name in f.reads}
+        self._read_back = {name.replace("a", "s") for name in read}
+        self.reads_gradients = "g" in read or (e.reverse and updates.clips_norms)
+        self.reads_back = bool(self._read_back & {"g", "t", *(f"s{i}" for i in range(updates.states))})
 
-    def step(self, k: int, thetas: list[int], gradient: int) -> int:
-        """Emit step k; the slot of θ_{k+1}."""
-        e = self._emitter
-        function = self._updates.forward(k, e.steps)
-        held = {"t": thetas[k], "g": gradient, **self._states[k]}
-        outs = [self._following(name, held) for name in function.writes]
-        e.code.append(Pointwise(function, tuple(outs), tuple(held[name] for name in function.reads)))
+    def step(self, k: int, kept: bool) -> None:
+        """Emit step k."""
+        e, function = self._emitter, self._updates.forward(k, self._emitter.steps)
+        held = {"b": 0, "t": e.theta[k], "g": e.gradient[k], **self._states[k]}
+        norm = self._norm(k)
+        outs = [self._following(name, k + 1, kept) for name in function.writes]
+        e.code.append(Pointwise(function, tuple(outs), tuple(held[name] for name in function.reads), norm))
         written = dict(zip(function.writes, outs, strict=True))
-        self._states.append({name: slot for name, slot in written.items() if name != "t"})
-        return written["t"]
+        e.theta[k + 1] = written.pop("t")
+        self._states[k + 1] = written
 
-    def _following(self, name: str, held: dict[str, int]) -> int:
-        """The slot for what comes after what is held under a name: a new one, or that of the step before the last."""
-        kept = name in self._read_back or (name == "t" and self._emitter.second_order)
-        spare = self._spare.setdefault(name, [])
-        if kept or len(spare) < (1 if name == "v" else 2):
-            spare.append(self._emitter._slot())
-            return spare[-1]
-        return next(slot for slot in spare if slot != held.get(name))
-
-    def pull_back(self, k: int, theta: int, gradient: int, adjoint: int) -> int | None:
-        """Emit the step's way back; the slot of v_k, None where H_k v_k is not wanted."""
+    def reads_gradient(self, k: int) -> bool:
+        """Whether the way back of step k reads its gradient."""
         function = self._back[k]
-        after = {name.replace("s", "a"): slot for name, slot in self._states[k + 1].items()}
-        held = {"t": theta, "g": gradient, "l": adjoint, **self._states[k], **after, **self._live}
-        written = {name: adjoint if name == "l" else self._following(name, held) for name in function.writes}
-        if written or any(function.numbers.values()):
+        return "g" in function.reads or (self._updates.clips_norms and "v" in function.writes)
+
+    def reads_step(self, k: int) -> bool:
+        """Whether the way back of step k reads anything of it."""
+        held = any(name[0] in "ts" for name in self._back[k].reads)
+        return held or self.reads_gradient(k)
+
+    def _norm(self, k: int) -> tuple[int, ...]:
+        """Emit ‖g_k‖² if it clips the step; its number."""
+        e = self._emitter
+        if not self._updates.clips_norms:
+            return ()
+        if k not in self._scalars:
+            self._scalars[k] = (e.scalar(),)
+        function, held = self._updates.norm(k), {"b": 0, "t": e.theta[k], "g": e.gradient[k]}
+        ins = tuple(held[name] for name in function.reads)
+        e.code.append(Pointwise(function, (), ins, (), self._scalars[k]))
+        return self._scalars[k]
+
+    def _following(self, name: str, step: int, kept: bool) -> int:
+        """The slot for what is held under a name behind a step: one that stays, or that of the step before the last."""
+        e = self._emitter
+        stays = name in self._read_back or (name == "t" and e.is_curved(step))
+        key = _key(e, step) if e.begins(step) or (kept and stays) else ("passing", step % 2)
+        return e.slot(name, *key)
+
+    def pull_back(self, k: int, adjoint: int) -> int | None:
+        """Emit the step's way back; the slot of v_k, None where H_k v_k is not wanted."""
+        e, function = self._emitter, self._back[k]
+        after = {name.replace("s", "a"): slot for name, slot in self._states.get(k + 1, {}).items()}
+        held = {"b": 0, "t": e.theta[k], "g": e.gradient[k], "l": adjoint, **self._states[k], **after, **self._live}
+        norm = self._scalars.get(k, ())
+        written = {name: self._adjoint_slot(name, k, adjoint) for name in function.writes}
+        change = (e.scalar(),) if function.sums else ()
+        if written or any(function.numbers.values()) or function.sums:
             ins = tuple(held[name] for name in function.reads)
-            self._emitter.code.append(Pointwise(function, tuple(written.values()), ins))
+            e.code.append(Pointwise(function, tuple(written.values()), ins, norm if function.scalars else (), change))
         self._live = {name: slot for name, slot in written.items() if name[0] == "m"}
-        return written.get("v")
+        if "v" not in written:
+            return None
+        return self._clipped_back(k, written["v"], norm, change) if change else written["v"]
+
+    def _clipped_back(self, k: int, vector: int, norm: tuple[int, ...], change: tuple[int, ...]) -> int:
+        """Emit the way back through the clipping of g_k."""
+        e, function = self._emitter, self._updates.unclipped(k)
+        held = {"g": e.gradient[k], "v": vector}
+        clipped = e.slot("v", "clipped")
+        e.code.append(Pointwise(function, (clipped,), tuple(held[n] for n in function.reads), (*norm, *change)))
+        return clipped
+
+    def _adjoint_slot(self, name: str, k: int, adjoint: int) -> int:
+        if name == "l":
+            return adjoint
+        return self._emitter.slot(name) if name == "v" else self._emitter.slot(name, k % 2)

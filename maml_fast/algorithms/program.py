@@ -112,15 +112,18 @@ class Scale:
 
 @dataclass(frozen=True)
 class Pointwise:
-    """outs ← a function of slots and of the inner rule's numbers; also adds to the numbers' gradients.
+    """outs ← a function of slots, of the task's numbers and of the rule's; also adds to the gradients of the latter.
 
     `ins` are the slots of `function.reads`, `outs` those of `function.writes`. Only the last of `outs` may be among
-    the slots that are read.
+    the slots that are read. `scalars` are the task's numbers that it reads; those of `sums` become sums over all
+    elements.
     """
 
     function: Elementwise
     outs: tuple[int, ...]
     ins: tuple[int, ...]
+    scalars: tuple[int, ...] = ()
+    sums: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,9 +167,10 @@ class RateGradient:
 
 @dataclass(frozen=True)
 class Accumulate:
-    """meta-gradient += vector, over tasks in a fixed order."""
+    """meta-gradient += vector, over tasks in a fixed order; weighted: times the task's weight."""
 
     vector: int
+    weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -210,11 +214,12 @@ def unknown(instruction: NoReturn) -> NoReturn:
 
 @dataclass(frozen=True)
 class Program:
-    """Instructions, the number of slots they use, and which batch each tape records."""
+    """Instructions, the number of slots they use, which batch each tape records, and the numbers that a task has."""
 
     instructions: tuple[Instruction, ...]
     slots: int
     tapes: tuple[Batch, ...]
+    scalars: int = 0
 
     def lines(self) -> Iterator[str]:
         """Every instruction as text; also those of a program that breaks the rules of `verifier.py`."""
@@ -249,11 +254,11 @@ class Printer:
 
     def line(self, instruction: Instruction) -> str:
         text = self.text(instruction)
-        names = ", ".join(self.write(*written) for written in _written(instruction))
+        names = ", ".join([*(self.write(*written) for written in _written(instruction)), *_sums(instruction)])
         return f"{names} = {text}" if names else text
 
 
-_LETTERS = {"t": "θ", "g": "g", "s": "s", "v": "v", "m": "μ", "l": "λ"}
+_LETTERS = {"t": "θ", "g": "g", "s": "s", "v": "v", "m": "μ", "l": "λ", "x": "x", "r": "r", "p": "p", "u": "u"}
 """How `updates.py` calls what a slot holds, and what it is printed as."""
 
 
@@ -263,6 +268,10 @@ def _written(i: Instruction) -> Iterator[tuple[int, str]]:
         yield from ((slot, _LETTERS[held[0]]) for slot, held in zip(i.outs, i.function.writes, strict=False))
     elif (one := _one_written(i)) is not None:
         yield one
+
+
+def _sums(i: Instruction) -> list[str]:
+    return [f"c{number}" for number in i.sums] if isinstance(i, Pointwise) else []
 
 
 def _one_written(i: Instruction) -> tuple[int, str] | None:
@@ -301,8 +310,9 @@ def _text(i: Instruction, read: Callable[[int], str]) -> str:
             return f"{read(theta)} − α∘{read(gradient)}"
         case Scale(_, vector):
             return f"α∘{read(vector)}"
-        case Pointwise(function, _, ins):
-            return function.text(dict(zip(function.reads, map(read, ins), strict=False)).get)
+        case Pointwise(function, _, ins, scalars):
+            names = [*map(read, ins), *(f"c{number}" for number in scalars)]
+            return function.text(dict(zip((*function.reads, *function.scalars), names, strict=False)).get)
         case Hvp(theta, tape, vector, _, inputs):
             return f"hvp({read(theta)}, tape{tape}, {read(vector)}{', inputs' if inputs else ''})"
         case Add(out, vector):
@@ -311,8 +321,8 @@ def _text(i: Instruction, read: Callable[[int], str]) -> str:
             return f"{read(out)} −= {read(vector)}"
         case RateGradient(gradient, adjoint):
             return f"rate_gradient −= {read(gradient)}∘{read(adjoint)}"
-        case Accumulate(vector):
-            return f"gradient += {read(vector)}"
+        case Accumulate(vector, weighted):
+            return f"gradient += {'w∘' if weighted else ''}{read(vector)}"
         case StoreParameters(theta):
             return f"adapted = {read(theta)}"
         case StoreOutputs(tape):

@@ -17,7 +17,7 @@ from ..graph.expressions.language import in_order, substituted
 from ..graph.graph import Shape, Untraceable
 from .rules import OwnRule, Rule
 from .stepping import learned_by, moved, started
-from .updates import Moved, Updates, with_start
+from .updates import Moved, with_start
 
 Parameters = Mapping[str, tuple[int, Shape]]
 """By name the index and shape of each parameter that adapts."""
@@ -25,8 +25,8 @@ Parameters = Mapping[str, tuple[int, Shape]]
 
 def traced(
     rule: Rule | OwnRule, parameters: Parameters, steps: int, number: Callable[[str, int, int], int], dtype: torch.dtype
-) -> Updates:
-    """The steps of a rule.
+) -> list[dict[int, Moved]]:
+    """What each step of a rule makes of each parameter that adapts.
 
     Args:
         number: (name, inner step, parameter) to the index of a number of the package's own rules; the parameters of a
@@ -36,8 +36,8 @@ def traced(
         Untraceable: a step is not made of expressions, element by element.
     """
     if isinstance(rule, Rule):
-        return Updates([_of_rule(rule, parameters, k, number) for k in range(steps)])
-    return Updates(_Own(rule, parameters, dtype).steps(steps))
+        return [_of_rule(rule, parameters, k, number) for k in range(steps)]
+    return _Own(rule, parameters, dtype).steps(steps)
 
 
 # ---- the package's own: the same for every parameter ---------------------------------------------

@@ -5,17 +5,20 @@ With (λ, μ) the adjoints of (θ, m) behind a step, those before it and that of
     (λ_k, μ_k, γ_k) = adjoint of U_k at (λ_{k+1}, μ_{k+1})
 
 to which the program adds H_k γ_k. Variables: `t` θ_k, `g` g_k, `s0` … the state m_k, `a0` … m_{k+1}, `l` λ_{k+1},
-`m0` … the state's adjoint, and `n<i>` the i-th of the rule's numbers.
+`m0` … the state's adjoint, `b` θ_0, `n<i>` the i-th of the rule's numbers, and `c0` … numbers of the task.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..graph.expressions import Expression, call, constant, variable
 from ..graph.expressions.derive import pull_back
 from ..graph.expressions.language import in_order, opaque, substituted
+from ..graph.graph import Untraceable
+from ..graph.operations.pointwise import clamped
+from .gradients import NORM_FLOOR, Clip
 
 ZERO = constant(0)
 
@@ -28,12 +31,16 @@ class Elementwise:
         reads: the variables that stand for slots. writes: what the written slots hold then.
         of: for each parameter that adapts the expression of each slot, None where it is left as it is.
         numbers: likewise by number the expression whose sum, or elements, are added to its gradient.
+        scalars: the variables that stand for numbers of the task.
+        sums: for each parameter expressions whose sums over all elements become such numbers.
     """
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     of: Mapping[int, tuple[Expression | None, ...]]
-    numbers: Mapping[int, Mapping[int, Expression]]
+    numbers: Mapping[int, Mapping[int, Expression]] = field(default_factory=dict)
+    scalars: tuple[str, ...] = ()
+    sums: Mapping[int, tuple[Expression, ...]] = field(default_factory=dict)
 
     def __hash__(self) -> int:
         return id(self)
@@ -42,7 +49,9 @@ class Elementwise:
         """What it is of, with names for what it reads."""
         learned = len({n for of in self.numbers.values() for n in of})
         more = f"; gradients of {learned} numbers" if learned else ""
-        return f"{'step' if 't' in self.writes else 'step_back'}({', '.join(read(v) or '?' for v in self.reads)}{more})"
+        names = ", ".join(read(v) or "?" for v in (*self.reads, *self.scalars))
+        kind = "step" if "t" in self.writes else "sum" if not self.writes else "function"
+        return f"{'step_back' if 'l' in self.reads and 'b' not in self.reads else kind}({names}{more})"
 
 
 @dataclass(frozen=True)
@@ -61,20 +70,47 @@ class Updates:
 
     Args:
         steps: for each inner step what it makes of each parameter that adapts, by its index.
+        clip: of every gradient. proximal: the λ of a term λ/2 ‖θ − θ_0‖² of the inner loss.
 
     Attributes:
         states: how many tensors of state a parameter has at most.
+        clips_norms: whether the steps read ‖g_k‖² as `c0`.
     """
 
-    def __init__(self, steps: Sequence[Mapping[int, Moved]]) -> None:
-        self.steps = steps
+    def __init__(
+        self, steps: Sequence[Mapping[int, Moved]], clip: Clip | None = None, proximal: float | None = None
+    ) -> None:
+        self._norm = None if clip is None else clip.norm
+        self.clips_norms = self._norm is not None
+        gradient = variable("g")
+        if proximal is not None:
+            gradient = gradient + (variable("t") - variable("b")) * proximal
+        self._whole = gradient
+        if clip is not None:
+            gradient = _clipped(gradient, clip)
+        self.steps = [{p: _of_gradient(m, gradient) for p, m in of.items()} for of in steps]
+        for moved in (m for of in self.steps for m in of.values() if self.clips_norms and proximal is None):
+            if "g" in slots_in((self._unclipped_of(moved).theta, *self._unclipped_of(moved).state)):
+                raise Untraceable("its gradient cannot be told apart from the clipped one")
         self.states = max((len(m.state) for step in steps for m in step.values()), default=0)
 
     def forward(self, step: int, steps: int) -> Elementwise:
         """θ_{k+1}, and of m_{k+1} what later ones of so many steps read."""
         kept = sorted(self._read_behind(step, steps))
         of = {p: (opaque(m.theta), *(_at(m.state, i) for i in kept)) for p, m in self.steps[step].items()}
-        return _made(("t", *(f"s{i}" for i in kept)), of, {})
+        return made(("t", *(f"s{i}" for i in kept)), of, {})
+
+    def norm(self, step: int) -> Elementwise:
+        """‖g_k‖², as `c0`."""
+        square = self._whole * self._whole
+        return made((), {}, {}, dict.fromkeys(self.steps[step], (square,)))
+
+    def unclipped(self, step: int) -> Elementwise:
+        """−γ_k of the gradient before it was clipped: from that behind it and `c1`, the change of ‖g_k‖²."""
+        g, v, change = variable("g"), variable("v"), variable("c1")
+        assert self._norm is not None
+        through = v * _factor(self._norm) + g * change * 2
+        return made(("v",), dict.fromkeys(self.steps[step], (through,)), {})
 
     def _read_behind(self, step: int, steps: int) -> set[int]:
         """Which tensors of the state steps behind this one read."""
@@ -85,7 +121,7 @@ class Updates:
         return read
 
     def way_back(
-        self, last: int, steps: int, second_order: bool, learned: Callable[[int], bool]
+        self, last: int, steps: int, curved: Callable[[int], bool], learned: Callable[[int], bool]
     ) -> dict[int, Elementwise]:
         """For the steps before the last the adjoint: −γ_k, μ_k and λ_k, and the gradients of the numbers.
 
@@ -93,11 +129,11 @@ class Updates:
 
         Args:
             last: the step whose λ is given. steps: how many there are.
-            second_order: whether γ is wanted. learned: whether the gradient of a number is.
+            curved: whether the γ of a step is wanted. learned: whether the gradient of a number is.
         """
 
         def adjoint(k: int, live: Set[int], wanted: Set[int]) -> Elementwise:
-            return self._adjoint(k, self._read_behind(k, steps), live, wanted, second_order, learned)
+            return self._adjoint(k, self._read_behind(k, steps), live, wanted, curved(k), learned)
 
         wanted: list[set[int]] = [set()]  # per step: whose adjoints those before it read
         for k in range(last - 1):
@@ -125,8 +161,9 @@ class Updates:
         """
         of: dict[int, tuple[Expression | None, ...]] = {}
         numbers: dict[int, dict[int, Expression]] = {}
-        read = ("g", *(f"s{i}" for i in range(self.states)), "t")
+        read = ("h" if self.clips_norms else "g", *(f"s{i}" for i in range(self.states)), "t")
         for p, moved in self.steps[step].items():
+            moved = self._unclipped_of(moved)
             of_rule = sorted(n for n in numbers_in((moved.theta, *moved.state)) if learned(n))
             variables = [variable(v) for v in (*read, *(f"n{n}" for n in of_rule))]
             after = {opaque(e): variable(f"a{i}") for i, e in enumerate(moved.state) if i in kept}
@@ -141,7 +178,36 @@ class Updates:
         writes = ("v", *(f"m{i}" for i in range(self.states)), "l")
         places = [i for i, w in enumerate(writes) if not all(_is_idle(e[i], w) for e in of.values())]
         of = {p: tuple(e[i] for i in places) for p, e in of.items()}
-        return _made(tuple(writes[i] for i in places), of, numbers)
+        written = tuple(writes[i] for i in places)
+        if not self.clips_norms:
+            return made(written, of, numbers)
+        return self._of_clipped(written, of, numbers)
+
+    def _unclipped_of(self, moved: Moved) -> Moved:
+        """With a variable `h` in place of the clipped gradient, with respect to which the adjoint is taken."""
+        if self._norm is None:
+            return moved
+        clipped = {variable("g") * _factor(self._norm): variable("h")}
+        return Moved(_with_parts(moved.theta, clipped), tuple(_with_parts(s, clipped) for s in moved.state))
+
+    def _of_clipped(
+        self,
+        writes: tuple[str, ...],
+        of: Mapping[int, tuple[Expression | None, ...]],
+        numbers: Mapping[int, Mapping[int, Expression]],
+    ) -> Elementwise:
+        """The adjoint at the clipped gradient, and the sum by which ‖g‖² has part in it."""
+        assert self._norm is not None
+        factor, norm = _factor(self._norm), variable("c0")
+        values = {"h": variable("g") * factor}
+        (slope,) = pull_back(factor, constant(1), [norm])
+        found = {p: tuple(None if e is None else substituted(e, values) for e in row) for p, row in of.items()}
+        rates = {p: {n: substituted(e, values) for n, e in row.items()} for p, row in numbers.items()}
+        if "v" not in writes:
+            return made(writes, found, rates)
+        at = writes.index("v")
+        sums = {p: (opaque((row[at] or ZERO) * variable("g") * slope),) for p, row in found.items()}
+        return made(writes, found, rates, sums)
 
 
 def _is_idle(expression: Expression | None, writes: str) -> bool:
@@ -167,6 +233,35 @@ def _pulled(moved: Moved, live: Set[int], variables: Sequence[Expression]) -> li
     return total
 
 
+def _clipped(gradient: Expression, clip: Clip) -> Expression:
+    if clip.norm is not None:
+        return gradient * _factor(clip.norm)
+    assert clip.value is not None
+    return clamped(gradient, -clip.value, clip.value)
+
+
+def _factor(norm: float) -> Expression:
+    """min(1, norm / (‖g‖ + 1e-6)) of ‖g‖², whose derivative is zero where ‖g‖ is."""
+    length = call("sqrt", call("maximum", variable("c0"), _SMALLEST)) + NORM_FLOOR
+    return call("where", norm < length, norm / length, 1)
+
+
+_SMALLEST = 1e-30  # of a squared norm
+
+
+def _of_gradient(moved: Moved, gradient: Expression) -> Moved:
+    """The step with another gradient in place of the loss's."""
+    values = {"g": gradient}
+    return Moved(substituted(moved.theta, values), tuple(substituted(s, values) for s in moved.state))
+
+
+def displacement(adapts: Sequence[bool], active: Sequence[bool]) -> Elementwise:
+    """θ_0 − θ_K of all parameters that have a gradient; zero of those that do not adapt."""
+    way = variable("b") - variable("t")
+    of = {p: (way if moves else ZERO,) for p, (moves, wanted) in enumerate(zip(adapts, active, strict=True)) if wanted}
+    return made(("l",), of, {})
+
+
 def _with_parts(expression: Expression, known: Mapping[Expression, Expression]) -> Expression:
     """The expression with variables in place of parts that are known."""
     found: dict[int, Expression] = {}
@@ -178,13 +273,17 @@ def _with_parts(expression: Expression, known: Mapping[Expression, Expression]) 
     return found[id(expression)]
 
 
-def _made(
+def made(
     writes: tuple[str, ...],
     of: Mapping[int, tuple[Expression | None, ...]],
     numbers: Mapping[int, Mapping[int, Expression]],
+    sums: Mapping[int, tuple[Expression, ...]] | None = None,
 ) -> Elementwise:
-    every = [e for row in of.values() for e in row if e is not None] + [e for r in numbers.values() for e in r.values()]
-    return Elementwise(tuple(sorted(slots_in(every))), writes, of, numbers)
+    sums = sums or {}
+    rows = [*of.values(), *(tuple(row.values()) for row in numbers.values()), *sums.values()]
+    every = [e for row in rows for e in row if e is not None]
+    scalars = tuple(sorted(v for v in _variables(every) if v[0] == "c"))
+    return Elementwise(tuple(sorted(slots_in(every))), writes, of or dict.fromkeys(sums, ()), numbers, scalars, sums)
 
 
 def _variables(expressions: Iterable[Expression]) -> set[str]:
@@ -193,7 +292,7 @@ def _variables(expressions: Iterable[Expression]) -> set[str]:
 
 def slots_in(expressions: Iterable[Expression]) -> set[str]:
     """The variables that stand for slots."""
-    return {v for v in _variables(expressions) if not v.startswith("n")}
+    return {v for v in _variables(expressions) if v[0] not in "nc"}
 
 
 def numbers_in(expressions: Iterable[Expression]) -> set[int]:

@@ -5,11 +5,12 @@ Backends take them for granted: what breaks one would run, and give wrong number
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 from .goal import Goal, Mode, weights_of
+from .gradients import Displacement, Unrolled
 from .program import (
     Accumulate,
     Add,
@@ -114,6 +115,7 @@ class _Verifier:
     at: int = 0
     slots: dict[int, _Write] = field(default_factory=dict)
     tapes: list[_Tape] = field(default_factory=list)
+    scalars: dict[int, _Write] = field(default_factory=dict)
     writes: list[_Write] = field(default_factory=list)
     accumulated: set[int] = field(default_factory=set)
     results: set[str] = field(default_factory=set)
@@ -124,8 +126,10 @@ class _Verifier:
         for at, instruction in enumerate(self.program.instructions):
             self.at = at
             self.step(instruction)
+        alive = {write.at for write in self.writes if write.read}  # steps that run again may make more than is read
         for write in self.writes:
-            if not write.read:
+            several = isinstance(self.program.instructions[write.at], Pointwise) and write.at in alive
+            if not write.read and not several:
                 self.at = write.at
                 self.fail("dead", f"nothing reads {write.what}")
 
@@ -273,10 +277,28 @@ class _Verifier:
         if (len(i.ins), len(i.outs)) != (len(i.function.reads), len(i.function.writes)):
             self.fail("range", "it has another number of slots than its function reads and writes")
         for slot, held in zip(i.ins, i.function.reads, strict=True):
-            self.read(slot, _THETA if held == "t" else _VECTOR)
+            self.read(slot, _THETA if held in ("t", "b") else _VECTOR)
+        self.numbers(i)
         for place, (slot, held) in enumerate(zip(i.outs, i.function.writes, strict=True), 1):
             keep = (*i.ins, *i.outs[: place - 1]) if place < len(i.outs) else i.outs[: place - 1]
             self.write(slot, _THETA if held == "t" else _VECTOR, keep)
+
+    def numbers(self, i: Pointwise) -> None:
+        """The task's numbers that a function reads and sums up."""
+        sums = max(map(len, i.function.sums.values()), default=0)
+        if (len(i.scalars), len(i.sums)) != (len(i.function.scalars), sums):
+            self.fail("range", "it has another number of the task's numbers than its function")
+        for number in (*i.scalars, *i.sums):
+            if not 0 <= number < self.program.scalars:
+                self.fail("range", f"expected a number of the task below {self.program.scalars}, got {number}")
+        for number in i.scalars:
+            if number not in self.scalars:
+                self.fail("undefined", f"number {number} of the task is read before it is summed up")
+            self.scalars[number].read = True
+        for number in i.sums:
+            if number in i.scalars:
+                self.fail("overlap", f"number {number} of the task is read and written")
+            self.scalars[number] = self.made(f"number {number} of the task")
 
     def hvp(self, i: Hvp) -> None:
         tape = self.filled(i.tape, Batch.SUPPORT)
@@ -287,6 +309,7 @@ class _Verifier:
             self.fail("deltas", f"tape {i.tape} holds no deltas of a backward pass")
         tape.deltas.read = True
         self.write(i.out, _VECTOR, keep=(i.theta, i.vector))
+        self.slots[i.out].read = i.inputs  # there may be no other reader
 
 
 _RESULTS: dict[Mode, tuple[type[Instruction], ...]] = {
@@ -302,13 +325,12 @@ _MAY = {Mode.META_GRADIENT: (StoreOutputs,)}
 
 
 def _check_goal(program: Program, goal: Goal) -> None:
-    reverse = goal.mode in (Mode.META_GRADIENT, Mode.VJP)
+    gradient, differentiates = goal.inner.gradient, goal.mode in (Mode.META_GRADIENT, Mode.VJP)
+    goes_back = differentiates and not isinstance(gradient, Displacement)
     weights = weights_of(goal)
     steps = 0 if goal.mode is Mode.APPLY else len(weights) - 1
     scores = goal.mode in (Mode.LOSS, Mode.META_GRADIENT)
     losses = scores * max(sum(w != 0 for w in weights), 1)
-    pulled = max((k for k, w in enumerate(weights) if w), default=0) if scores else steps
-    second_order = reverse and not goal.inner.first_order
 
     def expect(what: str, wanted: int, found: int) -> None:
         if wanted != found:
@@ -319,27 +341,49 @@ def _check_goal(program: Program, goal: Goal) -> None:
     for kind in (Cotangent, Accumulate, StoreOutputs, StoreParameters, Load):
         if kind not in _MAY.get(goal.mode, ()):
             expect(f"{kind.__name__}", kind in _RESULTS[goal.mode], _count(program, kind))
-    expect("QueryLoss with a seed", losses * (goal.mode is Mode.META_GRADIENT), _count(program, QueryLoss, seed=True))
-    if goal.updates is not None:
-        _check_rule(program, goal, steps, pulled if second_order else 0)
-        return
-    expect("Update", steps, _count(program, Update))
+    seeds = losses * (goal.mode is Mode.META_GRADIENT and goes_back)
+    expect("QueryLoss with a seed", seeds, _count(program, QueryLoss, seed=True))
+    expect("Backward with inputs", goes_back and goal.needs.x_q, _count(program, Backward, inputs=True))
+    if goal.updates is None:
+        _check_descent(program, goal, expect)
+    _check_steps(program, goal, steps)
+    if goes_back and isinstance(gradient, Unrolled):
+        _check_curvature(program, goal, steps, expect)
+
+
+_Expect = Callable[[str, int, int], None]
+
+
+def _check_descent(program: Program, goal: Goal, expect: _Expect) -> None:
+    """The rates of plain gradient descent."""
     for i in program.instructions:
         if isinstance(i, Update | Scale | RateGradient) and not 0 <= i.rates < goal.rate_sets:
             raise ProgramError("goal", f"`{i}`", f"expected a set of rates below {goal.rate_sets}, got {i.rates}")
-    expect("RateGradient", pulled if reverse and any(goal.needs.rates) else 0, _count(program, RateGradient))
-    expect("Hvp", pulled if second_order else 0, _count(program, Hvp))
-    expect("Hvp with inputs", pulled if second_order and goal.needs.x_s else 0, _count(program, Hvp, inputs=True))
-    expect("Backward with inputs", reverse and goal.needs.x_q, _count(program, Backward, inputs=True))
+    wanted = goal.mode.differentiates and goal.inner.unrolls and any(goal.needs.rates)
+    expect("RateGradient", _pulled(goal) if wanted else 0, _count(program, RateGradient))
 
 
-def _check_rule(program: Program, goal: Goal, steps: int, most_products: int) -> None:
-    """The steps of an inner rule, and no more Hessian-vector products than steps to go back through."""
-    moved = sum("t" in i.function.writes for i in program.instructions if isinstance(i, Pointwise))
-    if moved != steps or _count(program, Update):
-        raise ProgramError("goal", f"mode {goal.mode.value}", f"expected {steps} steps of the rule, got {moved}")
-    if _count(program, Hvp) > most_products:
-        raise ProgramError("goal", f"mode {goal.mode.value}", "more Hessian-vector products than steps")
+def _check_steps(program: Program, goal: Goal, steps: int) -> None:
+    """Every inner step; on the way back some may run again."""
+    functions = [i for i in program.instructions if isinstance(i, Pointwise)]
+    moved = sum("t" in i.function.writes for i in functions) + _count(program, Update)
+    if moved < steps or (moved > 0 and steps == 0):
+        raise ProgramError("goal", f"mode {goal.mode.value}", f"expected {steps} inner steps, got {moved}")
+
+
+def _check_curvature(program: Program, goal: Goal, steps: int, expect: _Expect) -> None:
+    """Hessian-vector products of the steps whose second derivatives count; a rule may have some that are zero."""
+    curved = max(_pulled(goal) - goal.inner.curved_from, 0)
+    if goal.updates is None:
+        expect("Hvp", curved, _count(program, Hvp))
+        expect("Hvp with inputs", curved if goal.needs.x_s else 0, _count(program, Hvp, inputs=True))
+    elif _count(program, Hvp) > curved:
+        raise ProgramError("goal", f"mode {goal.mode.value}", f"expected at most {curved} Hvp")
+
+
+def _pulled(goal: Goal) -> int:
+    """The step to whose parameters the query gradient belongs, the last of several."""
+    return max((k for k, w in enumerate(weights_of(goal)) if w), default=0)
 
 
 def _count(program: Program, kind: type[Instruction], **fields: bool) -> int:

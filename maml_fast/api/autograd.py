@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from ..algorithms.goal import Mode
+from ..algorithms.gradients import Displacement
 from ..graph import structure
 from ..graph.structure import Data
 from ..lower.plan import Result
@@ -44,7 +45,7 @@ def loss_and_result(prepared: Prepared) -> tuple[Tensor, Result]:
 
 def query_outputs(preparer: Preparer, x_s: Data, y_s: Data, x_q: Data) -> Any:
     """The query outputs; see `MAML.forward`."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not isinstance(preparer.gradient, Displacement):
         prepared = preparer.prepare(Mode.VJP, x_s, y_s, x_q)
         if prepared.call.plan.needs.gradients:
             form: list[Any] = []

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from ..algorithms.goal import Mode
+from ..algorithms.gradients import UNROLLED, Clip, Displacement, Gradient, Implicit, Unrolled
 from ..algorithms.rules import OwnRule, Rule
 from ..backends.cpu import MOST_THREADS
 from ..graph import structure
@@ -204,6 +206,34 @@ def with_number(inner: Rule | OwnRule, name: str, value: Any) -> Rule:
     if not isinstance(inner, Rule):
         raise AttributeError(f"{name}: {type(inner).__name__} is a rule of one's own, which holds its own numbers")
     return inner.replaced(name, value)
+
+
+def gradient(value: Any) -> Gradient:
+    """What the meta-gradient is of; None for the unrolled inner loop."""
+    if value is None:
+        return UNROLLED
+    if not isinstance(value, Unrolled | Implicit | Displacement):
+        got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"gradient: expected mf.Unrolled(…), mf.Implicit(…) or mf.Displacement(), got {got}")
+    return value
+
+
+def clip(value: Any) -> Clip | None:
+    """How inner gradients are clipped; None for not."""
+    if value is not None and not isinstance(value, Clip):
+        raise TypeError(f"clip: expected mf.Clip(value=…) or mf.Clip(norm=…), got {type(value).__name__}")
+    return value
+
+
+def gradient_fits(of: Gradient, weights: tuple[float, ...] | None, mode: Mode, learnable: tuple[bool, ...]) -> None:
+    """Refuse what only the way back through the inner steps has."""
+    if isinstance(of, Unrolled) or not mode.differentiates:
+        return
+    name = f"gradient: mf.{type(of).__name__}"
+    if weights is not None:
+        raise ValueError(f"{name} is of the loss at θ_K alone, and step_weights are given")
+    if any(learnable):
+        raise ValueError(f"{name} has none for the numbers of the inner rule: expected constants, got a learnable one")
 
 
 def precision(value: Any) -> str:

@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 
 from ..algorithms import rules
 from ..algorithms.goal import Mode
+from ..algorithms.gradients import Clip, Gradient
 from ..algorithms.rules import OwnRule, Rule
 from ..graph import losses
 from ..graph.model import Adapts
@@ -46,6 +47,9 @@ class MAML(nn.Module):
             object with `init(theta) -> state` and `update(theta, gradient, state, step) -> (theta, state)` over
             dictionaries by parameter name, in tensor operations; if it is an `nn.Module`, its parameters are among
             `parameters()`. A rule gets a gradient of zeros for a parameter that the loss does not use.
+        gradient: `mf.Unrolled(order, last, checkpoint)` (default: exact, of order 2), `mf.Implicit(proximal)` (iMAML)
+            or `mf.Displacement()` (Reptile).
+        clip: `mf.Clip(value=…)` or `mf.Clip(norm=…)` of every inner gradient of a task, differentiated through.
         step_weights: w_0 … w_K: a task's objective is Σ_k w_k L_q(θ_k), in one pass (MAML++, Antoniou et al.,
             arXiv 1810.09502); None for L_q(θ_K). Assign others to anneal them: a plan is made for each set of numbers.
         loss: `"mse"`, `"cross_entropy"`, `"bce_with_logits"`, `"l1"`, `"huber"`, the matching
@@ -92,6 +96,8 @@ class MAML(nn.Module):
     loss: losses.Loss
     steps: int
     step_weights: tuple[float, ...] | None
+    gradient: Gradient
+    clip: Clip | None
     first_order: bool
     allow_unused: bool | None
     backend: str
@@ -110,6 +116,8 @@ class MAML(nn.Module):
         *,
         inner: Rule | OwnRule | None = None,
         steps: int = 1,
+        gradient: Gradient | None = None,
+        clip: Clip | None = None,
         step_weights: Sequence[float] | Tensor | None = None,
         loss: losses.LossLike = "cross_entropy",
         backend: str = "auto",
@@ -135,6 +143,8 @@ class MAML(nn.Module):
             "threads": threads,
             "precision": precision,
             "check": check,
+            "gradient": gradient,
+            "clip": clip,
         }
         checks.one_of(lr=lr, inner=inner)
         settings = {name: check(given[name]) for name, check in CHECKED.items()}
@@ -290,6 +300,7 @@ class MAML(nn.Module):
         """Query outputs after adaptation, (T, Nq, *out), differentiable once like `meta_loss`.
 
         A model that returns several tensors (in a tuple, list, mapping or dataclass) gives such a structure of theirs.
+        With `mf.Displacement` outputs have no graph: it is no derivative of theirs.
         """
         call: Callable[..., Any] = autograd.query_outputs
         if compiled.traced():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..algorithms.goal import Inner, Mode, Needs
+from ..algorithms.gradients import Clip, Gradient
 from ..algorithms.rules import OwnRule, Rule
 from ..backends import dispatch, verbose
 from ..backends.randomness import new_seed
@@ -129,6 +130,8 @@ class Settings:
     threads: int | None
     precision: str
     check: str
+    gradient: Gradient
+    clip: Clip | None
     rule: Rule | OwnRule | None = None
 
 
@@ -143,6 +146,8 @@ CHECKED: dict[str, Callable[[Any], Any]] = {
     "threads": checks.threads,
     "precision": checks.precision,
     "check": when,
+    "gradient": checks.gradient,
+    "clip": checks.clip,
 }
 """What checks and normalises the value of every setting, but of the inner rule, which comes with its numbers."""
 
@@ -180,6 +185,11 @@ class Preparer:
         self._said: set[str] = set()
         self._selfcheck = SelfCheck()
         self._enter_state()
+
+    @property
+    def gradient(self) -> Gradient:
+        """What the meta-gradient is of."""
+        return self._settings.gradient
 
     def set(self, name: str, value: Any) -> None:
         """Change one setting; plans made for other values stay for when those come back."""
@@ -480,6 +490,7 @@ class Preparer:
         dtype, device, loss = common_dtype(parameters), common_device(parameters), settings.loss
         if mode is not Mode.APPLY:
             self.rates.check_steps(settings.steps)
+            checks.gradient_fits(settings.gradient, settings.step_weights, mode, self.rates.learnable())
             checks.inputs("x_s", x_s, dtype, device)
             checks.targets("y_s", y_s, "x_s", x_s, loss, dtype)
         if mode is not Mode.ADAPT:
@@ -548,7 +559,15 @@ class Preparer:
             mode=mode,
             model=self.model,
             objective=self.objective_of(settings.loss),
-            inner=Inner(settings.loss, settings.steps, settings.first_order, settings.step_weights, settings.rule),
+            inner=Inner(
+                settings.loss,
+                settings.steps,
+                settings.first_order,
+                settings.step_weights,
+                settings.rule,
+                settings.gradient,
+                settings.clip,
+            ),
             rates=rates,
             needs=needs,
             tasks=x.shape[0],

@@ -39,14 +39,15 @@ class SlotFunctions:
         of: list[dict[str, Any]] = [{"code": -1, "numbers": [], "gradients": []} for _ in self.rates]
         for p, expressions in function.of.items():
             learned = function.numbers.get(p, {})
-            outputs = [*expressions, *learned.values()]
+            outputs = [*expressions, *function.sums.get(p, ()), *learned.values()]
             numbers = sorted(numbers_in([e for e in outputs if e is not None]))
             of[p] = {
-                "code": self._code(function.reads, numbers, outputs),
+                "code": self._code([*function.reads, *function.scalars], numbers, outputs),
                 "numbers": [self._set(p, n) for n in numbers],
                 "gradients": [self._set(p, n) for n in learned],
             }
-        return {"ins": list(instruction.ins), "outs": list(instruction.outs), "of": of}
+        slots = {"ins": list(instruction.ins), "outs": list(instruction.outs)}
+        return {**slots, "scalars": list(instruction.scalars), "sums": list(instruction.sums), "of": of}
 
     def _set(self, parameter: int, number: int) -> int:
         """Where a number stands in the parameter's own list."""
@@ -60,5 +61,6 @@ class SlotFunctions:
         renamed = [None if e is None else substituted(e, short) for e in outputs]
         shapes = self._plan.rates.shapes
         scalars = {f"n{i}" for i, n in enumerate(numbers) if math.prod(shapes[n]) == 1}
+        scalars |= {name for name in reads if name[0] == "c"}
         code = compiled_over_slots(renamed, [*reads, *(f"n{i}" for i in range(len(numbers)))], scalars)
         return self._known.setdefault(code, len(self._known))

@@ -10,7 +10,8 @@ from dataclasses import fields
 from typing import Any, get_args
 
 from ..algorithms.goal import Mode
-from ..algorithms.program import Add, Batch, Instruction, Load, Pointwise, RateGradient, StoreParameters, Update
+from ..algorithms.gradients import Implicit
+from ..algorithms.program import Add, Batch, Hvp, Instruction, Load, Pointwise, RateGradient, StoreParameters, Update
 from ..graph import structure
 from ..graph.boxes import Box, in_memory_order
 from ..graph.expressions import Expression, derivatives
@@ -146,7 +147,9 @@ class Spec:
         self.once = [False]
         self.constants = constants_of(graph)
         ordered, steady = steady_first(graph, [adapts or self.loads for adapts in plan.model.adapts])
-        self.steady = sum(op.kind != "reshape" for op in ordered[:steady])
+        # the products of a solver do not add up to one that goes further back
+        hoists = not isinstance(plan.inner.gradient, Implicit)
+        self.steady = hoists * sum(op.kind != "reshape" for op in ordered[:steady])
         self.ops = [self._op(op) for op in ordered if not self._alias(op)]
         self.slot_functions = SlotFunctions(plan)
         self.convolved = {op.parameters[0] for op in graph.live_ops() if op.kind == "conv"}
@@ -268,12 +271,12 @@ class Spec:
 
     def _rate_sets(self) -> int:
         """How many numbers a parameter has at most: of plain gradient descent one for each set of rates."""
-        return self.plan.rate_sets if self.plan.inner.rule is None else max(self.slot_functions.most_rates, 1)
+        return self.plan.rate_sets if self.plan.updates is None else max(self.slot_functions.most_rates, 1)
 
     def _rates_of(self, parameter: int) -> list[int]:
         """A parameter's numbers: none where it does not adapt, whatever the plan's table holds there."""
         plan = self.plan
-        if plan.inner.rule is None:
+        if plan.updates is None:
             adapts = plan.model.adapts[parameter]
             return [rates[parameter] if adapts else -1 for rates in plan.rates.sets]
         own = self.slot_functions.rates[parameter]
@@ -312,6 +315,7 @@ class Spec:
             "functions": self.slot_functions.functions,
             "tapes": [int(batch) for batch in program.tapes],
             "slots": program.slots,
+            "scalars": program.scalars,
             "support": plan.support,
             "query": plan.query,
             "rate_sets": self._rate_sets(),
@@ -324,7 +328,7 @@ class Spec:
             "loss_factors": loss.factors,
             "input_gradients": reverse and (plan.needs.x_s or plan.needs.x_q),
             "reverse": reverse,
-            "second_order": reverse and not plan.inner.first_order,
+            "second_order": any(isinstance(i, Hvp) for i in program.instructions),
             "low_rank": _allows_low_rank(plan),
             "tasks": plan.tasks,
         }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algorithms.gradients import NORM_FLOOR, Implicit
 from ..algorithms.stepping import learned_by, moved, started
 from ..lower.plan import Plan, Tensors
 
@@ -23,7 +24,8 @@ class InnerSteps:
         self._plan, self._rates = plan, tensors.rates
         self._adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
         self._index = {plan.model.names[i]: i for i in self._adapted}
-        self._rule = plan.inner.rule
+        self._rule, self._gradient, self._clip = plan.inner.whole_rule, plan.inner.gradient, plan.inner.clip
+        self._begin: list[Tensor] = []
         self._learned = dict(zip(learned_by(self._rule), tensors.rates, strict=False))
         self._state: Any = None
 
@@ -39,11 +41,26 @@ class InnerSteps:
         zeroed = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), gradients, strict=True)]
         if k == 0:
             self._state = started(self._rule, named, self._learned)
-        given = dict(zip(named, zeroed, strict=True))
+            self._begin = list(named.values())
+        given = dict(zip(named, self._descended(zeroed, list(named.values())), strict=True))
         moved_to, self._state = moved(self._rule, named, given, self._state, k, self._number, self._learned)
         for name, i in self._index.items():
             after[i] = moved_to[name]
         return after
+
+    def _descended(self, gradients: list[Tensor], theta: list[Tensor]) -> list[Tensor]:
+        """The gradients of what the inner loop descends, clipped."""
+        if isinstance(self._gradient, Implicit):
+            pull = self._gradient.proximal
+            triples = zip(gradients, theta, self._begin, strict=True)
+            gradients = [g + pull * (p - begin.detach()) for g, p, begin in triples]
+        if self._clip is None:
+            return gradients
+        if (value := self._clip.value) is not None:
+            return [g.clamp(-value, value) for g in gradients]
+        length = torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients]))
+        factor = (self._clip.norm / (length + NORM_FLOOR)).clamp(max=1.0)
+        return [g * factor for g in gradients]
 
     def detach(self) -> None:
         """Cut the state from its graph, where nobody differentiates it."""

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algorithms.gradients import Displacement, Implicit
 from ..graph import structure
 from ..graph.objective import Point
 from ..lower.plan import Plan, Result, Tensors
 from .autograd import differentiate
 from .base import Backend
 from .composed import Composed
+from .fixed_point import displaced, held
 from .inner_step import InnerSteps
 from .philox import Drawing
 
@@ -66,12 +68,8 @@ def _inner_loop(draws: Drawing, plan: Plan, t: Tensors, task: int) -> Iterator[l
         loss = plan.objective.value(_point(plan, theta, t.learned), _of(t.x_s, task), _of(t.y_s, task))
         gradients: Sequence[Tensor | None] = [None] * len(adapted)
         if loss.requires_grad:
-            gradients = torch.autograd.grad(
-                loss,
-                [theta[i] for i in adapted],
-                create_graph=plan.second_order,
-                allow_unused=True,
-            )
+            curved = plan.second_order and step >= plan.inner.curved_from
+            gradients = torch.autograd.grad(loss, [theta[i] for i in adapted], create_graph=curved, allow_unused=True)
         theta = inner.step(step, theta, gradients)
         if not plan.mode.differentiates:
             theta = _leaves(theta, plan.model.trainable)
@@ -119,7 +117,11 @@ def _points(
 
 
 def _adapted_points(draws: Drawing, plan: Plan, t: Tensors) -> Iterator[tuple[int, Point]]:
-    return _points(draws, plan, t, lambda task: _adapt_task(draws, plan, t, task))
+    def theta(task: int) -> list[Tensor]:
+        found, gradient = _adapt_task(draws, plan, t, task), plan.inner.gradient
+        return _held(gradient, draws, plan, t, task, found) if isinstance(gradient, Implicit) else found
+
+    return _points(draws, plan, t, theta)
 
 
 def _query_outputs(draws: Drawing, plan: Plan, t: Tensors) -> Any:
@@ -137,6 +139,8 @@ def _loss(draws: Drawing, plan: Plan, t: Tensors, task: int) -> tuple[Tensor, An
     total, outputs = None, None
     weights = plan.inner.weights(plan.inner.steps)
     for step, theta in enumerate(_inner_loop(draws, plan, t, task)):
+        if isinstance(plan.inner.gradient, Implicit) and step == plan.inner.steps:
+            theta = _held(plan.inner.gradient, draws, plan, t, task, theta)
         weight, with_outputs = weights[step], step == plan.inner.steps and plan.needs.outputs
         if weight == 0 and not with_outputs:
             continue
@@ -152,7 +156,40 @@ def _loss(draws: Drawing, plan: Plan, t: Tensors, task: int) -> tuple[Tensor, An
         loss = loss if weight == 1.0 else weight * loss
         total = loss if total is None else total + loss
     assert total is not None  # one weight is not zero
+    if isinstance(plan.inner.gradient, Displacement) and plan.mode.differentiates:
+        total = displaced(total, _adapted(plan, t.parameters), _adapted(plan, theta))
     return total, outputs
+
+
+def _adapted(plan: Plan, theta: Sequence[Tensor]) -> list[Tensor]:
+    return [p for p, adapts in zip(theta, plan.adapts, strict=True) if adapts]
+
+
+def _held(gradient: Implicit, draws: Drawing, plan: Plan, t: Tensors, task: int, theta: list[Tensor]) -> list[Tensor]:
+    """θ_K as the inner loop's fixed point."""
+    if not plan.mode.differentiates or not any(plan.adapts) or not plan.inner.steps:
+        return theta
+    moving = [i for i, adapts in enumerate(plan.adapts) if adapts]
+    still = [i for i, adapts in enumerate(plan.adapts) if not adapts]
+    inputs = structure.tensors(_of(t.x_s, task))
+
+    def support_loss(fast: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        values = list(theta)
+        rest = list(others)
+        for i, p in zip(moving, fast, strict=True):
+            values[i] = p
+        for i in still:
+            values[i] = rest.pop(0)
+        learned, x = rest[: len(t.learned)], structure.replaced(_of(t.x_s, task), rest[len(t.learned) :])
+        draws.begin(plan.inner.steps, task)
+        return plan.objective.value(_point(plan, values, learned), x, _of(t.y_s, task))
+
+    others = [*(t.parameters[i] for i in still), *t.learned, *inputs]
+    fixed = held(gradient, support_loss, _adapted(plan, t.parameters), _adapted(plan, theta), others)
+    found = list(theta)
+    for i, p in zip(moving, fixed, strict=True):
+        found[i] = p
+    return found
 
 
 def _adapt(draws: Drawing, plan: Plan, t: Tensors) -> list[Tensor]:

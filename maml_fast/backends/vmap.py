@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from ..algorithms.goal import Mode
+from ..algorithms.gradients import Displacement, Implicit
 from ..graph import structure
 from ..graph.conditions import plain
 from ..graph.errors import first_line
@@ -24,6 +25,7 @@ from ..lower.plan import Plan, Result, Tensors
 from .autograd import differentiate
 from .base import Backend
 from .composed import Composed
+from .fixed_point import displaced
 from .inner_step import InnerSteps
 from .philox import Drawing
 
@@ -67,8 +69,8 @@ def _inner_loop(
             continue
         draws.begin(step)
         gradients = grad(support_loss)([theta[i] for i in adapted], theta)
-        first_order = plan.inner.first_order
-        theta = inner.step(step, theta, [g.detach() if first_order else g for g in gradients])
+        curved = step >= plan.inner.curved_from
+        theta = inner.step(step, theta, [g if curved else g.detach() for g in gradients])
     yield theta
 
 
@@ -132,10 +134,17 @@ def _losses(draws: Drawing, plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
                 continue
             loss = loss if weight == 1.0 else weight * loss
             total = loss if total is None else total + loss
+        if isinstance(plan.inner.gradient, Displacement):
+            assert total is not None  # one weight is not zero
+            total = displaced(total, _adapted(plan, t.parameters), _adapted(plan, theta))
         return total, outputs
 
     losses, outputs = _outputs(plan, task, t.x_s, t.y_s, t.x_q, t.y_q)
     return losses, outputs
+
+
+def _adapted(plan: Plan, theta: Sequence[Tensor]) -> list[Tensor]:
+    return [p for p, adapts in zip(theta, plan.adapts, strict=True) if adapts]
 
 
 def _adapt(draws: Drawing, plan: Plan, t: Tensors) -> list[Tensor]:
@@ -158,6 +167,8 @@ def _apply(draws: Drawing, plan: Plan, t: Tensors) -> Any:
 
 def _why_not(plan: Plan) -> str:
     """Why torch.func cannot batch the model, its loss or their derivatives; empty where it can."""
+    if isinstance(plan.inner.gradient, Implicit) and plan.mode.differentiates:
+        return "the implicit gradient solves an equation for each task"
     if plan.reads_values:
         return "torch.func.vmap cannot batch the model: forward or loss reads elements that differ between tasks"
     error = _failure(plan)

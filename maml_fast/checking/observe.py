@@ -56,7 +56,7 @@ def observe_calls(
             "rates": gradients[len(parameters) : last],
             **({"x_s": gradients[last : last + len(support)]} if support else {}),
             **({"x_q": gradients[last + len(support) :]} if query else {}),
-            **({"pullback": pullback} if differentiable else {}),
+            **({"pullback": pullback} if pullback else {}),
             "backward": _written(maml, batch, [*parameters, *rates]),
         }
 
@@ -71,8 +71,8 @@ def _outputs(maml: MAML, inputs: Any, batch: Any, leaves: Sequence[Tensor]) -> t
             raise
         return [], (), []
     differentiable = structure.tensors(outputs)
-    product = torch.stack([(v * _cotangent(v)).sum() for v in differentiable if v.requires_grad]).sum()
-    pullback = torch.autograd.grad(product, leaves)
+    products = [(v * _cotangent(v)).sum() for v in differentiable if v.requires_grad]
+    pullback = torch.autograd.grad(torch.stack(products).sum(), leaves) if products else ()
     with torch.no_grad(), seeded(2):
         plain = structure.tensors(maml(*batch[:3]))
     return differentiable, pullback, plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..algorithms import maml
 from ..algorithms.goal import Inner, Mode, Needs
+from ..algorithms.gradients import Implicit, Unrolled
 from ..algorithms.program import Program
 from ..algorithms.tracing import traced
 from ..algorithms.updates import Updates
@@ -89,8 +91,9 @@ class Plan:
     @property
     def second_order(self) -> bool:
         """Whether the gradient of an inner gradient is taken."""
-        adapting = self.mode is not Mode.APPLY and self.inner.steps > 0 and any(self.adapts)
-        return self.mode.differentiates and not self.inner.first_order and adapting
+        steps = self.inner.steps
+        curved = self.inner.curved_from < steps or (isinstance(self.inner.gradient, Implicit) and steps > 0)
+        return self.mode.differentiates and self.mode is not Mode.APPLY and any(self.adapts) and curved
 
     @property
     def notes(self) -> list[str]:
@@ -98,6 +101,13 @@ class Plan:
         notes = self.state.get("notes", [])
         assert isinstance(notes, list)
         return notes
+
+    @cached_property
+    def active(self) -> tuple[bool, ...]:
+        """Which parameters have a gradient."""
+        graph = self.trace[0]
+        used = set() if graph is None else graph.used_parameters()
+        return tuple(trains and i in used for i, trains in enumerate(self.model.trainable))
 
     @property
     def adapts(self) -> tuple[bool, ...]:
@@ -125,9 +135,10 @@ class Plan:
     @cached_property
     def traced_rule(self) -> tuple[Updates | None, str]:
         """The steps of the inner rule, or why they are no expressions; neither for plain gradient descent."""
-        rule, model = self.inner.rule, self.model
+        rule, model, inner = self.inner.whole_rule, self.model, self.inner
         if rule is None or self.mode is Mode.APPLY or not any(self.adapts):
             return None, ""
+        proximal = inner.gradient.proximal if isinstance(inner.gradient, Implicit) else None
         adapted = {n: (i, model.shapes[i]) for i, n in enumerate(model.names) if model.adapts[i]}
 
         def number(name: str, step: int, parameter: int) -> int:
@@ -135,7 +146,8 @@ class Plan:
 
         try:
             with lock:  # equal expressions are one object
-                return traced(rule, adapted, self.inner.steps, number, self.dtype), ""
+                moved = traced(rule, adapted, inner.steps, number, self.dtype)
+                return Updates(moved, inner.clip, proximal), ""
         except Untraceable as error:
             kind = type(rule).__name__
             return None, f"inner: {kind} is not computed element by element by what kernels know: {error}"
@@ -234,7 +246,20 @@ class Plan:
         if reason := self.traced_rule[1]:
             raise Untraceable(reason)
         with lock:
-            return maml.emit(self, save=self.saved_tapes_bytes() <= self.tape_bytes)
+            return maml.emit(self, *self.kept)
+
+    @cached_property
+    def kept(self) -> tuple[bool, int | None]:
+        """Whether tapes stay, and of how many steps one is kept, as it is asked or fits `tape_bytes`; see `emit`."""
+        gradient, steps = self.inner.gradient, self.inner.steps
+        asked = gradient.checkpoint if isinstance(gradient, Unrolled) else None
+        if isinstance(asked, int):
+            return True, max(asked, 1)
+        tapes, slots = self.saved_tapes_bytes(), self.saved_slots_bytes()
+        if asked is None or slots <= self.tape_bytes or self.tape_bytes <= 0:
+            return tapes + (0 if asked is None else slots) <= self.tape_bytes, None
+        # of n steps between: (K / n) slots and n tapes with theirs
+        return True, max(1, round(steps / math.sqrt(max(1.0, steps * (1 + tapes / max(slots, 1))))))
 
     @cached_property
     def lean_program(self) -> Program:
@@ -248,6 +273,12 @@ class Plan:
             return 0
         numbers = sum((2 if op.kind in _PLAIN else 4) * graph.features(op.output) for op in graph.ops)
         return self.dtype.itemsize * self.inner.steps * self.support * numbers
+
+    def saved_slots_bytes(self) -> int:
+        """What the parameters, gradients and states of all inner steps take of one task."""
+        elements = sum(math.prod(s) for s, adapts in zip(self.model.shapes, self.adapts, strict=True) if adapts)
+        states = 0 if self.updates is None else 1 + self.updates.states
+        return self.dtype.itemsize * self.inner.steps * elements * (1 + states)
 
 
 @dataclass(slots=True)

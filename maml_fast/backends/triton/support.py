@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from ...algorithms.gradients import Unrolled
 from ...graph.expressions.language import TRANSPARENT, in_order
 from ...graph.graph import ACTIVATIONS, Graph, Op
 from ...lower.plan import Plan
@@ -57,6 +58,12 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
         reasons.append("learning rates of each inner step have no kernel")
     if plan.inner.rule is not None:
         reasons.append(f"the inner rule {type(plan.inner.rule).__name__} has no kernel")
+    if plan.inner.clip is not None:
+        reasons.append("clipped inner gradients have no kernel")
+    if not isinstance(plan.inner.gradient, Unrolled) or plan.inner.gradient.last is not None:
+        reasons.append(f"gradient {type(plan.inner.gradient).__name__} has no kernel")
+    elif plan.kept[1] is not None:
+        reasons.append("inner steps that run again have no kernel")
     if plan.inner.step_weights:
         reasons.append("query losses at several steps have no kernel")
     for op in graph.live_ops():
