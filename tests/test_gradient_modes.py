@@ -100,7 +100,8 @@ def test_the_same_bits_with_checkpoints(name: str, weights: Any, settings: dict[
     if weights is not None:
         data[2].requires_grad_(False)
     for every in (None, 1, 2, 3, 5, 7, 20):
-        maml = mf.MAML(model, gradient=mf.Unrolled(checkpoint=every, **settings), **given)
+        looked = "first" if every is None else "never"
+        maml = mf.MAML(model, gradient=mf.Unrolled(checkpoint=every, **settings), check=looked, **given)
         plan = maml._preparer.prepare(Mode.META_GRADIENT, *data).call.plan
         verify(plan.program, plan)
         found.append(gradients(maml, data))

@@ -223,7 +223,7 @@ class _Emitter:
 
     def _run_again(self, first: int, end: int) -> None:
         """Steps first … end − 1, of which all stays that the way back reads, as far as it does."""
-        last = max((k for k in range(first, end) if self.is_curved(k) or self.mover.reads_step(k)), default=first)
+        last = max((k for k in range(first, end) if self.is_curved(k) or self.mover.reads_at(k)), default=first)
         for k in range(first, last):
             self._step(k, kept=True)
             self.mover.step(k, kept=True)
@@ -257,8 +257,8 @@ class _Descent:
         """Whether the way back of step k reads its gradient."""
         return self.reads_gradients
 
-    def reads_step(self, k: int) -> bool:
-        """Whether the way back of step k reads anything of it."""
+    def reads_at(self, k: int) -> bool:
+        """Whether the way back reads θ_k, g_k or m_k."""
         return self.reads_gradients
 
     def _rates(self, step: int) -> int:
@@ -326,10 +326,10 @@ class _Ruled:
         function = self._back[k]
         return "g" in function.reads or (self._updates.clips_norms and "v" in function.writes)
 
-    def reads_step(self, k: int) -> bool:
-        """Whether the way back of step k reads anything of it."""
-        held = any(name[0] in "ts" for name in self._back[k].reads)
-        return held or self.reads_gradient(k)
+    def reads_at(self, k: int) -> bool:
+        """Whether the way back reads θ_k, g_k or m_k, which that of step k − 1 may do too."""
+        own = any(name[0] in "ts" for name in self._back[k].reads) or self.reads_gradient(k)
+        return own or any(name[0] == "a" for name in (self._back[k - 1].reads if k else ()))
 
     def _norm(self, k: int) -> tuple[int, ...]:
         """Emit ‖g_k‖² if it clips the step; its number."""
