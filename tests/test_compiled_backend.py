@@ -234,6 +234,62 @@ def test_arrays_that_change_count(interpreted: list[Any]) -> None:
         model.table[1] = 2
 
 
+class Dividing(Mixed):
+    def forward(self, x: Tensor) -> Tensor:
+        whole = x.mul(4).long()
+        return super().forward(x) * (9 % (whole.sum(-1, keepdim=True) + 40)) * (whole // 2).sum(-1, keepdim=True)
+
+
+def test_division_of_whole_numbers(interpreted: list[Any]) -> None:
+    model, given = network(Dividing), batch()
+    maml = check(model, given)
+    given[0][1, 2] = torch.tensor([-10.0, 0.0, 0.0])
+    with pytest.raises(RuntimeError, match="ZeroDivision"):
+        maml.backward(*given)
+    assert len(interpreted) == 1
+
+
+class Rewriting(Mixed):
+    def forward(self, x: Tensor) -> Tensor:
+        places = x.argsort(-1)
+        h = x.gather(1, places)
+        places.mul_(0)
+        return super().forward(h + x.gather(1, places).cos())
+
+
+def test_indices_written_in_place(interpreted: list[Any]) -> None:
+    check(network(Rewriting), batch())
+    assert interpreted
+
+
+class Embedded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.net = nn.Embedding(7, 3), Mixed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        values, places = h.topk(2, dim=-1)
+        return self.net(
+            h + h[:, torch.tensor([2, 0, -1])] + values.sum(-1, keepdim=True) * places.sum(-1, keepdim=True)
+        )
+
+
+@pytest.mark.parametrize("word", [-1, 7])
+def test_indices_out_of_range(interpreted: list[Any], word: int) -> None:
+    torch.manual_seed(0)
+    model, (_, y_s, _, y_q) = network(Embedded), batch()
+    x_s, x_q = torch.randint(7, (TASKS, SUPPORT)), torch.randint(7, (TASKS, QUERY))
+    maml = check(model, (x_s, y_s, x_q, y_q))
+    x_q[1, 3] = word
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (bounds|range)"):
+        maml.backward(x_s, y_s, x_q, y_q)
+    x_q[1, 3], y_q[0, 0] = 0, 3
+    with pytest.raises((ValueError, RuntimeError), match=r"out of (bounds|range)|labels"):
+        maml.backward(x_s, y_s, x_q, y_q)
+    assert len(interpreted) == 1
+
+
 class Tied(nn.Module):
     """Two parameters whose gradients are equal."""
 

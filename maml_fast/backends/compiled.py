@@ -101,12 +101,12 @@ class _Compilation:
         self._lock = threading.Lock()
 
     def run(self, plan: Plan, tensors: Tensors) -> Result | None:
-        """The result; None where an index is out of range, of which the same without compiler can tell."""
+        """The result; None where an index is out of range or a divisor zero, of which PyTorch's own code can tell."""
         with plain(plan.device), torch.no_grad():
             if self._function is None:
                 self._compile()
             found: list[Tensor] = list(self._function(*self._recording.numbers(tensors)))
-        if self._recording.has_indices and found.pop():
+        if self._recording.has_checks and found.pop():
             return None
         result: Result = structure.replaced(self._recording.form, _apart(found))
         if not self._compared:

@@ -35,15 +35,15 @@ class Recording:
     """What a call executes.
 
     Attributes:
-        graph: from the inputs to the tensors in the result, and behind them whether an index was out of range.
+        graph: from the inputs to the tensors in the result, and behind them whether something was out of range.
         inputs: stand-ins without numbers. form: the result, with anything in the places of its tensors.
-        has_indices: whether the graph says anything of indices.
+        has_checks: whether the graph says anything of ranges.
     """
 
     graph: GraphModule
     inputs: list[Tensor]
     form: Result
-    has_indices: bool
+    has_checks: bool
     _objective: Objective
     _held: list[_Held]
 
