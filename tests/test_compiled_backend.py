@@ -97,9 +97,22 @@ def agree(found: list[Tensor], expected: list[Tensor]) -> None:
 # ---- compiled -------------------------------------------------------------------------------------
 
 
+class Small(nn.Module):
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 3)
+        self.register_buffer("shift", torch.linspace(-1, 1, 3))
+        self.held = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(x + self.shift) * self.held)
+
+
 def test_what_is_compiled() -> None:
     """One compilation: loss, gradients, a learned rate, strides, numbers that changed, a label out of range."""
-    model, given = network(), batch()
+    model, given = network(Small), batch()
     rate = nn.Parameter(torch.tensor(LR, dtype=torch.float64))
     maml = check(model, given, lr=rate)
     textbook = mf.MAML(model, rate, backend="reference")
@@ -107,7 +120,7 @@ def test_what_is_compiled() -> None:
     model.held.mul_(2)
     with torch.no_grad():
         rate.mul_(0.5)
-        model.first.weight.mul_(2)
+        model.last.weight.mul_(2)
     turned = tuple(v.transpose(0, 1).contiguous().transpose(0, 1) for v in batch())
     agree(results(maml, turned), results(textbook, turned))
     turned[1][2, 1] = -1
