@@ -55,7 +55,7 @@ def forward(problem: Problem, backend: str) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize("case", BENCH, ids=lambda c: c.name)
-@pytest.mark.parametrize("backend", list(dispatch.BACKENDS))
+@pytest.mark.parametrize("backend", dispatch.COMPARED)
 @pytest.mark.parametrize("make", [meta_loss, backward, forward], ids=lambda f: f.__name__)
 def test_speed(benchmark: Any, make: Callable[..., Callable[[], Any]], backend: str, case: Case) -> None:
     call = make(prepared(case, backend), backend)

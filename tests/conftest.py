@@ -45,7 +45,7 @@ EXHAUSTIVE = re.compile(
             r"test_ctrl_c_leaves_no_process\[(bench|verify)",
             r"test_stress_under_sanitizer",
             r"test_a_pytorch_without_inductors_allocator",
-            r"test_inductor|test_compiled_peer",
+            r"test_inductor|test_compiled_peer|test_compiled_models_of_the_zoo",
             # what the core suite holds by other models, in another dtype or on another backend
             r"test_vmap_is_the_reference",
             r"test_every_backend_draws_the_same",
@@ -78,6 +78,7 @@ THOROUGH = re.compile(
             r"test_mistakes_fail",
             r"test_random(_image)?_networks_match|test_random_networks_agree",
             r"test_changes_between_forward_and_backward|test_compiled_calls_match_eager_ones",
+            r"test_compiled_settings|test_equal_gradients_have_memory_of_their_own",
         ]
     )
 )

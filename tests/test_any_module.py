@@ -110,6 +110,16 @@ def test_indices_in_every_call(dtype: torch.dtype) -> None:
     assert logits.shape == (TASKS, QUERY, CLASSES)
 
 
+@pytest.mark.parametrize("word", [-1, WORDS])
+@pytest.mark.parametrize("part", [0, 2])
+def test_indices_out_of_range_under_vmap(part: int, word: int) -> None:
+    """PyTorch's batching rule reads another task's row of a table that has adapted."""
+    given = batch(True)
+    given[part][1, 2, 3] = word
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+        mf.MAML(text(), lr=0.1, backend="vmap").backward(*given)
+
+
 def test_bags_of_indices_to_first_order() -> None:
     """PyTorch has no second derivative of an embedding bag, and no rule to batch it."""
     torch.manual_seed(4)

@@ -47,8 +47,8 @@ def why_not_here(backend: str) -> str:
     return ""
 
 
-AWAY = {name: why for name in dispatch.BACKENDS if name != "cpu" and (why := why_not_here(name))}
-HERE = [name for name in dispatch.BACKENDS if name not in AWAY]
+AWAY = {name: why for name in dispatch.COMPARED if name != "cpu" and (why := why_not_here(name))}
+HERE = [name for name in dispatch.COMPARED if name not in AWAY]
 # vmap is PyTorch's own arithmetic: one dtype shows whether its algebra is right
 RUNS = [
     (name, dtype)

@@ -58,7 +58,9 @@ class MAML(nn.Module):
             `model.parameters()` counts. Parameters of a loss that is a module get meta-gradients and do not adapt.
             A named loss takes the model's output, or the first of several.
         backend: `"auto"`, `"cpu"`, `"vmap"`, `"reference"` or `"triton"` (unverified on hardware; never `"auto"`).
-            The last chooses by the network's size between `"triton-resident"` and `"triton-wide"`.
+            The last chooses by the network's size between `"triton-resident"` and `"triton-wide"`. `"compiled"` (never
+            `"auto"`) runs the losses and meta-gradients of `"vmap"` through TorchInductor: many times as fast, after
+            about a minute of compiling for every new shape or setting.
         adapts: which parameters the inner loop updates: names, or a predicate
             `(name, parameter) -> bool`. None means all. The others still get meta-gradients.
         tape_bytes: memory a thread may spend on saved activations; beyond it they are recomputed.

@@ -35,11 +35,7 @@ def differentiate(
         draws: gives all of them their random numbers.
         losses: the tasks' losses, and the query outputs without a graph if the plan needs them.
     """
-    plan.objective.check_storages()
-    for name in ("x_s", "y_s", "x_q", "y_q"):
-        for leaf, x in structure.named(name, getattr(tensors, name)):
-            if x is not None:
-                check_storage(leaf, x)
+    check_memory(plan, tensors)
     with composed(), plain(plan.device), draws.during(plan):
         fresh = _fresh_leaves(plan, tensors)
         if plan.mode is Mode.LOSS:
@@ -61,6 +57,15 @@ def differentiate(
         pull = partial(_pulled, fresh, structure.tensors(outputs))
         cotangents = tensors.cotangents if tensors.cotangent is None else [tensors.cotangent]
         return pull(cotangents, False) if cotangents else Result(outputs=_detached(outputs), pull=pull)
+
+
+def check_memory(plan: Plan, tensors: Tensors) -> None:
+    """Raise ValueError if the memory of something that the call reads was freed."""
+    plan.objective.check_storages()
+    for name in ("x_s", "y_s", "x_q", "y_q"):
+        for leaf, x in structure.named(name, getattr(tensors, name)):
+            if x is not None:
+                check_storage(leaf, x)
 
 
 def _detached(outputs: Any) -> Any:

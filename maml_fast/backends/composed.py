@@ -115,9 +115,13 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """The batching rule of an embedding's derivative forgets all of its options."""
+    """The batching rule of an embedding's derivative forgets all of its options.
+
+    That of an embedding itself reads another task's row where an index is out of range (seen in 2.13).
+    """
     if max_norm is not None or scale_grad_by_freq or sparse:
         raise RuntimeError("an embedding with max_norm, scale_grad_by_freq or sparse gradients cannot be batched")
+    input.new_zeros(weight.shape[0]).gather(0, input.reshape(-1))  # raises where an index is out of range
     rows = F.embedding(input, weight)
     if padding_idx is None:
         return rows

@@ -9,6 +9,7 @@ from ..graph.errors import warn
 from ..lower.plan import Plan
 from ..lower.text import text
 from .base import Backend
+from .compiled import CompiledBackend, may_not
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
@@ -23,9 +24,13 @@ _ALL: tuple[Backend, ...] = (
     TritonBackend("wide"),
 )
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in _ALL}
+COMPARED = tuple(b.name for b in _ALL)
+"""Those that a comparison of all backends takes: they are ready at once."""
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (*_ALL, CompiledBackend())}
 """In order of preference. A new backend is one line above. The reference always can, so what stands behind it runs
-only by name: the Triton kernels do until they have been verified on hardware."""
+only by name: the Triton kernels do until they have been verified on hardware. What compiles for a minute is not even
+asked unless it is named."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Choice:
                 lines += [f"  not {other.name}: {reason}" for reason in reasons]
             if not why_not:
                 lines += [f"  {other.name}: {note}" for note in other.notes(self.plan)]
+        if self.backend.name == "vmap" and "compiled" not in self.ruled_out and not may_not(self.plan):
+            lines.append('note: backend="compiled" may run it faster, after about a minute of compiling')
         lines += [f"note: {note}" for note in self.plan.notes]
         return "\n".join(lines)
 

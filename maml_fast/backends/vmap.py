@@ -44,9 +44,13 @@ class VmapBackend(Backend):
         return [str(reason)] if reason else []
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
-        draws = Drawing(tensors.seed, batched=True)
-        with Composed(batched=True, twice=plan.second_order):
-            return differentiate(draws, plan, tensors, _query_outputs, _losses, _adapt, _apply)
+        return run(Drawing(tensors.seed, batched=True), plan, tensors)
+
+
+def run(draws: Drawing, plan: Plan, tensors: Tensors) -> Result:
+    """Evaluate the plan's mode, with random numbers from `draws`."""
+    with Composed(batched=True, twice=plan.second_order):
+        return differentiate(draws, plan, tensors, _query_outputs, _losses, _adapt, _apply)
 
 
 def _inner_loop(
@@ -202,20 +206,26 @@ def _rehearse(plan: Plan, device: torch.device) -> None:
     inner = replace(plan.inner, steps=min(plan.inner.steps, 2), step_weights=None)
     small = replace(plan, tasks=2, inner=inner, device=device, state={})
 
-    def zeros(like: Tensor) -> Tensor:
-        return torch.zeros((2, *like.shape), dtype=like.dtype, device=device)
-
-    parameters = [p.detach().to(device) for p in plan.model.parameters()]
-    tensors = Tensors(
-        parameters=parameters,
-        rates=[torch.zeros(shape, dtype=plan.dtype, device=device) for shape in plan.rates.shapes],
-        **{name: structure.mapped(value, zeros) for name, value in plan.data.items()},
-        weights=torch.ones(2, dtype=plan.dtype, device=device),
-        learned=[p.detach().to(device) for p in plan.objective.learned.parameters()],
-        adapted=[p.expand(2, *p.shape) for p in parameters],
-        seed=0,
-    )
+    tensors = stand_ins(small)
     if plan.mode is Mode.VJP:
         outputs = VmapBackend().run(replace(small, mode=Mode.QUERY_OUTPUTS), tensors).outputs
         tensors.cotangents = [torch.ones_like(v) for v in structure.tensors(outputs)]
     VmapBackend().run(small, tensors)
+
+
+def stand_ins(plan: Plan) -> Tensors:
+    """A call of the plan with the parameters' own numbers, and zeros for everything else."""
+
+    def zeros(like: Tensor) -> Tensor:
+        return torch.zeros((plan.tasks, *like.shape), dtype=like.dtype, device=plan.device)
+
+    parameters = [p.detach().to(plan.device) for p in plan.model.parameters()]
+    return Tensors(
+        parameters=parameters,
+        rates=[torch.zeros(shape, dtype=plan.dtype, device=plan.device) for shape in plan.rates.shapes],
+        **{name: structure.mapped(value, zeros) for name, value in plan.data.items()},
+        weights=torch.ones(plan.tasks, dtype=plan.dtype, device=plan.device),
+        learned=[p.detach().to(plan.device) for p in plan.objective.learned.parameters()],
+        adapted=[p.expand(plan.tasks, *p.shape) for p in parameters],
+        seed=0,
+    )

@@ -82,7 +82,7 @@ class Problem:
     @property
     def backends(self) -> list[str]:
         """Names of the backends to verify."""
-        return [n for n in dispatch.BACKENDS if n != "reference"] if self.backend == "auto" else [self.backend]
+        return [n for n in dispatch.COMPARED if n != "reference"] if self.backend == "auto" else [self.backend]
 
     @property
     def orders(self) -> tuple[bool, ...]:

@@ -165,7 +165,7 @@ def run(backend: str | None = None, device: str = "cpu") -> int:
     usable(device)
     if backend is not None:
         dispatch.known(backend)
-    names = [n for n in dispatch.BACKENDS if n != "reference"] if backend is None else [backend]
+    names = [n for n in dispatch.COMPARED if n != "reference"] if backend is None else [backend]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "auto" warns of its fallback; the table shows it
         failed = _show(rows(names, device, SMALL))

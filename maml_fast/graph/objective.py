@@ -19,6 +19,7 @@ from .model import Model
 from .snapshot import Snapshot
 from .stand_ins import exchanged, lock
 from .structure import Data
+from .watch import Watched
 
 
 class Point(NamedTuple):
@@ -77,11 +78,25 @@ class Objective:
 
     def captured_refusal(self) -> str:
         """Why the loss cannot be captured with the network; empty where that can be tried."""
-        if self.learned.names:
-            return "it has parameters of its own"
+        return "it has parameters of its own" if self.learned.names else self.unguarded()
+
+    def unguarded(self) -> str:
+        """Why the loss's Python state may change unseen; empty where it cannot."""
         if not _is_guarded(self.loss.function):
             return "it is an object whose attributes are not compared at every call"
         return self.guards.refusal
+
+    def learn(self, watched: Watched) -> None:
+        """Guard what a pass has read, from now on.
+
+        Raises:
+            Untraceable: the pass has changed what it reads.
+        """
+        for guards in (self.model.guards, self.guards):
+            if not guards.hold():
+                guards.put_back()
+                raise Untraceable("forward or loss changes lists or tables that it reads")
+            guards.learn(watched)
 
     def watched(self, with_loss: bool) -> list[tuple[str, nn.Module]]:
         """Names and modules of what runs in a pass."""

@@ -95,16 +95,12 @@ def _trace(objective: Objective, samples: int, criterion: Criterion | None, inpu
     try:
         if model.guards.refusal:
             raise Untraceable(model.guards.refusal)
-        _refuse_backward_hooks(model)
+        refuse_backward_hooks(model)
         with lock:  # also afterwards: another thread's stand-ins are no change of state
             with watching(objective.watched(criterion is not None)) as watched:
                 captured = capture(model, samples, inputs, criterion)
             model.draws = bool(model.draws) or captured.draws > 0
-            for guards in (model.guards, objective.guards):
-                if not guards.hold():
-                    guards.put_back()
-                    raise Untraceable("forward or loss changes lists or tables that it reads")
-                guards.learn(watched)
+            objective.learn(watched)
             return decode(
                 captured, samples, inputs, objective.constant
             ), []  # under the lock: equal expressions are one object
@@ -113,7 +109,8 @@ def _trace(objective: Objective, samples: int, criterion: Criterion | None, inpu
         return None, [str(error)]
 
 
-def _refuse_backward_hooks(model: Model) -> None:
+def refuse_backward_hooks(model: Model) -> None:
+    """Raise Untraceable if autograd is to call hooks of modules."""
     if module._global_backward_hooks or module._global_backward_pre_hooks:
         raise Untraceable("all modules have backward hooks, which fused kernels would not call")
     for name, m in model.module.named_modules():
