@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .algorithms.rules import SGD, Adam, AdamW, RMSprop
     from .api.adapted import Adapted
     from .api.maml import MAML
-    from .api.presets import ANIL, BOIL, FOMAML, MetaSGD
+    from .api.presets import ANIL, BOIL, CAVIA, FOMAML, IMAML, MAMLpp, MetaSGD, Reptile, multi_step_weights
     from .api.rates import per_step
     from .checking.own import verify
     from .checking.report import Report
@@ -23,8 +23,11 @@ __version__ = "0.1.0"
 __all__ = [
     "ANIL",
     "BOIL",
+    "CAVIA",
     "FOMAML",
+    "IMAML",
     "MAML",
+    "MAMLpp",
     "SGD",
     "Adam",
     "AdamW",
@@ -37,8 +40,10 @@ __all__ = [
     "MetaSGD",
     "RMSprop",
     "Report",
+    "Reptile",
     "Unrolled",
     "__version__",
+    "multi_step_weights",
     "nn",
     "per_step",
     "verify",
@@ -51,6 +56,11 @@ _look_up = names_of(
         "FOMAML": "api.presets",
         "ANIL": "api.presets",
         "BOIL": "api.presets",
+        "CAVIA": "api.presets",
+        "IMAML": "api.presets",
+        "MAMLpp": "api.presets",
+        "Reptile": "api.presets",
+        "multi_step_weights": "api.presets",
         "MetaSGD": "api.presets",
         "SGD": "algorithms.rules",
         "Adam": "algorithms.rules",

@@ -101,7 +101,10 @@ def _leaves(preparer: Preparer, x_s: Tensor, x_q: Tensor) -> tuple[list[Tensor],
     first = parameters[0]
     learned = [table[key] for table, key in preparer.objective.learned.slots]
     leaves = [*parameters, *preparer.rates.tensors(first.dtype, first.device), *learned, x_s, x_q]
-    return leaves, [torch.is_grad_enabled() and leaf.requires_grad for leaf in leaves]
+    wanted = [*preparer.model.learns, *(True,) * (len(leaves) - len(parameters))]
+    return leaves, [
+        torch.is_grad_enabled() and leaf.requires_grad and w for leaf, w in zip(leaves, wanted, strict=True)
+    ]
 
 
 # ---- from an operator's arguments to a call and back -------------------------------------------

@@ -63,6 +63,7 @@ class MAML(nn.Module):
             about a minute of compiling for every new shape or setting.
         adapts: which parameters the inner loop updates: names, or a predicate
             `(name, parameter) -> bool`. None means all. The others still get meta-gradients.
+        learns: likewise, which parameters get meta-gradients; the others begin every task as they are. None means all.
         tape_bytes: memory a thread may spend on saved activations; beyond it they are recomputed.
         threads: of the C++ core, at most the processors that the process may use; None for PyTorch's
             `torch.get_num_threads()`. Results do not depend on it. PyTorch's own threads spin for milliseconds
@@ -81,7 +82,8 @@ class MAML(nn.Module):
     task's y in the structure that was given. Samples of the query set may have another shape than those of the support
     set. The fused backends run one tensor of the parameters' dtype and one shape of samples, the others any.
 
-    `lr`, `inner`, `steps` and every other argument after `model` but `adapts` may be assigned later: `maml.steps = 10`.
+    `lr`, `inner`, `steps` and every other argument after `model` but `adapts` and `learns` may be assigned later:
+    `maml.steps = 10`.
 
     Buffers are constants on every backend: a pass starts from the module's own, and what forward writes into them (the
     running statistics of a norm, the iterates of `spectral_norm`) is thrown away. BatchNorm uses the statistics of the
@@ -124,6 +126,7 @@ class MAML(nn.Module):
         loss: losses.LossLike = "cross_entropy",
         backend: str = "auto",
         adapts: Adapts = None,
+        learns: Adapts = None,
         tape_bytes: int = 1 << 28,
         threads: int | None = None,
         precision: str = "float32",
@@ -151,13 +154,13 @@ class MAML(nn.Module):
         checks.one_of(lr=lr, inner=inner)
         settings = {name: check(given[name]) for name, check in CHECKED.items()}
         self.__dict__.update(settings)
-        self._adapts = adapts if adapts is None or callable(adapts) or isinstance(adapts, str) else tuple(adapts)
+        self._adapts, self._learns = _kept(adapts), _kept(learns)
         rule = rules.SGD(lr) if inner is None else checks.rule(inner)
         self._start(Settings(**settings), rule)
 
     def _start(self, settings: Settings, inner: Rule | OwnRule, again: bool = False) -> None:
         lr, rule = _taken(inner)
-        self._preparer = Preparer(self.module, self._adapts, replace(settings, rule=rule), lr, again)
+        self._preparer = Preparer(self.module, self._adapts, replace(settings, rule=rule), lr, again, self._learns)
         compiled.register(self._preparer)
         self._show_rule(inner)
         self._show_rates(self._preparer.rates)
@@ -342,6 +345,11 @@ class MAML(nn.Module):
         y_q: Data | None = None,
     ) -> Prepared:
         return self._preparer.prepare(mode, x_s, y_s, x_q, y_q)
+
+
+def _kept(chosen: Adapts) -> Adapts:
+    """Names as a tuple, lest an iterator be used up."""
+    return chosen if chosen is None or callable(chosen) or isinstance(chosen, str) else tuple(chosen)
 
 
 def _taken(inner: Rule | OwnRule) -> tuple[RateLike | None, Rule | OwnRule | None]:

@@ -161,17 +161,23 @@ class Preparer:
     """Checks the calls on one module and finds their plans.
 
     Args:
-        module: the user's network. adapts: see `Model`.
+        module: the user's network. adapts, learns: see `Model`.
         settings: the algorithm and how to run it. lr: the learning rates, if the rule takes them.
         settled: see `LearningRates`.
     """
 
     def __init__(
-        self, module: nn.Module, adapts: Adapts, settings: Settings, lr: RateLike | None, settled: bool = False
+        self,
+        module: nn.Module,
+        adapts: Adapts,
+        settings: Settings,
+        lr: RateLike | None,
+        settled: bool = False,
+        learns: Adapts = None,
     ) -> None:
         self.handle = -1
         self.module = module
-        self.adapts = adapts
+        self.adapts, self.learns = adapts, learns
         self.model = self._snapshot()
         self.rates = LearningRates(lr, self.model, settled, settings.rule)
         self._objectives: dict[losses.Loss, Objective] = {}
@@ -237,7 +243,7 @@ class Preparer:
                 raise ValueError(
                     f"model: expected numbers in memory, got {name!r} yet to be negated; use resolve_neg()"
                 )
-        model = Model(self.module, self.adapts)
+        model = Model(self.module, self.adapts, self.learns)
         if not model.names:
             raise ValueError(f"model: expected a module with parameters, got {type(self.module).__name__} without any")
         parameters = model.parameters()
@@ -520,7 +526,7 @@ class Preparer:
     ) -> Call:
         x_s, x_q = (tuple(v.requires_grad for v in structure.tensors(batch.get(name))) for name in ("x_s", "x_q"))
         learned = self.objective_of(settings.loss).learned.trainable
-        needs = Needs(self.model.trainable, learnable, any(x_s), any(x_q), learned, outputs, x_s, x_q)
+        needs = Needs(self.model.learns, learnable, any(x_s), any(x_q), learned, outputs, x_s, x_q)
         plan = self._make_plan(mode, settings, rates, needs, batch)
         self._look(plan, settings, batch)
         choice = dispatch.choose(plan, settings.backend)

@@ -48,13 +48,13 @@ def differentiate(
             return Result(outputs=_detached(apply(draws, plan, fresh)))
         if plan.mode is Mode.META_GRADIENT:
             values, outputs = losses(draws, plan, fresh)
-            pull = partial(_pulled, fresh, [values])
+            pull = partial(_pulled, plan.needs.parameters, fresh, [values])
             if fresh.weights is None:
                 return Result(losses=values.detach(), outputs=outputs, pull=pull)
             objective = torch.dot(values.detach(), fresh.weights)
             return replace(pull([fresh.weights], False), objective=objective, outputs=outputs)
         outputs = query_outputs(draws, plan, fresh)
-        pull = partial(_pulled, fresh, structure.tensors(outputs))
+        pull = partial(_pulled, plan.needs.parameters, fresh, structure.tensors(outputs))
         cotangents = tensors.cotangents if tensors.cotangent is None else [tensors.cotangent]
         return pull(cotangents, False) if cotangents else Result(outputs=_detached(outputs), pull=pull)
 
@@ -91,7 +91,7 @@ def _fresh_leaves(plan: Plan, tensors: Tensors) -> Tensors:
 
     return replace(
         tensors,
-        parameters=copies(tensors.parameters, needs.parameters),
+        parameters=copies(tensors.parameters, _followed(plan)),
         learned=copies(tensors.learned, needs.learned),
         rates=[leaf(r, n) for r, n in zip(tensors.rates, needs.rates, strict=True)],
         adapted=[constant(p) for p in tensors.adapted],
@@ -103,7 +103,19 @@ def _fresh_leaves(plan: Plan, tensors: Tensors) -> Tensors:
     )
 
 
-def _pulled(fresh: Tensors, values: Sequence[Tensor], upstream: Sequence[Tensor | None], again: bool) -> Result:
+def _followed(plan: Plan) -> list[bool]:
+    """The parameters that autograd follows: also those that adapt and whose gradient nobody wants."""
+    pairs = zip(plan.needs.parameters, plan.adapts, strict=True)
+    return [wanted or (adapts and plan.mode is not Mode.APPLY) for wanted, adapts in pairs]
+
+
+def _pulled(
+    wanted: Sequence[bool],
+    fresh: Tensors,
+    values: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
+    again: bool,
+) -> Result:
     """dΣ⟨upstream, values⟩/d(each leaf); zeros where the values do not depend on it.
 
     Autograd accumulates them, so that each has memory of its own. `torch.autograd.grad` would also pass by what raises
@@ -126,7 +138,7 @@ def _pulled(fresh: Tensors, values: Sequence[Tensor], upstream: Sequence[Tensor 
         return take(x) if isinstance(x, Tensor) else [take(v) for v in structure.tensors(x)]
 
     return Result(
-        parameters=[take(p) for p in fresh.parameters],
+        parameters=[take(p) if n else None for p, n in zip(fresh.parameters, wanted, strict=True)],
         rates=[take(r) for r in fresh.rates],
         learned=[take(p) for p in fresh.learned],
         x_s=take_inputs(fresh.x_s),

@@ -27,9 +27,10 @@ class Model(Snapshot):
         module: the user's network.
         adapts: names of the parameters that the inner loop updates, or a predicate
             `(name, parameter) -> bool`; None for all.
+        learns: likewise, which get meta-gradients.
     """
 
-    def __init__(self, module: nn.Module, adapts: Adapts = None) -> None:
+    def __init__(self, module: nn.Module, adapts: Adapts = None, learns: Adapts = None) -> None:
         super().__init__(module)
         self.module = module
         self.graphs: dict[Any, Any] = {}  # what trace() found, by shapes
@@ -37,8 +38,10 @@ class Model(Snapshot):
         self.constants: dict[str, Tensor] = {}  # what plans read that is neither a parameter nor a buffer
         self.draws: bool | None = None  # whether captures have drawn random numbers; None where none came to its end
         self.reads_values = False  # a capture has found that forward reads elements that differ between tasks
-        self.chosen = choose(dict(zip(self.names, self.parameters(), strict=True)), adapts)
-        self.adapts = tuple(c and t for c, t in zip(self.chosen, self.trainable, strict=True))
+        named = dict(zip(self.names, self.parameters(), strict=True))
+        chosen, learned = choose(named, adapts), choose(named, learns, "learns")
+        self.adapts = tuple(c and t for c, t in zip(chosen, self.trainable, strict=True))
+        self.learns = tuple(c and t for c, t in zip(learned, self.trainable, strict=True))
 
     def name_constant(self, tensor: Tensor, found_as: str) -> str:
         """A name in `constants`, the same whenever it is asked for."""
@@ -65,19 +68,19 @@ class Model(Snapshot):
             yield
 
 
-def choose(named: Mapping[str, nn.Parameter], adapts: Adapts) -> tuple[bool, ...]:
-    """Which of the parameters the inner loop updates.
+def choose(named: Mapping[str, nn.Parameter], adapts: Adapts, argument: str = "adapts") -> tuple[bool, ...]:
+    """Which of the parameters an argument chooses.
 
     Raises:
-        TypeError, ValueError: `adapts` is a string, or names a parameter that is not there.
+        TypeError, ValueError: it is a string, or names a parameter that is not there.
     """
     if adapts is None:
         return (True,) * len(named)
     if callable(adapts):
         return tuple(bool(adapts(name, p)) for name, p in named.items())
     if isinstance(adapts, str):
-        raise TypeError("adapts: expected an iterable of parameter names or a predicate, got a str")
+        raise TypeError(f"{argument}: expected an iterable of parameter names or a predicate, got a str")
     chosen = set(adapts)
     if unknown := chosen - set(named):
-        raise ValueError(f"adapts: no parameter named {sorted(unknown)[0]!r}; the model has {', '.join(named)}")
+        raise ValueError(f"{argument}: no parameter named {sorted(unknown)[0]!r}; the model has {', '.join(named)}")
     return tuple(name in chosen for name in named)
