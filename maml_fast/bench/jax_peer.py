@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..cases import Problem
 from ..graph import losses, structure
 from ..nn.sine import Sine
+from .inner_rules import inner_rule
 
 Array = Any
 Layer = Callable[[list[Array], Array], Array]
@@ -26,20 +27,26 @@ Layer = Callable[[list[Array], Array], Array]
 def make(problem: Problem) -> Callable[[], tuple[Array, list[Array]]]:
     """A compiled step on the problem's device."""
     device = jax.devices("cpu" if problem.device.type == "cpu" else "gpu")[0]
-    if problem.case.adapts is not None or not isinstance(problem.model, nn.Sequential):
+    rule = inner_rule(problem)
+    plain = problem.case.adapts is None and rule.implicit is None
+    if not plain or not isinstance(problem.model, nn.Sequential):
         raise NotImplementedError("no twin of this model is written in JAX")
     forward = _network(problem.model)
     loss_of = _LOSSES[losses.resolve(problem.loss).name]
-    steps, lr = problem.case.steps, problem.case.lr
 
     def support_loss(theta: list[Array], x: Array, y: Array) -> Array:
         return loss_of(forward(theta, x), y)
 
     def task_loss(theta: list[Array], x_s: Array, y_s: Array, x_q: Array, y_q: Array) -> Array:
-        for _ in range(steps):
-            gradients = jax.grad(support_loss)(theta, x_s, y_s)
-            theta = [p - lr * g for p, g in zip(theta, gradients, strict=True)]
-        return support_loss(theta, x_q, y_q)
+        total, state = 0.0, None
+        for k, weight in enumerate(rule.weights):
+            if weight:
+                total += weight * support_loss(theta, x_q, y_q)
+            if k < problem.case.steps:
+                gradients = jax.grad(support_loss)(theta, x_s, y_s)
+                moved, state = rule.step(dict(enumerate(theta)), dict(enumerate(gradients)), state, k)
+                theta = list(moved.values())
+        return total
 
     def objective(theta: list[Array], *batch: Array) -> Array:
         return jax.vmap(task_loss, in_axes=(None, 0, 0, 0, 0))(theta, *batch).mean()

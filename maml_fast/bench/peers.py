@@ -24,6 +24,8 @@ from ..graph import losses, structure
 from ..graph.model import choose
 from ..graph.structure import Data
 from .batchable import for_vmap
+from .fixed_point import at_the_fixed_point
+from .inner_rules import inner_rule
 
 Step = Callable[[], tuple[Any, Sequence[Any]]]
 
@@ -52,7 +54,7 @@ def fused(problem: Problem) -> MAML:
 
 def meta_loss_backward(problem: Problem) -> Step:
     """`maml.meta_loss(…).backward()`, after clearing the gradients."""
-    maml, parameters = fused(problem), list(_trainable(problem).values())
+    maml, parameters = fused(problem), list(_learned(problem).values())
 
     def step() -> tuple[Tensor, list[Tensor | None]]:
         for p in parameters:
@@ -66,7 +68,7 @@ def meta_loss_backward(problem: Problem) -> Step:
 
 def direct_backward(problem: Problem) -> Step:
     """`maml.backward(…)`, after clearing the gradients."""
-    maml, parameters = fused(problem), list(_trainable(problem).values())
+    maml, parameters = fused(problem), list(_learned(problem).values())
 
     def step() -> tuple[Tensor, list[Tensor | None]]:
         for p in parameters:
@@ -79,16 +81,24 @@ def direct_backward(problem: Problem) -> Step:
 
 def torch_loop(problem: Problem) -> Step:
     """The natural code: a loop over tasks, `autograd.grad(create_graph=True)`, one backward."""
-    model, (loss_of, steps, lr) = problem.model, _inner(problem)
-    parameters, adapts = _trainable(problem), _adapting(problem)
+    model, loss_of, rule = problem.model, losses.resolve(problem.loss), inner_rule(problem)
+    parameters, adapts = _learned(problem), _adapting(problem)
+    if rule.implicit is not None:
+        raise NotImplementedError("the implicit gradient is no autograd of a loop")
+    others = {name: p.detach().clone().requires_grad_() for name, p in _trainable(problem).items()}
 
     def task_loss(x_s: Data, y_s: Data, x_q: Data, y_q: Data) -> Tensor:
-        theta: dict[str, Tensor] = dict(parameters)
-        for _ in range(steps):
-            loss = loss_of(_outputs(model, theta, x_s), y_s)
-            gradients = torch.autograd.grad(loss, [theta[name] for name in adapts], create_graph=True)
-            theta |= {name: theta[name] - lr * g for name, g in zip(adapts, gradients, strict=True)}
-        return loss_of(_outputs(model, theta, x_q), y_q)
+        theta: dict[str, Tensor] = {**others, **parameters}
+        total, state = torch.zeros(()), None
+        for k, weight in enumerate(rule.weights):
+            if weight:
+                total = total + weight * loss_of(_outputs(model, theta, x_q), y_q)
+            if k < problem.case.steps:
+                loss, fast = loss_of(_outputs(model, theta, x_s), y_s), {name: theta[name] for name in adapts}
+                gradients = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+                moved, state = rule.step(fast, dict(zip(fast, gradients, strict=True)), state, k)
+                theta |= moved
+        return total
 
     def step() -> tuple[Tensor, list[Tensor | None]]:
         for p in parameters.values():
@@ -117,7 +127,7 @@ def torch_compiled(problem: Problem) -> Step:
 
 
 def _functional(problem: Problem, function: Callable[..., tuple[dict[str, Tensor], Tensor]]) -> Step:
-    parameters = {name: p.detach() for name, p in _trainable(problem).items()}
+    parameters = {name: p.detach() for name, p in _learned(problem).items()}
 
     def step() -> tuple[Tensor, list[Tensor]]:
         with _twice_differentiable():
@@ -129,18 +139,24 @@ def _functional(problem: Problem, function: Callable[..., tuple[dict[str, Tensor
 
 def _objective(problem: Problem) -> Callable[..., Tensor]:
     """(parameters, batch) -> mean query loss, through torch.func."""
-    model, (loss_of, steps, lr) = for_vmap(problem.model), _inner(problem)
+    model, loss_of, rule = for_vmap(problem.model), losses.resolve(problem.loss), inner_rule(problem)
+    begin, steps = {name: p.detach() for name, p in _trainable(problem).items()}, problem.case.steps
     adapts = _adapting(problem)
 
     def support_loss(fast: dict[str, Tensor], theta: dict[str, Tensor], x: Data, y: Data) -> Tensor:
         return loss_of(_outputs(model, theta | fast, x), y)
 
     def task_loss(theta: dict[str, Tensor], x_s: Data, y_s: Data, x_q: Data, y_q: Data) -> Tensor:
-        fast = {name: theta[name] for name in adapts}
-        for _ in range(steps):
-            gradients = grad(support_loss)(fast, theta, x_s, y_s)
-            fast = {name: p - lr * gradients[name] for name, p in fast.items()}
-        return support_loss(fast, theta, x_q, y_q)
+        theta = begin | theta
+        fast, state, total = {name: theta[name] for name in adapts}, None, torch.zeros(())
+        for k, weight in enumerate(rule.weights):
+            if weight and k < steps:
+                total = total + weight * support_loss(fast, theta, x_q, y_q)
+            if k < steps:
+                fast, state = rule.step(fast, grad(support_loss)(fast, theta, x_s, y_s), state, k)
+        if rule.implicit is None:
+            return total + rule.weights[-1] * support_loss(fast, theta, x_q, y_q)
+        return at_the_fixed_point(rule.implicit, support_loss, theta, fast, (x_s, y_s), (x_q, y_q))
 
     def objective(theta: dict[str, Tensor], *batch: Data) -> Tensor:
         return vmap(task_loss, in_dims=(None, 0, 0, 0, 0))(theta, *batch).mean()
@@ -158,6 +174,13 @@ def _trainable(problem: Problem) -> dict[str, nn.Parameter]:
     return {name: p for name, p in problem.model.named_parameters() if p.requires_grad}
 
 
+def _learned(problem: Problem) -> dict[str, nn.Parameter]:
+    """The parameters that get meta-gradients."""
+    named = _trainable(problem)
+    learns = choose(named, problem.case.settings.get("learns"))
+    return {name: p for (name, p), wanted in zip(named.items(), learns, strict=True) if wanted}
+
+
 def _adapting(problem: Problem) -> list[str]:
     """Names of the parameters that the inner loop updates."""
     named = _trainable(problem)
@@ -169,10 +192,6 @@ def _twice_differentiable() -> Iterator[None]:
     """PyTorch's fused kernels for attention have one derivative only."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
-
-
-def _inner(problem: Problem) -> tuple[Callable[[Any, Any], Tensor], int, float]:
-    return losses.resolve(problem.loss), problem.case.steps, problem.case.lr
 
 
 def contenders() -> list[Contender]:

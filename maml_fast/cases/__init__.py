@@ -1,7 +1,7 @@
 """One list of cases for the tests, the gradient checks, `verify` and the benchmark.
 
 `SMALL` covers every layer, loss and option one by one at sizes that take milliseconds; `BENCH`
-and `MODELS` are the sizes whose speed is reported; `ZOO` are published models, small.
+`MODELS` and `ALGORITHMS` are the sizes whose speed is reported; `ZOO` are published models, small.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from ..nn.networks import conv4, mlp, resnet12, siren, strided_conv
 from . import dense, families, images
 from .case import Case, Problem
-from .timed import BENCH, MODELS
+from .timed import ALGORITHMS, BENCH, MODELS
 from .zoo import ZOO
 
 __all__ = [
-    "BENCH", "MODELS", "SMALL", "ZOO", "Case", "Problem", "conv4", "mlp", "resnet12", "select", "siren", "strided_conv",
+    "ALGORITHMS", "BENCH", "MODELS", "SMALL", "ZOO", "Case", "Problem", "conv4", "mlp", "resnet12", "select", "siren",
+    "strided_conv",
 ]  # fmt: skip
 
 SMALL: tuple[Case, ...] = dense.CASES + images.CASES + families.CASES
@@ -25,7 +26,7 @@ def select(names: list[str] | None = None, tag: str | None = None) -> list[Case]
     Raises:
         ValueError: a name that no case and no group has.
     """
-    known = {case.name: case for case in (*SMALL, *BENCH, *MODELS, *ZOO)}
+    known = {case.name: case for case in (*SMALL, *BENCH, *MODELS, *ALGORITHMS, *ZOO)}
     if names is None:
         chosen = list(known.values())
     else:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..api.maml import MAML
 from ..api.rates import RateLike
 from ..graph import losses, structure
-from ..graph.model import Adapts
+from ..graph.model import Adapts, choose
 from ..graph.structure import Data
 from .draw import Draw, Shape
 
@@ -30,6 +30,7 @@ class Case:
         in_shape, out_shape: shape of one sample and of its output, of normal numbers or what a named loss takes; or
             what draws inputs and targets. Floating-point numbers are cast to the case's dtype.
         rate: α as a number, one learnable scalar, a scalar per parameter tensor, or one per element.
+        settings: further arguments of `MAML`; with `inner` among them, `lr` and `rate` do not count.
         tags: what `select` looks for: `"bench"`, `"conv"`, or what is varied.
     """
 
@@ -45,6 +46,7 @@ class Case:
     lr: float = 0.1
     rate: Rate = "constant"
     adapts: Adapts = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     tags: frozenset[str] = frozenset()
 
     def build(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Problem:
@@ -115,21 +117,29 @@ class Problem:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """Everything that the meta-gradient adds to: trainable parameters and rates."""
-        return [*(p for p in self.model.parameters() if p.requires_grad), *self.rates]
+        """Everything that the meta-gradient adds to: parameters and rates."""
+        return [*self.parameters, *self.rates]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters that get meta-gradients."""
+        named = dict(self.model.named_parameters())
+        learns = choose(named, self.case.settings.get("learns"), "learns")
+        return [p for p, wanted in zip(named.values(), learns, strict=True) if p.requires_grad and wanted]
 
     def maml(self, backend: str, first_order: bool = False) -> MAML:
         """The case on one backend, which no self-check replaces: what it computes is for `verify` to judge."""
         case = self.case
         return MAML(
             self.model,
-            self.lr,
+            None if "inner" in case.settings else self.lr,
             first_order,
             steps=case.steps,
             loss=self.loss,
             backend=backend,
             adapts=case.adapts,
             check="never",
+            **case.settings,
         )
 
 

@@ -1,11 +1,17 @@
-"""The sizes whose speed is reported: `BENCH` by default, `MODELS` by name or as a group."""
+"""The sizes whose speed is reported: `BENCH` by default, `MODELS` and `ALGORITHMS` by name or as groups."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..algorithms.gradients import Implicit
+from ..algorithms.rules import SGD, Adam
+from ..api.rates import per_step
 from ..graph.model import Adapts
 from ..nn.networks import conv4, mlp, siren, strided_conv
 from . import draw
@@ -75,3 +81,45 @@ MODELS: tuple[Case, ...] = (
            8, (5, 75), 5, 0.1, ("17.weight", "17.bias")),
 )  # fmt: skip
 """What needs families of operations. EEGNet and the text CNN are without dropout: no two contenders draw the same."""
+
+
+class WithContext(nn.Module):
+    """A network whose first layer also takes context parameters (CAVIA)."""
+
+    def __init__(self, features: int, context: int, *widths: int) -> None:
+        super().__init__()
+        self.context = nn.Parameter(torch.zeros(context))
+        self.body = mlp(features + context, *widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = torch.cat([x, self.context.expand(len(x), -1)], dim=1)
+        return self.body(joined)
+
+
+def _algorithms(case: Case, head: tuple[str, ...], context: Callable[[], nn.Module], steps: int) -> list[Case]:
+    """Every algorithm on one of the networks."""
+    weights, rates = (0.0, *(1 / steps,) * steps), [case.lr / (1 + k) for k in range(steps)]
+    learned = tuple(n for n, _ in context().named_parameters() if n != "context")
+    variants: dict[str, dict[str, Any]] = {
+        "momentum": {"inner": SGD(case.lr, momentum=0.9)},
+        "adam": {"inner": Adam(0.01)},
+        "multi-step": {"step_weights": weights},
+        "per-step": {"inner": SGD(per_step(rates))},
+        "anil": {"adapts": head},
+        "cavia": {"network": context, "adapts": ("context",), "learns": learned},
+        "imaml": {"gradient": Implicit(2.0)},
+    }
+    found = []
+    for name, settings in variants.items():
+        fields = {key: settings.pop(key) for key in ("network", "adapts") if key in settings}
+        tags = frozenset({"bench", "algorithms", "mlp"})
+        found.append(replace(case, name=f"{case.name.partition('-k')[0]}-{name}", steps=steps, settings=settings,
+                             tags=tags, **fields))  # fmt: skip
+    return found
+
+
+ALGORITHMS: tuple[Case, ...] = (
+    *_algorithms(BENCH[1], ("4.weight", "4.bias"), lambda: WithContext(1, 4, 40, 40, 1), 5),
+    *_algorithms(BENCH[2], ("8.weight", "8.bias"), lambda: WithContext(784, 32, 256, 128, 64, 64, 5), 5),
+)
+"""Relatives of MAML on the sinusoid and on the Omniglot MLP."""

@@ -84,17 +84,15 @@ def observe(problem: Problem, backend: str, first_order: bool) -> Results:
         maml.explain(*problem.batch)
     except RuntimeError as error:
         raise Declined(str(error)) from None
-    trainable = [p for p in problem.model.parameters() if p.requires_grad]
-    return observe_calls(maml, problem.batch, trainable, problem.rates)
+    return observe_calls(maml, problem.batch, problem.parameters, problem.rates)
 
 
 def observe_gradient(problem: Problem, backend: str, first_order: bool) -> Results:
     """Only what the benchmark's contenders compute: the loss and the parameters' meta-gradient."""
     maml = problem.maml(backend, first_order)
-    parameters = [p for p in problem.model.parameters() if p.requires_grad]
     with threads_for(backend), seeded(0):
         loss = maml.meta_loss(*problem.batch)
-        return {"loss": (loss.detach(),), "parameters": torch.autograd.grad(loss, parameters)}
+        return {"loss": (loss.detach(),), "parameters": torch.autograd.grad(loss, problem.parameters)}
 
 
 @cache
