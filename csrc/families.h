@@ -33,6 +33,7 @@ constexpr int kMostAxes = 8;
 struct SlotCode {
     Expression expression;
     int n_uniform;
+    const bool* direct;  // per slot that it writes: the result may be computed where it is to stand
 };
 
 // What an instruction over slots does to one parameter.

@@ -407,10 +407,13 @@ void Layout::find_slots() {
 
 // What pointwise instructions do to the parameters, in the order of the slots.
 void Layout::add_functions() {
-    for (const ExpressionSpec& e : spec_.codes)
+    for (std::size_t c = 0; c < spec_.codes.size(); ++c) {
+        const ExpressionSpec& e = spec_.codes[c];
         codes_.push_back({{e.constants.data(), int(e.constants.size()), 0, e.steps.data(), int(e.steps.size()),
                            e.outputs.data(), int(e.outputs.size())},
-                          e.uniform});
+                          e.uniform,
+                          find_direct(e, int(c))});
+    }
     for (const SlotFunctionSpec& f : spec_.functions) {
         std::vector<SlotFunctionOf>& of = functions_of_.emplace_back();
         for (std::size_t p = 0; p < f.of.size(); ++p) {
@@ -426,6 +429,22 @@ void Layout::add_functions() {
                               int(f.scalars.size()), f.sums.data(), int(f.sums.size()), of.data()});
     }
     view_.functions = functions_.data();
+}
+
+// Of the results of a code: whether a step of single elements makes it, into a slot that none of its functions reads.
+const bool* Layout::find_direct(const ExpressionSpec& e, int index) {
+    bool* direct = direct_.emplace_back(std::make_unique<bool[]>(e.outputs.size())).get();
+    for (std::size_t i = 0; i < e.outputs.size(); ++i) {
+        direct[i] = std::count(e.outputs.begin(), e.outputs.end(), e.outputs[i]) == 1 &&
+                    std::any_of(e.steps.begin() + e.uniform, e.steps.end(),
+                                [&](const Step& s) { return s.out == e.outputs[i]; });
+    }
+    for (const SlotFunctionSpec& f : spec_.functions) {
+        if (std::none_of(f.of.begin(), f.of.end(), [&](const auto& of) { return of.code == index; })) continue;
+        for (std::size_t i = 0; i < f.outs.size(); ++i)
+            if (std::count(f.ins.begin(), f.ins.end(), f.outs[i]) > 0) direct[i] = false;
+    }
+    return direct;
 }
 
 // Whether a parameter is moved as the one before it is, by the same numbers, and its elements follow that one's.

@@ -58,6 +58,7 @@ class Layout {
     bool is_adjoint_step(std::size_t i, const std::vector<bool>& passed) const;
     void find_slots();
     void add_functions();
+    const bool* find_direct(const ExpressionSpec& code, int index);
     bool runs_on(const SlotFunctionSpec& f, std::size_t param) const;
     void find_flags();
     void find_dependence(std::vector<bool>& has_tangent, std::vector<bool>& needs_grad) const;
@@ -112,6 +113,7 @@ class Layout {
     std::vector<std::vector<TapeView>> tapes_;
     std::vector<const TapeView*> tape_views_;
     std::vector<SlotCode> codes_;
+    std::vector<std::unique_ptr<bool[]>> direct_;
     std::vector<std::vector<SlotFunctionOf>> functions_of_;
     std::vector<SlotFunction> functions_;
     std::vector<std::vector<long>> tables_;

@@ -248,7 +248,6 @@ inline long norm_scratch(long channels, long rows) {
 }
 
 constexpr long kPointwiseBlock = 256;  // elements that a pointwise expression is computed for at once
-constexpr long kSlotBlock = 128;       // and one over slots, which has more operands
 
 constexpr int kProducts = 2;  // products that are added up in one pass
 constexpr int kPanels = 2;    // panels that a tile may span

@@ -42,25 +42,42 @@ template <class S, class F>
 inline void map_block(long n, const S* __restrict a, S* __restrict y, F f) {
     for (long i = 0; i < n; ++i) y[i] = f(a[i]);
 }
+// ka, kb: whether a and b are one number for all elements.
 template <class S, class F>
-inline void map_block(long n, const S* a, const S* b, S* y, F f) {
-    for (long i = 0; i < n; ++i) y[i] = f(a[i], b[i]);
+inline void map_block(long n, const S* __restrict a, bool ka, const S* __restrict b, bool kb, S* __restrict y, F f) {
+    if (kb) {
+        const S v = *b;
+        for (long i = 0; i < n; ++i) y[i] = f(a[i], v);
+    } else if (ka) {
+        const S u = *a;
+        for (long i = 0; i < n; ++i) y[i] = f(u, b[i]);
+    } else {
+        for (long i = 0; i < n; ++i) y[i] = f(a[i], b[i]);
+    }
 }
 
-// place(i) is where n elements of place i are.
+// Whether an operand of a primitive may be one number in place of a block.
+constexpr bool takes_number(Primitive p) {
+    return p == Primitive::add || p == Primitive::sub || p == Primitive::mul || p == Primitive::div ||
+           p == Primitive::minimum || p == Primitive::maximum || p == Primitive::lt || p == Primitive::le ||
+           p == Primitive::eq;
+}
+
+// place(i) is where n elements of place i are, or one number for all of them where `alike` is set.
 template <class S, class P>
-void step_block(const Step& step, long n, P place) {
+void step_block(const Step& step, long n, P place, const bool* alike = nullptr) {
+    const bool ka = alike && alike[step.a], kb = alike && step.b >= 0 && alike[step.b];
     const S *a = place(step.a), *b = step.b < 0 ? a : place(step.b), *c = step.c < 0 ? a : place(step.c);
     S* y = place(step.out);
     switch (step.primitive) {
         case Primitive::add:
-            return map_block<S>(n, a, b, y, [](S u, S v) { return u + v; });
+            return map_block<S>(n, a, ka, b, kb, y, [](S u, S v) { return u + v; });
         case Primitive::sub:
-            return map_block<S>(n, a, b, y, [](S u, S v) { return u - v; });
+            return map_block<S>(n, a, ka, b, kb, y, [](S u, S v) { return u - v; });
         case Primitive::mul:
-            return map_block<S>(n, a, b, y, [](S u, S v) { return u * v; });
+            return map_block<S>(n, a, ka, b, kb, y, [](S u, S v) { return u * v; });
         case Primitive::div:
-            return map_block<S>(n, a, b, y, [](S u, S v) { return u / v; });
+            return map_block<S>(n, a, ka, b, kb, y, [](S u, S v) { return u / v; });
         case Primitive::neg:
             return map_block<S>(n, a, y, [](S u) { return -u; });
         case Primitive::abs:
@@ -88,9 +105,9 @@ void step_block(const Step& step, long n, P place) {
         case Primitive::erf:
             return map_block<S>(n, a, y, [](S u) { return erf_(u); });
         case Primitive::pow:
-            return map_block<S>(n, a, b, y, [](S u, S v) { return pow_(u, v); });
+            return map_block<S>(n, a, ka, b, kb, y, [](S u, S v) { return pow_(u, v); });
         case Primitive::fmod:
-            return map_block<S>(n, a, b, y, [](S u, S v) { return fmod_(u, v); });
+            return map_block<S>(n, a, ka, b, kb, y, [](S u, S v) { return fmod_(u, v); });
         case Primitive::floor:
             return map_block<S>(n, a, y, [](S u) { return floor_(u); });
         case Primitive::ceil:
@@ -100,15 +117,15 @@ void step_block(const Step& step, long n, P place) {
         case Primitive::trunc:
             return map_block<S>(n, a, y, [](S u) { return trunc_(u); });
         case Primitive::minimum:
-            return map_block<S>(n, a, b, y, [](S u, S v) { return u < v || u != u ? u : v; });
+            return map_block<S>(n, a, ka, b, kb, y, [](S u, S v) { return u < v || u != u ? u : v; });
         case Primitive::maximum:
-            return map_block<S>(n, a, b, y, [](S u, S v) { return u > v || u != u ? u : v; });
+            return map_block<S>(n, a, ka, b, kb, y, [](S u, S v) { return u > v || u != u ? u : v; });
         case Primitive::lt:
-            return map_block<S>(n, a, b, y, [](S u, S v) { return u < v ? S(1) : S(0); });
+            return map_block<S>(n, a, ka, b, kb, y, [](S u, S v) { return u < v ? S(1) : S(0); });
         case Primitive::le:
-            return map_block<S>(n, a, b, y, [](S u, S v) { return u <= v ? S(1) : S(0); });
+            return map_block<S>(n, a, ka, b, kb, y, [](S u, S v) { return u <= v ? S(1) : S(0); });
         case Primitive::eq:
-            return map_block<S>(n, a, b, y, [](S u, S v) { return u == v ? S(1) : S(0); });
+            return map_block<S>(n, a, ka, b, kb, y, [](S u, S v) { return u == v ? S(1) : S(0); });
         case Primitive::where:
             for (long i = 0; i < n; ++i) y[i] = a[i] != S(0) ? b[i] : c[i];
             return;
