@@ -53,10 +53,14 @@ def _of_rule(rule: Rule, parameters: Parameters, step: int, number: Callable[[st
         return rule.update(numbers, given["t"], given["g"], tuple(given[f"s{i}"] for i in range(count)), step)
 
     theta, *state = expressions_of(update, given, lambda made: [(t, ()) for t in (made[0], *made[1])])
+    known: dict[tuple[int, ...], Moved] = {}
     of = {}
     for index, _ in parameters.values():
-        values = {name: variable(f"n{number(name, step, index)}") for name in rule.numbers}
-        of[index] = Moved(substituted(theta, values), tuple(substituted(s, values) for s in state))
+        numbers = tuple(number(name, step, index) for name in rule.numbers)
+        if numbers not in known:
+            values = {name: variable(f"n{n}") for name, n in zip(rule.numbers, numbers, strict=True)}
+            known[numbers] = Moved(substituted(theta, values), tuple(substituted(s, values) for s in state))
+        of[index] = known[numbers]
     return of
 
 

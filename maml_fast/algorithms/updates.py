@@ -10,8 +10,9 @@ to which the program adds H_k γ_k. Variables: `t` θ_k, `g` g_k, `s0` … the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ..graph.expressions import Expression, call, constant, variable
 from ..graph.expressions.derive import pull_back
@@ -88,8 +89,11 @@ class Updates:
         self._whole = gradient
         if clip is not None:
             gradient = _clipped(gradient, clip)
-        self.steps = [{p: _of_gradient(m, gradient) for p, m in of.items()} for of in steps]
-        for moved in (m for of in self.steps for m in of.values() if self.clips_norms and proximal is None):
+        self._read: dict[int, list[set[int]]] = {}
+        self.steps = [_of_each(of, lambda m: _of_gradient(m, gradient)) for of in steps]
+        for moved in (
+            m for of in self.steps for m in dict.fromkeys(of.values()) if self.clips_norms and proximal is None
+        ):
             if "g" in slots_in((self._unclipped_of(moved).theta, *self._unclipped_of(moved).state)):
                 raise Untraceable("its gradient cannot be told apart from the clipped one")
         self.states = max((len(m.state) for step in steps for m in step.values()), default=0)
@@ -97,7 +101,7 @@ class Updates:
     def forward(self, step: int, steps: int) -> Elementwise:
         """θ_{k+1}, and of m_{k+1} what later ones of so many steps read."""
         kept = sorted(self._read_behind(step, steps))
-        of = {p: (opaque(m.theta), *(_at(m.state, i) for i in kept)) for p, m in self.steps[step].items()}
+        of = _of_each(self.steps[step], lambda m: (opaque(m.theta), *(_at(m.state, i) for i in kept)))
         return made(("t", *(f"s{i}" for i in kept)), of, {})
 
     def norm(self, step: int) -> Elementwise:
@@ -114,11 +118,19 @@ class Updates:
 
     def _read_behind(self, step: int, steps: int) -> set[int]:
         """Which tensors of the state steps behind this one read."""
-        read: set[int] = set()
-        for k in reversed(range(step + 1, steps)):
-            of = [e for m in self.steps[k].values() for e in (m.theta, *(m.state[i] for i in read if i < len(m.state)))]
+        if steps not in self._read:
+            self._read[steps] = self._all_read_behind(steps)
+        return self._read[steps][step]
+
+    def _all_read_behind(self, steps: int) -> list[set[int]]:
+        """The same of every step."""
+        found, read = [], set[int]()
+        for k in reversed(range(steps)):
+            found.append(read)
+            each = dict.fromkeys(self.steps[k].values())
+            of = [e for m in each for e in (m.theta, *(m.state[i] for i in read if i < len(m.state)))]
             read = {int(v[1:]) for v in slots_in(of) if v[0] == "s"}
-        return read
+        return found[::-1]
 
     def way_back(
         self, last: int, steps: int, curved: Callable[[int], bool], learned: Callable[[int], bool]
@@ -159,29 +171,36 @@ class Updates:
             kept: which tensors of the state behind it stay. live: which of them have an adjoint.
             wanted: which of those before it are to have one.
         """
-        of: dict[int, tuple[Expression | None, ...]] = {}
-        numbers: dict[int, dict[int, Expression]] = {}
-        read = ("h" if self.clips_norms else "g", *(f"s{i}" for i in range(self.states)), "t")
-        for p, moved in self.steps[step].items():
-            moved = self._unclipped_of(moved)
-            of_rule = sorted(n for n in numbers_in((moved.theta, *moved.state)) if learned(n))
-            variables = [variable(v) for v in (*read, *(f"n{n}" for n in of_rule))]
-            after = {opaque(e): variable(f"a{i}") for i, e in enumerate(moved.state) if i in kept}
-            found = [_with_parts(opaque(e), after) for e in _pulled(moved, live, variables)]
-            gamma, *state, theta = found[: len(read)]
-            of[p] = (
-                -gamma if second_order else None,
-                *(e if i in wanted else None for i, e in enumerate(state)),
-                theta,
-            )
-            numbers[p] = dict(zip(of_rule, found[len(read) :], strict=True))
+        rows = _of_each(
+            self.steps[step], lambda moved: self._adjoint_of(moved, kept, live, wanted, second_order, learned)
+        )
         writes = ("v", *(f"m{i}" for i in range(self.states)), "l")
-        places = [i for i, w in enumerate(writes) if not all(_is_idle(e[i], w) for e in of.values())]
-        of = {p: tuple(e[i] for i in places) for p, e in of.items()}
-        written = tuple(writes[i] for i in places)
+        places = [i for i, w in enumerate(writes) if not all(_is_idle(row[i], w) for row, _ in rows.values())]
+        of = {p: tuple(row[i] for i in places) for p, (row, _) in rows.items()}
+        numbers, written = {p: of_rule for p, (_, of_rule) in rows.items()}, tuple(writes[i] for i in places)
         if not self.clips_norms:
             return made(written, of, numbers)
         return self._of_clipped(written, of, numbers)
+
+    def _adjoint_of(
+        self,
+        moved: Moved,
+        kept: Set[int],
+        live: Set[int],
+        wanted: Set[int],
+        second_order: bool,
+        learned: Callable[[int], bool],
+    ) -> tuple[tuple[Expression | None, ...], dict[int, Expression]]:
+        """−γ, μ and λ of one parameter, and the gradients of its numbers."""
+        read = ("h" if self.clips_norms else "g", *(f"s{i}" for i in range(self.states)), "t")
+        moved = self._unclipped_of(moved)
+        of_rule = sorted(n for n in numbers_in((moved.theta, *moved.state)) if learned(n))
+        variables = [variable(v) for v in (*read, *(f"n{n}" for n in of_rule))]
+        after = {opaque(e): variable(f"a{i}") for i, e in enumerate(moved.state) if i in kept}
+        found = [_with_parts(opaque(e), after) for e in _pulled(moved, live, variables)]
+        gamma, *state, theta = found[: len(read)]
+        row = (-gamma if second_order else None, *(e if i in wanted else None for i, e in enumerate(state)), theta)
+        return row, dict(zip(of_rule, found[len(read) :], strict=True))
 
     def _unclipped_of(self, moved: Moved) -> Moved:
         """With a variable `h` in place of the clipped gradient, with respect to which the adjoint is taken."""
@@ -201,13 +220,23 @@ class Updates:
         factor, norm = _factor(self._norm), variable("c0")
         values = {"h": variable("g") * factor}
         (slope,) = pull_back(factor, constant(1), [norm])
-        found = {p: tuple(None if e is None else substituted(e, values) for e in row) for p, row in of.items()}
+        found = _of_each(of, lambda row: tuple(None if e is None else substituted(e, values) for e in row))
         rates = {p: {n: substituted(e, values) for n, e in row.items()} for p, row in numbers.items()}
         if "v" not in writes:
             return made(writes, found, rates)
         at = writes.index("v")
-        sums = {p: (opaque((row[at] or ZERO) * variable("g") * slope),) for p, row in found.items()}
+        sums = _of_each(found, lambda row: (opaque((row[at] or ZERO) * variable("g") * slope),))
         return made(writes, found, rates, sums)
+
+
+_Given = TypeVar("_Given", bound=Hashable)
+_Found = TypeVar("_Found")
+
+
+def _of_each(given: Mapping[int, _Given], function: Callable[[_Given], _Found]) -> dict[int, _Found]:
+    """The function of every value, once of equal ones: most parameters move alike."""
+    known = {value: function(value) for value in dict.fromkeys(given.values())}
+    return {p: known[value] for p, value in given.items()}
 
 
 def _is_idle(expression: Expression | None, writes: str) -> bool:
@@ -281,7 +310,7 @@ def made(
 ) -> Elementwise:
     sums = sums or {}
     rows = [*of.values(), *(tuple(row.values()) for row in numbers.values()), *sums.values()]
-    every = [e for row in rows for e in row if e is not None]
+    every = list(dict.fromkeys(e for row in rows for e in row if e is not None))
     scalars = tuple(sorted(v for v in _variables(every) if v[0] == "c"))
     return Elementwise(tuple(sorted(slots_in(every))), writes, of or dict.fromkeys(sums, ()), numbers, scalars, sums)
 

@@ -26,6 +26,7 @@ class SlotFunctions:
         self._plan = plan
         self.rates: list[list[int]] = [[] for _ in plan.model.names]
         self._known: dict[Code, int] = {}
+        self._made: dict[Any, int] = {}  # by what the code was compiled of
         self.functions = [self._function(i) for i in plan.program.instructions if isinstance(i, Pointwise)]
         self.codes = list(self._known)
 
@@ -57,10 +58,14 @@ class SlotFunctions:
         return own.index(number)
 
     def _code(self, reads: Sequence[str], numbers: Sequence[int], outputs: Sequence[Expression | None]) -> int:
-        short = {f"n{n}": variable(f"n{i}") for i, n in enumerate(numbers)}  # the same code for other numbers
-        renamed = [None if e is None else substituted(e, short) for e in outputs]
         shapes = self._plan.rates.shapes
         scalars = {f"n{i}" for i, n in enumerate(numbers) if math.prod(shapes[n]) == 1}
         scalars |= {name for name in reads if name[0] == "c"}
+        key = tuple(reads), tuple(numbers), tuple(outputs), frozenset(scalars)
+        if key in self._made:
+            return self._made[key]
+        short = {f"n{n}": variable(f"n{i}") for i, n in enumerate(numbers)}  # the same code for other numbers
+        renamed = [None if e is None else substituted(e, short) for e in outputs]
         code = compiled_over_slots(renamed, [*reads, *(f"n{i}" for i in range(len(numbers)))], scalars)
-        return self._known.setdefault(code, len(self._known))
+        self._made[key] = self._known.setdefault(code, len(self._known))
+        return self._made[key]
