@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .algorithms.gradients import Clip, Displacement, Implicit, Unrolled
     from .algorithms.rules import SGD, Adam, AdamW, RMSprop
     from .api.adapted import Adapted
+    from .api.evaluate import Evaluation, evaluate
     from .api.maml import MAML
     from .api.presets import ANIL, BOIL, CAVIA, FOMAML, IMAML, MAMLpp, MetaSGD, Reptile, multi_step_weights
     from .api.rates import per_step
@@ -34,6 +35,7 @@ __all__ = [
     "Adapted",
     "Clip",
     "Displacement",
+    "Evaluation",
     "FlatAdam",
     "FlatParameters",
     "Implicit",
@@ -43,6 +45,7 @@ __all__ = [
     "Reptile",
     "Unrolled",
     "__version__",
+    "evaluate",
     "multi_step_weights",
     "nn",
     "per_step",
@@ -57,6 +60,8 @@ _look_up = names_of(
         "ANIL": "api.presets",
         "BOIL": "api.presets",
         "CAVIA": "api.presets",
+        "Evaluation": "api.evaluate",
+        "evaluate": "api.evaluate",
         "IMAML": "api.presets",
         "MAMLpp": "api.presets",
         "Reptile": "api.presets",

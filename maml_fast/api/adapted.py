@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..algorithms.goal import Mode
 from ..graph import structure
 from ..graph.model import Model
+from ..graph.stand_ins import lock
 from ..graph.structure import Data
 from . import checks, compiled
 from .prepare import Preparer
@@ -53,6 +55,27 @@ class Adapted:
             prepared = self._preparer.prepare(Mode.APPLY, None, None, x)
             prepared.tensors.adapted = self._values_for(prepared.call.plan.model, tasks)
             return prepared.run().outputs
+
+    def module(self, task: int) -> nn.Module:
+        """A copy of the model with the parameters of one task: an ordinary module, to be exported, saved or served.
+
+        Args:
+            task: its number, from 0; negative ones count from the last.
+
+        Raises:
+            IndexError: there is no such task.
+            RuntimeError: the model has other parameters than when it was adapted.
+        """
+        tasks = next(iter(self._parameters.values())).shape[0]
+        if not -tasks <= task < tasks:
+            raise IndexError(f"task: expected a number below {tasks}, got {task}")
+        with lock:  # another thread's stand-ins are none of the model's own
+            own = copy.deepcopy(self._preparer.module)
+        with torch.no_grad():
+            for p, value in zip(own.parameters(), self._values_for(Model(own), tasks), strict=True):
+                p.copy_(value[task])
+                p.grad = None
+        return own
 
     def _values_for(self, model: Model, tasks: int) -> list[Tensor]:
         """The parameters in the model's order."""

@@ -321,6 +321,12 @@ class MAML(nn.Module):
         names = self._preparer.model.names
         return Adapted(self._preparer, dict(zip(names, result.adapted, strict=True)))
 
+    def with_steps(self, steps: int) -> MAML:
+        """The same learner of the same module with another number of inner steps, and the query loss at the last."""
+        settings: dict[str, Any] = {name: getattr(self, name) for name in CHECKED}
+        settings |= {"steps": steps, "step_weights": None, "adapts": self._adapts, "learns": self._learns}
+        return MAML(self.module, inner=self.inner, allow_nograd=self.allow_nograd, **settings)
+
     def explain(self, x_s: Data, y_s: Data, x_q: Data, y_q: Data | None = None, level: str = "backend") -> str:
         """Which backend runs this meta-batch, why the others do not, and which variant Triton's would be and why.
 
