@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
+from maml_fast.api.maml import MAML
 from maml_fast.data import LabelledSet, MetaBatch, Sinusoids
 from maml_fast.recipes import (
     NETS,
@@ -37,9 +38,11 @@ from maml_fast.recipes import (
     plots,
     train,
 )
+from maml_fast.recipes.config import ALGORITHMS
 from maml_fast.recipes.evaluation import Estimate, evaluate
 from maml_fast.recipes.interrupt import Interrupt
 from maml_fast.recipes.measure import ACCURACY, LOSS, Measure
+from maml_fast.recipes.state import check_settings
 
 
 def quiet() -> Console:
@@ -113,6 +116,31 @@ def test_resuming_gives_the_same_bits(make: Any, tmp_path: Path) -> None:
     assert a["best"] == b["best"]
     assert a["best"]["iteration"] in (8, 16)
     assert (tmp_path / "a" / "evaluation.json").read_text() == (tmp_path / "b" / "evaluation.json").read_text()
+
+
+@pytest.mark.usefixtures("brief_end")
+@pytest.mark.parametrize("algorithm", ALGORITHMS[1:])
+def test_every_algorithm_resumes_to_the_same_bits(algorithm: str, tmp_path: Path) -> None:
+    settings = {"algorithm": algorithm, "steps": 2, "inner_lr": 0.01}
+    straight, first, second = (
+        sinusoid(tmp_path / run, until, **settings) for run, until in (("a", 20), ("b", 10), ("b", 20))
+    )
+    for recipe, resume in ((straight, False), (first, False), (second, True)):
+        assert train(recipe, resume=resume, console=quiet()) == 0
+    assert all(map(torch.equal, parameters(straight), parameters(second)))
+    plain = sinusoid(tmp_path / "c", 20, **settings | {"algorithm": "maml"})
+    assert train(plain, console=quiet()) == 0
+    assert not all(map(torch.equal, parameters(straight), parameters(plain)))
+    with pytest.raises(ValueError, match=f"algorithm: the run was started with {algorithm}, got maml"):
+        train(sinusoid(tmp_path / "a", 30, **settings | {"algorithm": "maml"}), resume=True, console=quiet())
+
+
+def test_a_run_of_a_version_without_algorithms_goes_on(tmp_path: Path) -> None:
+    config = sinusoid(tmp_path, 1).config.fixed()
+    before = {name: value for name, value in config.items() if name != "algorithm"}
+    check_settings(before, config)
+    with pytest.raises(ValueError, match="algorithm: the run was started with maml, got anil"):
+        check_settings(before, config | {"algorithm": "anil"})
 
 
 class Interrupting(Sinusoids):
@@ -235,7 +263,7 @@ def test_sinusoid_validates_and_keeps_the_best(tmp_path: Path) -> None:
 def test_sinusoid_validation_is_the_mean_over_the_curve(tmp_path: Path) -> None:
     recipe = sinusoid(tmp_path, 1, seed=3, validation_tasks=30)
     tasks = Sinusoids(30, 5, 10, seed=3 * 3 + 1)
-    results = evaluate(recipe.maml.module, recipe.config.inner_lr, "mse", tasks, 30, steps=[1, 5, 10])
+    results = evaluate(recipe.maml, "mse", tasks, 30, steps=[1, 5, 10])
     assert recipe.validate() == pytest.approx(sum(result.loss.mean for result in results) / 3)
 
 
@@ -418,7 +446,7 @@ def test_more_ways_than_validation_characters_is_named(tmp_path: Path) -> None:
 def test_evaluation_agrees_with_the_textbook() -> None:
     torch.manual_seed(0)
     model, rate = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)), 0.05
-    results = evaluate(model, rate, "mse", Sinusoids(4, 5, 6, seed=5), 6, steps=[0, 2])
+    results = evaluate(MAML(model, rate, loss="mse"), "mse", Sinusoids(4, 5, 6, seed=5), 6, steps=[0, 2])
     tasks = Sinusoids(4, 5, 6, seed=5)
     batch = [torch.cat(parts)[:6] for parts in zip(next(tasks), next(tasks), strict=True)]
     for result, steps in zip(results, (0, 2), strict=True):

@@ -19,6 +19,8 @@ MetaBatch = Annotated[int, typer.Option(help="Tasks in an outer step.")]
 Steps = Annotated[int, typer.Option(help="Inner steps in training.")]
 InnerLr = Annotated[float, typer.Option(help="Inner learning rate, in terms of the mean loss over a task's samples.")]
 MetaLr = Annotated[float, typer.Option(help="Adam's learning rate.")]
+ALGORITHMS = ("maml", "fomaml", "reptile", "anil", "boil", "imaml")
+Algorithm = Annotated[str, typer.Option(help=f"{', '.join(ALGORITHMS)}.")]
 Seed = Annotated[int, typer.Option(help="Of the initialisation and of all sampling.")]
 Backend = Annotated[str, typer.Option(help="auto, or one that `maml-fast info` lists.")]
 Threads = Annotated[int, typer.Option(help="Threads to compute on; 0 leaves PyTorch's number.")]
@@ -57,6 +59,7 @@ class Config:
     validation_tasks: ValidationTasks
     meta_lr: MetaLr = 1e-3
     seed: Seed = 0
+    algorithm: Algorithm = "maml"
     backend: Backend = "auto"
     threads: Threads = 0
     log_every: LogEvery = 100
@@ -85,6 +88,8 @@ class Config:
             _at_least(1, name, getattr(self, name))
         for name in self.NOT_NEGATIVE:
             _at_least(0, name, getattr(self, name))
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
         if self.seed > LARGEST_SEED:
             raise ValueError(f"seed: expected at most {LARGEST_SEED}, got {self.seed}")
         for name in ("inner_lr", "meta_lr"):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..api.maml import MAML
@@ -44,27 +44,22 @@ class StepResult:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    lr: float,
+    maml: MAML,
     loss: str,
     sampler: Sampler,
     tasks: int,
     steps: Iterable[int] = EVERY_STEP,
-    backend: str = "auto",
-    threads: int | None = None,
 ) -> list[StepResult]:
     """Adapt to test tasks and measure on their query sets.
 
     Args:
-        model: the meta-trained network, in training mode where BatchNorm is to use batch statistics.
-        lr: inner learning rate.
+        maml: of the meta-trained network, which is in training mode where BatchNorm is to use batch statistics.
         loss: `"mse"` or `"cross_entropy"`.
         sampler: of the test tasks.
         tasks: how many of them.
         steps: numbers of inner steps to measure after.
-        backend, threads: as for `MAML`.
     """
-    learners = {k: MAML(model, lr, steps=k, loss=loss, backend=backend, threads=threads) for k in steps}
+    learners = {k: maml.with_steps(k) for k in steps}
     losses: dict[int, list[Tensor]] = {k: [] for k in learners}
     accuracies: dict[int, list[Tensor]] = {k: [] for k in learners}
     measured = 0

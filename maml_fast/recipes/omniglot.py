@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..api.maml import MAML
 from ..data import Episodes, LabelledSet, load_omniglot, split_omniglot
 from ..data.omniglot import find_split_folder
+from .algorithms import learner
 from .evaluation import StepResult, evaluate
 from .measure import ACCURACY
 from .nets import NETS
@@ -23,7 +23,9 @@ class OmniglotRecipe(Recipe):
         self.config = config
         with seeded(config.seed):
             model = NETS[config.net](config.ways)
-        self.maml = MAML(model, config.inner_lr, steps=config.steps, backend=config.backend, threads=config.cores)
+        self.maml = learner(
+            config.algorithm, model, config.inner_lr, config.steps, backend=config.backend, threads=config.cores
+        )
         self._parts = self._load()
         self.sampler = self._tasks("train")
 
@@ -55,7 +57,4 @@ class OmniglotRecipe(Recipe):
         return Episodes(self._parts[part], config.meta_batch, config.ways, config.shots, config.queries, seed=seed)
 
     def _evaluate(self, part: str, tasks: int, steps: list[int]) -> list[StepResult]:
-        model, rate = self.maml.module, self.config.inner_lr
-        return evaluate(
-            model, rate, "cross_entropy", self._tasks(part), tasks, steps, self.config.backend, self.maml.threads
-        )
+        return evaluate(self.maml, "cross_entropy", self._tasks(part), tasks, steps)

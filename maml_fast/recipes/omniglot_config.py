@@ -22,8 +22,17 @@ def _as_the_paper(name: str) -> Any:
 
 _COMPUTED = {name: _as_the_paper(name) for name in _FEW_WAYS} | {
     "queries": computed(lambda config: config.shots, "shots"),
-    "inner_lr": computed(lambda config: 0.4 if config.net == "conv4" else 2.0, "2.0, or 0.4 for conv4"),
+    "inner_lr": computed(lambda config: _inner_lr(config), "2.0, or 0.4 for conv4; reptile 0.001, imaml 0.5"),
 }
+
+
+def _inner_lr(config: Any) -> float:
+    if config.algorithm in _OTHER_RATES:
+        return _OTHER_RATES[config.algorithm]
+    return 0.4 if config.net == "conv4" else 2.0
+
+
+_OTHER_RATES = {"reptile": 1e-3, "imaml": 0.5}  # Reptile's is of an inner Adam
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from statistics import fmean
 import torch
 from torch import nn
 
-from ..api.maml import MAML
 from ..data import Sinusoids
+from .algorithms import learner
 from .evaluation import EVERY_STEP, StepResult, evaluate
 from .measure import LOSS
 from .plots import adaptation_curves
@@ -35,9 +35,8 @@ class SinusoidRecipe(Recipe):
         self.config = config
         with seeded(config.seed):
             model = sinusoid_mlp()
-        self.maml = MAML(
-            model, config.inner_lr, steps=config.steps, loss="mse", backend=config.backend, threads=config.cores
-        )
+        settings = {"loss": "mse", "backend": config.backend, "threads": config.cores}
+        self.maml = learner(config.algorithm, model, config.inner_lr, config.steps, **settings)
         seed = stream_seed(config.seed, "train")
         self.sampler = Sinusoids(config.meta_batch, config.shots, config.queries, seed=seed)
 
@@ -64,16 +63,15 @@ class SinusoidRecipe(Recipe):
         grid = x.expand(2, -1)[..., None].contiguous()
         predictions = {}
         for k in (0, 1, 10):
-            learner = MAML(self.maml.module, config.inner_lr, steps=k, loss="mse", backend=config.backend)
-            predictions[k] = learner(x_s[..., None], y_s[..., None], grid)[..., 0]
+            predictions[k] = self.maml.with_steps(k)(x_s[..., None], y_s[..., None], grid)[..., 0]
         adaptation_curves(config.out / ADAPTATION, x, amplitude * torch.sin(x - phase), x_s, y_s, predictions)
 
     def _evaluate(
         self, part: str, tasks: int, shots: int, queries: int, steps: Iterable[int] = EVERY_STEP
     ) -> list[StepResult]:
-        model, config = self.maml.module, self.config
-        sampler = Sinusoids(TASKS_AT_ONCE, shots, queries, seed=stream_seed(config.seed, part), ahead=1)
-        return evaluate(model, config.inner_lr, "mse", sampler, tasks, steps, config.backend, self.maml.threads)
+        seed = stream_seed(self.config.seed, part)
+        sampler = Sinusoids(TASKS_AT_ONCE, shots, queries, seed=seed, ahead=1)
+        return evaluate(self.maml, "mse", sampler, tasks, steps)
 
 
 def sinusoid_mlp() -> nn.Module:

@@ -23,8 +23,13 @@ def check_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         OtherSettings: one differs; the message names it.
     """
     for name, value in wanted.items():
-        if found.get(name) != value:
-            raise OtherSettings(f"{name}: the run was started with {found.get(name)}, got {value}")
+        before = found.get(name, _ADDED.get(name))
+        if before != value:
+            raise OtherSettings(f"{name}: the run was started with {before}, got {value}")
+
+
+_ADDED = {"algorithm": "maml"}
+"""What was the only way in runs of versions without the setting."""
 
 
 def misfit(state: Mapping[str, Any], model: Mapping[str, Any], measure: str, log_every: int) -> str:
