@@ -308,6 +308,21 @@ class Layerwise:
         return {n: p - 0.1 * p.norm() / (gradient[n].norm() + 1e-3) * gradient[n] for n, p in theta.items()}, state
 
 
+class OnlySigns(Signs):
+    """Steps that do not change with the gradient: there is nothing to go back through."""
+
+    def update(self, theta: Any, gradient: Any, state: Any, step: int) -> Any:
+        return {n: p * 0.9 - self.lr * gradient[n].sign() for n, p in theta.items()}, state
+
+
+@pytest.mark.parametrize("settings", [{}, {"tape_bytes": 0}, {"gradient": mf.Unrolled(checkpoint=2)}], ids=str)
+def test_steps_by_signs(settings: dict[str, Any]) -> None:
+    check(network(), batch(wanted=True), None, 1e-10, inner=OnlySigns(), steps=4, **settings)
+    maml = mf.MAML(network(), inner=OnlySigns(), steps=4, loss="mse", **settings)
+    plan = maml._preparer.prepare(Mode.META_GRADIENT, *batch()).call.plan
+    verify(plan.program, plan)
+
+
 def own(name: str, model: nn.Module) -> Any:
     return {"signs": Signs, "proximal": lambda: Proximal(model), "layerwise": Layerwise}[name]()
 

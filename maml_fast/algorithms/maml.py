@@ -133,7 +133,7 @@ class _Emitter:
             if self.weights[k]:
                 self._score(k)
             self._step(k, kept=self.reverse and k >= last)
-            self.mover.step(k, kept=self.reverse and k >= last)
+            self.mover.step(self, k, kept=self.reverse and k >= last)
 
     def _step(self, k: int, kept: bool, moves: bool = True) -> None:
         """The support pass and the gradient of an inner step, or only its deltas where nobody reads that."""
@@ -214,7 +214,9 @@ class _Emitter:
             if self.segment(k) != held and (self.is_curved(k) or self.mover.reads_back):
                 held = self.segment(k)
                 self._run_again(held, k + 1)
-            vector = self.mover.pull_back(k, adjoint)
+            if self.mover.curves(self, k) and not self.save and k < self.steps - 1:
+                self.support_pass(k, self.theta[k], self.tape[k], None)
+            vector = self.mover.pull_back(self, k, adjoint)
             if vector is not None:
                 self._add_curvature(k, vector, adjoint)
             if k in self.pulled:
@@ -223,18 +225,18 @@ class _Emitter:
 
     def _run_again(self, first: int, end: int) -> None:
         """Steps first … end − 1, of which all stays that the way back reads, as far as it does."""
-        last = max((k for k in range(first, end) if self.is_curved(k) or self.mover.reads_at(k)), default=first)
+        last = max(
+            (k for k in range(first, end) if self.mover.curves(self, k) or self.mover.reads_at(k)), default=first
+        )
         for k in range(first, last):
             self._step(k, kept=True)
-            self.mover.step(k, kept=True)
-        if self.is_curved(last) or self.mover.reads_gradient(last):
+            self.mover.step(self, k, kept=True)
+        if self.mover.curves(self, last) or self.mover.reads_gradient(last):
             self._step(last, kept=True, moves=False)
 
     def _add_curvature(self, k: int, vector: int, adjoint: int) -> None:
         """λ ← λ − H_k v."""
         theta, product = self.theta[k], self.slot("product")
-        if not self.save and k < self.steps - 1:
-            self.support_pass(k, theta, self.tape[k], None)
         self.code += [
             Hvp(theta, self.tape[k], vector, product, inputs=self.goal.needs.x_s),
             Subtract(adjoint, product),
@@ -249,9 +251,12 @@ class _Descent:
     """
 
     def __init__(self, emitter: _Emitter) -> None:
-        self._emitter = emitter
         self.reads_gradients = emitter.reverse and any(emitter.goal.needs.rates)
         self.reads_back = self.reads_gradients
+
+    def curves(self, e: _Emitter, k: int) -> bool:
+        """Whether the way back of step k has a product with its Hessian."""
+        return e.is_curved(k)
 
     def reads_gradient(self, k: int) -> bool:
         """Whether the way back of step k reads its gradient."""
@@ -261,28 +266,28 @@ class _Descent:
         """Whether the way back reads θ_k, g_k or m_k."""
         return self.reads_gradients
 
-    def _rates(self, step: int) -> int:
-        """The step's set of rates."""
-        return step if self._emitter.goal.rate_sets > 1 else 0
-
-    def step(self, k: int, kept: bool) -> None:
+    def step(self, e: _Emitter, k: int, kept: bool) -> None:
         """Emit step k."""
-        e, key = self._emitter, ("passing",)
+        key: tuple[Any, ...] = ("passing",)
         if e.begins(k + 1) or (kept and e.is_curved(k + 1)):
             key = _key(e, k + 1)
         e.theta[k + 1] = e.slot("θ", *key)
-        e.code.append(Update(e.theta[k + 1], e.theta[k], e.gradient[k], self._rates(k)))
+        e.code.append(Update(e.theta[k + 1], e.theta[k], e.gradient[k], _rates(e, k)))
 
-    def pull_back(self, k: int, adjoint: int) -> int | None:
+    def pull_back(self, e: _Emitter, k: int, adjoint: int) -> int | None:
         """Emit the step's way back; the slot of v_k, None where H_k v_k is not wanted."""
-        e = self._emitter
         if self.reads_gradients:
-            e.code.append(RateGradient(e.gradient[k], adjoint, self._rates(k)))
+            e.code.append(RateGradient(e.gradient[k], adjoint, _rates(e, k)))
         if not e.is_curved(k):
             return None
         vector = e.slot("v")
-        e.code.append(Scale(vector, adjoint, self._rates(k)))
+        e.code.append(Scale(vector, adjoint, _rates(e, k)))
         return vector
+
+
+def _rates(e: _Emitter, step: int) -> int:
+    """The step's set of rates."""
+    return step if e.goal.rate_sets > 1 else 0
 
 
 def _key(e: _Emitter, step: int) -> tuple[Any, ...]:
@@ -297,7 +302,7 @@ class _Ruled:
     """
 
     def __init__(self, emitter: _Emitter, updates: Updates) -> None:
-        self._emitter, self._updates = emitter, updates
+        self._updates = updates
         self._states: dict[int, dict[str, int]] = {0: {}}  # per step
         self._scalars: dict[int, tuple[int, ...]] = {}
         self._live: dict[str, int] = {}  # the state's adjoint
@@ -310,16 +315,20 @@ class _Ruled:
         self.reads_gradients = "g" in read or (e.reverse and updates.clips_norms)
         self.reads_back = bool(self._read_back & {"g", "t", *(f"s{i}" for i in range(updates.states))})
 
-    def step(self, k: int, kept: bool) -> None:
+    def step(self, e: _Emitter, k: int, kept: bool) -> None:
         """Emit step k."""
-        e, function = self._emitter, self._updates.forward(k, self._emitter.steps)
+        function = self._updates.forward(k, e.steps)
         held = {"b": 0, "t": e.theta[k], "g": e.gradient[k], **self._states[k]}
-        norm = self._norm(k)
-        outs = [self._following(name, k + 1, kept) for name in function.writes]
+        norm = self._norm(e, k)
+        outs = [self._following(e, name, k + 1, kept) for name in function.writes]
         e.code.append(Pointwise(function, tuple(outs), tuple(held[name] for name in function.reads), norm))
         written = dict(zip(function.writes, outs, strict=True))
         e.theta[k + 1] = written.pop("t")
         self._states[k + 1] = written
+
+    def curves(self, e: _Emitter, k: int) -> bool:
+        """Whether the way back of step k has a product with its Hessian; a step by signs has none."""
+        return e.is_curved(k) and "v" in self._back[k].writes
 
     def reads_gradient(self, k: int) -> bool:
         """Whether the way back of step k reads its gradient."""
@@ -331,9 +340,8 @@ class _Ruled:
         own = any(name[0] in "ts" for name in self._back[k].reads) or self.reads_gradient(k)
         return own or any(name[0] == "a" for name in (self._back[k - 1].reads if k else ()))
 
-    def _norm(self, k: int) -> tuple[int, ...]:
+    def _norm(self, e: _Emitter, k: int) -> tuple[int, ...]:
         """Emit ‖g_k‖² if it clips the step; its number."""
-        e = self._emitter
         if not self._updates.clips_norms:
             return ()
         if k not in self._scalars:
@@ -343,20 +351,19 @@ class _Ruled:
         e.code.append(Pointwise(function, (), ins, (), self._scalars[k]))
         return self._scalars[k]
 
-    def _following(self, name: str, step: int, kept: bool) -> int:
+    def _following(self, e: _Emitter, name: str, step: int, kept: bool) -> int:
         """The slot for what is held under a name behind a step: one that stays, or that of the step before the last."""
-        e = self._emitter
         stays = name in self._read_back or (name == "t" and e.is_curved(step))
         key = _key(e, step) if e.begins(step) or (kept and stays) else ("passing", step % 2)
         return e.slot(name, *key)
 
-    def pull_back(self, k: int, adjoint: int) -> int | None:
+    def pull_back(self, e: _Emitter, k: int, adjoint: int) -> int | None:
         """Emit the step's way back; the slot of v_k, None where H_k v_k is not wanted."""
-        e, function = self._emitter, self._back[k]
+        function = self._back[k]
         after = {name.replace("s", "a"): slot for name, slot in self._states.get(k + 1, {}).items()}
         held = {"b": 0, "t": e.theta[k], "g": e.gradient[k], "l": adjoint, **self._states[k], **after, **self._live}
         norm = self._scalars.get(k, ())
-        written = {name: self._adjoint_slot(name, k, adjoint) for name in function.writes}
+        written = {name: _adjoint_slot(e, name, k, adjoint) for name in function.writes}
         change = (e.scalar(),) if function.sums else ()
         if written or any(function.numbers.values()) or function.sums:
             ins = tuple(held[name] for name in function.reads)
@@ -364,17 +371,18 @@ class _Ruled:
         self._live = {name: slot for name, slot in written.items() if name[0] == "m"}
         if "v" not in written:
             return None
-        return self._clipped_back(k, written["v"], norm, change) if change else written["v"]
+        return self._clipped_back(e, k, written["v"], norm, change) if change else written["v"]
 
-    def _clipped_back(self, k: int, vector: int, norm: tuple[int, ...], change: tuple[int, ...]) -> int:
+    def _clipped_back(self, e: _Emitter, k: int, vector: int, norm: tuple[int, ...], change: tuple[int, ...]) -> int:
         """Emit the way back through the clipping of g_k."""
-        e, function = self._emitter, self._updates.unclipped(k)
+        function = self._updates.unclipped(k)
         held = {"g": e.gradient[k], "v": vector}
         clipped = e.slot("v", "clipped")
         e.code.append(Pointwise(function, (clipped,), tuple(held[n] for n in function.reads), (*norm, *change)))
         return clipped
 
-    def _adjoint_slot(self, name: str, k: int, adjoint: int) -> int:
-        if name == "l":
-            return adjoint
-        return self._emitter.slot(name) if name == "v" else self._emitter.slot(name, k % 2)
+
+def _adjoint_slot(e: _Emitter, name: str, k: int, adjoint: int) -> int:
+    if name == "l":
+        return adjoint
+    return e.slot(name) if name == "v" else e.slot(name, k % 2)

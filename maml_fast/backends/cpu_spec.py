@@ -271,15 +271,17 @@ class Spec:
 
     def _rate_sets(self) -> int:
         """How many numbers a parameter has at most: of plain gradient descent one for each set of rates."""
-        return self.plan.rate_sets if self.plan.updates is None else max(self.slot_functions.most_rates, 1)
+        most = self.plan.rate_sets if self.plan.updates is None else self.slot_functions.most_rates
+        return max(most, 1)
 
     def _rates_of(self, parameter: int) -> list[int]:
         """A parameter's numbers: none where it does not adapt, whatever the plan's table holds there."""
         plan = self.plan
         if plan.updates is None:
             adapts = plan.model.adapts[parameter]
-            return [rates[parameter] if adapts else -1 for rates in plan.rates.sets]
-        own = self.slot_functions.rates[parameter]
+            own = [rates[parameter] if adapts else -1 for rates in plan.rates.sets]
+        else:
+            own = self.slot_functions.rates[parameter]
         return own + [-1] * (self._rate_sets() - len(own))
 
     def as_dict(self) -> dict[str, Any]:
@@ -337,12 +339,13 @@ class Spec:
 def _rate_names(plan: Plan) -> list[str]:
     """The rates as error messages call them."""
     names = {}
-    for step, rates in enumerate(plan.rates.sets):
-        of_step = f" of step {step}" if plan.rate_sets > 1 else ""
-        one = len(set(rates)) == 1
-        for name, rate, adapts in zip(plan.model.names, rates, plan.model.adapts, strict=True):
-            if adapts:
-                names[rate] = ("lr" if one else f"lr[{name!r}]") + of_step
+    for number, sets in (("lr", plan.rates.sets), *plan.rates.others):
+        for step, rates in enumerate(sets):
+            of_step = f" of step {step}" if len(sets) > 1 else ""
+            one = len(set(rates)) == 1
+            for name, rate, adapts in zip(plan.model.names, rates, plan.model.adapts, strict=True):
+                if adapts:
+                    names[rate] = (number if one else f"{number}[{name!r}]") + of_step
     return [names.get(i, "lr" if len(plan.rates.shapes) == 1 else f"lr {i}") for i in range(len(plan.rates.shapes))]
 
 
