@@ -266,6 +266,13 @@ def test_the_displacement_is_the_way(backend: str, reduction: str) -> None:
         torch.testing.assert_close(loss, plain.meta_loss(*data, reduction=reduction))
 
 
+@pytest.mark.parametrize("gradient", [mf.Displacement(), mf.Implicit(2.0), mf.Unrolled(last=1)], ids=str)
+@pytest.mark.parametrize("inner", [mf.SGD(0.1), mf.Adam(0.02)], ids=["sgd", "adam"])
+def test_where_nothing_moves(gradient: Any, inner: Any) -> None:
+    for settings in ({"steps": 0}, {"steps": 2, "adapts": []}):
+        check(network(), batch(wanted=True), None, 1e-10, inner=inner, gradient=gradient, **settings)
+
+
 # ---- settings ----------------------------------------------------------------------------------------
 
 

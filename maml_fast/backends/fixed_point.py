@@ -14,7 +14,7 @@ from ..algorithms.gradients import Implicit
 def displaced(loss: Tensor, begin: Sequence[Tensor], end: Sequence[Tensor]) -> Tensor:
     """The loss as a number, with θ_0 − θ_K as its gradient with respect to θ_0."""
     ways = [torch.dot((b - e).detach().flatten(), (b - b.detach()).flatten()) for b, e in zip(begin, end, strict=True)]
-    return loss.detach() + torch.stack(ways).sum()
+    return loss.detach() + torch.stack(ways).sum() if ways else loss.detach()
 
 
 def held(
