@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import interpreted
@@ -94,7 +93,8 @@ def test_every_mode() -> None:
 def test_recomputing_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     (case,) = cases.select(["over-samples"])
     saved = interpreted.meta_gradient("triton-wide", case, first_order=False)
-    monkeypatch.setattr(algorithm, "emit", partial(algorithm.emit, save=False))
+    emit = algorithm.emit
+    monkeypatch.setattr(algorithm, "emit", lambda goal, **kept: emit(goal, **kept | {"save": False}))
     assert_equal(interpreted.meta_gradient("triton-wide", case, first_order=False), saved)
 
 
@@ -589,7 +589,8 @@ def test_dropout(steps: int, first_order: bool) -> None:
 def test_chunks_and_recomputed_tapes_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 3)), test_draws.batch(torch.float32)
     whole = of_batch(model, "triton-wide", batch)
-    monkeypatch.setattr(algorithm, "emit", partial(algorithm.emit, save=False))
+    emit = algorithm.emit
+    monkeypatch.setattr(algorithm, "emit", lambda goal, **kept: emit(goal, **kept | {"save": False}))
     monkeypatch.setitem(dispatch.BACKENDS, "triton-wide", TritonBackend("wide", budget=10_000))
     chunks, run = [], Executor.run
     monkeypatch.setattr(Executor, "run", lambda self, chunk: (chunks.append(chunk), run(self, chunk)))

@@ -245,8 +245,9 @@ class Plan:
         """
         if reason := self.traced_rule[1]:
             raise Untraceable(reason)
+        save, every = self.kept
         with lock:
-            return maml.emit(self, *self.kept)
+            return maml.emit(self, save=save, every=every)
 
     @cached_property
     def kept(self) -> tuple[bool, int | None]:
