@@ -35,9 +35,9 @@ bool is_channel_norm(OpKind kind) {
 
 std::string quoted(const ParamSpec& p) { return "parameter '" + p.name + "'"; }
 
-// Every step reads what is there: what is given, constants, and registers that a step has written. A result may be
-// missing where its place is −1.
-void check_expression(const std::string& where, const ExpressionSpec& e, int given) {
+// Every step reads what is there: what is given, constants, and registers that a step has written; so do the results,
+// of which the first `optional` may be missing, at place −1.
+void check_expression(const std::string& where, const ExpressionSpec& e, int given, std::size_t optional) {
     const int registers = given + int(e.constants.size());
     require(e.registers >= 0 && e.registers < (1 << 12) && e.constants.size() < (1 << 12), where,
             "an expression of too many registers or constants");
@@ -56,8 +56,8 @@ void check_expression(const std::string& where, const ExpressionSpec& e, int giv
         require(step.out >= registers && step.out < int(known.size()), where, "a step writes no register");
         known[std::size_t(step.out)] = true;
     }
-    for (int place : e.outputs)
-        if (place != -1) read(place);
+    for (std::size_t i = 0; i < e.outputs.size(); ++i)
+        if (i >= optional || e.outputs[i] != -1) read(e.outputs[i]);
 }
 
 // ---- layers ------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ class OpCheck {
 
     void expression(const ExpressionSpec& e, std::size_t outputs) const {
         require(e.outputs.size() == outputs, where_, "an expression has another number of results");
-        check_expression(where_, e, 2 * int(op_.inputs.size()) + 2);
+        check_expression(where_, e, 2 * int(op_.inputs.size()) + 2, 0);
     }
 
     // Whether start + Σ i·stride stays within `most` elements.
@@ -422,11 +422,9 @@ class CodeCheck {
               const ParamSpec& p) const {
         const std::size_t slots = f.ins.size(), own = slots + f.scalars.size(), given = own + of.numbers.size();
         require(given + e.constants.size() + std::size_t(e.registers) <= kMostPlaces, where_, "too many places");
-        check_expression(where_, e, int(given));
+        check_expression(where_, e, int(given), f.outs.size());
         const std::size_t results = f.outs.size() + f.sums.size() + of.gradients.size();
         require(e.outputs.size() == results, where_, "another number of results");
-        for (std::size_t i = f.outs.size(); i < e.outputs.size(); ++i)
-            require(e.outputs[i] >= 0, where_, "a sum or the gradient of a number is missing");
         require_index(where_, "number of uniform steps", e.uniform, 0, e.steps.size() + 1);
         std::vector<bool> uniform(given + e.constants.size() + std::size_t(e.registers));
         std::fill(uniform.begin() + std::ptrdiff_t(slots), uniform.begin() + std::ptrdiff_t(own), true);

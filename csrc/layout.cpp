@@ -419,9 +419,11 @@ void Layout::add_functions() {
         for (std::size_t p = 0; p < f.of.size(); ++p) {
             const SlotFunctionOfSpec& s = f.of[p];
             SlotCode* code = s.code >= 0 && params_[p].offset >= 0 ? &codes_[std::size_t(s.code)] : nullptr;
-            if (code)
-                code->expression.places = int(f.ins.size() + f.scalars.size() + s.numbers.size()) +
-                                          code->expression.n_constants + spec_.codes[std::size_t(s.code)].registers;
+            if (code) {  // functions that share it may give it different numbers of places
+                const int given = int(f.ins.size() + f.scalars.size() + s.numbers.size());
+                const int own = code->expression.n_constants + spec_.codes[std::size_t(s.code)].registers;
+                code->expression.places = std::max(code->expression.places, given + own);
+            }
             of.push_back({code, s.numbers.data(), s.gradients.data(), int(s.numbers.size()), int(s.gradients.size()),
                           code && runs_on(f, p)});
         }

@@ -276,7 +276,8 @@ def test_views_into_larger_storages_are_taken(core: ModuleType) -> None:
 # ---- a plan's description ----------------------------------------------------------------------
 
 SPECS = ["branches", "batchnorm-deep", "conv-residual", "pooled-block", "groupnorm", "layernorm", "rate-per_element",
-         "avgpool", "upsample", "batchnorm2d", "loss-cross-entropy", "size-tasks"]  # fmt: skip
+         "avgpool", "upsample", "batchnorm2d", "loss-cross-entropy", "size-tasks", "sinusoid-adam",
+         "sinusoid-imaml"]  # fmt: skip
 VALUES = (-(2**31), -7, -2, -1, 0, 1, 2, 3, 5, 8, 17, 63, 1000, 2**31 - 1)
 
 
@@ -317,7 +318,7 @@ def spec_and_arguments(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any,
 
 
 INDICES = {"out", "w", "b", "c0", "c1", "inputs", "rate", "batch", "tapes"} | {
-    *("tape", "theta", "vector", "gradient", "adjoint"),
+    *("tape", "theta", "vector", "gradient", "adjoint", "function", "ins", "outs", "scalars", "sums", "outputs"),
 }
 
 
