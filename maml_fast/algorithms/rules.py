@@ -98,9 +98,6 @@ class SGD(Rule):
         """Whether it is θ ← θ − α g."""
         return {*self.numbers} <= {"lr", "dampening"}
 
-    def init(self, theta: Tensor) -> State:
-        return ()
-
     def update(self, numbers: Named, theta: Tensor, gradient: Tensor, state: State, step: int) -> tuple[Tensor, State]:
         d = gradient + numbers["weight_decay"] * theta if self.has("weight_decay") else gradient
         if self.has("momentum"):

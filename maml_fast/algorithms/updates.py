@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from ..graph.expressions import Expression, call, constant, variable
 from ..graph.expressions.derive import pull_back
-from ..graph.expressions.language import in_order, opaque, substituted
+from ..graph.expressions.language import in_order, opaque, substituted, with_parts
 from ..graph.graph import Untraceable
 from ..graph.operations.pointwise import clamped
 from .gradients import NORM_FLOOR, Clip
@@ -45,6 +45,10 @@ class Elementwise:
 
     def __hash__(self) -> int:
         return id(self)
+
+    def slots(self, held: Mapping[str, int]) -> tuple[int, ...]:
+        """Of the slots that are held, by the variables that stand for them, those that it reads."""
+        return tuple(held[name] for name in self.reads)
 
     def text(self, read: Callable[[str], str | None]) -> str:
         """What it is of, with names for what it reads."""
@@ -196,8 +200,8 @@ class Updates:
         moved = self._unclipped_of(moved)
         of_rule = sorted(n for n in numbers_in((moved.theta, *moved.state)) if learned(n))
         variables = [variable(v) for v in (*read, *(f"n{n}" for n in of_rule))]
-        after = {opaque(e): variable(f"a{i}") for i, e in enumerate(moved.state) if i in kept}
-        found = [_with_parts(opaque(e), after) for e in _pulled(moved, live, variables)]
+        after = {opaque(e): variable(f"a{i}") for i, e in enumerate(moved.state) if i in kept and e.arguments}
+        found = [with_parts(opaque(e), after) for e in _pulled(moved, live, variables)]
         gamma, *state, theta = found[: len(read)]
         row = (-gamma if second_order else None, *(e if i in wanted else None for i, e in enumerate(state)), theta)
         return row, dict(zip(of_rule, found[len(read) :], strict=True))
@@ -207,7 +211,7 @@ class Updates:
         if self._norm is None:
             return moved
         clipped = {variable("g") * _factor(self._norm): variable("h")}
-        return Moved(_with_parts(moved.theta, clipped), tuple(_with_parts(s, clipped) for s in moved.state))
+        return Moved(with_parts(moved.theta, clipped), tuple(with_parts(s, clipped) for s in moved.state))
 
     def _of_clipped(
         self,
@@ -291,23 +295,13 @@ def displacement(adapts: Sequence[bool], active: Sequence[bool]) -> Elementwise:
     return made(("l",), of, {})
 
 
-def _with_parts(expression: Expression, known: Mapping[Expression, Expression]) -> Expression:
-    """The expression with variables in place of parts that are known."""
-    found: dict[int, Expression] = {}
-    for x in in_order([expression]):
-        if x.arguments and x in known:
-            found[id(x)] = known[x]
-        else:
-            found[id(x)] = call(x.name, *(found[id(a)] for a in x.arguments)) if x.arguments else x
-    return found[id(expression)]
-
-
 def made(
     writes: tuple[str, ...],
     of: Mapping[int, tuple[Expression | None, ...]],
     numbers: Mapping[int, Mapping[int, Expression]],
     sums: Mapping[int, tuple[Expression, ...]] | None = None,
 ) -> Elementwise:
+    """The function; which slots and numbers of the task it reads shows in its expressions."""
     sums = sums or {}
     rows = [*of.values(), *(tuple(row.values()) for row in numbers.values()), *sums.values()]
     every = list(dict.fromkeys(e for row in rows for e in row if e is not None))

@@ -264,13 +264,16 @@ def opaque(x: Expression) -> Expression:
 
 def substituted(x: Expression, values: Mapping[str, Expression]) -> Expression:
     """The expression with others in place of its variables, those that have one."""
+    return with_parts(x, {variable(name): value for name, value in values.items()})
+
+
+def with_parts(x: Expression, parts: Mapping[Expression, Expression]) -> Expression:
+    """The expression with others in place of some of its parts."""
     known: dict[int, Expression] = {}
     for part in in_order([x]):
         arguments = [known[id(a)] for a in part.arguments]
-        if part.name == "variable":
-            known[id(part)] = values.get(str(part.value), part)
-        else:
-            known[id(part)] = call(part.name, *arguments) if arguments else part
+        made = call(part.name, *arguments) if arguments else part
+        known[id(part)] = parts.get(part, made)
     return known[id(x)]
 
 
