@@ -6,25 +6,41 @@ gradient loses (∂²L_s/∂φ∂θ) v/λ.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from ..graph.expressions import Expression, call, variable
+from .goal import Goal
 from .gradients import Implicit
-from .program import Hvp, Pointwise
-from .updates import Elementwise, made
-
-if TYPE_CHECKING:
-    from .maml import _Emitter
+from .program import Hvp, Instruction, Pointwise
+from .updates import made
 
 
-def solve(emitter: _Emitter, gradient: Implicit, start: int) -> int:
+class Emitter(Protocol):
+    """What emits the program, as the solver knows it.
+
+    Attributes:
+        theta, tape: by inner step, where they are. steps: how many there are.
+    """
+
+    goal: Goal
+    code: list[Instruction]
+    theta: dict[int, int]
+    tape: dict[int, int]
+    steps: int
+
+    def slot(self, *key: Any) -> int: ...
+    def scalar(self) -> int: ...
+    def support_pass(self, step: int, theta: int, tape: int, gradient: int | None) -> None: ...
+
+
+def solve(emitter: Emitter, gradient: Implicit, start: int) -> int:
     """Emit the solution; its slot, in which what does not adapt has its own gradient."""
     return _Solver(emitter, gradient, start).run()
 
 
 class _Solver:
-    def __init__(self, emitter: _Emitter, gradient: Implicit, start: int) -> None:
+    def __init__(self, emitter: Emitter, gradient: Implicit, start: int) -> None:
         self._emitter, self._gradient, self._start = emitter, gradient, start
         goal = emitter.goal
         self._adapted = [p for p, adapts in enumerate(goal.adapts) if adapts and goal.active[p]]
@@ -38,13 +54,16 @@ class _Solver:
             return self._start
         self._tape = e.tape[e.steps - 1]
         e.support_pass(e.steps, self._theta, self._tape, None)
-        x = self._neumann() if self._gradient.solver == "neumann" else self._conjugate()
-        self._finish(x)
+        if self._gradient.solver == "neumann":
+            self._neumann()
+        else:
+            self._conjugate()
+        self._finish()
         return self._start
 
     def _emit(
         self,
-        writes: dict[str, tuple[int, Expression]],
+        writes: Mapping[str, tuple[int, Expression]],
         sums: Sequence[Expression] = (),
         scalars: Sequence[int] = (),
         of: Iterable[int] | None = None,
@@ -52,14 +71,12 @@ class _Solver:
         """Emit new contents of slots, by the variable that stands for each; the numbers that sums become."""
         parameters = self._adapted if of is None else list(of)
         row = tuple(expression for _, expression in writes.values())
-        function: Elementwise = made(
-            tuple(writes), dict.fromkeys(parameters, row), {}, {p: tuple(sums) for p in parameters} if sums else None
-        )
+        of_each = dict.fromkeys(parameters, tuple(sums)) if sums else None
+        function = made(tuple(writes), dict.fromkeys(parameters, row), {}, of_each)
         numbers = tuple(self._emitter.scalar() for _ in sums)
         slots = {name: slot for name, (slot, _) in writes.items()}
-        ins = tuple(self._held[name] for name in function.reads)
         read = tuple(scalars[int(name[1:])] for name in function.scalars)
-        self._emitter.code.append(Pointwise(function, tuple(slots.values()), ins, read, numbers))
+        self._emitter.code.append(Pointwise(function, tuple(slots.values()), function.slots(self._held), read, numbers))
         self._held.update(slots)
         return numbers
 
@@ -73,15 +90,14 @@ class _Solver:
     def _slot(self, name: str, turn: int) -> int:
         return self._emitter.slot("solver", name, turn % 2)
 
-    def _neumann(self) -> str:
+    def _neumann(self) -> None:
         """x ← g − (A − I) x, from x = g."""
         g, x = variable("g"), variable("x")
         self._emit({"x": (self._slot("x", 0), g)})
         for i in range(1, self._gradient.iterations + 1):
             self._emit({"x": (self._slot("x", i), g - (self._product("x") - x))})
-        return "x"
 
-    def _conjugate(self) -> str:
+    def _conjugate(self) -> None:
         """x ← x + a p, r ← r − a A p, p ← r + b p, from x = 0 and r = p = g."""
         g, x, r, p = (variable(name) for name in "gxrp")
         c0, c1 = variable("c0"), variable("c1")
@@ -94,21 +110,20 @@ class _Solver:
             found = {"x": (self._slot("x", i), x + p * step if i > 1 else p * step)}
             if i == self._gradient.iterations:
                 self._emit(found, (), [square, curvature])
-                break
+                return
             found["r"] = self._slot("r", i), after
             (following,) = self._emit(found, [after * after], [square, curvature])
             self._emit({"p": (self._slot("p", i), r + p * _quotient(c0, c1))}, (), [following, square])
             square = following
-        return "x"
 
-    def _finish(self, x: str) -> None:
+    def _finish(self) -> None:
         """The solution takes the gradient's place where parameters adapt; elsewhere what follows of it is taken off."""
-        needs = self._emitter.goal.needs
+        needs, x = self._emitter.goal.needs, variable("x")
         if self._others or needs.x_s:
-            self._emit({"u": (self._emitter.slot("solver", "u"), variable(x) * (1 / self._gradient.proximal))})
+            self._emit({"u": (self._emitter.slot("solver", "u"), x * (1 / self._gradient.proximal))})
             self._held["h"] = self._emitter.slot("product")
             self._emitter.code.append(Hvp(self._theta, self._tape, self._held["u"], self._held["h"], needs.x_s))
-        self._emit({"g": (self._start, variable(x))})
+        self._emit({"g": (self._start, x)})
         if self._others:
             self._emit({"g": (self._start, variable("g") - variable("h"))}, of=self._others)
 

@@ -69,7 +69,7 @@ class _Emitter:
         self.pulled: dict[int, int] = {}  # by step: the slot of w_k ∇L_q(θ_k)
         self.scored = False
         self.query_tape = -1
-        self.reverse = goal.mode in (Mode.META_GRADIENT, Mode.VJP) and goal.inner.unrolls
+        self.reverse = goal.mode.differentiates and goal.inner.unrolls
         self.curved_from = min(goal.inner.curved_from, self.steps) if self.reverse else self.steps
         self.save = save
         self.every = every if every is not None and every < self.steps else max(self.steps, 1)
@@ -117,6 +117,11 @@ class _Emitter:
         """The first of the steps that run again together with step k."""
         return k - k % self.every
 
+    @property
+    def last_segment(self) -> int:
+        """The first of the last such steps, which the way back finds as the inner loop left them."""
+        return self.segment(max(self.steps - 1, 0))
+
     def begins(self, step: int) -> bool:
         """Whether steps that run again begin here."""
         inside = 0 < step < self.steps and step == self.segment(step)
@@ -128,12 +133,12 @@ class _Emitter:
 
     def _inner_loop(self) -> None:
         """θ_0 … θ_K; of the last segment all stays that the way back reads."""
-        last = self.segment(max(self.steps - 1, 0))
         for k in range(self.steps):
             if self.weights[k]:
                 self._score(k)
-            self._step(k, kept=self.reverse and k >= last)
-            self.mover.step(self, k, kept=self.reverse and k >= last)
+            kept = self.reverse and k >= self.last_segment
+            self._step(k, kept)
+            self.mover.step(self, k, kept)
 
     def _step(self, k: int, kept: bool, moves: bool = True) -> None:
         """The support pass and the gradient of an inner step, or only its deltas where nobody reads that."""
@@ -146,7 +151,7 @@ class _Emitter:
 
     def _passing(self) -> int:
         """The place of a tape that nobody reads later: that of the first one to stay."""
-        return max(self.curved_from, self.segment(max(self.steps - 1, 0))) % self.every if self.save else 0
+        return max(self.curved_from, self.last_segment) % self.every if self.save else 0
 
     def support_pass(self, step: int, theta: int, tape: int, gradient: int | None) -> None:
         """Forward and backward on the support set."""
@@ -200,7 +205,7 @@ class _Emitter:
         if isinstance(gradient, Displacement):
             way, function = self.slot("way"), displacement(self.goal.adapts, self.goal.active)
             held = {"b": 0, "t": self.theta[self.steps]}
-            self.code.append(Pointwise(function, (way,), tuple(held[name] for name in function.reads)))
+            self.code.append(Pointwise(function, (way,), function.slots(held)))
             self.code.append(Accumulate(way, weighted=True))
         elif isinstance(gradient, Implicit):
             self.code.append(Accumulate(implicit.solve(self, gradient, self.pulled[self.steps])))
@@ -209,7 +214,7 @@ class _Emitter:
 
     def _reverse_sweep(self) -> None:
         last = max(self.pulled)
-        adjoint, held = self.pulled[last], self.segment(max(self.steps - 1, 0))
+        adjoint, held = self.pulled[last], self.last_segment
         for k in reversed(range(last)):
             if self.segment(k) != held and (self.is_curved(k) or self.mover.reads_back):
                 held = self.segment(k)
@@ -321,7 +326,7 @@ class _Ruled:
         held = {"b": 0, "t": e.theta[k], "g": e.gradient[k], **self._states[k]}
         norm = self._norm(e, k)
         outs = [self._following(e, name, k + 1, kept) for name in function.writes]
-        e.code.append(Pointwise(function, tuple(outs), tuple(held[name] for name in function.reads), norm))
+        e.code.append(Pointwise(function, tuple(outs), function.slots(held), norm))
         written = dict(zip(function.writes, outs, strict=True))
         e.theta[k + 1] = written.pop("t")
         self._states[k + 1] = written
@@ -347,7 +352,7 @@ class _Ruled:
         if k not in self._scalars:
             self._scalars[k] = (e.scalar(),)
         function, held = self._updates.norm(k), {"b": 0, "t": e.theta[k], "g": e.gradient[k]}
-        ins = tuple(held[name] for name in function.reads)
+        ins = function.slots(held)
         e.code.append(Pointwise(function, (), ins, (), self._scalars[k]))
         return self._scalars[k]
 
@@ -366,7 +371,7 @@ class _Ruled:
         written = {name: _adjoint_slot(e, name, k, adjoint) for name in function.writes}
         change = (e.scalar(),) if function.sums else ()
         if written or any(function.numbers.values()) or function.sums:
-            ins = tuple(held[name] for name in function.reads)
+            ins = function.slots(held)
             e.code.append(Pointwise(function, tuple(written.values()), ins, norm if function.scalars else (), change))
         self._live = {name: slot for name, slot in written.items() if name[0] == "m"}
         if "v" not in written:
@@ -378,7 +383,7 @@ class _Ruled:
         function = self._updates.unclipped(k)
         held = {"g": e.gradient[k], "v": vector}
         clipped = e.slot("v", "clipped")
-        e.code.append(Pointwise(function, (clipped,), tuple(held[n] for n in function.reads), (*norm, *change)))
+        e.code.append(Pointwise(function, (clipped,), function.slots(held), (*norm, *change)))
         return clipped
 
 

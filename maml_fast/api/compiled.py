@@ -152,7 +152,7 @@ def _prepare(
         ValueError: another number of tensors, or of another shape, dtype or device, than the model has.
     """
     preparer = _preparer(handle)
-    settings, rates, _ = preparer.settings_of(state)
+    settings, rates = preparer.settings_of(state)
     model, learned, rate_shapes = preparer.model, preparer.objective_of(settings.loss).learned, rates.shapes
     expected = [(f"parameter {n!r}", s) for n, s in zip(model.names, model.shapes, strict=True)]
     expected += [(f"rate {i}", s) for i, s in enumerate(rate_shapes)]

@@ -224,15 +224,15 @@ class Preparer:
         self._now = (self._settings, self.rates.shapes, self.rates.picture)
         self.state = self._states.setdefault(self._now, self._first_state + len(self._states))
 
-    def settings_of(self, state: int) -> tuple[Settings, Rates, Hashable]:
-        """The settings with this number, the shapes of the rates, and the state of a rule of a person's own.
+    def settings_of(self, state: int) -> tuple[Settings, Rates]:
+        """The settings with this number, and the shapes of the rates.
 
         Raises:
             RuntimeError: they are of a model that is no more.
         """
-        for key, number in self._states.items():
+        for (settings, rates, _), number in self._states.items():
             if number == state:
-                return key
+                return settings, rates
         raise RuntimeError("maml_fast: the model was changed between the forward and the backward pass")
 
     def _snapshot(self) -> Model:
@@ -344,7 +344,7 @@ class Preparer:
         new = call is None
         start = perf_counter() if new else 0.0
         if call is None:
-            settings, rate_shapes, _ = self._now if given is None else self.settings_of(state)
+            settings, rate_shapes = self._now[:2] if given is None else self.settings_of(state)
             self._check_batch(mode, settings, *batch)
             present = {n: v for n, v in zip(("x_s", "y_s", "x_q", "y_q"), batch, strict=True) if v is not None}
             with torch.inference_mode(False):  # what is made now is kept, and used outside

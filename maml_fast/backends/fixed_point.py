@@ -9,10 +9,17 @@ import torch
 from torch import Tensor
 
 from ..algorithms.gradients import Implicit
+from ..lower.plan import Plan
 
 
-def displaced(loss: Tensor, begin: Sequence[Tensor], end: Sequence[Tensor]) -> Tensor:
+def adapted_of(plan: Plan, theta: Sequence[Tensor]) -> list[Tensor]:
+    """Of all parameters those that adapt."""
+    return [p for p, adapts in zip(theta, plan.adapts, strict=True) if adapts]
+
+
+def displaced(plan: Plan, loss: Tensor, theta_0: Sequence[Tensor], theta_k: Sequence[Tensor]) -> Tensor:
     """The loss as a number, with θ_0 − θ_K as its gradient with respect to θ_0."""
+    begin, end = adapted_of(plan, theta_0), adapted_of(plan, theta_k)
     ways = [torch.dot((b - e).detach().flatten(), (b - b.detach()).flatten()) for b, e in zip(begin, end, strict=True)]
     return loss.detach() + torch.stack(ways).sum() if ways else loss.detach()
 

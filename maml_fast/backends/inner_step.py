@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..algorithms.gradients import NORM_FLOOR, Implicit
 from ..algorithms.stepping import learned_by, moved, started
@@ -22,8 +23,7 @@ class InnerSteps:
 
     def __init__(self, plan: Plan, tensors: Tensors) -> None:
         self._plan, self._rates = plan, tensors.rates
-        self._adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
-        self._index = {plan.model.names[i]: i for i in self._adapted}
+        self._index = {name: i for i, name in enumerate(plan.model.names) if plan.model.adapts[i]}
         self._rule, self._gradient, self._clip = plan.inner.whole_rule, plan.inner.gradient, plan.inner.clip
         self._begin: list[Tensor] = []
         self._learned = dict(zip(learned_by(self._rule), tensors.rates, strict=False))
@@ -33,16 +33,17 @@ class InnerSteps:
         """θ_{k+1} of θ_k and the gradients of the parameters that adapt; None for those that the loss does not use."""
         after = list(theta)
         if self._rule is None:
-            for i, g in zip(self._adapted, gradients, strict=True):
+            for i, g in zip(self._index.values(), gradients, strict=True):
                 if g is not None:
                     after[i] = theta[i] - self._rates[self._plan.rates.of(k, i)] * g
             return after
         named = {name: theta[i] for name, i in self._index.items()}
-        zeroed = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), gradients, strict=True)]
+        moving = list(named.values())
         if k == 0:
             self._state = started(self._rule, named, self._learned)
-            self._begin = list(named.values())
-        given = dict(zip(named, self._descended(zeroed, list(named.values())), strict=True))
+            self._begin = moving
+        zeroed = [torch.zeros_like(p) if g is None else g for p, g in zip(moving, gradients, strict=True)]
+        given = dict(zip(named, self._descended(zeroed, moving), strict=True))
         moved_to, self._state = moved(self._rule, named, given, self._state, k, self._number, self._learned)
         for name, i in self._index.items():
             after[i] = moved_to[name]
@@ -64,7 +65,7 @@ class InnerSteps:
 
     def detach(self) -> None:
         """Cut the state from its graph, where nobody differentiates it."""
-        self._state = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, self._state)
+        self._state = pytree.tree_map_only(Tensor, Tensor.detach, self._state)
 
     def _number(self, name: str, parameter: str, step: int) -> Tensor:
         return self._rates[self._plan.rates.of(step, self._index[parameter], name)]

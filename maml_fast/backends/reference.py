@@ -19,7 +19,7 @@ from ..lower.plan import Plan, Result, Tensors
 from .autograd import differentiate
 from .base import Backend
 from .composed import Composed
-from .fixed_point import displaced, held
+from .fixed_point import adapted_of, displaced, held
 from .inner_step import InnerSteps
 from .philox import Drawing
 
@@ -157,12 +157,8 @@ def _loss(draws: Drawing, plan: Plan, t: Tensors, task: int) -> tuple[Tensor, An
         total = loss if total is None else total + loss
     assert total is not None  # one weight is not zero
     if isinstance(plan.inner.gradient, Displacement) and plan.mode.differentiates:
-        total = displaced(total, _adapted(plan, t.parameters), _adapted(plan, theta))
+        total = displaced(plan, total, t.parameters, theta)
     return total, outputs
-
-
-def _adapted(plan: Plan, theta: Sequence[Tensor]) -> list[Tensor]:
-    return [p for p, adapts in zip(theta, plan.adapts, strict=True) if adapts]
 
 
 def _held(gradient: Implicit, draws: Drawing, plan: Plan, t: Tensors, task: int, theta: list[Tensor]) -> list[Tensor]:
@@ -185,7 +181,7 @@ def _held(gradient: Implicit, draws: Drawing, plan: Plan, t: Tensors, task: int,
         return plan.objective.value(_point(plan, values, learned), x, _of(t.y_s, task))
 
     others = [*(t.parameters[i] for i in still), *t.learned, *inputs]
-    fixed = held(gradient, support_loss, _adapted(plan, t.parameters), _adapted(plan, theta), others)
+    fixed = held(gradient, support_loss, adapted_of(plan, t.parameters), adapted_of(plan, theta), others)
     found = list(theta)
     for i, p in zip(moving, fixed, strict=True):
         found[i] = p

@@ -140,15 +140,11 @@ def _losses(draws: Drawing, plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
             total = loss if total is None else total + loss
         if isinstance(plan.inner.gradient, Displacement):
             assert total is not None  # one weight is not zero
-            total = displaced(total, _adapted(plan, t.parameters), _adapted(plan, theta))
+            total = displaced(plan, total, t.parameters, theta)
         return total, outputs
 
     losses, outputs = _outputs(plan, task, t.x_s, t.y_s, t.x_q, t.y_q)
     return losses, outputs
-
-
-def _adapted(plan: Plan, theta: Sequence[Tensor]) -> list[Tensor]:
-    return [p for p, adapts in zip(theta, plan.adapts, strict=True) if adapts]
 
 
 def _adapt(draws: Drawing, plan: Plan, t: Tensors) -> list[Tensor]:
