@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..graph.elementwise import expressions_of, stand_in
+from ..graph.elementwise import Followed, followed, stand_in
 from ..graph.expressions import Expression, variable
 from ..graph.expressions.language import in_order, substituted
 from ..graph.graph import Shape, Untraceable
@@ -52,7 +52,8 @@ def _of_rule(rule: Rule, parameters: Parameters, step: int, number: Callable[[st
         numbers = {n: given[n] for n in rule.numbers}
         return rule.update(numbers, given["t"], given["g"], tuple(given[f"s{i}"] for i in range(count)), step)
 
-    theta, *state = expressions_of(update, given, lambda made: [(t, ()) for t in (made[0], *made[1])])
+    made = followed(update, given)
+    theta, *state = made.expressions([(tensor, ()) for tensor in (made.returned[0], *made.returned[1])])
     known: dict[tuple[int, ...], Moved] = {}
     of = {}
     for index, _ in parameters.values():
@@ -94,70 +95,50 @@ class _Own:
         learned = {f"n{i}": stand_in(shape, dtype) for i, shape, dtype in self._learned.values()}
         by_name = dict(zip(self._learned, learned.values(), strict=True))
         given = {**_prefixed("t", theta), **learned}
-        tree: list[Any] = []
-
-        def init() -> Any:
-            tree.append(started(self._rule, theta, by_name))
-            return tree[0]
-
-        begun = self._expressions(init, given, self._owned)
+        begun = followed(lambda: started(self._rule, theta, by_name), given)
+        state, owned = begun.returned, self._owned(begun.returned)
+        starts = self._by_parameter(self._expressions(begun, owned), owned)
         found = []
         for k in range(count):
-            state, parts = tree[-1], self._parts(tree[-1])
-            moved_now, following = self._step(k, state, parts, by_name, learned)
+            moved_now, state = self._step(k, state, by_name, learned)
             if k == 0:
-                starts = {n: [e for e, p in zip(begun, parts, strict=True) if p.parameter == n] for n in theta}
                 moved_now = {n: with_start(m, starts[n]) for n, m in moved_now.items()}
             found.append({self._parameters[n][0]: m for n, m in moved_now.items()})
-            tree.append(following)
         return found
 
     def _step(
-        self, k: int, state: Any, parts: Sequence[_Part], by_name: dict[str, Tensor], learned: dict[str, Tensor]
+        self, k: int, state: Any, by_name: dict[str, Tensor], learned: dict[str, Tensor]
     ) -> tuple[dict[str, Moved], Any]:
-        theta, gradient = self._stand_ins(), self._stand_ins()
+        theta, gradient, parts = self._stand_ins(), self._stand_ins(), self._parts(state)
         flat, form = pytree.tree_flatten(state)
         held = {f"s{p.place}:{p.parameter}": stand_in(self._parameters[p.parameter][1], self._dtype) for p in parts}
         for part, tensor in zip(parts, held.values(), strict=True):
             flat[part.leaf] = tensor
-        made: list[Any] = []
 
         def update() -> Any:
             now = pytree.tree_unflatten(flat, form)
-            made.append(moved(self._rule, theta, gradient, now, k, _no_numbers, by_name))
-            return made[0]
+            return moved(self._rule, theta, gradient, now, k, _no_numbers, by_name)
 
-        given = {**_prefixed("t", theta), **_prefixed("g", gradient), **held, **learned}
-        made_of = self._expressions(
-            update, given, lambda result: [*((result[0][n], n) for n in theta), *self._owned(result[1])]
-        )
-        after, states = self._parts(made[0][1]), made_of[len(theta) :]
-        of = {
-            n: Moved(e, tuple(s for s, p in zip(states, after, strict=True) if p.parameter == n))
-            for n, e in zip(theta, made_of, strict=False)
-        }
-        return of, made[0][1]
-
-    def _expressions(
-        self,
-        function: Callable[[], Any],
-        given: Mapping[str, Tensor],
-        results: Callable[[Any], list[tuple[Tensor, str]]],
-    ) -> list[Expression]:
-        """Of results, each with the parameter that it belongs to, as expressions of that one's variables."""
-        owners: list[str] = []
-
-        def with_shapes(made: Any) -> list[tuple[Tensor, Shape]]:
-            found = results(made)
-            owners[:] = [name for _, name in found]
-            return [(tensor, self._parameters[name][1]) for tensor, name in found]
-
-        made = expressions_of(function, given, with_shapes)
-        return [self._of_one(e, n) for e, n in zip(made, owners, strict=True)]
+        made = followed(update, {**_prefixed("t", theta), **_prefixed("g", gradient), **held, **learned})
+        after, following = made.returned
+        owned = self._owned(following)
+        found = self._expressions(made, [*((after[n], n) for n in theta), *owned])
+        states = self._by_parameter(found[len(theta) :], owned)
+        return {n: Moved(e, states[n]) for n, e in zip(theta, found, strict=False)}, following
 
     def _owned(self, state: Any) -> list[tuple[Tensor, str]]:
         leaves = pytree.tree_leaves(state)
         return [(leaves[p.leaf], p.parameter) for p in self._parts(state)]
+
+    def _by_parameter(
+        self, found: Sequence[Expression], owned: Sequence[tuple[Tensor, str]]
+    ) -> dict[str, tuple[Expression, ...]]:
+        return {n: tuple(e for e, (_, o) in zip(found, owned, strict=True) if o == n) for n in self._parameters}
+
+    def _expressions(self, made: Followed, results: Sequence[tuple[Tensor, str]]) -> list[Expression]:
+        """Results, each with the parameter that it belongs to, as expressions of that one's variables."""
+        found = made.expressions([(tensor, self._parameters[name][1]) for tensor, name in results])
+        return [self._of_one(e, name) for e, (_, name) in zip(found, results, strict=True)]
 
     def _of_one(self, expression: Expression, name: str) -> Expression:
         """The expression of one parameter's variables."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,19 +26,51 @@ def stand_in(shape: Shape, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=META, requires_grad=True).clone()
 
 
-def expressions_of(
-    function: Callable[[], Any],
-    given: Mapping[str, Tensor],
-    results: Callable[[Any], Sequence[tuple[Tensor, Shape]]],
-) -> list[Expression]:
-    """The results of a function, element by element, as expressions of variables.
+@dataclass(frozen=True)
+class Followed:
+    """A function that has been called on stand-ins.
 
-    Args:
-        function: reads the given stand-ins. given: by the variable that stands for each.
-        results: from what the function returns to tensors, each with the shape that it is to have.
+    Attributes:
+        returned: what it gave. names: of the variables that stand for what it was given.
+    """
+
+    returned: Any
+    names: Sequence[str]
+    _decoder: Decoder
+
+    def expressions(self, results: Sequence[tuple[Tensor, Shape]]) -> list[Expression]:
+        """Tensors that it made, each with the shape that it is to have, as expressions of the variables.
+
+        Raises:
+            Untraceable: one does not depend, in each place, on that place of what is given alone.
+        """
+        places = [self._place(tensor, shape) for tensor, shape in results]
+        found = self._found()
+        if any(place not in found for place in places):
+            raise Untraceable("what it gives in one place depends on other places, or is computed by no expression")
+        return [found[place] for place in places]
+
+    def _place(self, tensor: Tensor, shape: Shape) -> int:
+        if tuple(tensor.shape) != shape:
+            raise Untraceable(f"it gives shape {tuple(tensor.shape)} in place of {shape}")
+        return self._decoder.builder.lifted(self._decoder.meaning(tensor), "a rule").index
+
+    def _found(self) -> dict[int, Expression]:
+        """Every value that is one, by its index."""
+        builder, found = self._decoder.builder, dict[int, Expression]()
+        for op in builder.ops:
+            elements = (1, math.prod(builder.shapes[op.output]))
+            operands = [found[i] for i in op.inputs if i in found and math.prod(builder.shapes[i]) in elements]
+            if len(operands) == len(op.inputs) and (made := _function(op, self.names)) is not None:
+                found[op.output] = substituted(made, {f"x{j}": operand for j, operand in enumerate(operands)})
+        return found
+
+
+def followed(function: Callable[[], Any], given: Mapping[str, Tensor]) -> Followed:
+    """Call a function that reads the given stand-ins, each by the variable that stands for it.
 
     Raises:
-        Untraceable: a result is none that depends, in each place, on that place of what is given alone.
+        Untraceable: it raises an error, or calls what cannot be followed.
     """
     recorder = Recorder({}, {})
     try:
@@ -60,29 +93,11 @@ def expressions_of(
     )
     decoder = Decoder(captured, 1, Inputs((), primary=None), _no_constants)
     decoder.follow()
-    return [_expression(decoder, list(given), tensor, shape) for tensor, shape in results(returned)]
+    return Followed(returned, tuple(given), decoder)
 
 
 def _no_constants(tensor: Tensor) -> str:
     raise Untraceable(f"it reads a tensor of shape {tuple(tensor.shape)} that is none of its parameters")
-
-
-def _expression(decoder: Decoder, names: Sequence[str], tensor: Tensor, shape: Shape) -> Expression:
-    if tuple(tensor.shape) != shape:
-        raise Untraceable(f"it gives shape {tuple(tensor.shape)} in place of {shape}")
-    builder = decoder.builder
-    value = builder.lifted(decoder.meaning(tensor), "a rule")
-    elements = math.prod(shape)
-    found: dict[int, Expression] = {}
-    for op in builder.ops:
-        if math.prod(builder.shapes[op.output]) not in (1, elements):
-            continue  # of another parameter
-        operands = [found.get(i) for i in op.inputs]
-        if all(o is not None for o in operands) and (made := _function(op, names)) is not None:
-            found[op.output] = substituted(made, {f"x{j}": o for j, o in enumerate(operands) if o is not None})
-    if value.index not in found:
-        raise Untraceable("what it gives in one place depends on other places, or is computed by no expression")
-    return found[value.index]
 
 
 def _function(op: Op, names: Sequence[str]) -> Expression | None:
