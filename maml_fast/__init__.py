@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .api.evaluate import Evaluation, evaluate
     from .api.maml import MAML
     from .api.presets import ANIL, BOIL, CAVIA, FOMAML, IMAML, MAMLpp, MetaSGD, Reptile, multi_step_weights
+    from .api.ragged import ragged
     from .api.rates import per_step
     from .checking.own import verify
     from .checking.report import Report
@@ -49,6 +50,7 @@ __all__ = [
     "multi_step_weights",
     "nn",
     "per_step",
+    "ragged",
     "verify",
 ]
 
@@ -80,6 +82,7 @@ _look_up = names_of(
         "FlatParameters": "optim",
         "Report": "checking.report",
         "per_step": "api.rates",
+        "ragged": "api.ragged",
         "verify": "checking.own",
     },
 )

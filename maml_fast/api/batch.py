@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..graph import structure
@@ -24,6 +25,8 @@ def taken(x_s: Any, y_s: Any, x_q: Any, y_q: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def _inputs(x: Any) -> Any:
+    if isinstance(x, structure.Weighted):
+        return x
     return dict(x) if isinstance(x, Mapping) else tuple(x) if isinstance(x, list | tuple) else x
 
 
@@ -31,6 +34,26 @@ def _targets(y: Any) -> Any:
     if isinstance(y, Mapping | list | tuple) and all(isinstance(v, Tensor) for _, v in structure.named("", y)):
         return structure.mapped(y, lambda v: v)
     return y  # the checks say what is wrong with it
+
+
+def weighted(
+    x_s: Any, x_q: Any, weights_s: Tensor | None, weights_q: Tensor | None, dtype: torch.dtype
+) -> tuple[Any, Any]:
+    """The inputs with the weights of their samples; where one set has none, its loss stays the mean."""
+    if weights_s is None and weights_q is None:
+        return x_s, x_q
+    return _with(x_s, weights_s, dtype), None if x_q is None else _with(x_q, weights_q, dtype)
+
+
+def _with(x: Any, weights: Any, dtype: torch.dtype) -> Any:
+    if weights is None:
+        try:
+            first = structure.first(x)
+            tasks, samples = first.shape[:2]
+            weights = torch.full((tasks, samples), 1.0 / samples, dtype=dtype, device=first.device)
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError):
+            return x  # the checks say what is wrong with it
+    return structure.Weighted.of(x, weights)
 
 
 def key(batch: Sequence[Any]) -> Hashable:

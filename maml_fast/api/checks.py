@@ -66,6 +66,21 @@ def targets(name: str, y: Any, of: str, x: Data, loss: Loss, dtype: torch.dtype)
             )
 
 
+def weights(name: str, of: str, x: Any, dtype: torch.dtype) -> None:
+    """Check the weights (T, N) of the samples of checked inputs; those without any pass."""
+    if not isinstance(x, structure.Weighted):
+        return
+    value, first = x.weights, structure.first(x.inputs)
+    _tensor(name, value)
+    if value.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype} like the model's parameters, got {value.dtype}")
+    _on(name, value, first.device)
+    if value.shape != first.shape[:2]:
+        raise ValueError(
+            f"{name}: expected shape {tuple(first.shape[:2])} (tasks, samples) like {of}, got {tuple(value.shape)}"
+        )
+
+
 def _several(name: str, data: Any) -> list[tuple[str, Any]]:
     leaves = structure.named(name, data)
     if not leaves:

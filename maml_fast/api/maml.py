@@ -21,6 +21,7 @@ from ..graph.structure import Data
 from ..lower.plan import Result
 from . import autograd, checks, compiled
 from .adapted import Adapted
+from .batch import weighted
 from .prepare import CHECKED, Prepared, Preparer, Settings
 from .rates import LearningRates, RateLike
 
@@ -81,6 +82,10 @@ class MAML(nn.Module):
     called as `model(*x)`, of a mapping as `model(**x)`; a loss of one's own is called as `loss(outputs, y)` with one
     task's y in the structure that was given. Samples of the query set may have another shape than those of the support
     set. The fused backends run one tensor of the parameters' dtype and one shape of samples, the others any.
+
+    `weights_s (T, Ns)` and `weights_q (T, Nq)`, of the parameters' dtype, make a task's loss Σ_n w_n ℓ_n in place of
+    the mean, ℓ_n being the loss of sample n alone. They are not normalised, and have gradients. A model whose samples
+    mix (BatchNorm on batch statistics) raises. `mf.ragged` pads tasks of different sizes in this way.
 
     `lr`, `inner`, `steps` and every other argument after `model` but `adapts` and `learns` may be assigned later:
     `maml.steps = 10`.
@@ -233,16 +238,29 @@ class MAML(nn.Module):
 
     # ---- the public calls ----------------------------------------------------------------------
 
-    def meta_loss(self, x_s: Data, y_s: Data, x_q: Data, y_q: Data, reduction: str = "mean") -> Tensor:
+    def meta_loss(
+        self,
+        x_s: Data,
+        y_s: Data,
+        x_q: Data,
+        y_q: Data,
+        reduction: str = "mean",
+        *,
+        weights_s: Tensor | None = None,
+        weights_q: Tensor | None = None,
+    ) -> Tensor:
         """Query loss after adaptation, L = mean_t L_q(θ_K); its gradient is exact.
 
         Args:
             x_s, y_s, x_q, y_q: the meta-batch (shapes: see the class).
             reduction: `"mean"` or `"sum"` over tasks (scalar), or `"none"` (T,).
+            weights_s, weights_q: of the samples (shapes: see the class); None for the mean.
 
         Returns:
-            The loss, differentiable once w.r.t. parameters, learnable rates, and the tensors of `x_s` and `x_q`.
+            The loss, differentiable once w.r.t. parameters, learnable rates, weights, and the tensors of `x_s` and
+            `x_q`.
         """
+        x_s, x_q = self._weighted(x_s, x_q, weights_s, weights_q)
         call: Callable[..., Tensor] = autograd.meta_loss
         if compiled.traced():
             call = compiled.within(compiled.meta_loss, call, x_s, y_s, x_q, y_q)
@@ -250,30 +268,59 @@ class MAML(nn.Module):
 
     @overload
     def backward(
-        self, x_s: Data, y_s: Data, x_q: Data, y_q: Data, reduction: str = "mean", outputs: Literal[False] = ...
+        self,
+        x_s: Data,
+        y_s: Data,
+        x_q: Data,
+        y_q: Data,
+        reduction: str = "mean",
+        outputs: Literal[False] = ...,
+        *,
+        weights_s: Tensor | None = None,
+        weights_q: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
     def backward(
-        self, x_s: Data, y_s: Data, x_q: Data, y_q: Data, reduction: str = "mean", *, outputs: Literal[True]
+        self,
+        x_s: Data,
+        y_s: Data,
+        x_q: Data,
+        y_q: Data,
+        reduction: str = "mean",
+        *,
+        outputs: Literal[True],
+        weights_s: Tensor | None = None,
+        weights_q: Tensor | None = None,
     ) -> tuple[Tensor, Any]: ...
 
     def backward(
-        self, x_s: Data, y_s: Data, x_q: Data, y_q: Data, reduction: str = "mean", outputs: bool = False
+        self,
+        x_s: Data,
+        y_s: Data,
+        x_q: Data,
+        y_q: Data,
+        reduction: str = "mean",
+        outputs: bool = False,
+        *,
+        weights_s: Tensor | None = None,
+        weights_q: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Equal to `meta_loss(…).backward()`, without autograd's overhead.
 
-        Adds to the existing `.grad` of parameters, learnable rates and inputs. Hooks that live on
+        Adds to the existing `.grad` of parameters, learnable rates, inputs and weights. Hooks that live on
         the autograd graph (a DDP wrapper's, `Tensor.register_hook`) do not run: use `meta_loss`.
 
         Args:
             x_s, y_s, x_q, y_q: the meta-batch (shapes: see the class).
             reduction: `"mean"` or `"sum"` over tasks.
             outputs: return the query outputs of the same pass too.
+            weights_s, weights_q: of the samples (shapes: see the class); None for the mean.
 
         Returns:
             The loss, detached; with `outputs` also f(x_q; θ_K), (T, Nq, *out) or a structure of such tensors, detached.
         """
+        x_s, x_q = self._weighted(x_s, x_q, weights_s, weights_q)
         if torch.compiler.is_compiling():
             return compiled.outside(self.backward, x_s, y_s, x_q, y_q, reduction, outputs=outputs)
         if reduction not in ("mean", "sum"):
@@ -301,19 +348,21 @@ class MAML(nn.Module):
                     leaf.grad += gradient
         return _loss_of(result, outputs)
 
-    def forward(self, x_s: Data, y_s: Data, x_q: Data) -> Any:
+    def forward(self, x_s: Data, y_s: Data, x_q: Data, *, weights_s: Tensor | None = None) -> Any:
         """Query outputs after adaptation, (T, Nq, *out), differentiable once like `meta_loss`.
 
         A model that returns several tensors (in a tuple, list, mapping or dataclass) gives such a structure of theirs.
         With `mf.Displacement` outputs have no graph: it is no derivative of theirs.
         """
+        x_s, x_q = self._weighted(x_s, x_q, weights_s)
         call: Callable[..., Any] = autograd.query_outputs
         if compiled.traced():
             call = compiled.within(compiled.query_outputs, call, x_s, y_s, x_q)
         return call(self._preparer, x_s, y_s, x_q)
 
-    def adapt(self, x_s: Data, y_s: Data) -> Adapted:
+    def adapt(self, x_s: Data, y_s: Data, *, weights_s: Tensor | None = None) -> Adapted:
         """Per-task parameters θ_K, without a graph."""
+        x_s, _ = self._weighted(x_s, None, weights_s)
         if torch.compiler.is_compiling():
             return compiled.outside(self.adapt, x_s, y_s)
         with torch.no_grad():
@@ -327,13 +376,24 @@ class MAML(nn.Module):
         settings |= {"steps": steps, "step_weights": None, "adapts": self._adapts, "learns": self._learns}
         return MAML(self.module, inner=self.inner, allow_nograd=self.allow_nograd, **settings)
 
-    def explain(self, x_s: Data, y_s: Data, x_q: Data, y_q: Data | None = None, level: str = "backend") -> str:
+    def explain(
+        self,
+        x_s: Data,
+        y_s: Data,
+        x_q: Data,
+        y_q: Data | None = None,
+        level: str = "backend",
+        *,
+        weights_s: Tensor | None = None,
+        weights_q: Tensor | None = None,
+    ) -> str:
         """Which backend runs this meta-batch, why the others do not, and which variant Triton's would be and why.
 
         Args:
             level: `"backend"`, or `"program"` for the model's graph, the program, the kernel calls and their memory
                 as well.
         """
+        x_s, x_q = self._weighted(x_s, x_q, weights_s, weights_q)
         if torch.compiler.is_compiling():
             return compiled.outside(self.explain, x_s, y_s, x_q, y_q, level)
         if level not in ("backend", "program"):
@@ -341,6 +401,11 @@ class MAML(nn.Module):
         mode = Mode.META_GRADIENT if y_q is not None else Mode.QUERY_OUTPUTS
         choice = self._prepare(mode, x_s, y_s, x_q, y_q).call.choice
         return choice.program() if level == "program" else str(choice)
+
+    def _weighted(self, x_s: Any, x_q: Any, weights_s: Tensor | None, weights_q: Tensor | None = None) -> Any:
+        if weights_s is None and weights_q is None:
+            return x_s, x_q
+        return weighted(x_s, x_q, weights_s, weights_q, next(self.module.parameters()).dtype)
 
     def _prepare(
         self,

@@ -494,13 +494,16 @@ class Preparer:
     def _check_batch(self, mode: Mode, settings: Settings, x_s: Any, y_s: Any, x_q: Any, y_q: Any) -> None:
         parameters = self.model.parameters()
         dtype, device, loss = common_dtype(parameters), common_device(parameters), settings.loss
+        (of_s, of_q), (x_s, x_q) = (x_s, x_q), map(structure.unweighted, (x_s, x_q))
         if mode is not Mode.APPLY:
             self.rates.check_steps(settings.steps)
             checks.gradient_fits(settings.gradient, settings.step_weights, mode, self.rates.learnable())
             checks.inputs("x_s", x_s, dtype, device)
+            checks.weights("weights_s", "x_s", of_s, dtype)
             checks.targets("y_s", y_s, "x_s", x_s, loss, dtype)
         if mode is not Mode.ADAPT:
             checks.inputs("x_q" if x_s is not None else "x", x_q, dtype, device)
+            checks.weights("weights_q", "x_q", of_q, dtype)
         if x_s is not None and x_q is not None:
             checks.same_tasks(x_s, x_q)
         if mode in (Mode.LOSS, Mode.META_GRADIENT):

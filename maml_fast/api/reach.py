@@ -12,6 +12,7 @@ from ..algorithms.goal import Mode
 from ..graph import structure
 from ..graph.errors import first_line
 from ..graph.losses import Loss
+from ..graph.mixing import mixes_samples
 from ..graph.objective import Objective
 from ..graph.probe import Probe, probe
 from ..graph.structure import Data, first
@@ -39,6 +40,7 @@ def look(plan: Plan, batch: Mapping[str, Data]) -> Probe:
     except Exception as error:  # the person's forward may raise anything
         _blame_whole_numbers(plan, "x" if plan.mode is Mode.APPLY else name, task[name], error)
         raise
+    _refuse_mixing(plan.objective, task)
     differing = differing_shapes(plan.data, "x_s", "x_q")
     if loss.name == "custom":
         differing += differing_shapes(plan.data, "y_s", "y_q")
@@ -51,6 +53,16 @@ def look(plan: Plan, batch: Mapping[str, Data]) -> Probe:
     if "y_q" in batch:
         _check_targets(query, {"y_q": batch["y_q"]}, first(task["x_q"]).shape[0], loss)
     return replace(found, reached=tuple(a or b for a, b in zip(found.reached, query.reached, strict=True)))
+
+
+def _refuse_mixing(objective: Objective, task: Mapping[str, Any]) -> None:
+    """Raise ValueError if samples have weights, and one's loss depends on the others."""
+    for name, x in task.items():
+        if isinstance(x, structure.Weighted) and (what := mixes_samples(objective, x)):
+            raise ValueError(
+                f"weights_{name[-1]}: expected a model that computes each sample by itself, but {what} mixes the "
+                "samples of a task: one of weight 0 would count"
+            )
 
 
 def _blame_whole_numbers(plan: Plan, name: str, x: Data, error: Exception) -> None:

@@ -166,8 +166,15 @@ def _whole_gradient(plan: Plan, t: Tensors) -> tuple[Plan, Tensors]:
         plan.__dict__["trace"] = trace
     weights = torch.zeros(plan.tasks, dtype=plan.dtype, device=plan.device)
     weights[0] = 1
-    x_s, x_q = (structure.mapped(x, _varied) for x in (t.x_s, x_q))
+    x_s, x_q = map(_all_varied, (t.x_s, x_q))
     return plan, Tensors(parameters, rates, x_s, t.y_s, x_q, y_q, weights, learned=learned, seed=t.seed)
+
+
+def _all_varied(x: Any) -> Any:
+    varied: Any = structure.mapped(x, _varied)
+    if isinstance(x, structure.Weighted):
+        return structure.Weighted.again(x.form, {**varied, structure.WEIGHTS: x.weights.detach()})
+    return varied
 
 
 def _varied(x: Tensor) -> Tensor:

@@ -307,12 +307,12 @@ class _Call:
             return found, ()
         if x is None:
             return None, ()
-        made = [None] * len(self.inputs.leaves) if found is None else [found[place] for place in structure.by_name(x)]
-        primary, read = self.inputs.primary, self.read
-        first = None if primary is None else made[primary]
-        if first is None and found is not None and primary is not None:  # the core writes it along with the others
-            first = _zeros(structure.tensors_by_name(x)[primary])
-        return first, [None if leaf is None else made[leaf] for leaf in read]
+        made: list[Tensor | None] = [None] * len(self.inputs.leaves)
+        if found is not None and any(g is not None for g in found):  # the core writes either all or none
+            pairs = zip(structure.by_name(x), structure.tensors_by_name(x), strict=True)
+            made = [_zeros(v) if found[at] is None and v.is_floating_point() else found[at] for at, v in pairs]
+        first = None if self.inputs.primary is None else made[self.inputs.primary]
+        return first, [None if leaf is None else made[leaf] for leaf in self.read]
 
     def _buffers(self, plan: Plan) -> list[Tensor]:
         """The buffers that layers read as constants, in the core's type."""

@@ -150,7 +150,8 @@ def capture(
             output = _called(model.module, inputs, given)
             of_forward = len(recorder.calls)
             if criterion is not None:
-                loss = criterion.loss(output, structure.replaced(criterion.form, y))
+                weights = structure.weights_of(inputs.structured(given))
+                loss = criterion.loss(output, structure.replaced(criterion.form, y), weights)
     except Exception as error:  # whatever forward raises is the reason
         raise recorder.refusal or Untraceable(f"forward cannot be captured: {_first_line(error)}") from error
     if recorder.refusal:

@@ -36,7 +36,7 @@ class Inputs:
 
     Attributes:
         leaves: in the order of `structure.by_name`. keys: the names that they are passed by; None where by position.
-        several: whether the model takes them as several arguments.
+        several: whether they are several. form: how the model takes them where weights of samples are among them.
         primary: the leaf that is the graph's value 0; None where none is of the parameters' type.
         wanted: the leaves of which the gradient is asked for. device: of all tensors.
     """
@@ -47,6 +47,7 @@ class Inputs:
     primary: int | None = 0
     wanted: tuple[int, ...] = ()
     device: torch.device = CPU
+    form: type | None = None
 
     @staticmethod
     def of(data: Any, dtype: torch.dtype, wanted: Sequence[bool], device: torch.device) -> Inputs:
@@ -63,9 +64,9 @@ class Inputs:
             given = tuple(data)
             keys = tuple(given[place] for place in structure.by_name(data))
         primary = next(iter(found), None)
-        return Inputs(
-            leaves, keys, not isinstance(data, Tensor), primary, tuple(i for i, w in enumerate(wanted) if w), device
-        )
+        asked = tuple(i for i, w in enumerate(wanted) if w)
+        form = data.form if isinstance(data, structure.Weighted) else None
+        return Inputs(leaves, keys, not isinstance(data, Tensor), primary, asked, device, form)
 
     @property
     def primary_shape(self) -> tuple[int, ...]:
@@ -85,4 +86,7 @@ class Inputs:
         """The tensors as the model takes them."""
         if not self.several:
             return tensors[0]
-        return tuple(tensors) if self.keys is None else dict(zip(self.keys, tensors, strict=True))
+        if self.keys is None:
+            return tuple(tensors)
+        named = dict(zip(self.keys, tensors, strict=True))
+        return named if self.form is None else structure.Weighted.again(self.form, named)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import structure
 from .structure import first
 
 
@@ -45,13 +47,45 @@ class Loss:
     def __hash__(self) -> int:
         return hash(self._key())
 
-    def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        return self.function(first(outputs) if self.takes_first else outputs, targets)
+    def __call__(self, outputs: Any, targets: Any, weights: Tensor | None = None) -> Tensor:
+        """The mean over samples; with weights (N,) Σ_n w_n ℓ_n, ℓ_n being the loss of sample n alone."""
+        if self.takes_first:
+            outputs = first(outputs)
+        return self.function(outputs, targets) if weights is None else weighted(self, outputs, targets, weights)
 
     @property
     def takes_labels(self) -> bool:
         """Whether the targets are int64 class labels rather than values shaped like the output."""
         return self.name == "cross_entropy"
+
+
+def weighted(loss: Loss, outputs: Any, targets: Any, weights: Tensor) -> Tensor:
+    """Σ_n w_n ℓ_n; of a loss with a name ℓ_n is the mean over the sample's own outputs."""
+    if loss.name != "custom":
+        option = {_OPTIONS[loss.name]: loss.parameter} if loss.name in _OPTIONS else {}
+        each = _FUNCTIONS[loss.name](outputs, targets, reduction="none", **option)
+        _check_leading([each], weights)
+        return (weights * each.reshape(each.shape[0], -1).mean(1)).sum()
+    leaves = [*structure.tensors(outputs), *structure.tensors(targets)]
+    _check_leading(leaves, weights)
+
+    def alone(*one: Tensor) -> Tensor:
+        own = iter([v.unsqueeze(0) for v in one])
+        of_outputs = structure.mapped(outputs, lambda _: next(own))
+        return loss.function(of_outputs, structure.mapped(targets, lambda _: next(own)))
+
+    if any(v.is_meta for v in leaves) or torch._C._functorch.peek_interpreter_stack() is not None:
+        return (weights * torch.vmap(alone)(*leaves)).sum()  # recorded, or under vmap already
+    return (weights * torch.stack([alone(*[v[n] for v in leaves]) for n in range(len(weights))])).sum()
+
+
+def _check_leading(values: list[Tensor], weights: Tensor) -> None:
+    for v in values:
+        if not v.dim() or v.shape[0] != weights.shape[0]:
+            raise ValueError(
+                f"weights: expected outputs with {weights.shape[0]} samples in front, as many as there are weights, "
+                f"got shape {tuple(v.shape)}"
+            )
 
 
 LossLike = str | nn.Module | Callable[[Any, Any], Tensor] | Loss
@@ -64,6 +98,7 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "huber": F.huber_loss,
 }
 NAMES = tuple(_FUNCTIONS)
+_OPTIONS = {"cross_entropy": "label_smoothing", "huber": "delta"}
 
 _MODULES: dict[type[nn.Module], str] = {
     nn.MSELoss: "mse",

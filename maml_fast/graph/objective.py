@@ -128,14 +128,15 @@ class Objective:
     def value(self, at: Point, x: Data, y: Data, keep_new: bool = True) -> Tensor:
         """The task's loss."""
         with self.standing_in(at, keep_new):
-            return self.loss(structure.called(self.model.module, x), structure.mapped(y, Tensor.clone))
+            outputs = structure.called(self.model.module, x)
+            return self.loss(outputs, structure.mapped(y, Tensor.clone), structure.weights_of(x))
 
     def value_and_outputs(self, at: Point, x: Data, y: Data, keep_new: bool = True) -> tuple[Tensor, Any]:
         """The task's loss, and copies without a graph of the outputs that it is of."""
         with self.standing_in(at, keep_new):
             outputs = structure.called(self.model.module, x)
             copies = structure.mapped(outputs, lambda v: v.detach().clone())
-            return self.loss(outputs, structure.mapped(y, Tensor.clone)), copies
+            return self.loss(outputs, structure.mapped(y, Tensor.clone), structure.weights_of(x)), copies
 
     @contextmanager
     def standing_in(self, at: Point, keep_new: bool = True) -> Iterator[None]:

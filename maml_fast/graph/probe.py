@@ -62,8 +62,10 @@ def probe(objective: Objective, x: Data, y: Data | None = None) -> Probe:
         own = [*objective.model.parameters(), *objective.learned.parameters()]
         with objective.standing_in(at), warnings.catch_warnings(), Sightings(own) as seen:
             warnings.simplefilter("ignore")  # left to the real run
-            outputs = structure.called(objective.model.module, structure.mapped(x, constant))
-            loss = None if y is None else _scalar(objective.loss(outputs, structure.mapped(y, _copy)))
+            x = structure.mapped(x, constant)
+            outputs = structure.called(objective.model.module, x)
+            weights = structure.weights_of(x)
+            loss = None if y is None else _scalar(objective.loss(outputs, structure.mapped(y, _copy), weights))
             now = {id(b) for b in objective.buffers()}
             written = [id(b) not in now or b._version > v for b, v in zip(at.buffers, versions, strict=True)]
         for tensor in seen.used.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -12,6 +13,63 @@ from torch import Tensor
 
 Data: TypeAlias = Tensor | Sequence[Tensor] | Mapping[Any, Tensor]
 """What a person hands over as inputs or as targets: a tensor, or a tuple, list or mapping of tensors."""
+
+
+class _Key(enum.Enum):
+    WEIGHTS = "weights"
+
+
+WEIGHTS = _Key.WEIGHTS
+"""The key of weights among weighted inputs; behind all others in the order of `by_name`."""
+
+
+class Weighted(dict[Any, Tensor]):
+    """A model's inputs, by place or by name, and under `WEIGHTS` the weights (N,) of its samples' losses.
+
+    Attributes:
+        form: `Tensor`, `tuple` or `dict`, what the model takes.
+    """
+
+    form: type
+
+    @classmethod
+    def of(cls, x: Any, weights: Tensor) -> Weighted:
+        """The inputs of a person's structure, with the weights of their samples."""
+        if isinstance(x, Mapping):
+            return cls.again(dict, {**x, WEIGHTS: weights})
+        if isinstance(x, list | tuple):
+            return cls.again(tuple, {**dict(enumerate(x)), WEIGHTS: weights})
+        return cls.again(Tensor, {0: x, WEIGHTS: weights})
+
+    @classmethod
+    def again(cls, form: type, values: Mapping[Any, Tensor]) -> Weighted:
+        """Of the same form."""
+        made = cls(values)
+        made.form = form
+        return made
+
+    @property
+    def inputs(self) -> Any:
+        """What the model takes."""
+        given = {key: value for key, value in self.items() if key != WEIGHTS}
+        if self.form is dict:
+            return given
+        return tuple(given.values()) if self.form is tuple else given[0]
+
+    @property
+    def weights(self) -> Tensor:
+        return self[WEIGHTS]
+
+
+def unweighted(x: Any) -> Any:
+    """What the model takes of inputs with or without weights."""
+    return x.inputs if isinstance(x, Weighted) else x
+
+
+def weights_of(x: Any) -> Tensor | None:
+    """The weights of the samples' losses, where inputs have some."""
+    return x.weights if isinstance(x, Weighted) else None
+
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -39,6 +97,8 @@ def first(value: Any) -> Tensor:
 
 def named(name: str, data: Any) -> list[tuple[str, Any]]:
     """What stands in inputs or targets that a person calls `name`, each under a name such as `x_s['mask']`."""
+    if isinstance(data, Weighted):
+        return [*named(name, data.inputs), (f"{name} (weights)", data.weights)]
     if isinstance(data, Mapping):
         return [(f"{name}[{key!r}]", inner) for key, inner in data.items()]
     if isinstance(data, list | tuple):
@@ -67,6 +127,7 @@ def tensors_by_name(data: Data) -> list[Tensor]:
 
 def called(function: Callable[..., Any], x: Data) -> Any:
     """`function(x)`, `function(*x)` or `function(**x)`, of copies that it may write."""
+    x = unweighted(x)
     if isinstance(x, Tensor):
         return function(x.clone())
     if isinstance(x, Mapping):

@@ -37,7 +37,8 @@ def trace(objective: Objective, batches: Batches, inputs: Inputs) -> Traced:
         if graph is not None or not own:
             return graph, why_not
     _, reasons = _common(objective, [(n, None) for n, _ in batches], inputs)
-    of_loss = [f"{objective.loss.why_not}: {r}" for r in why_not]
+    what = objective.loss.why_not or f"loss {objective.loss.name} with weights or several labels a sample"
+    of_loss = [f"{what}: {r}" for r in why_not]
     return None, [*reasons, *of_loss] if refusal else of_loss
 
 

@@ -160,10 +160,11 @@ class Plan:
 
     @property
     def captures_loss(self) -> bool:
-        """Whether the loss is captured with the network: one of a person's own, or of labels that are not one each."""
+        """Whether the loss is captured with the network: one's own, of several labels a sample, or with weights."""
         labels = [self.data[name] for name in ("y_s", "y_q") if name in self.data]
         several = self.inner.loss.takes_labels and any(isinstance(y, Tensor) and y.ndim > 1 for y in labels)
-        return several or self.inner.loss.name == "custom"
+        weighted = any(isinstance(x, structure.Weighted) for x in self.data.values())
+        return several or weighted or self.inner.loss.name == "custom"
 
     @cached_property
     def trace(self) -> tuple[Graph | None, list[str]]:
