@@ -339,6 +339,7 @@ class CodeCheck {
                 return slot(in_.slot, 1);
             case Code::forward:
                 slot(in_.theta, 0);
+                if (in_.batch == 0 && spec_.sets > 1) require_index(where_, "step", in_.draws, 0, spec_.sets);
                 return tape(in_.batch);
             case Code::support_loss:
                 return tape(0);
@@ -454,6 +455,8 @@ class CodeCheck {
 
 void check_sizes(const Spec& s) {
     require(s.tasks > 0 && s.samples[0] >= 0 && s.samples[1] >= 0, "sizes", "no tasks or a negative number of samples");
+    require(s.sets > 0 && double(s.sets) * double(s.tasks) < kMost, "sizes", "no sets of support samples, or too many");
+    require(s.sets == 1 || s.steady == 0, "sizes", "what differs between inner steps cannot be steady");
     require(!s.features.empty() && s.slots > 0, "sizes", "no buffers or no slots");
     require(s.once.size() == s.features.size() && !s.once[0], "sizes", "not every buffer has or lacks a sample axis");
     std::size_t filled = s.code.size() + 1;
@@ -471,7 +474,7 @@ void check_sizes(const Spec& s) {
         parameters += double(p.size);
     }
     double tapes = double(s.tapes.size() + s.code.size() + 1), most = tapes * sum * samples + s.slots * parameters;
-    require(most < kMost && double(s.tasks) * (sum * samples + parameters) < kMost, "sizes", "too large");
+    require(most < kMost && double(s.tasks * s.sets) * (sum * samples + parameters) < kMost, "sizes", "too large");
 }
 
 void check_rates(const Spec& s) {

@@ -111,7 +111,7 @@ class Engine {
 
     // Where the first task's samples begin in the caller's tensors, whose samples have `features` numbers.
     long place(const TapeView& tape, long features) const {
-        return (t0_ * plan_.samples[tape.batch] + tape.first) * features;
+        return (tape.before + t0_ * plan_.samples[tape.batch] + tape.first) * features;
     }
 
     const S* value(const TapeView& tape, int buffer) const {
@@ -122,7 +122,7 @@ class Engine {
 
     // What an operation without a sample axis sees of a tape: one sample.
     TapeView one_sample(const TapeView& tape) const {
-        return {tape.value, tape.delta, tape.aux1, tape.aux2, tape.loss, tape.batch, 0, 1};
+        return {tape.value, tape.delta, tape.aux1, tape.aux2, tape.loss, tape.batch, 0, 1, tape.before};
     }
 
     S* at(long offset) const { return offset < 0 ? nullptr : ws_ + offset; }

@@ -1,6 +1,7 @@
 #include "layout.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace maml_fast {
 
@@ -71,6 +72,7 @@ Layout::Layout(Spec spec, const Machine& machine) : spec_(std::move(spec)), mach
     add_functions();
     find_flags();
     find_steady();
+    find_sets();
     find_pairs();
     add_families();
     place_panels();
@@ -509,6 +511,26 @@ void Layout::find_steady() {
         if (in.code != Code::forward || in.batch != 0) continue;
         in.repeats = repeats;
         repeats = true;
+    }
+}
+
+// Where every inner step has samples of its own, a tape that several steps use has a view for each of them, and an
+// instruction names the view. The first of a tape has its number, by which low-rank terms know it: they have one step.
+void Layout::find_sets() {
+    const std::size_t tapes = spec_.tapes.size();
+    sets_.clear();
+    for (std::size_t t = 0; t < tapes; ++t) sets_.emplace_back(int(t), -1);
+    std::vector<int> current(tapes);
+    for (Instr& in : spec_.code) {
+        if (in.tape < 0 || spec_.sets == 1 || spec_.tapes[std::size_t(in.tape)] != 0) continue;
+        const auto tape = std::size_t(in.tape);
+        if (in.code == Code::forward) {
+            if (sets_[tape].second < 0) sets_[tape].second = in.draws;
+            const std::pair<int, int> wanted{in.tape, in.draws};
+            current[tape] = int(std::find(sets_.begin(), sets_.end(), wanted) - sets_.begin());
+            if (current[tape] == int(sets_.size())) sets_.push_back(wanted);
+        }
+        in.tape = current[tape];
     }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "family_tables.h"
@@ -64,6 +65,7 @@ class Layout {
     void find_dependence(std::vector<bool>& has_tangent, std::vector<bool>& needs_grad) const;
     std::vector<bool> find_reach() const;
     void find_steady();
+    void find_sets();
     void find_pairs();
     void add_families();
     bool is_once(const OpSpec& op) const { return spec_.once[std::size_t(op.out)]; }
@@ -72,6 +74,7 @@ class Layout {
     void place_panels();
     void place_buffers(long lockstep);
     void place_tape(int index, long lockstep);
+    void place_sets();
     void find_lasting(int index, std::vector<bool>& values, std::vector<bool>& deltas) const;
     TapePlaces places_of_tape(int index, long lockstep);
     void place_auxiliaries(TapePlaces& tape, long lockstep, long n);
@@ -109,6 +112,7 @@ class Layout {
     int hvps_ = 0;
     long sample_tiles_[2] = {1, 1};                      // per batch
     std::vector<Reread> reread_;                         // per tape
+    std::vector<std::pair<int, int>> sets_;              // per view of a tape: the tape, and whose samples it takes
     std::vector<long> passing_values_, passing_deltas_;  // per buffer: where all tapes keep what none rereads, or -1
     std::vector<std::vector<TapeView>> tapes_;
     std::vector<const TapeView*> tape_views_;

@@ -201,6 +201,7 @@ Spec parse(const py::dict& d) {
     s.scalars = get<int>(d, "scalars");
     s.samples[0] = get<long>(d, "support");
     s.samples[1] = get<long>(d, "query");
+    s.sets = get<long>(d, "sets");
     s.loss = loss_kind(text(d, "loss"));
     s.loss_parameter = get<double>(d, "loss_parameter");
     std::tie(s.loss_factor[0], s.loss_factor[1]) = get<std::pair<double, double>>(d, "loss_factors");

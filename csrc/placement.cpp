@@ -1,5 +1,6 @@
 // Where every buffer of a plan is.
 #include <algorithm>
+#include <utility>
 
 #include "layout.h"
 
@@ -224,7 +225,17 @@ TapeView Layout::view_of_tile(const TapePlaces& t, long tile) {
         aux1[i] = shift(t.lasts, t.aux1[i], ops_[i].out);
         aux2[i] = shift(t.lasts, t.aux2[i], ops_[i].out);
     }
-    return {value, delta, aux1, aux2, shift(t.lasts, t.loss, spec_.out), t.batch, first, count};
+    return {value, delta, aux1, aux2, shift(t.lasts, t.loss, spec_.out), t.batch, first, count, 0};
+}
+
+// The views of tapes for inner steps with samples of their own.
+void Layout::place_sets() {
+    for (std::size_t v = tapes_.size(); v < sets_.size(); ++v) {
+        std::vector<TapeView> same = tapes_[std::size_t(sets_[v].first)];
+        tapes_.push_back(std::move(same));
+    }
+    for (std::size_t v = 0; v < sets_.size(); ++v)
+        for (TapeView& view : tapes_[v]) view.before = std::max(sets_[v].second, 0) * spec_.tasks * spec_.samples[0];
 }
 
 // Deltas of steady values that other operations read: with several Hessian-vector products they add up.
@@ -259,6 +270,7 @@ void Layout::place_buffers(long lockstep) {
     passing_deltas_.assign(spec_.features.size(), -1);
     first_support_ = {};
     for (std::size_t t = 0; t < spec_.tapes.size(); ++t) place_tape(int(t), lockstep);
+    place_sets();
     for (const auto& views : tapes_) tape_views_.push_back(views.data());
     place_tangents(lockstep);
     place_gathered(lockstep);

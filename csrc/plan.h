@@ -94,7 +94,7 @@ constexpr int kPanelSets = 4;  // of an operation: the transposes and the weight
 struct Instr {
     Code code{};
     int slot = -1, theta = -1, out = -1, gradient = -1, vector = -1, adjoint = -1;
-    int tape = -1;
+    int tape = -1;          // in the end also says of which inner step's samples
     int rates = 0;          // which set of learning rates
     int function = -1;      // what a pointwise instruction does
     int draws = -1;         // a forward pass: the inner step whose random numbers it draws, or -1 for the query's
@@ -125,6 +125,7 @@ struct TapeView {
     long loss;          // probabilities, or -1
     int batch;
     long first, samples;
+    long before;  // samples of all tasks in the caller's tensors before those of this inner step
 };
 
 // Offsets of one Hessian-vector product's buffers.
@@ -151,7 +152,7 @@ struct PlanView {
     const Instr* code;
     int n_code;
     const SlotFunction* functions;  // of pointwise instructions
-    const TapeView* const* tapes;   // per tape: a view of each sample tile
+    const TapeView* const* tapes;   // per tape and inner step whose samples it takes: a view of each sample tile
     const TangentView* tangents;
     int n_hvps;
     const long* gathered;     // per buffer: where its deltas add up over the Hessian-vector products, or -1

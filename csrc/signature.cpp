@@ -12,6 +12,8 @@ void require_used(std::vector<Expected>& list) {
     for (Expected& e : list) e.required = e.elements > 0;
 }
 
+long given_samples(const Spec& s, int batch) { return s.tasks * s.samples[batch] * (batch == 0 ? s.sets : 1); }
+
 }  // namespace
 
 Signature::Signature(const Spec& s, Scalar scalar) {
@@ -20,7 +22,7 @@ Signature::Signature(const Spec& s, Scalar scalar) {
     classes = labels ? out : 0;
     const char* const names[3][2] = {{"x_s", "x_q"}, {"y_s", "y_q"}, {"gradient of x_s", "gradient of x_q"}};
     for (int b = 0; b < 2; ++b) {
-        long samples = s.tasks * s.samples[b];
+        long samples = given_samples(s, b);
         x[b] = {names[0][b], samples * s.features[0], scalar, false};
         y[b] = {names[1][b], labels ? samples : samples * out, labels ? Scalar::int64 : scalar, false};
         dx[b] = {names[2][b], samples * s.features[0], scalar, false};
@@ -65,7 +67,7 @@ void Signature::read_inputs(const Spec& s, Scalar scalar) {
         for (int b = 0; b < 2; ++b) {
             if (inputs[b].empty()) continue;
             Expected& e = inputs[b][std::size_t(op.width)];
-            const long elements = s.tasks * s.samples[b] * s.features[op.out];
+            const long elements = given_samples(s, b) * s.features[op.out];
             e = {e.name, elements, op.f0 != 0 ? Scalar::int64 : scalar, true};
             if (op.f0 == 0) dinputs[b][std::size_t(op.width)] = {"gradient of " + e.name, elements, scalar, false};
         }
@@ -84,7 +86,7 @@ void Signature::read_targets(const Spec& s, Scalar scalar) {
         reads_targets = reads_targets || op.width == 0;
         for (int b = 0; b < 2; ++b) {
             Expected& e = op.width == 0 ? y[b] : targets[b][std::size_t(op.width - 1)];
-            e.elements = s.tasks * s.samples[b] * s.features[op.out];
+            e.elements = given_samples(s, b) * s.features[op.out];
             e.scalar = op.f0 != 0 ? Scalar::int64 : scalar;
         }
     }

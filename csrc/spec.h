@@ -79,6 +79,7 @@ struct Spec {
     int slots = 0;
     int scalars = 0;  // numbers of each task
     long samples[2] = {0, 0};
+    long sets = 1;  // of support samples: one for all inner steps, or one for each; those of all tasks, then the next
     LossKind loss{};
     double loss_parameter = 0;
     double loss_factor[2] = {1, 1};  // per batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,21 +36,54 @@ def _targets(y: Any) -> Any:
     return y  # the checks say what is wrong with it
 
 
+def joined(steps: int, x_s: Any, y_s: Any, weights_s: Any) -> tuple[Any, Any, Any]:
+    """Of support samples (T, K, Ns, …) those of all inner steps one behind the other, (T, K · Ns, …).
+
+    Raises:
+        TypeError, ValueError: something is no tensor of such a shape.
+    """
+    if steps < 1:
+        raise ValueError(f"per_step: expected steps from 1, each with samples of its own, got steps={steps}")
+    named = [*structure.named("x_s", x_s), *structure.named("y_s", y_s)]
+    named += [] if weights_s is None else [("weights_s", weights_s)]
+    for name, value in named:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        leading = (named[0][1].shape[0], steps, *named[0][1].shape[2:3]) if named[0][1].dim() else ()
+        if len(leading) < 3 or tuple(value.shape[:3]) != leading:
+            wanted = leading if len(leading) == 3 else ("tasks", steps, "samples")
+            raise ValueError(
+                f"{name}: expected leading shape {wanted} (tasks, inner steps, samples) as per_step=True asks, "
+                f"got {tuple(value.shape)}"
+            )
+
+    def flat(v: Tensor) -> Tensor:
+        return v.flatten(1, 2)
+
+    return _mapped(x_s, flat), _mapped(y_s, flat), None if weights_s is None else flat(weights_s)
+
+
+def _mapped(data: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    return function(data) if isinstance(data, Tensor) else structure.mapped(data, function)
+
+
 def weighted(
-    x_s: Any, x_q: Any, weights_s: Tensor | None, weights_q: Tensor | None, dtype: torch.dtype
+    x_s: Any, x_q: Any, weights_s: Tensor | None, weights_q: Tensor | None, dtype: torch.dtype, sets: int = 1
 ) -> tuple[Any, Any]:
-    """The inputs with the weights of their samples; where one set has none, its loss stays the mean."""
-    if weights_s is None and weights_q is None:
-        return x_s, x_q
-    return _with(x_s, weights_s, dtype), None if x_q is None else _with(x_q, weights_q, dtype)
+    """The inputs with the weights of their samples; where one part has none, its loss stays the mean.
+
+    Args:
+        sets: how many sets of support samples stand one behind the other.
+    """
+    return _with(x_s, weights_s, dtype, sets), None if x_q is None else _with(x_q, weights_q, dtype)
 
 
-def _with(x: Any, weights: Any, dtype: torch.dtype) -> Any:
+def _with(x: Any, weights: Any, dtype: torch.dtype, sets: int = 1) -> Any:
     if weights is None:
         try:
             first = structure.first(x)
             tasks, samples = first.shape[:2]
-            weights = torch.full((tasks, samples), 1.0 / samples, dtype=dtype, device=first.device)
+            weights = torch.full((tasks, samples), sets / samples, dtype=dtype, device=first.device)
         except (AttributeError, TypeError, ValueError, ZeroDivisionError):
             return x  # the checks say what is wrong with it
     return structure.Weighted.of(x, weights)

@@ -240,6 +240,14 @@ def clip(value: Any) -> Clip | None:
     return value
 
 
+def data_fits(of: Gradient, per_step: bool, mode: Mode) -> None:
+    """Refuse a fixed point of steps that each have another loss."""
+    if per_step and isinstance(of, Implicit) and mode.differentiates:
+        raise ValueError(
+            "gradient: mf.Implicit is of one support set, and per_step=True gives every inner step its own"
+        )
+
+
 def gradient_fits(of: Gradient, weights: tuple[float, ...] | None, mode: Mode, learnable: tuple[bool, ...]) -> None:
     """Refuse what only the way back through the inner steps has."""
     if isinstance(of, Unrolled) or not mode.differentiates:

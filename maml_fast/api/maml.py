@@ -21,7 +21,7 @@ from ..graph.structure import Data
 from ..lower.plan import Result
 from . import autograd, checks, compiled
 from .adapted import Adapted
-from .batch import weighted
+from .batch import joined, weighted
 from .prepare import CHECKED, Prepared, Preparer, Settings
 from .rates import LearningRates, RateLike
 
@@ -53,6 +53,7 @@ class MAML(nn.Module):
         clip: `mf.Clip(value=…)` or `mf.Clip(norm=…)` of every inner gradient of a task, differentiated through.
         step_weights: w_0 … w_K: a task's objective is Σ_k w_k L_q(θ_k), in one pass (MAML++, Antoniou et al.,
             arXiv 1810.09502); None for L_q(θ_K). Assign others to anneal them: a plan is made for each set of numbers.
+        per_step: every inner step has support samples of its own: `x_s`, `y_s` and `weights_s` are (T, K, Ns, …).
         loss: `"mse"`, `"cross_entropy"`, `"bce_with_logits"`, `"l1"`, `"huber"`, the matching
             `torch.nn` module or function, or any callable `(outputs, targets) -> scalar`. The mean
             over a task's samples. It is evaluated with the task's own parameters in the model, so that a penalty over
@@ -90,6 +91,8 @@ class MAML(nn.Module):
     `lr`, `inner`, `steps` and every other argument after `model` but `adapts` and `learns` may be assigned later:
     `maml.steps = 10`.
 
+    With `per_step` each inner step k descends the loss on `x_s[:, k]`, `y_s[:, k]`, and K ≥ 1.
+
     Buffers are constants on every backend: a pass starts from the module's own, and what forward writes into them (the
     running statistics of a norm, the iterates of `spectral_norm`) is thrown away. BatchNorm uses the statistics of the
     task's own batch; in `eval()` mode the running statistics are constants. `torch.autocast` ends at a call: numbers
@@ -107,6 +110,7 @@ class MAML(nn.Module):
     step_weights: tuple[float, ...] | None
     gradient: Gradient
     clip: Clip | None
+    per_step: bool
     first_order: bool
     allow_unused: bool | None
     backend: str
@@ -128,6 +132,7 @@ class MAML(nn.Module):
         gradient: Gradient | None = None,
         clip: Clip | None = None,
         step_weights: Sequence[float] | Tensor | None = None,
+        per_step: bool = False,
         loss: losses.LossLike = "cross_entropy",
         backend: str = "auto",
         adapts: Adapts = None,
@@ -155,6 +160,7 @@ class MAML(nn.Module):
             "check": check,
             "gradient": gradient,
             "clip": clip,
+            "per_step": per_step,
         }
         checks.one_of(lr=lr, inner=inner)
         settings = {name: check(given[name]) for name, check in CHECKED.items()}
@@ -260,7 +266,7 @@ class MAML(nn.Module):
             The loss, differentiable once w.r.t. parameters, learnable rates, weights, and the tensors of `x_s` and
             `x_q`.
         """
-        x_s, x_q = self._weighted(x_s, x_q, weights_s, weights_q)
+        x_s, y_s, x_q = self._taken(x_s, y_s, x_q, weights_s, weights_q)
         call: Callable[..., Tensor] = autograd.meta_loss
         if compiled.traced():
             call = compiled.within(compiled.meta_loss, call, x_s, y_s, x_q, y_q)
@@ -320,14 +326,20 @@ class MAML(nn.Module):
         Returns:
             The loss, detached; with `outputs` also f(x_q; θ_K), (T, Nq, *out) or a structure of such tensors, detached.
         """
-        x_s, x_q = self._weighted(x_s, x_q, weights_s, weights_q)
         if torch.compiler.is_compiling():
-            return compiled.outside(self.backward, x_s, y_s, x_q, y_q, reduction, outputs=outputs)
+            weights = {"weights_s": weights_s, "weights_q": weights_q}
+            return compiled.outside(self.backward, x_s, y_s, x_q, y_q, reduction, outputs=outputs, **weights)
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+        x_s, y_s, x_q = self._taken(x_s, y_s, x_q, weights_s, weights_q)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):  # gradients outlive the mode
-                return self.backward(x_s, y_s, x_q, y_q, reduction, outputs=outputs)  # type: ignore[call-overload]
+                return self._backward(x_s, y_s, x_q, y_q, reduction, outputs)
+        return self._backward(x_s, y_s, x_q, y_q, reduction, outputs)
+
+    def _backward(
+        self, x_s: Data, y_s: Data, x_q: Data, y_q: Data, reduction: str, outputs: bool
+    ) -> Tensor | tuple[Tensor, Any]:
         prepared = self._preparer.prepare(Mode.META_GRADIENT, x_s, y_s, x_q, y_q, bool(outputs))
         tensors, leaves = prepared.tensors, prepared.leaves()
         tensors.weights = self._preparer.weights(prepared.call.plan, reduction)
@@ -354,7 +366,7 @@ class MAML(nn.Module):
         A model that returns several tensors (in a tuple, list, mapping or dataclass) gives such a structure of theirs.
         With `mf.Displacement` outputs have no graph: it is no derivative of theirs.
         """
-        x_s, x_q = self._weighted(x_s, x_q, weights_s)
+        x_s, y_s, x_q = self._taken(x_s, y_s, x_q, weights_s)
         call: Callable[..., Any] = autograd.query_outputs
         if compiled.traced():
             call = compiled.within(compiled.query_outputs, call, x_s, y_s, x_q)
@@ -362,9 +374,9 @@ class MAML(nn.Module):
 
     def adapt(self, x_s: Data, y_s: Data, *, weights_s: Tensor | None = None) -> Adapted:
         """Per-task parameters θ_K, without a graph."""
-        x_s, _ = self._weighted(x_s, None, weights_s)
         if torch.compiler.is_compiling():
-            return compiled.outside(self.adapt, x_s, y_s)
+            return compiled.outside(self.adapt, x_s, y_s, weights_s=weights_s)
+        x_s, y_s, _ = self._taken(x_s, y_s, None, weights_s)
         with torch.no_grad():
             result = self._prepare(Mode.ADAPT, x_s, y_s).run()
         names = self._preparer.model.names
@@ -393,19 +405,27 @@ class MAML(nn.Module):
             level: `"backend"`, or `"program"` for the model's graph, the program, the kernel calls and their memory
                 as well.
         """
-        x_s, x_q = self._weighted(x_s, x_q, weights_s, weights_q)
         if torch.compiler.is_compiling():
-            return compiled.outside(self.explain, x_s, y_s, x_q, y_q, level)
+            weights = {"weights_s": weights_s, "weights_q": weights_q}
+            return compiled.outside(self.explain, x_s, y_s, x_q, y_q, level, **weights)
+        x_s, y_s, x_q = self._taken(x_s, y_s, x_q, weights_s, weights_q)
         if level not in ("backend", "program"):
             raise ValueError(f"level: expected 'backend' or 'program', got {level!r}")
         mode = Mode.META_GRADIENT if y_q is not None else Mode.QUERY_OUTPUTS
         choice = self._prepare(mode, x_s, y_s, x_q, y_q).call.choice
         return choice.program() if level == "program" else str(choice)
 
-    def _weighted(self, x_s: Any, x_q: Any, weights_s: Tensor | None, weights_q: Tensor | None = None) -> Any:
+    def _taken(
+        self, x_s: Any, y_s: Any, x_q: Any, weights_s: Tensor | None, weights_q: Tensor | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Inputs with their weights; the sets of all inner steps one behind the other."""
+        if self.per_step:
+            x_s, y_s, weights_s = joined(self.steps, x_s, y_s, weights_s)
         if weights_s is None and weights_q is None:
-            return x_s, x_q
-        return weighted(x_s, x_q, weights_s, weights_q, next(self.module.parameters()).dtype)
+            return x_s, y_s, x_q
+        sets = self.steps if self.per_step else 1
+        x_s, x_q = weighted(x_s, x_q, weights_s, weights_q, next(self.module.parameters()).dtype, sets)
+        return x_s, y_s, x_q
 
     def _prepare(
         self,

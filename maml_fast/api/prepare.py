@@ -132,6 +132,7 @@ class Settings:
     check: str
     gradient: Gradient
     clip: Clip | None
+    per_step: bool
     rule: Rule | OwnRule | None = None
 
 
@@ -148,8 +149,16 @@ CHECKED: dict[str, Callable[[Any], Any]] = {
     "check": when,
     "gradient": checks.gradient,
     "clip": checks.clip,
+    "per_step": bool,
 }
 """What checks and normalises the value of every setting, but of the inner rule, which comes with its numbers."""
+
+
+def _stand_in_of(name: str, sets: int) -> Callable[[Tensor], Tensor]:
+    """What makes the stand-ins of a part of the batch: of the support set, those of one inner step."""
+    if name not in ("x_s", "y_s") or sets == 1:
+        return stand_in
+    return lambda value: stand_in(value[:, : value.shape[1] // sets])
 
 
 def _seed_of(plan: Plan, seed: int | None) -> int | None:
@@ -497,6 +506,7 @@ class Preparer:
         (of_s, of_q), (x_s, x_q) = (x_s, x_q), map(structure.unweighted, (x_s, x_q))
         if mode is not Mode.APPLY:
             self.rates.check_steps(settings.steps)
+            checks.data_fits(settings.gradient, settings.per_step, mode)
             checks.gradient_fits(settings.gradient, settings.step_weights, mode, self.rates.learnable())
             checks.inputs("x_s", x_s, dtype, device)
             checks.weights("weights_s", "x_s", of_s, dtype)
@@ -564,6 +574,7 @@ class Preparer:
     def _make_plan(self, mode: Mode, settings: Settings, rates: Rates, needs: Needs, batch: Mapping[str, Data]) -> Plan:
         x_s, x_q = (structure.tensors(batch.get(name)) for name in ("x_s", "x_q"))
         x = (x_s or x_q)[0]
+        sets = settings.steps if settings.per_step and x_s else 1
         return Plan(
             mode=mode,
             model=self.model,
@@ -580,12 +591,13 @@ class Preparer:
             rates=rates,
             needs=needs,
             tasks=x.shape[0],
-            support=x_s[0].shape[1] if x_s else 0,
+            support=x_s[0].shape[1] // sets if x_s else 0,
             query=x_q[0].shape[1] if x_q else 0,
-            data={name: structure.mapped(value, stand_in) for name, value in batch.items()},
+            data={name: structure.mapped(value, _stand_in_of(name, sets)) for name, value in batch.items()},
             dtype=common_dtype(self.model.parameters()),
             device=x.device,
             tape_bytes=settings.tape_bytes,
             threads=settings.threads,
             precision=settings.precision,
+            sets=sets,
         )

@@ -34,6 +34,7 @@ def look(plan: Plan, batch: Mapping[str, Data]) -> Probe:
         ValueError: model or loss take no samples of the query's shapes; targets do not fit the outputs.
     """
     task = {name: structure.mapped(value, lambda v: v[0]) for name, value in batch.items()}
+    task |= {name: plan.of_step(task[name], 0) for name in ("x_s", "y_s") if name in task}
     name, loss = "x_s" if "x_s" in task else "x_q", plan.inner.loss
     try:
         found = probe(plan.objective, task[name], task.get("y_s"))

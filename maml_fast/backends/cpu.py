@@ -203,7 +203,7 @@ class _Call:
         self.constant_shapes = [plan.objective.tensor(c).shape if isinstance(c, str) else None for c in self.constants]
         own = graph.loss is not None and graph.loss.name == "value"
         self.targets = {op.attributes["number"] for op in graph.live_ops() if op.kind == "target"} if own else {0}
-        self.inputs = plan.inputs
+        self.inputs, self.sets = plan.inputs, plan.sets
         self.one_input = not plan.inputs.several and plan.inputs.primary is not None
         self.read = _read_inputs(graph, plan.inputs)
         self.other_targets = other_targets(plan)
@@ -241,9 +241,9 @@ class _Call:
             self._allocate_gradients(plan, result, t)
             if self.rates_wanted:
                 rate_gradient = like.new_zeros(sum(self.rate_sizes))
-        x_s, more_s = self._inputs(t.x_s)
+        x_s, more_s = self._inputs(self._by_set(t.x_s))
         x_q, more_q = self._inputs(t.x_q)
-        y_s, others_s = self._targets(t.y_s)
+        y_s, others_s = self._targets(self._by_set(t.y_s))
         y_q, others_q = self._targets(t.y_q)
         dx_s, dmore_s = self._gradients_of_inputs(result.x_s, t.x_s)
         dx_q, dmore_q = self._gradients_of_inputs(result.x_q, t.x_q)
@@ -277,10 +277,18 @@ class _Call:
             _threads(plan),
             spent,
         )
+        if self.sets > 1 and result.x_s is not None:
+            result.x_s = _mapped(result.x_s, partial(_by_task, self.sets))
         if rate_gradient is not None:
             pieces = zip(rate_gradient.split(self.rate_sizes), plan.rates.shapes, plan.needs.rates, strict=True)
             result.rates = [g.view(s) if need else None for g, s, need in pieces]
         return result
+
+    def _by_set(self, data: Any) -> Any:
+        """(T, sets · N, …) as the core takes it: those of all tasks, then the next set."""
+        if self.sets == 1 or data is None:
+            return data
+        return _mapped(data, partial(_by_set, self.sets))
 
     def _inputs(self, x: Any) -> tuple[Tensor | None, Sequence[Tensor | None]]:
         """The tensor of buffer 0, and those that operations `input` read."""
@@ -344,6 +352,24 @@ class _Call:
         result.rates = [None] * len(needs.rates)
         result.x_s = _input_gradients(t.x_s, needs.x_s, needs.x_s_each)
         result.x_q = _input_gradients(t.x_q, needs.x_q, needs.x_q_each)
+
+
+def _mapped(data: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Of one tensor, or of several that may be absent."""
+    if isinstance(data, list):
+        return [None if v is None else function(v) for v in data]
+    return structure.mapped(data, function)
+
+
+def _by_set(sets: int, x: Tensor) -> Tensor:
+    """(T, sets · N, …) with the sets in front."""
+    return x.unflatten(1, (sets, -1)).transpose(0, 1).contiguous()
+
+
+def _by_task(sets: int, g: Tensor) -> Tensor:
+    """(T, sets · N, …) of memory with the sets in front."""
+    tasks, samples = g.shape[0], g.shape[1] // sets
+    return g.view(sets, tasks, samples, *g.shape[2:]).transpose(0, 1).reshape(g.shape)
 
 
 def _read_inputs(graph: Graph, inputs: Inputs) -> list[int | None]:

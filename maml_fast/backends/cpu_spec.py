@@ -148,7 +148,7 @@ class Spec:
         self.constants = constants_of(graph)
         ordered, steady = steady_first(graph, [adapts or self.loads for adapts in plan.model.adapts])
         # the products of a solver do not add up to one that goes further back
-        hoists = not isinstance(plan.inner.gradient, Implicit)
+        hoists = not isinstance(plan.inner.gradient, Implicit) and plan.sets == 1
         self.steady = hoists * sum(op.kind != "reshape" for op in ordered[:steady])
         self.ops = [self._op(op) for op in ordered if not self._alias(op)]
         self.slot_functions = SlotFunctions(plan)
@@ -319,6 +319,7 @@ class Spec:
             "slots": program.slots,
             "scalars": program.scalars,
             "support": plan.support,
+            "sets": plan.sets,
             "query": plan.query,
             "rate_sets": self._rate_sets(),
             "rates": [

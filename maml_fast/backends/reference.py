@@ -65,7 +65,8 @@ def _inner_loop(draws: Drawing, plan: Plan, t: Tensors, task: int) -> Iterator[l
         if not adapted:
             continue
         draws.begin(step, task)
-        loss = plan.objective.value(_point(plan, theta, t.learned), _of(t.x_s, task), _of(t.y_s, task))
+        x, y = (plan.of_step(_of(data, task), step) for data in (t.x_s, t.y_s))
+        loss = plan.objective.value(_point(plan, theta, t.learned), x, y)
         gradients: Sequence[Tensor | None] = [None] * len(adapted)
         if loss.requires_grad:
             curved = plan.second_order and step >= plan.inner.curved_from

@@ -61,7 +61,7 @@ def _inner_loop(
     adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
     inner = InnerSteps(plan, t)
 
-    def support_loss(fast: list[Tensor], theta: list[Tensor]) -> Tensor:
+    def support_loss(fast: list[Tensor], theta: list[Tensor], x: Data, y: Data) -> Tensor:
         values = list(theta)
         for i, p in zip(adapted, fast, strict=True):
             values[i] = p
@@ -72,7 +72,8 @@ def _inner_loop(
         if not adapted:
             continue
         draws.begin(step)
-        gradients = grad(support_loss)([theta[i] for i in adapted], theta)
+        own = plan.of_step(x, step), plan.of_step(y, step)
+        gradients = grad(support_loss)([theta[i] for i in adapted], theta, *own)
         curved = step >= plan.inner.curved_from
         theta = inner.step(step, theta, [g if curved else g.detach() for g in gradients])
     yield theta
@@ -215,11 +216,15 @@ def stand_ins(plan: Plan) -> Tensors:
     def zeros(like: Tensor) -> Tensor:
         return torch.zeros((plan.tasks, *like.shape), dtype=like.dtype, device=plan.device)
 
+    def all_sets(like: Tensor) -> Tensor:
+        return zeros(like).repeat(1, plan.sets, *[1] * (like.dim() - 1))
+
+    given = plan.data.items()
     parameters = [p.detach().to(plan.device) for p in plan.model.parameters()]
     return Tensors(
         parameters=parameters,
         rates=[torch.zeros(shape, dtype=plan.dtype, device=plan.device) for shape in plan.rates.shapes],
-        **{name: structure.mapped(value, zeros) for name, value in plan.data.items()},
+        **{name: structure.mapped(value, all_sets if name in ("x_s", "y_s") else zeros) for name, value in given},
         weights=torch.ones(plan.tasks, dtype=plan.dtype, device=plan.device),
         learned=[p.detach().to(plan.device) for p in plan.objective.learned.parameters()],
         adapted=[p.expand(plan.tasks, *p.shape) for p in parameters],

@@ -63,8 +63,10 @@ class Plan:
 
     Attributes:
         tasks: T. support, query: samples per task (0 where the mode has none).
-        data: one task's `"x_s"`, `"y_s"`, `"x_q"`, `"y_q"`, those that the mode has: stand-ins (N, *shape) without
-            elements in the person's structure.
+        sets: of support samples: one for all inner steps, or one for each. Tensors hold those of a task one behind the
+            other, (T, sets · Ns, …).
+        data: one task's, and one set's, `"x_s"`, `"y_s"`, `"x_q"`, `"y_q"`, those that the mode has: stand-ins
+            (N, *shape) without elements in the person's structure.
         dtype: of the parameters.
         tape_bytes: how much memory a thread may spend on saved activations.
         threads: of the C++ core; None for PyTorch's number.
@@ -86,6 +88,7 @@ class Plan:
     tape_bytes: int = 1 << 28
     threads: int | None = None
     precision: str = "float32"
+    sets: int = 1
     state: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -151,6 +154,13 @@ class Plan:
         except Untraceable as error:
             kind = type(rule).__name__
             return None, f"inner: {kind} is not computed element by element by what kernels know: {error}"
+
+    def of_step(self, data: Any, step: int) -> Any:
+        """Of one task's support samples those of an inner step."""
+        if self.sets == 1:
+            return data
+        first = step * self.support
+        return structure.mapped(data, lambda v: v[first : first + self.support])
 
     @property
     def draws(self) -> bool | None:
