@@ -376,6 +376,7 @@ class CodeCheck {
                 slot(in_.gradient, 1);
                 return slot(in_.adjoint, 1);
             case Code::accumulate:
+            case Code::store_gradients:
                 return slot(in_.vector, 1);
             case Code::store_parameters:
                 return slot(in_.theta, 0);

@@ -96,6 +96,8 @@ class Engine {
                 return accumulate(in);
             case Code::store_parameters:
                 return store_parameters(in.theta);
+            case Code::store_gradients:
+                return store_gradients(in.vector);
             case Code::store_outputs:
                 return store_outputs(in.tape);
         }

@@ -255,6 +255,7 @@ void Layout::follow(const Instr& in, std::vector<Terms>& slots) {
         case Code::rate_gradient:
         case Code::accumulate:
         case Code::store_parameters:
+        case Code::store_gradients:
         case Code::store_outputs:
             break;  // these write no slot of terms
     }

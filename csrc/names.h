@@ -106,6 +106,7 @@
     X(rate_gradient, gradient, adjoint, rates)       \
     X(accumulate, vector, weighted)                  \
     X(store_parameters, theta)                       \
+    X(store_gradients, vector)                       \
     X(store_outputs, tape)
 
 namespace maml_fast {

@@ -43,9 +43,9 @@ Signature::Signature(const Spec& s, Scalar scalar) {
     for (const ParamSpec& p : s.params) {
         std::string quoted = "'" + p.name + "'";
         params.push_back({"parameter " + quoted, p.size, scalar, true});
-        adapted.push_back({"adapted " + quoted, s.tasks * p.size, scalar, true});
+        adapted.push_back({"adapted " + quoted, s.tasks * p.size, scalar, p.adapts});
         gradients.push_back({"gradient of " + quoted, p.size, scalar, false});
-        adapted_out.push_back({"adapted " + quoted, s.tasks * p.size, scalar, true});
+        adapted_out.push_back({"adapted " + quoted, s.tasks * p.size, scalar, p.adapts && p.active});
     }
     read_inputs(s, scalar);
     read_code(s);
@@ -128,6 +128,10 @@ void Signature::read_code(const Spec& s) {
                 weights.required = weights.required || in.weighted;
                 break;
             case Code::store_parameters:
+                stores = true;
+                for (Expected& e : adapted_out) e.required = true;
+                break;
+            case Code::store_gradients:
                 stores = true;
                 break;
             case Code::store_outputs:

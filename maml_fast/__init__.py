@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .api.adapted import Adapted
     from .api.evaluate import Evaluation, evaluate
     from .api.maml import MAML
-    from .api.presets import ANIL, BOIL, CAVIA, FOMAML, IMAML, MAMLpp, MetaSGD, Reptile, multi_step_weights
+    from .api.presets import ANIL, BOIL, CAVIA, FOMAML, IMAML, MAMLpp, MetaSGD, ProtoMAML, Reptile, multi_step_weights
     from .api.ragged import ragged
     from .api.rates import per_step
     from .checking.own import verify
@@ -41,6 +41,7 @@ __all__ = [
     "FlatParameters",
     "Implicit",
     "MetaSGD",
+    "ProtoMAML",
     "RMSprop",
     "Report",
     "Reptile",
@@ -66,6 +67,7 @@ _look_up = names_of(
         "evaluate": "api.evaluate",
         "IMAML": "api.presets",
         "MAMLpp": "api.presets",
+        "ProtoMAML": "api.presets",
         "Reptile": "api.presets",
         "multi_step_weights": "api.presets",
         "MetaSGD": "api.presets",

@@ -92,6 +92,15 @@ void store_parameters(int theta) {
         }
 }
 
+// Of the parameters that adapt: each task's own.
+void store_gradients(int vector) {
+    each_adapted([&](int param, const Param& p, long b) {
+        S* to = static_cast<S*>(call_.adapted_out[param]) + (t0_ + b) * p.size;
+        const S* from = slot(vector, p, b);
+        p.taps ? conv_weights_outward(p.o, p.c, p.taps, from, to) : copy(from, to, p.size);
+    });
+}
+
 void store_outputs(int tape_index) {
     const TapeView& tape = view(tape_index);
     S* to = static_cast<S*>(call_.outputs) + place(tape, plan_.features[plan_.outputs]);

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from ..cached import cached_property
 from ..graph.losses import Loss
+from ..graph.starting import Start
 from .gradients import UNROLLED, Clip, Gradient, Implicit, Unrolled
 from .rules import SGD, OwnRule, Rule
 from .updates import Updates
@@ -39,6 +40,7 @@ class Inner:
         step_weights: w_k of the query loss at θ_k, for k = 0 … steps; None for that at the last alone.
         rule: how a step moves the parameters; None for the above.
         gradient: what the meta-gradient is of. clip: of every inner gradient.
+        start: from θ and the task's support set to parameters that do not start from θ.
     """
 
     loss: Loss
@@ -48,6 +50,7 @@ class Inner:
     rule: Rule | OwnRule | None = None
     gradient: Gradient = UNROLLED
     clip: Clip | None = None
+    start: Start | None = None
 
     @property
     def whole_rule(self) -> Rule | OwnRule | None:
@@ -111,6 +114,7 @@ class Goal(Protocol):
         adapts: which parameters the inner loop updates, in `Model.names` order.
         active: which of them have a gradient.
         rate_sets: how many sets of rates there are: one for all steps, or one for each.
+        starts: which parameters start from the task's data.
         updates: the steps of an inner rule; None for those of plain gradient descent.
     """
 
@@ -126,6 +130,8 @@ class Goal(Protocol):
     def active(self) -> tuple[bool, ...]: ...
     @property
     def rate_sets(self) -> int: ...
+    @property
+    def starts(self) -> tuple[bool, ...]: ...
     @property
     def updates(self) -> Updates | None: ...
 

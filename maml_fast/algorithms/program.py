@@ -174,6 +174,13 @@ class Accumulate:
 
 
 @dataclass(frozen=True)
+class StoreGradients:
+    """the task's own gradients ← vector, of the parameters that adapt."""
+
+    vector: int
+
+
+@dataclass(frozen=True)
 class StoreParameters:
     """adapted[t] ← theta."""
 
@@ -202,6 +209,7 @@ Instruction = (
     | Subtract
     | RateGradient
     | Accumulate
+    | StoreGradients
     | StoreParameters
     | StoreOutputs
 )
@@ -323,6 +331,8 @@ def _text(i: Instruction, read: Callable[[int], str]) -> str:
             return f"rate_gradient −= {read(gradient)}∘{read(adjoint)}"
         case Accumulate(vector, weighted):
             return f"gradient += {'w∘' if weighted else ''}{read(vector)}"
+        case StoreGradients(vector):
+            return f"own gradients = {read(vector)}"
         case StoreParameters(theta):
             return f"adapted = {read(theta)}"
         case StoreOutputs(tape):

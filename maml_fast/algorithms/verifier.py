@@ -26,6 +26,7 @@ from .program import (
     QueryLoss,
     RateGradient,
     Scale,
+    StoreGradients,
     StoreOutputs,
     StoreParameters,
     Subtract,
@@ -239,6 +240,9 @@ class _Verifier:
             case Accumulate(vector):
                 self.read(vector, _VECTOR)
                 self.accumulated.add(vector)
+            case StoreGradients(vector):
+                self.read(vector, _VECTOR)
+                self.once("own gradients")
             case StoreParameters(theta):
                 self.read(theta, _THETA)
                 self.once("adapted parameters")
@@ -338,9 +342,12 @@ def _check_goal(program: Program, goal: Goal) -> None:
 
     expect("QueryLoss", losses, _count(program, QueryLoss))
     expect("QueryLoss that adds", max(losses - 1, 0), _count(program, QueryLoss, add=True))
-    for kind in (Cotangent, Accumulate, StoreOutputs, StoreParameters, Load):
+    results = _RESULTS[goal.mode]
+    if any(goal.starts) and goal.mode is not Mode.APPLY:
+        results += (Load, StoreGradients) if differentiates else (Load,)
+    for kind in (Cotangent, Accumulate, StoreOutputs, StoreParameters, StoreGradients, Load):
         if kind not in _MAY.get(goal.mode, ()):
-            expect(f"{kind.__name__}", kind in _RESULTS[goal.mode], _count(program, kind))
+            expect(f"{kind.__name__}", kind in results, _count(program, kind))
     seeds = losses * (goal.mode is Mode.META_GRADIENT and goes_back)
     expect("QueryLoss with a seed", seeds, _count(program, QueryLoss, seed=True))
     expect("Backward with inputs", goes_back and goal.needs.x_q, _count(program, Backward, inputs=True))

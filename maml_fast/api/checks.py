@@ -17,6 +17,7 @@ from ..algorithms.rules import OwnRule, Rule
 from ..backends.cpu import MOST_THREADS
 from ..graph import structure
 from ..graph.losses import Loss
+from ..graph.starting import Start
 from ..graph.structure import Data
 
 _PRECISIONS = ("float32", "tf32", "bf16")
@@ -240,8 +241,20 @@ def clip(value: Any) -> Clip | None:
     return value
 
 
-def data_fits(of: Gradient, per_step: bool, mode: Mode) -> None:
-    """Refuse a fixed point of steps that each have another loss."""
+def start(value: Any) -> Start | None:
+    """What starts parameters from a task's data; None for nothing."""
+    if value is None:
+        return None
+    if isinstance(value, type) or not callable(value):
+        raise TypeError(f"start: expected a function (theta, x_s, y_s) -> parameters by name, got {value!r}")
+    found: Start = value
+    return found
+
+
+def data_fits(of: Gradient, per_step: bool, starts: bool, mode: Mode) -> None:
+    """Refuse a fixed point of steps that each have another loss, and starts of which only unrolling has a gradient."""
+    if starts and not isinstance(of, Unrolled) and mode.differentiates:
+        raise ValueError(f"gradient: expected mf.Unrolled(…) with start=, got mf.{type(of).__name__}")
     if per_step and isinstance(of, Implicit) and mode.differentiates:
         raise ValueError(
             "gradient: mf.Implicit is of one support set, and per_step=True gives every inner step its own"

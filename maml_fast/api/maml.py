@@ -17,6 +17,7 @@ from ..algorithms.gradients import Clip, Gradient
 from ..algorithms.rules import OwnRule, Rule
 from ..graph import losses
 from ..graph.model import Adapts
+from ..graph.starting import Start
 from ..graph.structure import Data
 from ..lower.plan import Result
 from . import autograd, checks, compiled
@@ -54,6 +55,9 @@ class MAML(nn.Module):
         step_weights: w_0 … w_K: a task's objective is Σ_k w_k L_q(θ_k), in one pass (MAML++, Antoniou et al.,
             arXiv 1810.09502); None for L_q(θ_K). Assign others to anneal them: a plan is made for each set of numbers.
         per_step: every inner step has support samples of its own: `x_s`, `y_s` and `weights_s` are (T, K, Ns, …).
+        start: a function `(theta, x_s, y_s) -> {name: tensor}` of one task's θ_0 by name and support set: parameters
+            that start from the task's data instead (ProtoMAML), differentiated. θ stands in the model while it runs.
+            With `per_step` it gets the first inner step's samples.
         loss: `"mse"`, `"cross_entropy"`, `"bce_with_logits"`, `"l1"`, `"huber"`, the matching
             `torch.nn` module or function, or any callable `(outputs, targets) -> scalar`. The mean
             over a task's samples. It is evaluated with the task's own parameters in the model, so that a penalty over
@@ -111,6 +115,7 @@ class MAML(nn.Module):
     gradient: Gradient
     clip: Clip | None
     per_step: bool
+    start: Start | None
     first_order: bool
     allow_unused: bool | None
     backend: str
@@ -133,6 +138,7 @@ class MAML(nn.Module):
         clip: Clip | None = None,
         step_weights: Sequence[float] | Tensor | None = None,
         per_step: bool = False,
+        start: Start | None = None,
         loss: losses.LossLike = "cross_entropy",
         backend: str = "auto",
         adapts: Adapts = None,
@@ -161,6 +167,7 @@ class MAML(nn.Module):
             "gradient": gradient,
             "clip": clip,
             "per_step": per_step,
+            "start": start,
         }
         checks.one_of(lr=lr, inner=inner)
         settings = {name: check(given[name]) for name, check in CHECKED.items()}
@@ -341,14 +348,14 @@ class MAML(nn.Module):
         self, x_s: Data, y_s: Data, x_q: Data, y_q: Data, reduction: str, outputs: bool
     ) -> Tensor | tuple[Tensor, Any]:
         prepared = self._preparer.prepare(Mode.META_GRADIENT, x_s, y_s, x_q, y_q, bool(outputs))
-        tensors, leaves = prepared.tensors, prepared.leaves()
-        tensors.weights = self._preparer.weights(prepared.call.plan, reduction)
+        tensors, leaves, plan = prepared.tensors, prepared.leaves(), prepared.call.plan
+        tensors.weights = self._preparer.weights(plan, reduction)
         if any(v.grad_fn is not None for v in leaves[len(tensors.parameters) :]):  # a module's parameters are leaves
             with torch.enable_grad():
                 loss, result = autograd.loss_and_result(prepared)
                 loss.backward()
             return _loss_of(result, outputs)
-        tensors.into = prepared.call.choice.backend.into(tensors.parameters)
+        tensors.into = () if any(plan.starts) else prepared.call.choice.backend.into(tensors.parameters)
         if tensors.into:
             increment_version(tensors.into)  # what autograd saved of them is no more
         result = prepared.run()

@@ -23,6 +23,7 @@ from ..graph.model import Adapts, Model
 from ..graph.objective import Objective, Point
 from ..graph.snapshot import common_device, common_dtype
 from ..graph.stand_ins import lock, refuse_nested
+from ..graph.starting import Start, trial
 from ..graph.structure import Data
 from ..lower.inputs import stand_in
 from ..lower.plan import Plan, Rates, Result, Tensors
@@ -133,6 +134,7 @@ class Settings:
     gradient: Gradient
     clip: Clip | None
     per_step: bool
+    start: Start | None
     rule: Rule | OwnRule | None = None
 
 
@@ -150,6 +152,7 @@ CHECKED: dict[str, Callable[[Any], Any]] = {
     "gradient": checks.gradient,
     "clip": checks.clip,
     "per_step": bool,
+    "start": checks.start,
 }
 """What checks and normalises the value of every setting, but of the inner rule, which comes with its numbers."""
 
@@ -506,7 +509,7 @@ class Preparer:
         (of_s, of_q), (x_s, x_q) = (x_s, x_q), map(structure.unweighted, (x_s, x_q))
         if mode is not Mode.APPLY:
             self.rates.check_steps(settings.steps)
-            checks.data_fits(settings.gradient, settings.per_step, mode)
+            checks.data_fits(settings.gradient, settings.per_step, settings.start is not None, mode)
             checks.gradient_fits(settings.gradient, settings.step_weights, mode, self.rates.learnable())
             checks.inputs("x_s", x_s, dtype, device)
             checks.weights("weights_s", "x_s", of_s, dtype)
@@ -587,6 +590,7 @@ class Preparer:
                 settings.rule,
                 settings.gradient,
                 settings.clip,
+                settings.start,
             ),
             rates=rates,
             needs=needs,
@@ -600,4 +604,12 @@ class Preparer:
             threads=settings.threads,
             precision=settings.precision,
             sets=sets,
+            starts=self._starts(mode, settings, batch, sets),
         )
+
+    def _starts(self, mode: Mode, settings: Settings, batch: Mapping[str, Data], sets: int) -> tuple[bool, ...]:
+        """Which parameters start from the data, as the first task's show."""
+        if settings.start is None or mode is Mode.APPLY:
+            return ()
+        x, y = (structure.mapped(batch[name], lambda v: v[0, : v.shape[1] // sets].detach()) for name in ("x_s", "y_s"))
+        return trial(self.objective_of(settings.loss), settings.start, x, y)

@@ -11,6 +11,7 @@ from torch import nn
 from ..algorithms.gradients import Displacement, Implicit
 from ..algorithms.rules import Adam
 from .maml import MAML
+from .prototypes import Prototypes
 from .rates import RateLike, per_step
 
 Head = str | Sequence[str] | None
@@ -135,6 +136,25 @@ def CAVIA(model: nn.Module, lr: RateLike, context: str | Sequence[str], steps: i
         raise ValueError(f"context: expected names of some of the model's parameters, got {context!r}")
     others = [n for n, _ in _named(model) if n not in found]
     return MAML(model, lr, steps=steps, adapts=found, learns=others, **settings)
+
+
+def ProtoMAML(model: nn.Module, lr: RateLike, steps: int = 5, head: str | None = None, **settings: Any) -> MAML:
+    """The head starts as w_c = 2 m_c, b_c = −‖m_c‖² of its class means m_c (Triantafillou et al., arXiv 1903.03096).
+
+    Differentiated: the body learns to give good means. The head's own parameters get no gradient.
+
+    Args:
+        lr, steps: α and K, as for `MAML`. head: the name of the last layer, a linear one with bias.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    name = _last_with_parameters(model) if head is None else head
+    layer = dict(model.named_modules()).get(name)
+    if not isinstance(layer, nn.Linear) or layer.bias is None:
+        got = "none" if layer is None else type(layer).__name__
+        raise ValueError(f"head: expected the name of a linear layer with bias, got {name!r}, which is {got}")
+    return MAML(model, lr, steps=steps, start=Prototypes(model, name), **settings)
 
 
 def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -22,6 +22,7 @@ from ..lower.plan import Plan, Result, Tensors
 from . import cpu_text
 from .base import Backend, Spent
 from .cpu_spec import CLASSES, FAMILIES, INSTRUCTIONS, KINDS, Spec, constants_of, other_targets
+from .starts import with_starts
 
 try:
     from .. import _core
@@ -104,6 +105,8 @@ class CpuBackend(Backend):
         return reasons or _refused(plan)
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
+        if any(plan.starts):
+            return with_starts(plan, tensors, _call_of(plan))
         return _call_of(plan)(plan, tensors)
 
     def into(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -118,7 +121,10 @@ class CpuBackend(Backend):
 
     def profile(self, plan: Plan, tensors: Tensors) -> tuple[Result, list[Spent]]:
         call, spent = _call_of(plan), dict[str, Any]()
-        result = call(plan, tensors, spent)
+        if any(plan.starts):
+            result = with_starts(plan, tensors, partial(call, spent=spent))
+        else:
+            result = call(plan, tensors, spent)
         instructions = zip(call.labels, spent.pop("instructions"), strict=True)
         rest = [Spent(name, name, 1e-9 * ns) for name, ns in spent.items()]
         return result, [*(Spent(*label, 1e-9 * ns) for label, ns in instructions), *rest]
@@ -152,6 +158,8 @@ def _unsupported(plan: Plan, graph: Graph) -> list[str]:
     reasons = []
     if plan.inner.step_weights and plan.needs.x_q and plan.mode.differentiates:
         reasons.append("gradients with respect to query inputs of losses at several steps")
+    apart = [i for i, starts in enumerate(plan.starts) if starts and not plan.adapts[i]]
+    reasons += [f"parameter {plan.model.names[i]!r} starts from the task's data and does not adapt" for i in apart]
     if plan.updates is not None:
         used = graph.used_parameters()
         idle = [n for i, n in enumerate(plan.model.names) if plan.adapts[i] and i not in used]
@@ -211,6 +219,7 @@ class _Call:
         self.new_objective = _new((), plan.dtype)
         self.new_outputs = _new((plan.tasks, plan.query, *(graph.returned or ())), plan.dtype)
         self.new_gradients = self._gradient_makers(plan, graph.used_parameters())
+        self.new_own_gradients = self._own_gradient_makers(plan, graph.used_parameters()) if any(plan.starts) else []
         self.program = plan.program
         spec = Spec(plan, graph).as_dict()
         self.core = _core.Plan(spec, plan.dtype == torch.float64, _core.choose())
@@ -239,6 +248,7 @@ class _Call:
         rate_gradient = None
         if self.reverse:
             self._allocate_gradients(plan, result, t)
+            result.adapted = [make() for make in self.new_own_gradients]
             if self.rates_wanted:
                 rate_gradient = like.new_zeros(sum(self.rate_sizes))
         x_s, more_s = self._inputs(self._by_set(t.x_s))
@@ -343,6 +353,15 @@ class _Call:
         for i, (shape, need) in enumerate(zip(plan.model.shapes, plan.needs.parameters, strict=True)):
             zeros = partial(torch.zeros, shape, dtype=plan.dtype, device=plan.device)
             made.append(_nothing if not need else _new(shape, plan.dtype) if i in used else zeros)
+        return made
+
+    def _own_gradient_makers(self, plan: Plan, used: set[int]) -> list[Callable[[], Tensor | None]]:
+        """For every parameter what makes the tasks' own gradients, which the core writes of those that adapt."""
+        made: list[Callable[[], Tensor | None]] = []
+        for i, (shape, adapts) in enumerate(zip(plan.model.shapes, plan.adapts, strict=True)):
+            whole = (plan.tasks, *shape)
+            zeros = partial(torch.zeros, whole, dtype=plan.dtype)
+            made.append(_nothing if not adapts else _new(whole, plan.dtype) if i in used else zeros)
         return made
 
     def _allocate_gradients(self, plan: Plan, result: Result, t: Tensors) -> None:

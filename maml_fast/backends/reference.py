@@ -15,13 +15,14 @@ from torch import Tensor
 from ..algorithms.gradients import Displacement, Implicit
 from ..graph import structure
 from ..graph.objective import Point
+from ..graph.starting import started
 from ..lower.plan import Plan, Result, Tensors
 from .autograd import differentiate
 from .base import Backend
 from .composed import Composed
 from .fixed_point import adapted_of, displaced, held
 from .inner_step import InnerSteps
-from .philox import Drawing
+from .philox import Drawing, start_pass
 
 _HOOKS = (
     "model: expected a forward without saved_tensors_hooks, which torch.utils.checkpoint is made of: it would compute "
@@ -57,7 +58,7 @@ def _no_hooks() -> AbstractContextManager[None]:
 
 def _inner_loop(draws: Drawing, plan: Plan, t: Tensors, task: int) -> Iterator[list[Tensor]]:
     """θ_0 … θ_K of one task; with a graph back to θ_0 where the mode is a gradient's."""
-    theta = list(t.parameters) if plan.mode.differentiates else _leaves(t.parameters, plan.model.trainable)
+    theta = _first(draws, plan, t, task)
     adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
     inner = InnerSteps(plan, t)
     for step in range(plan.inner.steps):
@@ -76,6 +77,19 @@ def _inner_loop(draws: Drawing, plan: Plan, t: Tensors, task: int) -> Iterator[l
             theta = _leaves(theta, plan.model.trainable)
             inner.detach()
     yield theta
+
+
+def _first(draws: Drawing, plan: Plan, t: Tensors, task: int) -> list[Tensor]:
+    """θ_0 of one task."""
+    theta = list(t.parameters) if plan.mode.differentiates else _leaves(t.parameters, plan.model.trainable)
+    if plan.inner.start is None:
+        return theta
+    draws.begin(start_pass(plan), task)
+    x, y = (plan.of_step(_of(data, task), 0) for data in (t.x_s, t.y_s))
+    theta = started(plan.objective, plan.inner.start, _point(plan, theta, t.learned), x, y)
+    if not plan.mode.differentiates:
+        return _leaves(theta, plan.model.trainable)
+    return [p.view_as(p) for p in theta]  # an inner gradient does not go back through the start to other parameters
 
 
 def _adapt_task(draws: Drawing, plan: Plan, t: Tensors, task: int) -> list[Tensor]:

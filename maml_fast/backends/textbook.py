@@ -71,16 +71,16 @@ def classes(result: Result) -> Results:
 
 def _on_copy(plan: Plan, dtype: torch.dtype) -> Plan:
     """The plan of one task of a copied module and loss."""
-    loss = plan.inner.loss
+    loss, start = plan.inner.loss, plan.inner.start
     try:
-        functions = [loss.function, *functions_in(plan.objective.modules)]
-        module, loss = cast((plan.model.module, loss), plan.dtype, dtype, functions)
+        functions = [loss.function, start, *functions_in(plan.objective.modules)]
+        module, loss, start = cast((plan.model.module, loss, start), plan.dtype, dtype, functions)
     except RuntimeError:
         if dtype != plan.dtype:
             raise
         return replace(plan, tasks=1, state={})
     model = Model(module, [name for name, adapts in zip(plan.model.names, plan.model.adapts, strict=True) if adapts])
-    inner, objective = replace(plan.inner, loss=loss), Objective(model, loss)
+    inner, objective = replace(plan.inner, loss=loss, start=start), Objective(model, loss)
     return replace(plan, model=model, objective=objective, inner=inner, tasks=1, dtype=dtype, state={})
 
 

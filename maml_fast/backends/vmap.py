@@ -20,6 +20,7 @@ from ..graph.leftovers import untouched
 from ..graph.losses import Loss
 from ..graph.objective import Objective, Point
 from ..graph.stand_ins import lock
+from ..graph.starting import started
 from ..graph.structure import Data
 from ..lower.plan import Plan, Result, Tensors
 from .autograd import differentiate
@@ -27,7 +28,7 @@ from .base import Backend
 from .composed import Composed
 from .fixed_point import displaced
 from .inner_step import InnerSteps
-from .philox import Drawing
+from .philox import Drawing, start_pass
 
 
 class VmapBackend(Backend):
@@ -58,6 +59,10 @@ def _inner_loop(
 ) -> Iterator[list[Tensor]]:
     """θ_0 … θ_K of the task that vmap is at."""
     theta = list(t.parameters)
+    if plan.inner.start is not None:
+        draws.begin(start_pass(plan))
+        at, own = _point(theta, t, buffers), (plan.of_step(x, 0), plan.of_step(y, 0))
+        theta = started(plan.objective, plan.inner.start, at, *own, keep_new=False)
     adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
     inner = InnerSteps(plan, t)
 

@@ -125,7 +125,7 @@ class Problem:
         """The model, the batch and the settings; as far as no cast is needed, the batch is the person's own memory."""
         loss = self._settings.get("loss")
         modules = [*self._model.modules(), *(loss.modules() if isinstance(loss, nn.Module) else ())]
-        functions = [loss, *functions_in(modules)]
+        functions = [loss, self._settings.get("start"), *functions_in(modules)]
         model, settings = cast((self._model, self._settings), self.dtype, dtype, functions)
         x_s, y_s, x_q, y_q = (
             structure.mapped(v, partial(_as_dtype, source=self.dtype, target=dtype)) for v in self._batch

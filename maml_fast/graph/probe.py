@@ -54,9 +54,9 @@ def probe(objective: Objective, x: Data, y: Data | None = None) -> Probe:
     device = structure.first(x).device
     with lock, plain(device), untouched(objective.modules), unused(device):
         at = Point(
-            _leaves(objective.model.parameters()),
-            _leaves(objective.learned.parameters()),
-            _leaves(objective.buffers()),
+            leaves(objective.model.parameters()),
+            leaves(objective.learned.parameters()),
+            leaves(objective.buffers()),
         )
         names, versions = objective.buffer_names(), [b._version for b in at.buffers]
         own = [*objective.model.parameters(), *objective.learned.parameters()]
@@ -99,7 +99,8 @@ def _copy(tensor: Tensor) -> Tensor:
     return constant(tensor).clone()
 
 
-def _leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
+def leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Copies that a graph may begin at."""
     return [_copy(t).requires_grad_(t.requires_grad) for t in tensors]
 
 
@@ -160,6 +161,11 @@ def _refuse_hidden(objective: Objective, at: Point, names: Sequence[str], graph:
     for key, leaf in graph.leaves.items():
         if key not in known:
             raise RuntimeError(_why_hidden(objective, leaf, where))
+
+
+def refuse_hidden(objective: Objective, at: Point, tensors: Sequence[Tensor], where: str) -> None:
+    """Raise RuntimeError if the tensors depend on one that requires grad and is not the point's; `where` made them."""
+    _refuse_hidden(objective, at, objective.buffer_names(), _walk(tensors), where)
 
 
 def _why_hidden(objective: Objective, leaf: Tensor, where: str) -> str:

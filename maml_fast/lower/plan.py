@@ -65,6 +65,7 @@ class Plan:
         tasks: T. support, query: samples per task (0 where the mode has none).
         sets: of support samples: one for all inner steps, or one for each. Tensors hold those of a task one behind the
             other, (T, sets · Ns, …).
+        starts: which parameters start from the task's data; empty for none.
         data: one task's, and one set's, `"x_s"`, `"y_s"`, `"x_q"`, `"y_q"`, those that the mode has: stand-ins
             (N, *shape) without elements in the person's structure.
         dtype: of the parameters.
@@ -89,6 +90,7 @@ class Plan:
     threads: int | None = None
     precision: str = "float32"
     sets: int = 1
+    starts: tuple[bool, ...] = ()
     state: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -166,7 +168,7 @@ class Plan:
     def draws(self) -> bool | None:
         """Whether the model or the loss draws random numbers; None where no capture came to its end."""
         _ = self.trace
-        return self.model.draws
+        return True if any(self.starts) else self.model.draws  # what starts them may draw
 
     @property
     def captures_loss(self) -> bool:
@@ -305,7 +307,7 @@ class Tensors:
         cotangent: dL/d(query outputs), (T, Nq, *out).
         cotangents: in its place where the model returns several: one for each, None for zeros.
         learned: the loss's own parameters, in `Objective.learned` order.
-        adapted: per-task parameters for `Mode.APPLY`, each (T, *shape).
+        adapted: per-task parameters for `Mode.APPLY`, or those that start from data; each (T, *shape), or None.
         seed: of the call's random numbers; None where a backend is to draw one when it comes to it.
         into: contiguous gradients of all parameters, to which a backend adds that has found them by `into`,
             instead of returning new ones.
@@ -321,7 +323,7 @@ class Tensors:
     cotangent: Tensor | None = None
     cotangents: Sequence[Tensor | None] = ()
     learned: Sequence[Tensor] = ()
-    adapted: Sequence[Tensor] = ()
+    adapted: Sequence[Any] = ()
     into: Sequence[Tensor] = ()
     seed: int | None = None
 
@@ -347,7 +349,7 @@ class Result:
     losses: Tensor | None = None
     objective: Tensor | None = None
     outputs: Any = None
-    adapted: list[Tensor] = field(default_factory=list)
+    adapted: list[Any] = field(default_factory=list)
     parameters: list[Tensor | None] = field(default_factory=list)
     rates: list[Tensor | None] = field(default_factory=list)
     learned: list[Tensor | None] = field(default_factory=list)

@@ -58,6 +58,8 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
         reasons.append("learning rates of each inner step have no kernel")
     if plan.inner.rule is not None:
         reasons.append(f"the inner rule {type(plan.inner.rule).__name__} has no kernel")
+    if any(plan.starts):
+        reasons.append("parameters that start from the task's data have no kernel")
     if plan.sets > 1:
         reasons.append("samples of each inner step's own (per_step=True) have no kernel")
     if plan.inner.clip is not None:
