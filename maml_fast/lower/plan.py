@@ -265,7 +265,8 @@ class Plan:
     @cached_property
     def lean_program(self) -> Program:
         """The same with tapes recomputed, which needs the least memory."""
-        return maml.emit(self, save=False)
+        with lock:
+            return maml.emit(self, save=False)
 
     def saved_tapes_bytes(self) -> int:
         """About what one task's tapes of all inner steps take: of every op a value, a delta, and up to two more."""
