@@ -1,4 +1,4 @@
-"""What a pointwise instruction does to each parameter; parameters that differ in their numbers alone share a function."""
+"""What a pointwise instruction does to each parameter; those that differ in their numbers alone share a function."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from ...algorithms.gradients import Unrolled
+from ...algorithms.gradients import Implicit
 from ...graph.expressions.language import TRANSPARENT, in_order
 from ...graph.graph import ACTIVATIONS, Graph, Op
 from ...lower.plan import Plan
@@ -54,18 +54,14 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
     from .layers.table import KINDS
 
     reasons = [] if graph.used_parameters() else ["the output depends on no parameter"]
-    if plan.rate_sets > 1:
-        reasons.append("learning rates of each inner step have no kernel")
+    if plan.inner.step_weights and plan.needs.x_q and plan.mode.differentiates:
+        reasons.append("gradients with respect to query inputs of losses at several steps have no kernel")
     if plan.inner.rule is not None:
         reasons.append(f"the inner rule {type(plan.inner.rule).__name__} has no kernel")
     if plan.inner.clip is not None:
         reasons.append("clipped inner gradients have no kernel")
-    if not isinstance(plan.inner.gradient, Unrolled) or plan.inner.gradient.last is not None:
+    if isinstance(plan.inner.gradient, Implicit):
         reasons.append(f"gradient {type(plan.inner.gradient).__name__} has no kernel")
-    elif plan.kept[1] is not None:
-        reasons.append("inner steps that run again have no kernel")
-    if plan.inner.step_weights:
-        reasons.append("query losses at several steps have no kernel")
     for op in graph.live_ops():
         if op.kind not in KINDS and op.kind != "reshape":
             reasons.append(f"layer {op.kind} has no kernel")
