@@ -140,3 +140,110 @@ def test_losses_at_several_steps(weights: tuple[float, ...], variant: str) -> No
 @pytest.mark.parametrize("variant", ["wide", "resident"])
 def test_parts_of_the_way_back(gradient: mf.Unrolled, variant: str) -> None:
     agrees(dense, lambda model: {"lr": scalar(0.1), "gradient": gradient}, 3, f"triton-{variant}")
+
+
+# ---- inner rules ---------------------------------------------------------------------------------------
+
+
+class Signs:
+    """Smoothed signs of a mean of gradients, with a number for each parameter's name: functions that differ."""
+
+    def init(self, theta: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {n: torch.zeros_like(p) for n, p in theta.items()}
+
+    def update(self, theta: Any, gradient: Any, state: Any, step: int) -> Any:
+        mean = {n: 0.9 * m + 0.1 * gradient[n] for n, m in state.items()}
+        return {n: p - 0.05 * torch.tanh((5 if "bias" in n else 10) * mean[n]) for n, p in theta.items()}, mean
+
+
+class Proximal(nn.Module):
+    """A learned step for all, for each parameter's elements, and for two at once; and a pull towards where it began."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.log_rate = nn.Parameter(torch.tensor([-2.0]))
+        self.names = [n for n, _ in model.named_parameters()]
+        self.scales = nn.ParameterList(nn.Parameter(1 + 0.1 * torch.rand_like(p)) for p in model.parameters())
+
+    def init(self, theta: Any) -> Any:
+        return {"began": dict(theta)}
+
+    def update(self, theta: Any, gradient: Any, state: Any, step: int) -> Any:
+        moved = {}
+        for n, p in theta.items():
+            scale = self.scales[self.names.index(n)]
+            moved[n] = p - torch.sigmoid(self.log_rate) * (scale * gradient[n] + 0.1 * (p - state["began"][n]))
+        return moved, state
+
+
+RULES: dict[str, Make] = {
+    "momentum": lambda model: {"inner": mf.SGD(0.1, momentum=0.9)},
+    "dampened": lambda model: {"inner": mf.SGD(0.1, momentum=0.9, dampening=0.3, weight_decay=0.02)},
+    "nesterov": lambda model: {"inner": mf.SGD(0.1, momentum=0.8, nesterov=True)},
+    "decay": lambda model: {"inner": mf.SGD(0.1, weight_decay=0.1)},
+    "adam": lambda model: {"inner": mf.Adam(0.02, eps=1e-3)},
+    "adam-decay": lambda model: {"inner": mf.Adam(0.02, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1)},
+    "adamw": lambda model: {"inner": mf.AdamW(0.02, eps=1e-3, weight_decay=0.1)},
+    "rmsprop": lambda model: {"inner": mf.RMSprop(0.02, eps=1e-3)},
+    "rmsprop-centered": lambda model: {
+        "inner": mf.RMSprop(0.02, alpha=0.9, eps=1e-3, centered=True, momentum=0.7, weight_decay=0.05)
+    },
+    "signs": lambda model: {"inner": Signs()},
+    "proximal": lambda model: {"inner": Proximal(model)},
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules(name: str) -> None:
+    agrees(dense, RULES[name], 2)
+
+
+def numbers(kind: str) -> Make:
+    """Numbers of Adam for two steps, learned as scalars, by parameter, by element and by step."""
+
+    def make(model: nn.Module) -> Settings:
+        by_name = {n: scalar(0.5 + 0.05 * i) for i, (n, _) in enumerate(model.named_parameters())}
+        own: Settings = {
+            "scalars": {"lr": scalar(0.02), "betas": (scalar(0.8), scalar(0.9)), "eps": scalar(1e-2),
+                        "weight_decay": scalar(0.1)},
+            "elements": {"lr": (each := elements(model, 0.02)), "weight_decay": each},
+            "by name": {"lr": 0.02, "betas": (by_name, 0.9)},
+            "per step": {"lr": mf.per_step([scalar(0.02), elements(model, 0.02)]),
+                         "betas": (mf.per_step([0.9, scalar(0.8)]), scalar(0.95))},
+        }[kind]  # fmt: skip
+        return {"inner": mf.Adam(**{"eps": 1e-2} | own)}
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["scalars", "elements", "by name", "per step"])
+@pytest.mark.parametrize("network", [dense, images])
+def test_learned_numbers(network: Callable[[], nn.Module], kind: str) -> None:
+    agrees(network, numbers(kind), 2)
+
+
+CLIPS = {"value": mf.Clip(value=0.02), "norm": mf.Clip(norm=0.1), "not": mf.Clip(norm=1e3)}
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("name", ["plain", "adam"])
+def test_clipping(name: str, clip: str) -> None:
+    rule = mf.SGD if name == "plain" else lambda lr: mf.Adam(lr, eps=1e-2)
+    agrees(dense, lambda model: {"inner": rule(scalar(0.1)), "clip": CLIPS[clip]}, 2)
+
+
+GRADIENTS: dict[str, mf.Unrolled | mf.Implicit | mf.Displacement] = {
+    "cg": mf.Implicit(3.0, "cg", iterations=3),
+    "neumann": mf.Implicit(3.0, "neumann", iterations=3),
+    "displacement": mf.Displacement(),
+    "last": mf.Unrolled(last=1),
+    "first": mf.Unrolled(order=1),
+    "again": mf.Unrolled(checkpoint=2),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("inner", ["plain", "momentum"])
+def test_gradient_modes(inner: str, name: str) -> None:
+    rule = mf.SGD(0.1) if inner == "plain" else mf.SGD(0.1, momentum=0.9)
+    agrees(dense, lambda model: {"inner": rule, "gradient": GRADIENTS[name]}, 3)

@@ -152,10 +152,7 @@ def _unsupported(plan: Plan, graph: Graph) -> list[str]:
     reasons = []
     if plan.inner.step_weights and plan.needs.x_q and plan.mode.differentiates:
         reasons.append("gradients with respect to query inputs of losses at several steps")
-    if plan.updates is not None:
-        used = graph.used_parameters()
-        idle = [n for i, n in enumerate(plan.model.names) if plan.adapts[i] and i not in used]
-        reasons += [f"the inner rule moves parameter {n!r}, which the loss does not use" for n in idle]
+    reasons += [f"the inner rule moves parameter {n!r}, which the loss does not use" for n in plan.moved_in_vain]
     for op in graph.live_ops():
         if op.kind not in KINDS and op.kind not in ACTIVATIONS and op.kind not in ("reshape", "spatial_mean"):
             reasons.append(f"layer {op.kind} has no kernel")

@@ -152,6 +152,14 @@ class Plan:
             kind = type(rule).__name__
             return None, f"inner: {kind} is not computed element by element by what kernels know: {error}"
 
+    @cached_property
+    def moved_in_vain(self) -> tuple[str, ...]:
+        """The parameters that a rule may move without a gradient: the loss does not use them."""
+        graph = self.trace[0]
+        used = set() if graph is None else graph.used_parameters()
+        rows = zip(self.model.names, self.adapts, strict=True)
+        return tuple(n for i, (n, adapts) in enumerate(rows) if self.updates is not None and adapts and i not in used)
+
     @property
     def draws(self) -> bool | None:
         """Whether the model or the loss draws random numbers; None where no capture came to its end."""

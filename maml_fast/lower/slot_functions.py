@@ -10,6 +10,7 @@ from ..algorithms.updates import Elementwise, numbers_in
 from ..graph.expressions import Expression, variable
 from ..graph.expressions.language import substituted
 from ..graph.graph import Shape
+from ..graph.stand_ins import lock
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,13 @@ def of_parameters(function: Elementwise, shapes: Sequence[Shape]) -> dict[int, O
     """
     known: dict[tuple[object, ...], tuple[SlotFunction, tuple[int, ...]]] = {}
     found = {}
-    for p, stores in function.of.items():
-        learned = function.numbers.get(p, {})
-        parts = stores, function.sums.get(p, ()), tuple(learned.values())
-        if parts not in known:
-            known[parts] = _renamed(function, *parts, shapes)
-        found[p] = OfParameter(*known[parts], tuple(learned))
+    with lock:  # equal expressions are one object
+        for p, stores in function.of.items():
+            learned = function.numbers.get(p, {})
+            parts = stores, function.sums.get(p, ()), tuple(learned.values())
+            if parts not in known:
+                known[parts] = _renamed(function, *parts, shapes)
+            found[p] = OfParameter(*known[parts], tuple(learned))
     return found
 
 

@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from ...algorithms.gradients import Implicit
+from ...algorithms.program import Pointwise
 from ...graph.expressions.language import TRANSPARENT, in_order
 from ...graph.graph import ACTIVATIONS, Graph, Op
 from ...lower.plan import Plan
@@ -56,12 +56,7 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
     reasons = [] if graph.used_parameters() else ["the output depends on no parameter"]
     if plan.inner.step_weights and plan.needs.x_q and plan.mode.differentiates:
         reasons.append("gradients with respect to query inputs of losses at several steps have no kernel")
-    if plan.inner.rule is not None:
-        reasons.append(f"the inner rule {type(plan.inner.rule).__name__} has no kernel")
-    if plan.inner.clip is not None:
-        reasons.append("clipped inner gradients have no kernel")
-    if isinstance(plan.inner.gradient, Implicit):
-        reasons.append(f"gradient {type(plan.inner.gradient).__name__} has no kernel")
+    reasons += [f"the inner rule moves parameter {n!r}, which the loss does not use" for n in plan.moved_in_vain]
     for op in graph.live_ops():
         if op.kind not in KINDS and op.kind != "reshape":
             reasons.append(f"layer {op.kind} has no kernel")
@@ -89,9 +84,9 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
 
 def _why_not_family(graph: Graph, op: Op) -> list[str]:
     """Reasons that lie in what an operation is applied to."""
-    from .kernels.expression_source import WRITTEN
     from .kernels.gather import MOST_TERMS, count
     from .kernels.softmax import WIDEST as SOFTMAX_WIDEST
+    from .kernels.written import WRITTEN
 
     reasons = []
     values = (*op.inputs, op.output)
@@ -139,6 +134,8 @@ def why_not_resident(plan: Plan, graph: Graph) -> list[str]:
         reasons.append("the loss is none of the named ones, which has no instruction in the resident kernel")
     if plan.loss.factors != (1.0, 1.0):
         reasons.append("the loss is a multiple of a mean over samples, which has no instruction in the resident kernel")
+    if any(isinstance(i, Pointwise) for i in plan.program.instructions):
+        reasons.append("functions of parameter-sized vectors have no instruction in the resident kernel")
     classes = graph.features(graph.output)
     if plan.loss.takes_labels and classes > MOST_CLASSES:
         reasons.append(f"cross_entropy over {classes} classes, more than the resident kernel's {MOST_CLASSES}")

@@ -13,9 +13,9 @@ from ....lower.plan import Plan, Result, Tensors
 from ..kernels.outside import UNSET
 from ..layers.network import Network
 from ..layers.table import KINDS
+from . import rates, slot_functions
 from .batch import Given
 from .numbers import Numbers
-from .rates import owners, regions
 
 
 class Buffers:
@@ -58,9 +58,11 @@ class Buffers:
         self.losses = numbers(t, wanted=plan.mode in (Mode.LOSS, Mode.META_GRADIENT))
         self.outputs = numbers(*outputs, wanted=plan.needs.outputs or plan.mode in (Mode.QUERY_OUTPUTS, Mode.APPLY))
         self.gradient = numbers(flat.trainable, wanted=reverse)
-        wanted = regions(plan, network) if reverse and any(plan.needs.rates) else None
+        sets = 0 if plan.updates is not None else plan.rate_sets
+        of = rates.regions if plan.updates is None else slot_functions.regions
+        wanted = of(plan, network) if reverse and any(plan.needs.rates) else None
         self.numbers = Numbers(plan.rates.shapes, flat, device, wanted)
-        self.rate_at = [self.numbers.places(owners(plan, network, rates)) for rates in range(plan.rate_sets)]
+        self.rate_at = [self.numbers.places(rates.owners(plan, network, s)) for s in range(sets)]
 
     def bytes(self) -> int:
         """How much memory they take."""

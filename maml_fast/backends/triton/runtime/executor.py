@@ -18,6 +18,7 @@ from ....algorithms.program import (
     Hvp,
     Instruction,
     Load,
+    Pointwise,
     Program,
     QueryLoss,
     RateGradient,
@@ -40,6 +41,7 @@ from ..layers.table import KINDS
 from ..memory import Memory
 from .buffers import Buffers
 from .fused_updates import Direct, direct
+from .slot_functions import SlotFunctions
 
 
 class Executor:
@@ -67,6 +69,9 @@ class Executor:
         self.first = self.tasks = 0
         self.directs = direct(network, program)
         self.direct: Direct | None = None
+        self.slot_functions = SlotFunctions(
+            plan, network, program, buffers.numbers, launch, self._slot, self._scalar, self._parts
+        )
 
     def run(self, chunk: int) -> None:
         """All tasks, `chunk` at a time; gradients add up over chunks in order."""
@@ -107,6 +112,15 @@ class Executor:
         found = self.memory.view(self.tasks, "slot", slot)
         assert found is not None
         return found
+
+    def _scalar(self, number: int) -> Tensor:
+        """(tasks,): one of the task's numbers."""
+        found = self.memory.view(self.tasks, "scalars")
+        assert found is not None
+        return found[:, number]
+
+    def _parts(self) -> Tensor | None:
+        return self.memory.view(self.tasks, "parts")
 
     def _adapting(self, slot: int) -> Tensor:
         return self._slot(slot)[:, : self.flat.adapting]
@@ -287,6 +301,9 @@ class Executor:
             to, source = self._adapting(out), self._adapting(vector)
             vectors.step(self.launch, to, theta, source, *self._rates(rates, slice(None)))
 
+    def pointwise(self, i: Pointwise) -> None:
+        self.slot_functions.run(i, self.tasks)
+
     def add(self, i: Add) -> None:
         combine(self.launch, self._slot(i.out), self._slot(i.vector), add=True)
 
@@ -334,6 +351,7 @@ _EXECUTE: dict[type[Instruction], Callable[[Executor, Any], None]] = {
     Backward: Executor.backward,
     Update: Executor.update,
     Scale: Executor.scale,
+    Pointwise: Executor.pointwise,
     Hvp: Executor.hvp,
     Add: Executor.add,
     Subtract: Executor.subtract,

@@ -12,13 +12,15 @@ from ..layers.network import Layer, Network
 from ..layers.table import KINDS
 from ..memory import Key, aligned
 from .fused_updates import unneeded
+from .slot_functions import parts
 
 
 def array_sizes(plan: Plan, network: Network, program: Program) -> dict[Key, int]:
     """Elements per task of every array.
 
     Keys: ("slot", slot), ("value" | "delta", tape, buffer), ("aux", tape, layer, which),
-    ("tangent" | "tangent_delta", buffer), ("tangent_aux", layer, which), ("scratch",), ("loss",).
+    ("tangent" | "tangent_delta", buffer), ("tangent_aux", layer, which), ("scratch",), ("loss",), ("scalars",),
+    ("parts",).
     """
     samples = (plan.support, plan.query)
     differentiated = {i.tape for i in program.instructions if isinstance(i, Backward)}
@@ -31,6 +33,10 @@ def array_sizes(plan: Plan, network: Network, program: Program) -> dict[Key, int
         sizes.update(_tangents(network, plan.support))
     if any(isinstance(i, QueryLoss) and i.add for i in program.instructions):
         sizes["loss",] = 1
+    if program.scalars:
+        sizes["scalars",] = program.scalars
+    if own := parts(plan, network, program):
+        sizes["parts",] = aligned(own)
     sizes["scratch",] = max(
         (
             KINDS[layer.kind].scratch(layer, 1 if layer.once else samples[b])
