@@ -6,20 +6,26 @@ In a process of its own, started with TRITON_INTERPRET=1: see test_triton_interp
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
 import interpreted
 import pytest
 import torch
+from addresses import Addresses
 from torch import Tensor, nn
 
 import maml_fast as mf
+from maml_fast.algorithms.goal import Mode
 from maml_fast.backends import dispatch
-from maml_fast.backends.agreement import errors_of, judge, order_of
+from maml_fast.backends.agreement import ROUNDINGS, errors_of, judge, order_of
 from maml_fast.backends.triton import TritonBackend
-from maml_fast.backends.triton.kernels import tiles
+from maml_fast.backends.triton.kernels import slots, tiles
 from maml_fast.backends.triton.memory import Memory
+from maml_fast.backends.triton.runtime import call, executor, slot_functions
+from maml_fast.backends.triton.runtime.launches import launches
+from maml_fast.backends.triton.runtime.numbers import Numbers
 from maml_fast.backends.triton.runtime.resident import TaskMajor
 
 Settings = dict[str, Any]
@@ -55,7 +61,7 @@ FEATURES = {dense: 4, images: 25}
 
 def batch(network: Callable[[], nn.Module], wanted: bool = True) -> list[Tensor]:
     torch.manual_seed(1)
-    data = [torch.randn(3, n, size) for n in (3, 5) for size in (FEATURES[network], 2)]
+    data = [torch.randn(2, n, size) for n in (3, 4) for size in (FEATURES[network], 2)]
     data[0].requires_grad_(wanted)
     return data
 
@@ -69,13 +75,19 @@ def elements(model: nn.Module, scale: float) -> dict[str, nn.Parameter]:
     return {n: nn.Parameter(scale * (0.5 + torch.rand_like(p))) for n, p in model.named_parameters()}
 
 
-def observed(backend: str, dtype: torch.dtype, network: Callable[[], nn.Module], make: Make) -> dict[str, Any]:
-    """Loss and gradients, by class, and what the tasks adapt to."""
+def observed(
+    backend: str, dtype: torch.dtype, network: Callable[[], nn.Module], make: Make, rounding: int = 0
+) -> dict[str, Any]:
+    """Loss and gradients, by class, and what the tasks adapt to.
+
+    Args:
+        rounding: if not 0, inputs are moved by a rounding of float32, each time in another way.
+    """
     model = network()
     settings = make(model)
     model, settings = copy.deepcopy((model, settings))
     maml = mf.MAML(model, settings.pop("lr", None), loss="mse", backend=backend, check="never", **settings).to(dtype)
-    data = [v.detach().to(dtype).requires_grad_(v.requires_grad) for v in batch(network)]
+    data = [_moved(v.detach(), rounding).to(dtype).requires_grad_(v.requires_grad) for v in batch(network)]
     own = list(maml.module.parameters())
     numbers = [p for n, p in maml.named_parameters() if not n.startswith("module.")]
     loss = maml.meta_loss(*data)
@@ -91,18 +103,24 @@ def observed(backend: str, dtype: torch.dtype, network: Callable[[], nn.Module],
     return results
 
 
+def _moved(x: Tensor, rounding: int) -> Tensor:
+    if not rounding:
+        return x
+    signs = torch.randint(-1, 2, x.shape, generator=torch.Generator().manual_seed(rounding))
+    return x * (1 + torch.finfo(torch.float32).eps * signs)
+
+
 def agrees(network: Callable[[], nn.Module], make: Make, steps: int = 2, backend: str = "triton-wide") -> None:
-    """By the rule of `verify`."""
+    """By the rule of `verify` and of the self-check."""
 
     def made(model: nn.Module) -> Settings:
         return {"steps": steps} | make(model)
 
-    found, expected, peer = (
-        observed(b, d, network, made)
-        for b, d in ((backend, torch.float32), ("reference", torch.float64), ("reference", torch.float32))
-    )
+    found = observed(backend, torch.float32, network, made)
+    expected = observed("reference", torch.float64, network, made)
+    peers = (observed("reference", torch.float32, network, made, rounding) for rounding in range(ROUNDINGS))
     orders = {kind: order_of(kind, steps, False) for kind in found}
-    errors = judge(errors_of(found, expected), [errors_of(peer, expected)], orders, torch.float32)
+    errors = judge(errors_of(found, expected), (errors_of(p, expected) for p in peers), orders, torch.float32)
     assert all(e.ok for e in errors), [e for e in errors if not e.ok]
 
 
@@ -118,28 +136,36 @@ def rates(kind: str) -> Make:
     }[kind]
 
 
-@pytest.mark.parametrize("variant", ["wide", "resident"])
 @pytest.mark.parametrize("kind", ["numbers", "scalars", "by element"])
-def test_rates_of_each_step(kind: str, variant: str) -> None:
-    agrees(dense, rates(kind), 3, f"triton-{variant}")
+@pytest.mark.parametrize("network", [dense, images])
+def test_rates_of_each_step(network: Callable[[], nn.Module], kind: str) -> None:
+    agrees(network, rates(kind), 3)
 
 
-def test_rates_of_each_step_of_filters() -> None:
-    agrees(images, rates("by element"), 3)
+WEIGHTS = {"all": (0.1, 0.2, 0.7), "none at the last": (0.25, -0.5, 0.0)}
 
 
-@pytest.mark.parametrize("variant", ["wide", "resident"])
-@pytest.mark.parametrize("weights", [(0.1, 0.2, 0.7), (0.25, -0.5, 0.0)], ids=str)
-def test_losses_at_several_steps(weights: tuple[float, ...], variant: str) -> None:
-    agrees(dense, lambda model: {"lr": scalar(0.1), "step_weights": weights}, 2, f"triton-{variant}")
+def weighted(name: str) -> Make:
+    return lambda model: {"lr": scalar(0.1), "step_weights": WEIGHTS[name]}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_losses_at_several_steps(name: str) -> None:
+    agrees(dense, weighted(name), 2)
 
 
 @pytest.mark.parametrize(
-    "gradient", [mf.Unrolled(last=1), mf.Unrolled(order=1), mf.Unrolled(checkpoint=2)], ids=["last", "first", "again"]
+    ("steps", "make"),
+    [
+        (3, rates("by element")),
+        (2, weighted("none at the last")),
+        (3, lambda model: {"lr": scalar(0.1), "gradient": mf.Unrolled(checkpoint=2)}),
+        (2, lambda model: {"lr": scalar(0.1), "gradient": mf.Unrolled(last=1)}),
+    ],
+    ids=["rates", "losses", "again", "last"],
 )
-@pytest.mark.parametrize("variant", ["wide", "resident"])
-def test_parts_of_the_way_back(gradient: mf.Unrolled, variant: str) -> None:
-    agrees(dense, lambda model: {"lr": scalar(0.1), "gradient": gradient}, 3, f"triton-{variant}")
+def test_resident(steps: int, make: Make) -> None:
+    agrees(dense, make, steps, "triton-resident")
 
 
 # ---- inner rules ---------------------------------------------------------------------------------------
@@ -247,3 +273,158 @@ GRADIENTS: dict[str, mf.Unrolled | mf.Implicit | mf.Displacement] = {
 def test_gradient_modes(inner: str, name: str) -> None:
     rule = mf.SGD(0.1) if inner == "plain" else mf.SGD(0.1, momentum=0.9)
     agrees(dense, lambda model: {"inner": rule, "gradient": GRADIENTS[name]}, 3)
+
+
+@pytest.mark.parametrize("name", ["cg", "displacement"])
+@pytest.mark.parametrize("adapts", [[], ["6.weight"]], ids=str)
+def test_modes_where_little_adapts(adapts: list[str], name: str) -> None:
+    settings = {"inner": mf.SGD(0.1, momentum=0.9), "gradient": GRADIENTS[name], "adapts": adapts}
+    agrees(images, lambda model: settings, 2)
+
+
+def implicit(model: nn.Module) -> Settings:
+    return {"lr": 0.1, "gradient": mf.Implicit(3.0, "cg", iterations=2)}
+
+
+def everything(model: nn.Module) -> Settings:
+    """Numbers of every kind, clipping, losses at several steps, and steps that run again."""
+    return {
+        **numbers("per step")(model),
+        "clip": mf.Clip(norm=0.5),
+        "step_weights": (0.0, 0.3, 0.7),
+        "gradient": mf.Unrolled(checkpoint=1),
+    }
+
+
+def test_all_at_once() -> None:
+    agrees(images, everything, 2)
+
+
+def test_recomputed_tapes_of_a_rule() -> None:
+    agrees(dense, lambda model: {"inner": mf.Adam(scalar(0.02), eps=1e-2), "tape_bytes": 0}, 3)
+
+
+# ---- how the kernels work --------------------------------------------------------------------------------
+
+
+def gradients(maml: mf.MAML, network: Callable[[], nn.Module]) -> list[Tensor]:
+    return [*torch.autograd.grad(maml.meta_loss(*batch(network, wanted=False)), list(maml.parameters()))]
+
+
+def wide(network: Callable[[], nn.Module], make: Make) -> mf.MAML:
+    model = network()
+    return mf.MAML(model, steps=2, loss="mse", backend="triton-wide", check="never", **make(model))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks for a parameter, the last of them not full."""
+    monkeypatch.setattr(slots, "BLOCK", 16)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("make", [everything, numbers("elements"), implicit], ids=["all", "elements", "cg"])
+def test_several_blocks(make: Make) -> None:
+    agrees(images, make, 2)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("make", [everything, numbers("elements"), implicit], ids=["all", "elements", "cg"])
+def test_no_programs_meet(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Addresses(monkeypatch)
+    gradients(wide(images, make), images)
+    assert not seen.wrong
+    assert {"slots_kernel", "sum_tasks_kernel"} <= set(seen.launches)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_programs_that_meet_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two programs with the same elements, and parts behind the array that is there for them."""
+    table, parts = slot_functions.Group.table, executor.Executor._parts
+
+    def overlapping(self: slot_functions.Group, numbers: Numbers) -> Tensor:
+        found = table(self, numbers)
+        found[1, :2] = found[0, :2]
+        return found
+
+    seen = Addresses(monkeypatch)
+    with monkeypatch.context() as planted:
+        planted.setattr(slot_functions.Group, "table", overlapping)
+        gradients(wide(dense, RULES["decay"]), dense)
+    assert "slots_kernel: two programs write one address" in seen.wrong
+    assert "slots_kernel: a program reads what another writes" in seen.wrong
+    assert not any("in no array" in w for w in seen.wrong)
+
+    def halved(self: executor.Executor) -> Tensor | None:
+        found = parts(self)
+        return None if found is None else found[:, : found.shape[1] // 2]
+
+    monkeypatch.setattr(executor.Executor, "_parts", halved)
+    gradients(wide(dense, numbers("scalars")), dense)
+    assert any(w.startswith("slots_kernel") and "in no array" in w for w in seen.wrong)
+
+
+def test_same_bits_every_time_and_the_same_numbers_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = gradients(wide(dense, everything), dense)
+    again = gradients(wide(dense, everything), dense)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    fit = call._fit
+    monkeypatch.setattr(call, "_fit", lambda *given: (*fit(*given)[:2], 1))
+    chunked = gradients(wide(dense, everything), dense)
+    a, b = (torch.cat([v.flatten() for v in of]) for of in (chunked, first))
+    assert (a - b).norm() <= 1e-6 * b.norm()
+
+
+def test_one_launch_for_parameters_that_move_alike() -> None:
+    """Whatever their numbers; and what neither is summed up nor learned leaves no parts."""
+    for make, count in ((RULES["adam"], 4), (numbers("by name"), 4)):
+        data, maml = batch(dense, wanted=False), wide(dense, make)
+        plan = maml._prepare(Mode.META_GRADIENT, *data).call.plan
+        found = [kernel.fn.__name__ for kernel, *_ in launches(plan)]
+        assert found.count("slots_kernel") == count
+        assert ("parts" in maml.explain(*data, level="program")) == (make is not RULES["adam"])
+
+
+# ---- what is declined --------------------------------------------------------------------------------------
+
+
+class Layerwise(Signs):
+    """Steps of the length of the parameter, which no expression of single elements has."""
+
+    def update(self, theta: Any, gradient: Any, state: Any, step: int) -> Any:
+        return {n: p - 0.1 * p.norm() * gradient[n] for n, p in theta.items()}, state
+
+
+class Spare(nn.Module):
+    """A parameter that the loss does not use, and that a rule may move all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(4, 2), nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+@pytest.mark.parametrize(
+    ("backend", "network", "settings", "reason"),
+    [
+        ("wide", dense, {"inner": Layerwise()}, "inner: Layerwise is not computed element by element"),
+        ("wide", Spare, {"inner": mf.Adam(0.1)}, "the inner rule moves parameter 'spare', which the loss does not use"),
+        ("wide", dense, {"lr": 0.1, "step_weights": (0.5, 0.5)}, "query inputs of losses at several steps"),
+        ("resident", dense, {"inner": mf.Adam(0.1)}, "no instruction in the resident kernel"),
+    ],
+    ids=["no expression", "not used", "query inputs", "resident"],
+)
+def test_says_why_it_cannot_run(backend: str, network: Any, settings: Settings, reason: str) -> None:
+    data = batch(dense)
+    data[2].requires_grad_()
+    maml = mf.MAML(network(), loss="mse", backend=f"triton-{backend}", steps=1, **settings)
+    with pytest.raises(RuntimeError, match=re.escape(reason)):
+        maml.explain(*data)
+
+
+def test_rules_are_wide() -> None:
+    said = mf.MAML(dense(), inner=mf.Adam(0.1), loss="mse", backend="triton").explain(*batch(dense))
+    assert "variant wide" in said
+    assert "not resident: functions of parameter-sized vectors have no instruction in the resident kernel" in said
