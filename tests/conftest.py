@@ -71,7 +71,7 @@ EXHAUSTIVE = re.compile(
             r"test_triton_algorithms.*test_rates_of_each_step\[(dense-(scalars|by element)|images-numbers)\]",
             r"test_triton_algorithms.*test_learned_numbers\[(dense-(elements|per step)|images-(scalars|by name))\]",
             r"test_triton_algorithms.*test_gradient_modes\[(plain-(neumann|last|first|again)|momentum-(cg|first))\]",
-            r"test_triton_algorithms.*test_clipping\[(plain-value|adam-not)\]|test_several_blocks\[(elements|cg)\]",
+            r"test_triton_algorithms.*test_clipping\[(plain-value|adam-not|signs-(value|not))\]|test_several_blocks\[(elements|cg)\]",
             r"test_(further_)?kernels_compile_within_the_limits\[(80|100|120)",
         ]
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import interpreted
@@ -18,15 +19,20 @@ from torch import Tensor, nn
 
 import maml_fast as mf
 from maml_fast.algorithms.goal import Mode
+from maml_fast.algorithms.program import Hvp, Pointwise
+from maml_fast.algorithms.updates import made
 from maml_fast.backends import dispatch
 from maml_fast.backends.agreement import ROUNDINGS, errors_of, judge, order_of
 from maml_fast.backends.triton import TritonBackend
 from maml_fast.backends.triton.kernels import slots, tiles
+from maml_fast.backends.triton.layers.network import Network
 from maml_fast.backends.triton.memory import Memory
 from maml_fast.backends.triton.runtime import call, executor, slot_functions
+from maml_fast.backends.triton.runtime.fused_updates import direct
 from maml_fast.backends.triton.runtime.launches import launches
 from maml_fast.backends.triton.runtime.numbers import Numbers
 from maml_fast.backends.triton.runtime.resident import TaskMajor
+from maml_fast.graph.expressions import variable
 
 Settings = dict[str, Any]
 Make = Callable[[nn.Module], Settings]
@@ -113,12 +119,12 @@ def _moved(x: Tensor, rounding: int) -> Tensor:
 def agrees(network: Callable[[], nn.Module], make: Make, steps: int = 2, backend: str = "triton-wide") -> None:
     """By the rule of `verify` and of the self-check."""
 
-    def made(model: nn.Module) -> Settings:
+    def stepped(model: nn.Module) -> Settings:
         return {"steps": steps} | make(model)
 
-    found = observed(backend, torch.float32, network, made)
-    expected = observed("reference", torch.float64, network, made)
-    peers = (observed("reference", torch.float32, network, made, rounding) for rounding in range(ROUNDINGS))
+    found = observed(backend, torch.float32, network, stepped)
+    expected = observed("reference", torch.float64, network, stepped)
+    peers = (observed("reference", torch.float32, network, stepped, rounding) for rounding in range(ROUNDINGS))
     orders = {kind: order_of(kind, steps, False) for kind in found}
     errors = judge(errors_of(found, expected), (errors_of(p, expected) for p in peers), orders, torch.float32)
     assert all(e.ok for e in errors), [e for e in errors if not e.ok]
@@ -252,10 +258,11 @@ CLIPS = {"value": mf.Clip(value=0.02), "norm": mf.Clip(norm=0.1), "not": mf.Clip
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("name", ["plain", "adam"])
+@pytest.mark.parametrize("name", ["plain", "adam", "signs"])
 def test_clipping(name: str, clip: str) -> None:
-    rule = mf.SGD if name == "plain" else lambda lr: mf.Adam(lr, eps=1e-2)
-    agrees(dense, lambda model: {"inner": rule(scalar(0.1)), "clip": CLIPS[clip]}, 2)
+    """Where parameters move by functions that differ, as with signs, several launches find parts of one sum."""
+    make = {"plain": mf.SGD, "adam": lambda lr: mf.Adam(lr, eps=1e-2), "signs": lambda lr: Signs()}[name]
+    agrees(dense, lambda model: {"inner": make(scalar(0.1)), "clip": CLIPS[clip]}, 2)
 
 
 GRADIENTS: dict[str, mf.Unrolled | mf.Implicit | mf.Displacement] = {
@@ -373,6 +380,31 @@ def test_same_bits_every_time_and_the_same_numbers_in_chunks(monkeypatch: pytest
     chunked = gradients(wide(dense, everything), dense)
     a, b = (torch.cat([v.flatten() for v in of]) for of in (chunked, first))
     assert (a - b).norm() <= 1e-6 * b.norm()
+
+
+def test_what_is_the_same_for_all_elements_is_computed_in_double_precision() -> None:
+    """1 − β² of a β of 0.9999 has a few digits left in single precision."""
+    moved = []
+    for backend in ("triton-wide", "reference"):
+        model, data = dense(), batch(dense, wanted=False)
+        maml = mf.MAML(model, inner=mf.Adam(0.1, betas=(0.9, 0.9999)), steps=2, loss="mse", backend=backend)
+        adapted = maml.adapt(*data[:2]).parameters
+        moved.append(torch.cat([(adapted[n] - p).detach().flatten() for n, p in model.named_parameters()]))
+    assert (moved[0] - moved[1]).norm() <= 1e-5 * moved[1].norm()
+
+
+def test_a_product_that_a_function_reads_is_written() -> None:
+    """And not only subtracted from λ by the kernels that make it."""
+    data, maml = batch(dense, wanted=False), wide(dense, RULES["momentum"])
+    plan = maml._prepare(Mode.META_GRADIENT, *data).call.plan
+    graph, program = plan.trace[0], plan.program
+    assert graph is not None
+    product = next(i.out for i in program.instructions if isinstance(i, Hvp))
+    read = Pointwise(made(("x",), {0: (variable("h"),)}, {}), (product - 1,), (product,))
+    more = replace(program, instructions=(*program.instructions, read))
+    network = Network(plan, graph, fused=True)
+    assert direct(network, program)
+    assert not direct(network, more)
 
 
 def test_one_launch_for_parameters_that_move_alike() -> None:
