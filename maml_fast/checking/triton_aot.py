@@ -48,7 +48,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 _TILES = ("BM", "BN", "BK", "BC", "BR", "BW", "BT", "BI", "BLOCK")
 _OPERANDS = ("a2", "sums", "STRIDE_H", "PRECISION")
 _LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
-_TYPES = {torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
+_TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32"}
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,10 @@ _GENERAL = ("size", "features", "kept", "terms")
 @lru_cache(maxsize=4096)
 def kernel(form: Form) -> Any:
     """The form's kernel."""
-    general = [a for a in form.integers if a in _GENERAL or a[0] == "s"]
+    general = tuple(a for a in form.integers if a in _GENERAL or a[0] == "s")
     if form.summed is not None:
-        return generated("sum_expression_kernel", _summing(form), general)
-    return generated("expression_kernel", _element_wise(form), general)
+        return generated("sum_expression_kernel", tuple(_summing(form)), general)
+    return generated("expression_kernel", tuple(_element_wise(form)), general)
 
 
 def _element_wise(form: Form) -> list[str]:

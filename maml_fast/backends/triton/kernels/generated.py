@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 import types
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import triton
@@ -19,8 +19,9 @@ from . import library
 from .activation import sigmoid
 
 
-def generated(function: str, lines: Sequence[str], general: Sequence[str]) -> Any:
-    """The kernel.
+@lru_cache(maxsize=4096)
+def generated(function: str, lines: tuple[str, ...], general: tuple[str, ...]) -> Any:
+    """The kernel, the same for equal source.
 
     Args:
         function: its name in the source.
@@ -33,4 +34,4 @@ def generated(function: str, lines: Sequence[str], general: Sequence[str]) -> An
     vars(module).update(tl=tl, sigmoid=sigmoid, **{f: getattr(library, f) for f in library.FUNCTIONS})
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     exec(compile(source, file, "exec"), vars(module))
-    return triton.jit(vars(module)[function], do_not_specialize=list(general))
+    return triton.jit(vars(module)[function], do_not_specialize=general)

@@ -7,6 +7,7 @@ A program has a task and a block of one parameter's elements, a row of the table
     n0, …             where in `rates` the numbers are that are the same for all elements
 
 What is the same for all elements is computed once, in float64, as PyTorch's optimizers compute with Python's numbers.
+The constants in it are operands: Adam's steps differ in an exponent, and share a kernel.
 """
 
 from __future__ import annotations
@@ -71,6 +72,13 @@ class SlotForm:
         return tuple(int(v[1:]) for v in self._read if v[0] == "n" and v not in self.function.uniform)
 
     @cached_property
+    def constants(self) -> tuple[Expression, ...]:
+        """Those that are read where all elements have the same."""
+        order = in_order(list(self.roots))
+        alike = of_uniform(order, self.function.uniform)
+        return tuple(dict.fromkeys(a for x in order if x in alike for a in x.arguments if a.name == "constant"))
+
+    @cached_property
     def _read(self) -> list[str]:
         read = {str(x.value) for x in in_order(list(self.roots)) if x.name == "variable"}
         return [v for v in self.function.given if v in read]
@@ -79,7 +87,8 @@ class SlotForm:
     def arguments(self) -> tuple[str, ...]:
         """Names of arrays, of distances between tasks, and of sizes."""
         arrays = [*(f"p_{v}" for v in (*self.slots, *self.scalars)), *(f"at{i}" for i in self.each)]
-        arrays += [*(["rates"] if self.uniform or self.each else []), *(f"out{i}" for i in self.stored)]
+        arrays += ["rates"] if self.uniform or self.each else []
+        arrays += [*(["constants"] if self.constants else []), *(f"out{i}" for i in self.stored)]
         steps = [*(f"p_{v}_t" for v in self.slots), *(["c_t"] if self.scalars else [])]
         steps += [f"out{i}_t" for i in self.stored]
         sums = [*(["first", "total"] if self.function.sums else []), *(["own"] if self.wide else [])]
@@ -101,7 +110,7 @@ def kernel(form: SlotForm) -> Any:
         f"def slots_kernel({', '.join(arguments)}, BLOCK: tl.constexpr):",
         *(f"    {line}" for line in _body(form)),
     ]
-    return generated("slots_kernel", lines, [a for a in arguments if a in _GENERAL])
+    return generated("slots_kernel", tuple(lines), tuple(a for a in arguments if a in _GENERAL))
 
 
 def _body(form: SlotForm) -> Iterator[str]:
@@ -119,7 +128,8 @@ def _body(form: SlotForm) -> Iterator[str]:
     yield from (f"v_{s} = tl.load(p_{s} + t * p_{s}_t + i, mask=inside, other=0.0)" for s in form.slots)
     for n in form.each:
         yield f"v_n{n} = tl.load(rates + tl.load(at{n} + i, mask=inside, other=0), mask=inside, other=0.0)"
-    names, lines = _computed(roots, form.function.uniform)
+    yield from (f"w_k{i} = tl.load(constants + {i})" for i in range(len(form.constants)))
+    names, lines = _computed(roots, form)
     yield from lines
     yield from (f"y{r} = tl.where(inside, {names[e]}, 0.0)" for r, e in enumerate(roots))
     if form.stored:
@@ -138,7 +148,7 @@ def _parts(form: SlotForm) -> Iterator[str]:
     scalars = wides = 0
     for r, wide in enumerate(form.wide, root + sums):
         if wide:
-            at = f"own + {form.wide.count(False)} * blocks + {wides} * elements"
+            at = f"own + {form.wide.count(False)} * blocks + {wides} * elements.to(tl.int64)"
             yield f"tl.store(parts + ({at} + tl.load(row + 2) + tl.arange(0, BLOCK)), y{r}, mask=inside)"
             wides += 1
         else:
@@ -146,28 +156,26 @@ def _parts(form: SlotForm) -> Iterator[str]:
             scalars += 1
 
 
-def _computed(roots: list[Expression], uniform: frozenset[str]) -> tuple[dict[Expression, str], list[str]]:
+def _computed(roots: list[Expression], form: SlotForm) -> tuple[dict[Expression, str], list[str]]:
     """What each root is called, in float32, and the lines that compute it."""
     order = in_order(roots)
-    alike = of_uniform(order, uniform)
-    narrow, double, lines = dict[Expression, str](), dict[Expression, str](), list[str]()
+    alike = of_uniform(order, form.function.uniform)
+    single, lines = dict[Expression, str](), list[str]()
+    double = {x: f"w_k{i}" for i, x in enumerate(form.constants)}
 
-    def single(x: Expression) -> str:
-        if x not in narrow:
-            narrow[x] = f"u{len(narrow)}"
-            lines.append(f"{narrow[x]} = {number(x.value) if x.name == 'constant' else f'{double[x]}.to(tl.float32)'}")
-        return narrow[x]
+    def name_of(x: Expression) -> str:
+        if x not in single:
+            text = number(x.value) if x.name == "constant" else f"{double[x]}.to(tl.float32)"
+            single[x] = f"u{len(lines)}"
+            lines.append(f"{single[x]} = {text}")
+        return single[x]
 
     for x in order:
         if x.name == "variable":
-            (double if x in alike else narrow)[x] = f"{'w' if x in alike else 'v'}_{x.value}"
-        elif x not in alike:
-            text = primitive(x, [single(a) for a in x.arguments])
-            narrow[x] = f"u{len(narrow)}"
-            lines.append(f"{narrow[x]} = {text}")
-        else:
-            made = [double[a] for a in x.arguments]
-            text = primitive(x, made, double=True) if made else number(x.value, double=True)
-            double[x] = f"w{len(double)}"
-            lines.append(f"{double[x]} = {text}")
-    return {x: single(x) for x in roots}, lines
+            (double if x in alike else single)[x] = f"{'w' if x in alike else 'v'}_{x.value}"
+        elif x.arguments:
+            arguments = [double[a] if x in alike else name_of(a) for a in x.arguments]
+            text = primitive(x, arguments, double=x in alike)
+            (double if x in alike else single)[x] = name = f"{'w' if x in alike else 'u'}{len(lines)}"
+            lines.append(f"{name} = {text}")
+    return {x: name_of(x) for x in roots}, lines

@@ -9,16 +9,16 @@ import numpy as np
 from ....graph.expressions import Expression
 
 
-def number(value: float, double: bool = False) -> str:
-    """A constant as a tensor, so that arithmetic with it is of its type."""
+def number(value: float) -> str:
+    """As float32, and a tensor, so that arithmetic with it is float32's."""
     with np.errstate(over="ignore"):
-        rounded = float(value) if double else float(np.float32(value))
+        rounded = float(np.float32(value))
     text = repr(rounded) if np.isfinite(rounded) else f'float("{rounded}")'
-    return f"tl.full((), {text}, tl.float{64 if double else 32})"
+    return f"tl.full((), {text}, tl.float32)"
 
 
 def primitive(x: Expression, arguments: list[str], double: bool = False) -> str:
-    """A primitive of what is written."""
+    """A primitive of what is written; all of it in float64 if `double`."""
     return (_DOUBLE if double and x.name in _DOUBLE else WRITTEN)[x.name](*arguments)
 
 

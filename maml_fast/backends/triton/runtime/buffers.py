@@ -23,7 +23,7 @@ class Buffers:
 
     Attributes:
         theta: (total,) parameters. numbers: the inner rule's, and their gradients.
-        rate_at: for each set of rates of plain gradient descent the places of its rates; see `Numbers.places`.
+        rate_at: where they are, see `Numbers.places`; of plain gradient descent's for each set of rates.
         statics: of layers by their index, as their kinds say.
         batches: inputs and targets by `Batch`. given: (T, adapting). adapted: (T, total).
         seed: of the random numbers, where any are drawn. outside: see `kernels/outside.py`, where anything is refused.
@@ -58,11 +58,10 @@ class Buffers:
         self.losses = numbers(t, wanted=plan.mode in (Mode.LOSS, Mode.META_GRADIENT))
         self.outputs = numbers(*outputs, wanted=plan.needs.outputs or plan.mode in (Mode.QUERY_OUTPUTS, Mode.APPLY))
         self.gradient = numbers(flat.trainable, wanted=reverse)
-        sets = 0 if plan.updates is not None else plan.rate_sets
-        of = rates.regions if plan.updates is None else slot_functions.regions
-        wanted = of(plan, network) if reverse and any(plan.needs.rates) else None
-        self.numbers = Numbers(plan.rates.shapes, flat, device, wanted)
-        self.rate_at = [self.numbers.places(rates.owners(plan, network, s)) for s in range(sets)]
+        wanted = reverse and any(plan.needs.rates)
+        of = rates if plan.updates is None else slot_functions
+        self.numbers = Numbers(plan.rates.shapes, flat, device, of.regions(plan, network) if wanted else None)
+        self.rate_at = [self.numbers.places(o) for o in of.owners(plan, network)]
 
     def bytes(self) -> int:
         """How much memory they take."""

@@ -20,7 +20,7 @@ from ..kernels.launch import Launch
 from ..kernels.vectors import segments
 from ..layers.network import Flat
 
-Owners = Sequence[tuple[int, int]]
+Owners = tuple[tuple[int, int], ...]
 """Parameters, each with the number that is its own there."""
 
 
@@ -63,7 +63,7 @@ class Numbers:
         self.starts = [sum(sizes[:n]) for n in range(len(sizes))]
         self.values = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
         self.views = [piece.view(s) for piece, s in zip(self.values.split(sizes), shapes, strict=True)]
-        self._places: dict[tuple[tuple[int, int], ...], Tensor] = {}
+        self._places: dict[Owners, Tensor] = {}
         self._regions = regions
         self.sums: Tensor | None = None
         if regions is not None:
@@ -74,16 +74,15 @@ class Numbers:
 
     def places(self, owners: Owners) -> Tensor:
         """(adapting,) int32: where in `values` the number of every element is, 0 for parameters without one."""
-        key = tuple(owners)
-        if key not in self._places:
+        if owners not in self._places:
             found = torch.zeros(self._flat.adapting, dtype=torch.int32)
             for p, number in owners:
                 own = torch.zeros(self._flat.shapes[p], dtype=torch.int32)
                 if not self.is_scalar(number):
                     own = torch.arange(own.numel(), dtype=torch.int32).view(own.shape)
                 self._flat.view(found, p).copy_(self.starts[number] + own)
-            self._places[key] = found.to(self._device)
-        return self._places[key]
+            self._places[owners] = found.to(self._device)
+        return self._places[owners]
 
     def tensors(self) -> list[Tensor]:
         """All that takes memory."""

@@ -10,18 +10,19 @@ from ..layers.network import Network
 from .numbers import Owners, Region
 
 
-def owners(plan: Plan, network: Network, rates: int) -> Owners:
-    """Every parameter that adapts, with its rate in a set of rates."""
-    return tuple((p, plan.rates.of(rates, p)) for p in sorted(network.flat.adapting_set))
+def owners(plan: Plan, network: Network) -> list[Owners]:
+    """For each set of rates every parameter that adapts, with its rate."""
+    adapting = sorted(network.flat.adapting_set)
+    return [tuple((p, plan.rates.of(rates, p)) for p in adapting) for rates in range(plan.rate_sets)]
 
 
 def regions(plan: Plan, network: Network) -> dict[Hashable, Region]:
     """For each set of rates −Σ g ∘ λ of all elements."""
     flat = network.flat
     found: dict[Hashable, Region] = {}
-    for rates in range(plan.rate_sets):
+    for rates, owned in enumerate(owners(plan, network)):
         found[rates] = region = Region(flat.adapting)
-        for p, number in owners(plan, network, rates):
+        for p, number in owned:
             where = flat.slice(p)
             if math.prod(plan.rates.shapes[number]) == 1:
                 region.ranges.append((number, where.start, where.stop))

@@ -7,7 +7,7 @@ each block of those of scalar numbers, all elements of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from ..kernels import slots, vectors
 from ..kernels.launch import Launch
 from ..kernels.slot_source import SlotForm
 from ..layers.network import Network
-from .numbers import Numbers, Region
+from .numbers import Numbers, Owners, Region
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Group:
                 end = min(begin + slots.BLOCK, where.stop)
                 self.blocks.append(Block(p, begin, end, self.elements))
                 self.elements += end - begin
+
+    @property
+    def owners(self) -> dict[int, Owners]:
+        """Of the numbers with elements, whose they are."""
+        return {n: tuple((p, of.numbers[n]) for p, of in self.members.items()) for n in self.form.each}
 
     @property
     def key(self) -> Hashable:
@@ -121,8 +126,17 @@ def parts(plan: Plan, network: Network, program: Program) -> int:
 
 def regions(plan: Plan, network: Network) -> dict[Hashable, Region]:
     """Where the gradients of the rule's numbers add up: steps whose parameters have the same ones share a region."""
-    layouts = _layouts(plan, network, plan.program).values()
-    return {group.key: group.region for layout in layouts for group in layout.groups if group.form.wide}
+    return {group.key: group.region for group in _groups(plan, network) if group.form.wide}
+
+
+def owners(plan: Plan, network: Network) -> set[Owners]:
+    """Of all numbers with elements, whose they are."""
+    return {of for group in _groups(plan, network) for of in group.owners.values()}
+
+
+def _groups(plan: Plan, network: Network) -> Iterator[Group]:
+    for layout in _layouts(plan, network, plan.program).values():
+        yield from layout.groups
 
 
 class SlotFunctions:
@@ -149,12 +163,8 @@ class SlotFunctions:
         device = numbers.values.device
         groups = [group for layout in self._layouts.values() for group in layout.groups]
         self._tables = {group: group.table(numbers).to(device) for group in groups}
-        self._places = {group: self._places_of(group) for group in groups}
-
-    def _places_of(self, group: Group) -> dict[str, Tensor]:
-        """Where the numbers with elements are."""
-        members = group.members.items()
-        return {f"at{n}": self._numbers.places(tuple((p, of.numbers[n]) for p, of in members)) for n in group.form.each}
+        of_forms = {group.form: [x.value for x in group.form.constants] for group in groups}
+        self._constants = {f: torch.tensor(of, dtype=torch.float64, device=device) for f, of in of_forms.items()}
 
     def run(self, i: Pointwise, tasks: int) -> None:
         """One instruction for the tasks at hand."""
@@ -172,7 +182,8 @@ class SlotFunctions:
         """What a launch takes, by name."""
         form = group.form
         given: dict[str, Tensor | int] = {"table": self._tables[group], "rates": self._numbers.values}
-        given |= self._places[group]
+        given |= {"constants": self._constants[form]}
+        given |= {f"at{n}": self._numbers.places(owners) for n, owners in group.owners.items()}
         ins = dict(zip(i.function.reads, i.ins, strict=True))
         outs = {f"out{place}": self._slot(i.outs[place]) for place in form.stored}
         read = {f"p_{name}": self._slot(ins[name]) for name in form.slots} | outs
