@@ -417,6 +417,16 @@ def test_one_launch_for_parameters_that_move_alike() -> None:
         assert ("parts" in maml.explain(*data, level="program")) == (make is not RULES["adam"])
 
 
+def test_more_steps_need_no_more_kernels() -> None:
+    """Constants in which Adam's steps differ are operands; small powers are products."""
+    kinds = []
+    for steps in (6, 9):
+        maml = mf.MAML(dense(), inner=mf.Adam(scalar(0.02)), steps=steps, loss="mse", backend="triton-wide")
+        plan = maml._prepare(Mode.META_GRADIENT, *batch(dense, wanted=False)).call.plan
+        kinds.append(len({kernel for kernel, *_ in launches(plan) if kernel.fn.__name__ == "slots_kernel"}))
+    assert kinds[0] == kinds[1]
+
+
 # ---- what is declined --------------------------------------------------------------------------------------
 
 
