@@ -11,7 +11,8 @@ OLDEST := $(VENV)/triton-3.6.0
 pytest := OMP_NUM_THREADS=1 $(bin)/python -m pytest
 parallel := -n auto --maxprocesses 4 --maxschedchunk 1
 compiled := tests/test_triton_aot.py
-interpreted := tests/test_triton_interpreter.py tests/test_triton_resident.py tests/test_triton_families.py
+interpreted := tests/test_triton_interpreter.py tests/test_triton_resident.py tests/test_triton_families.py \
+    tests/test_triton_algorithms.py
 also_interpreted := tests/test_triton_tuning.py tests/test_triton_extremes.py
 without_gpu := $(addprefix --ignore=,$(compiled) $(interpreted) $(also_interpreted))
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt

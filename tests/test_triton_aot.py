@@ -10,6 +10,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,24 +74,32 @@ def test_kernels_compile_within_the_limits(capability: int, tmp_path: Path) -> N
     assert _precisions(rows, "resident") == (precisions if capability == 90 else {"ieee"})
 
 
-def _chosen_of_families(capability: int) -> list[int]:
+def _chosen_of(kind: str, capability: int) -> list[int]:
     from maml_fast.checking import triton_aot as aot
 
-    return [n for n, (of, _) in enumerate(aot.family_work()) if of == capability]
+    return [n for n, (of, _) in enumerate(aot.WORK[kind]()) if of == capability]
 
 
-def _compiled_family(n: int) -> tuple[str, int, Any]:
+def _compiled_of(kind: str, n: int) -> Row:
     from maml_fast.checking import triton_aot as aot
 
-    return aot.compile_family(n)
+    return aot.compile_of(kind, n)
 
 
+KERNELS = {
+    "families": ("sum_expression", "philox.draw", "lookup.lookup ", "lookup.lookup_gradient", "outside.check"),
+    "algorithms": (".slots ", "slots.sum_blocks", "vectors.sum_tasks b=None BT"),
+}
+"""Of each kind of work some that it must have; the last one sums up what is weighted."""
+
+
+@pytest.mark.parametrize("kind", KERNELS)
 @pytest.mark.parametrize("capability", sorted(CAPABILITIES, key=lambda c: c != 90))
-def test_kernels_of_families_compile_within_the_limits(capability: int, tmp_path: Path) -> None:
+def test_further_kernels_compile_within_the_limits(capability: int, kind: str, tmp_path: Path) -> None:
     """Those whose source is made for an expression among them."""
-    rows = _within_the_limits(capability, tmp_path, _chosen_of_families, _compiled_family, 8)
-    kernels = ("sum_expression", "philox.draw", "lookup.lookup ", "lookup.lookup_gradient", "outside.check")
-    assert all(any(kernel in name for name, _, _ in rows) for kernel in kernels)
+    chosen, compiled = partial(_chosen_of, kind), partial(_compiled_of, kind)
+    rows = _within_the_limits(capability, tmp_path, chosen, compiled, 8)
+    assert all(any(kernel in name for name, _, _ in rows) for kernel in KERNELS[kind])
 
 
 def _precisions(rows: list[tuple[str, int, Any]], kernel: str) -> set[str]:

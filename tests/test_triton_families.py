@@ -22,7 +22,7 @@ from maml_fast import MAML, cases
 from maml_fast.algorithms import maml as algorithm
 from maml_fast.backends import agreement, dispatch, philox
 from maml_fast.backends.triton import TritonBackend
-from maml_fast.backends.triton.kernels import expression_source, launch, tiles
+from maml_fast.backends.triton.kernels import launch, tiles, written
 from maml_fast.backends.triton.kernels.expressions import Pointwise
 from maml_fast.backends.triton.kernels.gather import Array, both_ways, gather
 from maml_fast.backends.triton.kernels.largest import Largest
@@ -507,7 +507,7 @@ def test_values_of_the_task(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_declines_primitives_that_nobody_has_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(expression_source.WRITTEN, "cos")
+    monkeypatch.delitem(written.WRITTEN, "cos")
     model = nn.Sequential(nn.Linear(4, 6), test_families.Lambda(torch.cos))
     assert "layer cos is made of cos, which has no kernel" in declined(model, 6)
 

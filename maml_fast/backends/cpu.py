@@ -160,10 +160,7 @@ def _unsupported(plan: Plan, graph: Graph) -> list[str]:
         reasons.append("gradients with respect to query inputs of losses at several steps")
     apart = [i for i, starts in enumerate(plan.starts) if starts and not plan.adapts[i]]
     reasons += [f"parameter {plan.model.names[i]!r} starts from the task's data and does not adapt" for i in apart]
-    if plan.updates is not None:
-        used = graph.used_parameters()
-        idle = [n for i, n in enumerate(plan.model.names) if plan.adapts[i] and i not in used]
-        reasons += [f"the inner rule moves parameter {n!r}, which the loss does not use" for n in idle]
+    reasons += [f"the inner rule moves parameter {n!r}, which the loss does not use" for n in plan.moved_in_vain]
     for op in graph.live_ops():
         if op.kind not in KINDS and op.kind not in ACTIVATIONS and op.kind not in ("reshape", "spatial_mean"):
             reasons.append(f"layer {op.kind} has no kernel")

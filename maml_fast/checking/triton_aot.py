@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
@@ -23,7 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..algorithms.goal import Mode
+from ..algorithms.gradients import Clip, Displacement, Implicit
+from ..algorithms.rules import SGD, Adam, AdamW, RMSprop
 from ..api.maml import MAML
+from ..api.rates import per_step
 from ..backends.triton import TritonBackend
 from ..backends.triton.kernels import tiles
 from ..backends.triton.kernels.launch import OPTIONS
@@ -44,7 +48,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 _TILES = ("BM", "BN", "BK", "BC", "BR", "BW", "BT", "BI", "BLOCK")
 _OPERANDS = ("a2", "sums", "STRIDE_H", "PRECISION")
 _LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
-_TYPES = {torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
+_TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32"}
 
 
 @dataclass(frozen=True)
@@ -231,14 +235,30 @@ def work(every: bool = False, tuned: bool = True) -> tuple[tuple[int, Instance],
     return tuple(pairs | {(90, i): None for one in hardest.values() for i in candidates(one)})
 
 
+Call = tuple[MAML, tuple[Data, Data, Data, Data]]
+
+
 @cache
 def family_work() -> tuple[tuple[int, Instance], ...]:
     """Pairs of capability and instance: what the cases with operations of families need and `work` has nothing like."""
+    problems = [case.build(torch.float32) for case in select(tag="families")]
+    calls: list[Call] = [(problem.maml("reference"), problem.batch) for problem in problems]
+    return _new_in([*calls, _with_loss_of_labels(problems[0]), _with_tables_and_random_numbers()])
+
+
+@cache
+def algorithm_work() -> tuple[tuple[int, Instance], ...]:
+    """The same of inner rules, clipping, modes of the gradient, and losses at several steps."""
+    return _new_in([_small(**settings) for settings in _algorithms()])
+
+
+WORK = {"families": family_work, "algorithms": algorithm_work}
+
+
+def _new_in(calls: Sequence[Call]) -> tuple[tuple[int, Instance], ...]:
+    """Of the calls' kernels those that `work` has nothing like."""
     known = {_kind(i) for plan in plans().values() for i in instances(plan)}
     found: dict[object, Instance] = {}
-    problems = [case.build(torch.float32) for case in select(tag="families")]
-    calls = [(problem.maml("reference"), problem.batch) for problem in problems]
-    calls += [_with_loss_of_labels(problems[0]), _with_tables_and_random_numbers()]
     for maml, batch in calls:
         plan = maml._prepare(Mode.META_GRADIENT, *batch).call.plan
         graph = plan.trace[0]
@@ -253,7 +273,7 @@ def _kind(i: Instance) -> object:
     return i.variant, tuple(t for _, t in i.signature if t.startswith("*"))
 
 
-def _with_loss_of_labels(problem: Problem) -> tuple[MAML, tuple[Data, Data, Data, Data]]:
+def _with_loss_of_labels(problem: Problem) -> Call:
     """A loss of no name that reads labels."""
 
     def loss(z: Tensor, y: Tensor) -> Tensor:
@@ -278,15 +298,60 @@ class _Words(nn.Module):
         return self.head(h * x) + F.one_hot(tokens[:, 1], 3)
 
 
-def _with_tables_and_random_numbers() -> tuple[MAML, tuple[Data, Data, Data, Data]]:
+def _with_tables_and_random_numbers() -> Call:
     tokens, x, y = torch.zeros(3, 5, 6, dtype=torch.int64), torch.zeros(3, 5, 12), torch.zeros(3, 5, 3)
     maml = MAML(_Words(), 0.1, loss="mse", backend="reference", check="never")
     return maml, ((tokens, x), y, (tokens, x), y)
 
 
-def compile_family(n: int) -> tuple[str, int, Usage]:
-    """The same as `compile_nth` of one piece of `family_work`."""
-    capability, instance = family_work()[n]
+class _Own(nn.Module):
+    """A rule with functions of elements, and of what is the same for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate, self.power = nn.Parameter(torch.tensor(-2.0)), nn.Parameter(torch.tensor(0.5))
+
+    def init(self, theta: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(theta)
+
+    def update(self, theta: Any, gradient: Any, state: Any, step: int) -> tuple[Any, Any]:
+        rate = self.rate.sigmoid() * torch.tanh(self.power).exp() ** self.power / (1 + self.power.erf() ** 2).sqrt()
+        return {n: p - rate * torch.tanh(gradient[n]) * torch.erf(p - state[n]) for n, p in theta.items()}, state
+
+
+def _algorithms() -> Iterator[dict[str, Any]]:
+    """Settings whose kernels differ."""
+    learned = [nn.Parameter(torch.tensor(v)) for v in (0.1, 0.9, 0.8, 1e-3)]
+    elements = [
+        {n: nn.Parameter(0.1 * torch.rand_like(p)) for n, p in _small_network().named_parameters()} for _ in range(2)
+    ]
+    lr, a, b, eps = learned
+    yield {"inner": SGD(0.1, momentum=0.9, dampening=0.1, weight_decay=0.1), "step_weights": (0.2, 0.3, 0.5)}
+    yield {"inner": SGD(lr, momentum=a, nesterov=True)}
+    yield {"inner": Adam(0.1)}
+    yield {"inner": Adam(lr, betas=(a, b), eps=eps, weight_decay=0.1), "clip": Clip(norm=0.1)}
+    yield {"inner": AdamW(elements[0], betas=(elements[1], b)), "clip": Clip(value=0.1)}
+    yield {"inner": RMSprop(lr, alpha=a, centered=True, momentum=b, weight_decay=0.1)}
+    yield {"inner": _Own()}
+    yield {"lr": per_step([elements[0], lr])}
+    yield {"lr": 0.1, "gradient": Implicit(1.0, iterations=2)}
+    yield {"lr": 0.1, "gradient": Implicit(1.0, "neumann", iterations=2)}
+    yield {"lr": 0.1, "gradient": Displacement()}
+
+
+def _small_network() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+
+
+def _small(lr: Any = None, **settings: Any) -> Call:
+    data = [torch.zeros(3, 5, size) for size in (4, 2, 4, 2)]
+    maml = MAML(_small_network(), lr, steps=2, loss="mse", backend="reference", check="never", **settings)
+    return maml, (data[0], data[1], data[2], data[3])
+
+
+def compile_of(kind: str, n: int) -> tuple[str, int, Usage]:
+    """The same as `compile_nth` of one piece of `WORK`."""
+    capability, instance = WORK[kind]()[n]
     return instance.name, capability, compile(instance, capability)
 
 
@@ -312,8 +377,8 @@ def main() -> None:
         if TritonBackend().variant(plan) == "resident":
             print(f"{name}, resident: {len(launches(plan, 'resident'))} launches a call")
     rows = (compile_nth(n, every=True) for n in range(len(work(every=True))))
-    families = map(compile_family, range(len(family_work())))
-    for name, capability, usage in chain(rows, families):
+    others = (compile_of(kind, n) for kind, pieces in WORK.items() for n in range(len(pieces())))
+    for name, capability, usage in chain(rows, others):
         print(f"{capability:4d} {usage.shared:6d} B {usage.registers:3d} regs {usage.spills:4d} B spilt  {name}")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..graph.expressions import Expression
 from ..graph.expressions.language import in_order
-from .uniform import gathered
+from .uniform import gathered, of_uniform
 
 Step = tuple[str, int, int, int, int]
 """Primitive, the place it writes, and those it reads, −1 for none."""
@@ -53,7 +53,7 @@ def _code(
     constants = [x for x in order if x.name == "constant"]
     places |= {c: given + i for i, c in enumerate(constants)}
     first_register = given + len(constants)
-    alike = set() if uniform is None else _uniform(order, uniform)
+    alike = set() if uniform is None else of_uniform(order, uniform)
     calls = sorted((x for x in order if x.arguments), key=lambda x: x not in alike)
     last_use = {a: i for i, x in enumerate(calls) for a in x.arguments}
     last_use |= dict.fromkeys(outputs, len(calls))
@@ -73,16 +73,6 @@ def _code(
     numbers = tuple(float(c.value) for c in constants)
     count = sum(x in alike for x in calls)
     return Code(numbers, registers, tuple(steps), tuple(places[x] for x in outputs), count)
-
-
-def _uniform(order: Sequence[Expression], variables: Set[str]) -> set[Expression]:
-    """What is computed of these variables and constants alone."""
-    found: set[Expression] = set()
-    for x in order:
-        given = x.name == "constant" or str(x.value) in variables
-        if all(a in found for a in x.arguments) if x.arguments else given:
-            found.add(x)
-    return found
 
 
 def _place(variable: str, operands: int) -> int:

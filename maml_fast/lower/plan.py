@@ -164,6 +164,14 @@ class Plan:
         first = step * self.support
         return structure.mapped(data, lambda v: v[first : first + self.support])
 
+    @cached_property
+    def moved_in_vain(self) -> tuple[str, ...]:
+        """The parameters that a rule may move without a gradient: the loss does not use them."""
+        graph = self.trace[0]
+        used = set() if graph is None else graph.used_parameters()
+        rows = zip(self.model.names, self.adapts, strict=True)
+        return tuple(n for i, (n, adapts) in enumerate(rows) if self.updates is not None and adapts and i not in used)
+
     @property
     def draws(self) -> bool | None:
         """Whether the model or the loss draws random numbers; None where no capture came to its end."""
@@ -278,7 +286,8 @@ class Plan:
     @cached_property
     def lean_program(self) -> Program:
         """The same with tapes recomputed, which needs the least memory."""
-        return maml.emit(self, save=False)
+        with lock:
+            return maml.emit(self, save=False)
 
     def saved_tapes_bytes(self) -> int:
         """About what one task's tapes of all inner steps take: of every op a value, a delta, and up to two more."""

@@ -40,6 +40,16 @@ def gathered(expressions: Sequence[Expression], uniform: Set[str]) -> list[Expre
     return [known[id(x)].whole() for x in expressions]
 
 
+def of_uniform(order: Sequence[Expression], variables: Set[str]) -> set[Expression]:
+    """What is computed of these variables and constants alone, among expressions whose arguments come before them."""
+    found: set[Expression] = set()
+    for x in order:
+        given = x.name == "constant" or str(x.value) in variables
+        if all(a in found for a in x.arguments) if x.arguments else given:
+            found.add(x)
+    return found
+
+
 def _part(x: Expression, of: Sequence[_Part], uniform: Set[str]) -> _Part:
     if not of:
         return _Part(x, None) if x.name == "constant" or str(x.value) in uniform else _Part(_ONE, x)

@@ -42,7 +42,7 @@ class TritonBackend(Backend):
     def why_not(self, plan: Plan) -> list[str]:
         reasons = why_not_machine(plan)
         graph, untraceable = plan.trace
-        reasons += untraceable
+        reasons += [*untraceable, *filter(None, [plan.traced_rule[1]])]
         if graph is None or reasons:
             return reasons
         reasons += why_not_network(plan, graph)

@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from ...algorithms.gradients import Unrolled
+from ...algorithms.program import Pointwise
 from ...graph.expressions.language import TRANSPARENT, in_order
 from ...graph.graph import ACTIVATIONS, Graph, Op
 from ...lower.plan import Plan
@@ -54,22 +54,13 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
     from .layers.table import KINDS
 
     reasons = [] if graph.used_parameters() else ["the output depends on no parameter"]
-    if plan.rate_sets > 1:
-        reasons.append("learning rates of each inner step have no kernel")
-    if plan.inner.rule is not None:
-        reasons.append(f"the inner rule {type(plan.inner.rule).__name__} has no kernel")
     if any(plan.starts):
         reasons.append("parameters that start from the task's data have no kernel")
     if plan.sets > 1:
         reasons.append("samples of each inner step's own (per_step=True) have no kernel")
-    if plan.inner.clip is not None:
-        reasons.append("clipped inner gradients have no kernel")
-    if not isinstance(plan.inner.gradient, Unrolled) or plan.inner.gradient.last is not None:
-        reasons.append(f"gradient {type(plan.inner.gradient).__name__} has no kernel")
-    elif plan.kept[1] is not None:
-        reasons.append("inner steps that run again have no kernel")
-    if plan.inner.step_weights:
-        reasons.append("query losses at several steps have no kernel")
+    if plan.inner.step_weights and plan.needs.x_q and plan.mode.differentiates:
+        reasons.append("gradients with respect to query inputs of losses at several steps have no kernel")
+    reasons += [f"the inner rule moves parameter {n!r}, which the loss does not use" for n in plan.moved_in_vain]
     for op in graph.live_ops():
         if op.kind not in KINDS and op.kind != "reshape":
             reasons.append(f"layer {op.kind} has no kernel")
@@ -97,9 +88,9 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
 
 def _why_not_family(graph: Graph, op: Op) -> list[str]:
     """Reasons that lie in what an operation is applied to."""
-    from .kernels.expression_source import WRITTEN
     from .kernels.gather import MOST_TERMS, count
     from .kernels.softmax import WIDEST as SOFTMAX_WIDEST
+    from .kernels.written import WRITTEN
 
     reasons = []
     values = (*op.inputs, op.output)
@@ -147,6 +138,8 @@ def why_not_resident(plan: Plan, graph: Graph) -> list[str]:
         reasons.append("the loss is none of the named ones, which has no instruction in the resident kernel")
     if plan.loss.factors != (1.0, 1.0):
         reasons.append("the loss is a multiple of a mean over samples, which has no instruction in the resident kernel")
+    if any(isinstance(i, Pointwise) for i in plan.program.instructions):
+        reasons.append("functions of parameter-sized vectors have no instruction in the resident kernel")
     classes = graph.features(graph.output)
     if plan.loss.takes_labels and classes > MOST_CLASSES:
         reasons.append(f"cross_entropy over {classes} classes, more than the resident kernel's {MOST_CLASSES}")

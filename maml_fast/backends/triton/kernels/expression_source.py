@@ -11,22 +11,14 @@ One with sums computes the elements of one operand, over the axes along which th
 
 from __future__ import annotations
 
-import hashlib
-import linecache
-import types
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-import triton
-import triton.language as tl
-
 from ....graph.expressions import Expression
 from ....graph.expressions.language import in_order
-from . import library
-from .activation import sigmoid
+from .generated import generated
+from .written import number, primitive
 
 
 @dataclass(frozen=True)
@@ -99,22 +91,11 @@ _GENERAL = ("size", "features", "kept", "terms")
 
 @lru_cache(maxsize=4096)
 def kernel(form: Form) -> Any:
-    """The form's kernel.
-
-    Its source stands where `inspect` looks for what no file holds, which Triton reads it by; kernels of equal source
-    share Triton's cache of compiled code across processes.
-    """
-    lines = _summing(form) if form.summed is not None else _element_wise(form)
-    source = "\n".join(lines) + "\n"
-    name = f"expression_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
-    file = f"<{__name__}.{name}>"
-    module = types.ModuleType(f"{__package__}.{name}", "Generated.")
-    vars(module).update(tl=tl, sigmoid=sigmoid, **{f: getattr(library, f) for f in _LIBRARY})
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    exec(compile(source, file, "exec"), vars(module))
-    made = module.sum_expression_kernel if form.summed is not None else module.expression_kernel
-    general = [a for a in form.integers if a in _GENERAL or a[0] == "s"]
-    return triton.jit(made, do_not_specialize=general)
+    """The form's kernel."""
+    general = tuple(a for a in form.integers if a in _GENERAL or a[0] == "s")
+    if form.summed is not None:
+        return generated("sum_expression_kernel", tuple(_summing(form)), general)
+    return generated("expression_kernel", tuple(_element_wise(form)), general)
 
 
 def _element_wise(form: Form) -> list[str]:
@@ -208,42 +189,7 @@ def _computed(form: Form, indent: str) -> list[str]:
             names[x] = f"v_{x.value}"
             continue
         names[x] = f"u{len(names)}"
-        text = _number(x.value) if x.name == "constant" else WRITTEN[x.name](*(names[a] for a in x.arguments))
+        text = number(x.value) if x.name == "constant" else primitive(x, [names[a] for a in x.arguments])
         lines.append(f"{indent}{names[x]} = {text}")
     ends = [f"{indent}y{r} = tl.where(inside, {names[y]}, 0.0)" for r, y in enumerate(form.outputs)]
     return [*lines, *ends]
-
-
-def _number(value: float) -> str:
-    """As float32, and a tensor, so that arithmetic with it is float32's."""
-    with np.errstate(over="ignore"):
-        rounded = float(np.float32(value))
-    text = repr(rounded) if np.isfinite(rounded) else f'float("{rounded}")'
-    return f"tl.full((), {text}, tl.float32)"
-
-
-_LIBRARY = tuple(library.FUNCTIONS)
-
-WRITTEN: Mapping[str, Callable[..., str]] = {
-    "add": "({} + {})".format,
-    "sub": "({} - {})".format,
-    "mul": "({} * {})".format,
-    "div": "tl.math.div_rn({}, {})".format,
-    "neg": "(-{})".format,
-    "abs": "tl.abs({})".format,
-    "sign": lambda a: f"tl.where({a} > 0.0, 1.0, tl.where({a} < 0.0, -1.0, 0.0))",
-    "sqrt": "tl.math.sqrt_rn({})".format,
-    "sigmoid": "sigmoid({})".format,
-    "pow": "power({}, {})".format,
-    "round": "nearest({})".format,
-    **{name: f"{name}({{}})".format for name in ("exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "erf")},
-    **{name: f"{name}({{}})".format for name in ("floor", "ceil", "trunc")},
-    "fmod": "fmod({}, {})".format,
-    "minimum": lambda a, b: f"tl.where(({a} < {b}) | ({a} != {a}), {a}, {b})",
-    "maximum": lambda a, b: f"tl.where(({a} > {b}) | ({a} != {a}), {a}, {b})",
-    "lt": "tl.where({} < {}, 1.0, 0.0)".format,
-    "le": "tl.where({} <= {}, 1.0, 0.0)".format,
-    "eq": "tl.where({} == {}, 1.0, 0.0)".format,
-    "where": "tl.where({} != 0.0, {}, {})".format,
-}
-"""How each primitive of the language is written."""

@@ -94,8 +94,8 @@ def _of_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
 
         arguments = tl.broadcast(*given) if len(given) == 2 else given
         with np.errstate(all="ignore"):  # lanes without an element hold anything
-            found = function(*(a.handle.data for a in arguments)).astype(np.float32)
-        return tl.tensor(TensorHandle(found, tl.float32), arguments[0].type)
+            found = function(*(a.handle.data for a in arguments)).astype(arguments[0].handle.data.dtype)
+        return tl.tensor(TensorHandle(found, arguments[0].dtype), arguments[0].type)
 
     return apply
 

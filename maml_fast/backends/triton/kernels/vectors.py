@@ -98,7 +98,7 @@ def step_kernel(theta, vector, rates, rate_at, out, size, theta_t, vector_t, out
 
 
 @triton.jit(do_not_specialize=["tasks", "size"])
-def sum_tasks_kernel(a, b, out, f, tasks, size, a_t, b_t, BT: tl.constexpr, BI: tl.constexpr):
+def sum_tasks_kernel(a, b, w, out, f, tasks, size, a_t, b_t, BT: tl.constexpr, BI: tl.constexpr):
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     total = tl.zeros((BT, BI), tl.float32)
     for start in range(0, tasks, BT):
@@ -107,6 +107,8 @@ def sum_tasks_kernel(a, b, out, f, tasks, size, a_t, b_t, BT: tl.constexpr, BI: 
         x = tl.load(a + t[:, None] * a_t + i[None, :], mask=inside, other=0.0)
         if b is not None:
             x *= tl.load(b + t[:, None] * b_t + i[None, :], mask=inside, other=0.0)
+        if w is not None:
+            x *= tl.load(w + t, mask=t < tasks, other=0.0)[:, None]
         total += x
     y = f * tl.sum(total, axis=0)
     tl.store(out + i, tl.load(out + i, mask=i < size, other=0.0) + y, mask=i < size)
@@ -162,11 +164,13 @@ def step(
     )  # fmt: skip
 
 
-def sum_tasks(launch: Launch, out: Tensor, a: Tensor, b: Tensor | None = None, *, f: float = 1.0) -> None:
-    """out += f Σ_t a[t], or f Σ_t a[t] ∘ b[t], always in one order; a, b (T, A), out (A,)."""
+def sum_tasks(
+    launch: Launch, out: Tensor, a: Tensor, b: Tensor | None = None, *, w: Tensor | None = None, f: float = 1.0
+) -> None:
+    """out += f Σ_t w[t] a[t] ∘ b[t], each of w and b where it is given, always in one order; a, b (T, A), out (A,)."""
     tasks, size = a.shape
     b_t = 0 if b is None else b.stride(0)
-    launch(sum_tasks_kernel, blocks(size, 32), a, b, out, f, tasks, size, a.stride(0), b_t, BT=32, BI=32)
+    launch(sum_tasks_kernel, blocks(size, 32), a, b, w, out, f, tasks, size, a.stride(0), b_t, BT=32, BI=32)
 
 
 def sum_segments(launch: Launch, out: Tensor, a: Tensor, begins: Tensor, ends: Tensor) -> None:

@@ -106,7 +106,11 @@ class Flat:
 
     def view(self, vectors: Tensor, parameter: int) -> Tensor:
         """The parameter in (…, total) as (…, *shape), in PyTorch's order of dimensions."""
-        found, shape = vectors[..., self.slice(parameter)], self.shapes[parameter]
+        return self.shaped(vectors[..., self.slice(parameter)], parameter)
+
+    def shaped(self, found: Tensor, parameter: int) -> Tensor:
+        """The parameter's elements (…, size) as (…, *shape)."""
+        shape = self.shapes[parameter]
         if parameter in self.filters:
             return found.unflatten(-1, (shape[0], *shape[2:], shape[1])).movedim(-1, 1 - len(shape))
         return found.unflatten(-1, shape) if shape else found.squeeze(-1)

@@ -11,21 +11,23 @@ from ....algorithms.goal import Mode
 from ....algorithms.program import Batch
 from ....lower.plan import Plan, Result, Tensors
 from ..kernels.outside import UNSET
-from ..kernels.vectors import segments
 from ..layers.network import Network
 from ..layers.table import KINDS
+from . import rates, slot_functions
 from .batch import Given
+from .numbers import Numbers
 
 
 class Buffers:
     """Everything of a call that is not workspace, for all T tasks.
 
     Attributes:
-        theta: (total,) parameters. rates: all rate tensors, flat. rate_at: (adapting,) int32.
+        theta: (total,) parameters. numbers: the inner rule's, and their gradients.
+        rate_at: where they are, see `Numbers.places`; of plain gradient descent's for each set of rates.
         statics: of layers by their index, as their kinds say.
         batches: inputs and targets by `Batch`. given: (T, adapting). adapted: (T, total).
         seed: of the random numbers, where any are drawn. outside: see `kernels/outside.py`, where anything is refused.
-        gradient: (trainable,). rate_products: (adapting,) Σ −g ∘ λ. rate_sums: one a rate.
+        gradient: (trainable,).
     """
 
     def __init__(self, plan: Plan, network: Network, device: torch.device) -> None:
@@ -56,35 +58,10 @@ class Buffers:
         self.losses = numbers(t, wanted=plan.mode in (Mode.LOSS, Mode.META_GRADIENT))
         self.outputs = numbers(*outputs, wanted=plan.needs.outputs or plan.mode in (Mode.QUERY_OUTPUTS, Mode.APPLY))
         self.gradient = numbers(flat.trainable, wanted=reverse)
-        self._place_rates(device, reverse and any(plan.needs.rates))
-
-    def _place_rates(self, device: torch.device, wanted: bool) -> None:
-        plan, flat = self.plan, self.network.flat
-        sizes = [torch.Size(s).numel() for s in plan.rates.shapes]
-        starts = [sum(sizes[:r]) for r in range(len(sizes))]
-        self.rates = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
-        pieces = self.rates.split(sizes)
-        self.rate_views = [piece.view(s) for piece, s in zip(pieces, plan.rates.shapes, strict=True)]
-        places = torch.zeros(flat.adapting, dtype=torch.int32)
-        self.of_rate: list[list[int]] = [[] for _ in sizes]
-        for p in sorted(flat.adapting_set):
-            rate = plan.rates.of(0, p)
-            self.of_rate[rate].append(p)
-            elementwise = plan.rates.shapes[rate] != ()
-            own = torch.arange(flat.sizes[p], dtype=torch.int32).view(plan.model.shapes[p]) if elementwise else 0
-            flat.view(places, p).copy_(torch.as_tensor(starts[rate] + own))
-        self.rate_at = places.to(device)
-        self.rate_products: Tensor | None = None
-        if wanted:
-            ranges = [[(flat.slice(p).start, flat.slice(p).stop) for p in ps] for ps in self.of_rate]
-            first, second = segments(ranges)
-            self.segments = [
-                torch.tensor(list(zip(*rounds, strict=True)) or [[], []], dtype=torch.int32, device=device)
-                for rounds in (first, second)
-            ]
-            self.rate_products = torch.zeros(flat.adapting, dtype=torch.float32, device=device)
-            self.rate_partials = torch.zeros(len(first), dtype=torch.float32, device=device)
-            self.rate_sums = torch.zeros(len(sizes), dtype=torch.float32, device=device)
+        wanted = reverse and any(plan.needs.rates)
+        of = rates if plan.updates is None else slot_functions
+        self.numbers = Numbers(plan.rates.shapes, flat, device, of.regions(plan, network) if wanted else None)
+        self.rate_at = [self.numbers.places(o) for o in of.owners(plan, network)]
 
     def bytes(self) -> int:
         """How much memory they take."""
@@ -94,7 +71,7 @@ class Buffers:
         for value in vars(self).values():
             values = value.values() if isinstance(value, dict) else [value]
             for one in values:
-                many = one.tensors() if isinstance(one, Given) else one if isinstance(one, tuple) else [one]
+                many = one.tensors() if isinstance(one, Given | Numbers) else one if isinstance(one, tuple) else [one]
                 yield from (v for v in many if isinstance(v, Tensor))
 
     # ---- before and after a run ----------------------------------------------------------------
@@ -104,7 +81,7 @@ class Buffers:
         flat, objective = self.network.flat, self.plan.objective
         pairs = [
             *((flat.view(self.theta, i), p) for i, p in enumerate(t.parameters)),
-            *zip(self.rate_views, t.rates, strict=False),
+            *zip(self.numbers.views, t.rates, strict=False),
             *((buffer, objective.tensor(name)) for name, buffer in self.constants.items()),
             *self.batches[Batch.SUPPORT].pairs(t.x_s, t.y_s),
             *self.batches[Batch.QUERY].pairs(t.x_q, t.y_q),
@@ -151,17 +128,8 @@ class Buffers:
             result.parameters = [
                 flat.view(gradient, i).contiguous() if need else None for i, need in enumerate(plan.needs.parameters)
             ]
-            result.rates = [self._rate_gradient(r) if need else None for r, need in enumerate(plan.needs.rates)]
+            result.rates = [self.numbers.gradient(n) if need else None for n, need in enumerate(plan.needs.rates)]
         return result
-
-    def _rate_gradient(self, rate: int) -> Tensor:
-        assert self.rate_products is not None
-        shape, adapted = self.plan.rates.shapes[rate], self.of_rate[rate]
-        if shape == ():
-            return self.rate_sums[rate].clone()
-        if not adapted:
-            return self.rates.new_zeros(shape)
-        return _copy(self.network.flat.view(self.rate_products, adapted[0]))
 
 
 def _copy(x: Tensor) -> Tensor:

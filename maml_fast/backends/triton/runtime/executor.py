@@ -18,6 +18,7 @@ from ....algorithms.program import (
     Hvp,
     Instruction,
     Load,
+    Pointwise,
     Program,
     QueryLoss,
     RateGradient,
@@ -40,6 +41,7 @@ from ..layers.table import KINDS
 from ..memory import Memory
 from .buffers import Buffers
 from .fused_updates import Direct, direct
+from .slot_functions import SlotFunctions
 
 
 class Executor:
@@ -67,20 +69,21 @@ class Executor:
         self.first = self.tasks = 0
         self.directs = direct(network, program)
         self.direct: Direct | None = None
+        self.slot_functions = SlotFunctions(
+            plan, network, program, buffers.numbers, launch, self._slot, self._scalar, self._parts
+        )
 
     def run(self, chunk: int) -> None:
         """All tasks, `chunk` at a time; gradients add up over chunks in order."""
         buffers = self.buffers
         totals = [total for given in buffers.batches.values() for total in given.totals()]
-        for total in (buffers.gradient, buffers.rate_products, buffers.outside, *totals):
+        for total in (buffers.gradient, buffers.numbers.sums, buffers.outside, *totals):
             if total is not None:
                 total.zero_()
         for first in range(0, self.plan.tasks, chunk):
             self.first, self.tasks = first, min(chunk, self.plan.tasks - first)
             self.chunk()
-        if buffers.rate_products is not None and buffers.rate_partials.numel():
-            vectors.sum_segments(self.launch, buffers.rate_partials, buffers.rate_products, *buffers.segments[0])
-            vectors.sum_segments(self.launch, buffers.rate_sums, buffers.rate_partials, *buffers.segments[1])
+        buffers.numbers.finish(self.launch)
 
     def chunk(self) -> None:
         """The program for the tasks at hand."""
@@ -109,6 +112,15 @@ class Executor:
         found = self.memory.view(self.tasks, "slot", slot)
         assert found is not None
         return found
+
+    def _scalar(self, number: int) -> Tensor:
+        """(tasks,): one of the task's numbers."""
+        found = self.memory.view(self.tasks, "scalars")
+        assert found is not None
+        return found[:, number]
+
+    def _parts(self) -> Tensor | None:
+        return self.memory.view(self.tasks, "parts")
 
     def _adapting(self, slot: int) -> Tensor:
         return self._slot(slot)[:, : self.flat.adapting]
@@ -141,20 +153,21 @@ class Executor:
             return None
         where = self.flat.slice(p)
         theta = self._slot(one.base)[:, where]
-        if not one.scaled:
+        if one.rates is None:
             return Step(theta, None, None, each=False)
-        each = self.plan.rates.shapes[self.plan.rates.of(0, p)] != ()
-        return Step(theta, *self._rates(where), each)
+        each = not self.buffers.numbers.is_scalar(self.plan.rates.of(one.rates, p))
+        return Step(theta, *self._rates(one.rates, where), each)
 
-    def _rates(self, where: slice) -> tuple[Tensor, Tensor]:
-        return self.buffers.rates, self.buffers.rate_at[where]
+    def _rates(self, rates: int, where: slice) -> tuple[Tensor, Tensor]:
+        return self.buffers.numbers.values, self.buffers.rate_at[rates][where]
 
     def _rest(self, one: Direct) -> None:
         """The steps that no kernel took with its gradient."""
-        for p in sorted(one.rest & (self.flat.adapting_set if one.scaled else self.flat.active_set)):
+        for p in sorted(one.rest & (self.flat.active_set if one.rates is None else self.flat.adapting_set)):
             where = self.flat.slice(p)
             out, base, gradient = (self._slot(slot)[:, where] for slot in (one.out, one.base, one.gradient))
-            vectors.step(self.launch, out, base, gradient, *(self._rates(where) if one.scaled else (None, None)))
+            rates = (None, None) if one.rates is None else self._rates(one.rates, where)
+            vectors.step(self.launch, out, base, gradient, *rates)
 
     def _each(self, arrays: Mapping[int, Tensor]) -> dict[int, Tensor]:
         return {number: self._mine(x) for number, x in arrays.items()}
@@ -189,9 +202,9 @@ class Executor:
             layer=self.network.layers[0],
         )
 
-    def _loss(self, batch: Batch) -> TaskLoss | ValueLoss:
+    def _loss(self, batch: Batch, weight: float = 1.0) -> TaskLoss | ValueLoss:
         loss, features = self.plan.loss, self.network.features[self.network.out]
-        factor = loss.factors[batch]
+        factor = loss.factors[batch] * weight
         if loss.name == "value":
             return ValueLoss(self.launch, self.tasks, factor)
         return TaskLoss(self.launch, loss.name, loss.parameter, self.tasks, self.samples[batch], features, factor)
@@ -221,7 +234,14 @@ class Executor:
         y, losses = self._targets(Batch.QUERY), self._task_numbers(buffers.losses)
         weights = self._task_numbers(buffers.weights) if i.seed else None
         slope = self._output("delta", i.tape) if i.seed else None
-        self._loss(Batch.QUERY).value(self._output("value", i.tape), y, weights, losses, slope)
+        found = losses
+        if i.add:
+            other = self.memory.view(self.tasks, "loss")
+            assert other is not None
+            found = other[:, 0]
+        self._loss(Batch.QUERY, i.weight).value(self._output("value", i.tape), y, weights, found, slope)
+        if i.add:
+            combine(self.launch, losses, found, add=True)
 
     def _task_numbers(self, x: Tensor | None) -> Tensor:
         assert x is not None
@@ -271,15 +291,18 @@ class Executor:
     # ---- parameter-sized vectors ---------------------------------------------------------------
 
     def update(self, i: Update) -> None:
-        self._step(i.out, self._adapting(i.theta), i.gradient)
+        self._step(i.out, self._adapting(i.theta), i.gradient, i.rates)
 
     def scale(self, i: Scale) -> None:
-        self._step(i.out, None, i.vector)
+        self._step(i.out, None, i.vector, i.rates)
 
-    def _step(self, out: int, theta: Tensor | None, vector: int) -> None:
+    def _step(self, out: int, theta: Tensor | None, vector: int, rates: int) -> None:
         if self.flat.adapting:
             to, source = self._adapting(out), self._adapting(vector)
-            vectors.step(self.launch, to, theta, source, self.buffers.rates, self.buffers.rate_at)
+            vectors.step(self.launch, to, theta, source, *self._rates(rates, slice(None)))
+
+    def pointwise(self, i: Pointwise) -> None:
+        self.slot_functions.run(i, self.tasks)
 
     def add(self, i: Add) -> None:
         combine(self.launch, self._slot(i.out), self._slot(i.vector), add=True)
@@ -288,15 +311,16 @@ class Executor:
         combine(self.launch, self._slot(i.out), self._slot(i.vector), f=-1.0, add=True)
 
     def rate_gradient(self, i: RateGradient) -> None:
-        total = self.buffers.rate_products
+        total = self.buffers.numbers.region(i.rates)
         if total is not None and self.flat.adapting:
             vectors.sum_tasks(self.launch, total, self._adapting(i.gradient), self._adapting(i.adjoint), f=-1.0)
 
     def accumulate(self, i: Accumulate) -> None:
         assert self.buffers.gradient is not None
         if self.flat.active:
-            active = self.flat.active
-            vectors.sum_tasks(self.launch, self.buffers.gradient[:active], self._slot(i.vector)[:, :active])
+            weights = self._task_numbers(self.buffers.weights) if i.weighted else None
+            total = self.buffers.gradient[: self.flat.active]
+            vectors.sum_tasks(self.launch, total, self._slot(i.vector), w=weights)
 
     def load(self, i: Load) -> None:
         if self.flat.adapting:
@@ -327,6 +351,7 @@ _EXECUTE: dict[type[Instruction], Callable[[Executor, Any], None]] = {
     Backward: Executor.backward,
     Update: Executor.update,
     Scale: Executor.scale,
+    Pointwise: Executor.pointwise,
     Hvp: Executor.hvp,
     Add: Executor.add,
     Subtract: Executor.subtract,

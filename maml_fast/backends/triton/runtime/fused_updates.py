@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ....algorithms.program import Backward, Hvp, Instruction, Program, Subtract, Update
+from ....algorithms.program import Backward, Hvp, Instruction, Pointwise, Program, Subtract, Update
 from ..layers.network import Network
 
 _SLOTS = ("theta", "gradient", "adjoint", "vector", "slot", "out")
@@ -22,14 +22,14 @@ class Direct:
     """What the kernels of one instruction do with its gradient.
 
     Attributes:
-        gradient, base, out: slots. scaled: whether α are the learning rates, or 1.
+        gradient, base, out: slots. rates: which set of rates the α are; None for 1.
         rest: parameters of which `gradient` is written, for the instruction behind to subtract.
     """
 
     gradient: int
     base: int
     out: int
-    scaled: bool
+    rates: int | None
     rest: frozenset[int]
 
 
@@ -39,6 +39,7 @@ def direct(network: Network, program: Program) -> dict[int, Direct]:
     pairs = enumerate(pairwise(code))
     found = {at: one for at, pair in pairs if (one := _pair(network, *pair)) is not None}
     touched = Counter(getattr(i, name) for i in code for name in _SLOTS if hasattr(i, name))
+    touched.update(slot for i in code if isinstance(i, Pointwise) for slot in (*i.ins, *i.outs))
     paired = Counter(one.gradient for one in found.values())
     # A pair writes its slot once and reads it once: whoever else touches it wants the gradient itself.
     return {at: one for at, one in found.items() if touched[one.gradient] == 2 * paired[one.gradient]}
@@ -56,7 +57,8 @@ def _pair(network: Network, one: Instruction, other: Instruction) -> Direct | No
     if isinstance(one, Backward) and isinstance(other, Update) and one.out == other.gradient:
         # All programs of a norm's kernel read the parameters that one of them would overwrite.
         norms = {p for kind, p in of if kind in _NORMS}
-        return Direct(other.gradient, other.theta, other.out, True, tied | norms if other.out == one.theta else tied)
+        rest = tied | norms if other.out == one.theta else tied
+        return Direct(other.gradient, other.theta, other.out, other.rates, rest)
     if isinstance(one, Hvp) and isinstance(other, Subtract) and one.out == other.vector:
-        return Direct(one.out, other.out, other.out, False, tied)
+        return Direct(one.out, other.out, other.out, None, tied)
     return None

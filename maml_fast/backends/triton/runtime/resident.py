@@ -27,11 +27,10 @@ from .workspace import array_sizes
 
 
 def task_sizes(plan: Plan, network: Network, program: Program) -> dict[Key, int]:
-    """The arrays of a task that runs alone: also ("rate_products",), its own Σ_k g_k ∘ λ_{k+1}."""
+    """The arrays of a task that runs alone: also ("rate_products", set of rates), its own Σ_k g_k ∘ λ_{k+1}."""
     sizes = array_sizes(plan, network, program)
-    if any(isinstance(i, RateGradient) for i in program.instructions):
-        sizes["rate_products",] = network.flat.adapting
-    return sizes
+    pulled = {i.rates for i in program.instructions if isinstance(i, RateGradient)}
+    return sizes | {("rate_products", rates): network.flat.adapting for rates in sorted(pulled)}
 
 
 class TaskMajor(Memory):
@@ -62,19 +61,19 @@ class _OneTask(Executor):
         """What task t does."""
         self.first, self.tasks = t, 1
         self.launch = assembler = Assembler()
-        self.summed = False
+        self.summed: set[int] = set()
         self.chunk()
         return assembler
 
     def execute(self, instruction: Instruction) -> None:
         if isinstance(instruction, RateGradient):
-            self._products(instruction, add=self.summed)
-            self.summed = True
+            self._products(instruction, add=instruction.rates in self.summed)
+            self.summed.add(instruction.rates)
         elif not isinstance(instruction, Accumulate):
             super().execute(instruction)
 
     def _products(self, i: RateGradient, add: bool) -> None:
-        total = self.memory.view(1, "rate_products")
+        total = self.memory.view(1, "rate_products", i.rates)
         if total is not None and self.flat.adapting:
             multiply(self.launch, total, self._adapting(i.gradient), self._adapting(i.adjoint), add=add)
 
@@ -91,9 +90,10 @@ class ResidentExecutor(Executor):
         for instruction in self.program.instructions:
             if isinstance(instruction, Accumulate):
                 self.execute(instruction)
-        products = self.memory.view(self.tasks, "rate_products")
-        if products is not None and self.buffers.rate_products is not None and self.flat.adapting:
-            vectors.sum_tasks(self.launch, self.buffers.rate_products, products, f=-1.0)
+        for rates in range(self.plan.rate_sets):
+            products, total = self.memory.view(self.tasks, "rate_products", rates), self.buffers.numbers.region(rates)
+            if products is not None and total is not None and self.flat.adapting:
+                vectors.sum_tasks(self.launch, total, products, f=-1.0)
 
     @cached_property
     def _tables(self) -> dict[int, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ....algorithms.program import Backward, Hvp, Program
+from ....algorithms.program import Backward, Hvp, Program, QueryLoss
 from ....graph.graph import ACTIVATIONS
 from ....lower.plan import Plan
 from ..kernels.activation import PIECEWISE_LINEAR
@@ -12,13 +12,15 @@ from ..layers.network import Layer, Network
 from ..layers.table import KINDS
 from ..memory import Key, aligned
 from .fused_updates import unneeded
+from .slot_functions import parts
 
 
 def array_sizes(plan: Plan, network: Network, program: Program) -> dict[Key, int]:
     """Elements per task of every array.
 
     Keys: ("slot", slot), ("value" | "delta", tape, buffer), ("aux", tape, layer, which),
-    ("tangent" | "tangent_delta", buffer), ("tangent_aux", layer, which), ("scratch",).
+    ("tangent" | "tangent_delta", buffer), ("tangent_aux", layer, which), ("scratch",), ("loss",), ("scalars",),
+    ("parts",).
     """
     samples = (plan.support, plan.query)
     differentiated = {i.tape for i in program.instructions if isinstance(i, Backward)}
@@ -29,6 +31,12 @@ def array_sizes(plan: Plan, network: Network, program: Program) -> dict[Key, int
         sizes.update(_tape(network, tape, samples[batch], tape in differentiated, tape in curved))
     if curved:
         sizes.update(_tangents(network, plan.support))
+    if any(isinstance(i, QueryLoss) and i.add for i in program.instructions):
+        sizes["loss",] = 1
+    if program.scalars:
+        sizes["scalars",] = program.scalars
+    if own := parts(plan, network, program):
+        sizes["parts",] = aligned(own)
     sizes["scratch",] = max(
         (
             KINDS[layer.kind].scratch(layer, 1 if layer.once else samples[b])
