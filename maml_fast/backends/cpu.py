@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..algorithms.goal import Mode
+from ..algorithms.program import Load
 from ..cached import cached_property
 from ..graph import structure
 from ..graph.expressions.language import PRIMITIVES
@@ -20,8 +21,10 @@ from ..graph.losses import NAMES
 from ..lower.chains import MOST_OPERANDS
 from ..lower.plan import Plan, Result, Tensors
 from . import cpu_text
+from . import cpu_vectors as vectors
 from .base import Backend, Spent
 from .cpu_spec import CLASSES, FAMILIES, INSTRUCTIONS, KINDS, Spec, constants_of, other_targets
+from .shared import shared
 
 try:
     from .. import _core
@@ -217,6 +220,7 @@ class _Call:
         self.reverse = plan.mode in (Mode.META_GRADIENT, Mode.VJP)
         self.rates_wanted = self.reverse and any(plan.needs.rates)
         self.rate_sizes = [math.prod(s) for s in plan.rates.shapes]
+        self.places = 1 + max((i.place for i in self.program.instructions if isinstance(i, Load)), default=0)
 
     @cached_property
     def labels(self) -> list[tuple[str, str]]:
@@ -230,10 +234,14 @@ class _Call:
         like = t.parameters[0]
         if plan.mode is Mode.META_GRADIENT:
             result.objective = self.new_objective()
-        elif plan.mode is Mode.LOSS:
+        elif plan.mode in (Mode.LOSS, Mode.SCORE):
             result.losses = like.new_empty(plan.tasks)
-        elif plan.mode is Mode.ADAPT:
+        elif plan.mode.adapts:
             result.adapted = [like.new_empty(plan.tasks, *s) for s in plan.model.shapes]
+        given, parameters = self._given(plan, t)
+        left: Sequence[Tensor | None] = ()
+        if plan.mode.adapts:
+            left, result.state = vectors.made(plan, like)
         if plan.needs.outputs or plan.mode in (Mode.QUERY_OUTPUTS, Mode.APPLY):
             result.outputs = self.new_outputs()
         rate_gradient = None
@@ -260,12 +268,12 @@ class _Call:
             rate_gradient,
             dx_s,
             dx_q,
-            t.parameters,
+            parameters,
             self._buffers(plan) if self.constants else (),
             t.rates,
-            t.adapted,
+            given,
             t.into or result.parameters,
-            result.adapted,
+            [*result.adapted, *left],
             more_s,
             more_q,
             dmore_s,
@@ -281,6 +289,12 @@ class _Call:
             pieces = zip(rate_gradient.split(self.rate_sizes), plan.rates.shapes, plan.needs.rates, strict=True)
             result.rates = [g.view(s) if need else None for g, s, need in pieces]
         return result
+
+    def _given(self, plan: Plan, t: Tensors) -> tuple[Sequence[Tensor | None], Sequence[Tensor]]:
+        """The vectors that the program loads, and the parameters that all tasks share."""
+        if plan.mode is not Mode.STEP:
+            return t.adapted, t.parameters
+        return vectors.given(plan, self.places, t), shared(plan, t)
 
     def _inputs(self, x: Any) -> tuple[Tensor | None, Sequence[Tensor | None]]:
         """The tensor of buffer 0, and those that operations `input` read."""

@@ -93,7 +93,7 @@ class Plan:
         """Whether the gradient of an inner gradient is taken."""
         steps = self.inner.steps
         curved = self.inner.curved_from < steps or (isinstance(self.inner.gradient, Implicit) and steps > 0)
-        return self.mode.differentiates and self.mode is not Mode.APPLY and any(self.adapts) and curved
+        return self.mode.differentiates and any(self.adapts) and curved
 
     @property
     def notes(self) -> list[str]:
@@ -133,11 +133,14 @@ class Plan:
         return self.traced_rule[0]
 
     @cached_property
-    def traced_rule(self) -> tuple[Updates | None, str]:
-        """The steps of the inner rule, or why they are no expressions; neither for plain gradient descent."""
+    def traced_rule(self) -> tuple[Updates | None, str, Any]:
+        """The steps of the inner rule, or why they are no expressions; neither for plain gradient descent.
+
+        The third is the state that they leave, with anything in the places of its tensors.
+        """
         rule, model, inner = self.inner.whole_rule, self.model, self.inner
-        if rule is None or self.mode is Mode.APPLY or not any(self.adapts):
-            return None, ""
+        if rule is None or self.mode.applies or not any(self.adapts):
+            return None, "", None
         proximal = inner.gradient.proximal if isinstance(inner.gradient, Implicit) else None
         adapted = {n: (i, model.shapes[i]) for i, n in enumerate(model.names) if model.adapts[i]}
 
@@ -146,11 +149,12 @@ class Plan:
 
         try:
             with lock:  # equal expressions are one object
-                moved = traced(rule, adapted, inner.steps, number, self.dtype)
-                return Updates(moved, inner.clip, proximal), ""
+                steps = range(inner.first, inner.first + inner.steps)
+                moved, form = traced(rule, adapted, steps, number, self.dtype)
+                return Updates(moved, inner.clip, proximal, self.mode.adapts), "", form
         except Untraceable as error:
             kind = type(rule).__name__
-            return None, f"inner: {kind} is not computed element by element by what kernels know: {error}"
+            return None, f"inner: {kind} is not computed element by element by what kernels know: {error}", None
 
     @property
     def draws(self) -> bool | None:
@@ -294,7 +298,8 @@ class Tensors:
         cotangent: dL/d(query outputs), (T, Nq, *out).
         cotangents: in its place where the model returns several: one for each, None for zeros.
         learned: the loss's own parameters, in `Objective.learned` order.
-        adapted: per-task parameters for `Mode.APPLY`, each (T, *shape).
+        adapted: per-task parameters for the modes that begin with such, each (T, *shape).
+        state: likewise the inner rule's state for `Mode.STEP`; see `carried.py`.
         seed: of the call's random numbers; None where a backend is to draw one when it comes to it.
         into: contiguous gradients of all parameters, to which a backend adds that has found them by `into`,
             instead of returning new ones.
@@ -311,6 +316,7 @@ class Tensors:
     cotangents: Sequence[Tensor | None] = ()
     learned: Sequence[Tensor] = ()
     adapted: Sequence[Tensor] = ()
+    state: Any = None
     into: Sequence[Tensor] = ()
     seed: int | None = None
 
@@ -329,6 +335,7 @@ class Result:
     Attributes:
         losses: (T,) query losses. objective: Σ_t w_t L_t.
         outputs: (T, Nq, *out), or a structure of such tensors where the model returns one.
+        adapted, state: the parameters, each (T, *shape), and what the inner rule goes on with; see `carried.py`.
         x_s, x_q: a list of one for each tensor where inputs are several.
         pull: from the weights, or one cotangent for each output, and whether it may be asked again, to the gradients.
     """
@@ -337,6 +344,7 @@ class Result:
     objective: Tensor | None = None
     outputs: Any = None
     adapted: list[Tensor] = field(default_factory=list)
+    state: Any = None
     parameters: list[Tensor | None] = field(default_factory=list)
     rates: list[Tensor | None] = field(default_factory=list)
     learned: list[Tensor | None] = field(default_factory=list)
