@@ -57,4 +57,4 @@ class OmniglotRecipe(Recipe):
         return Episodes(self._parts[part], config.meta_batch, config.ways, config.shots, config.queries, seed=seed)
 
     def _evaluate(self, part: str, tasks: int, steps: list[int]) -> list[StepResult]:
-        return evaluate(self.maml, "cross_entropy", self._tasks(part), tasks, steps)
+        return evaluate(self.maml, self._tasks(part), tasks, steps)

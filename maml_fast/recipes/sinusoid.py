@@ -71,7 +71,7 @@ class SinusoidRecipe(Recipe):
     ) -> list[StepResult]:
         seed = stream_seed(self.config.seed, part)
         sampler = Sinusoids(TASKS_AT_ONCE, shots, queries, seed=seed, ahead=1)
-        return evaluate(self.maml, "mse", sampler, tasks, steps)
+        return evaluate(self.maml, sampler, tasks, steps)
 
 
 def sinusoid_mlp() -> nn.Module:
