@@ -43,10 +43,19 @@ def measured(maml: MAML, episodes: Iterable[Batch], tasks: int, steps: Sequence[
         ValueError: too few episodes, or fewer numbers per step than steps.
     """
     parts: dict[int, list[Measured]] = {k: [] for k in steps}
-    for batch in _first(episodes, tasks):
-        for k, found in _of_one_batch(maml, batch, steps):
-            parts[k].append(found)
+    for x_s, y_s, x_q, y_q in _first(episodes, tasks):
+        for k, adapted in trajectory(maml, x_s, y_s, steps):
+            parts[k].append(_at(maml, adapted, x_q, y_q))
     return {k: _joined(each) for k, each in parts.items()}
+
+
+def trajectory(maml: MAML, x_s: Any, y_s: Any, steps: Sequence[int]) -> Iterator[tuple[int, Adapted]]:
+    """One inner loop after so many steps each, in rising order."""
+    adapted = adapt(maml._preparer, x_s, y_s, steps[0])
+    yield steps[0], adapted
+    for before, k in pairwise(steps):
+        adapted = adapted.step(x_s, y_s, k - before)
+        yield k, adapted
 
 
 def interval(values: Tensor) -> float:
@@ -64,15 +73,6 @@ def _first(episodes: Iterable[Batch], tasks: int) -> Iterator[Batch]:
         if left == 0:
             return
     raise ValueError(f"episodes: expected {tasks} tasks, got {tasks - left}")
-
-
-def _of_one_batch(maml: MAML, batch: Batch, steps: Sequence[int]) -> Iterator[tuple[int, Measured]]:
-    x_s, y_s, x_q, y_q = batch
-    adapted = adapt(maml._preparer, x_s, y_s, steps[0])
-    yield steps[0], _at(maml, adapted, x_q, y_q)
-    for before, k in pairwise(steps):
-        adapted = adapted.step(x_s, y_s, k - before)
-        yield k, _at(maml, adapted, x_q, y_q)
 
 
 def _at(maml: MAML, adapted: Adapted, x: Any, y: Any) -> Measured:

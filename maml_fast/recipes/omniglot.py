@@ -38,7 +38,9 @@ class OmniglotRecipe(Recipe):
     def evaluate(self) -> dict[str, list[StepResult]]:
         config = self.config
         title = f"omniglot {config.net}, {config.ways}-way {config.shots}-shot, {config.eval_tasks} test tasks"
-        return {title: self._evaluate("test", config.eval_tasks, sorted({*range(11), config.test_steps}))}
+        return {
+            title: self._evaluate("test", config.eval_tasks, config.measurable(sorted({*range(11), config.test_steps})))
+        }
 
     def _load(self) -> dict[str, LabelledSet]:
         config = self.config
