@@ -221,6 +221,7 @@ def test_a_longer_reptile_run_would_fall_otherwise(tmp_path: Path) -> None:
 def test_mamlpp_is_measured_as_far_as_it_has_rates(tmp_path: Path) -> None:
     assert OmniglotConfig(out=tmp_path, algorithm="mamlpp").measurable(range(11)) == [*range(6)]
     assert OmniglotConfig(out=tmp_path, algorithm="mamlpp", steps=2).test_steps == 2
+    assert [OmniglotConfig(out=tmp_path, algorithm=a).steps for a in ("maml", "reptile", "mamlpp")] == [1, 5, 5]
     assert OmniglotConfig(out=tmp_path, algorithm="metasgd").measurable(range(11)) == [*range(11)]
     with pytest.raises(ValueError, match="test_steps: expected at most the 2 that mamlpp has rates for, got 3"):
         OmniglotConfig(out=tmp_path, algorithm="mamlpp", steps=2, test_steps=3)

@@ -16,14 +16,16 @@ _MANY_WAYS = {"meta_batch": 16, "steps": 5, "test_steps": 5}
 
 def _as_the_paper(name: str) -> Any:
     """The paper's value for 5 ways, or for 20 ways where there are more than 10."""
-    other = {"steps": "; mamlpp 5", "test_steps": "; mamlpp --steps"}.get(name, "")
+    other = {"steps": "; mamlpp, reptile 5", "test_steps": "; mamlpp --steps"}.get(name, "")
     shown = f"{_FEW_WAYS[name]}, or {_MANY_WAYS[name]} for more than 10 ways{other}"
     return computed(lambda config: _value(config, name), shown)
 
 
 def _value(config: Any, name: str) -> Any:
-    if config.algorithm == "mamlpp" and name != "meta_batch":
-        return config.steps if name == "test_steps" else 5
+    if name == "steps" and config.algorithm in ("mamlpp", "reptile"):  # Reptile's single steps are joint training
+        return 5
+    if name == "test_steps" and config.algorithm == "mamlpp":
+        return config.steps
     return (_FEW_WAYS if config.ways <= 10 else _MANY_WAYS)[name]
 
 
