@@ -336,7 +336,8 @@ class CodeCheck {
     void run() const {
         switch (in_.code) {
             case Code::load:
-                return slot(in_.slot, 1);
+                slot(in_.slot, 1);
+                return place();
             case Code::forward:
                 slot(in_.theta, 0);
                 if (in_.batch == 0 && spec_.sets > 1) require_index(where_, "step", in_.draws, 0, spec_.sets);
@@ -379,13 +380,17 @@ class CodeCheck {
             case Code::store_gradients:
                 return slot(in_.vector, 1);
             case Code::store_parameters:
-                return slot(in_.theta, 0);
+                slot(in_.theta, 0);
+                return place();
         }
     }
 
   private:
     // Slot 0 is the caller's, which may only be read as parameters.
     void slot(int index, int first) const { require_index(where_, "slot", index, first, std::size_t(spec_.slots)); }
+
+    // Whatever a rule keeps of a parameter, a slot holds each tensor of it.
+    void place() const { require_index(where_, "place", in_.place, 0, std::size_t(spec_.slots)); }
 
     void tape(int batch) const {
         require_index(where_, "tape", in_.tape, 0, spec_.tapes.size());

@@ -29,20 +29,12 @@ py::dict operation(const Op& op) {
 }
 
 py::dict instruction(const Instr& in) {
-    const std::pair<const char*, int> operands[] = {{"slot", in.slot},
-                                                    {"theta", in.theta},
-                                                    {"out", in.out},
-                                                    {"gradient", in.gradient},
-                                                    {"vector", in.vector},
-                                                    {"adjoint", in.adjoint},
-                                                    {"tape", in.tape},
-                                                    {"batch", in.batch},
-                                                    {"draws", in.draws},
-                                                    {"rates", in.rates},
-                                                    {"function", in.function},
-                                                    {"step", in.step},
-                                                    {"group_size", in.group_size},
-                                                    {"sample_tiles", in.sample_tiles}};
+    const std::pair<const char*, int> operands[] = {
+        {"slot", in.slot},         {"theta", in.theta},           {"out", in.out},
+        {"gradient", in.gradient}, {"vector", in.vector},         {"adjoint", in.adjoint},
+        {"tape", in.tape},         {"batch", in.batch},           {"draws", in.draws},
+        {"rates", in.rates},       {"function", in.function},     {"place", in.place},
+        {"step", in.step},         {"group_size", in.group_size}, {"sample_tiles", in.sample_tiles}};
     py::dict d;
     d["code"] = name_of(in.code);
     for (const auto& [name, value] : operands) d[name] = value;

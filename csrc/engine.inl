@@ -67,7 +67,7 @@ class Engine {
     void execute(const Instr& in) {
         switch (in.code) {
             case Code::load:
-                return load_parameters(in.slot);
+                return load_parameters(in.slot, in.place);
             case Code::forward:
                 return forward(in);
             case Code::support_loss:
@@ -95,7 +95,7 @@ class Engine {
             case Code::accumulate:
                 return accumulate(in);
             case Code::store_parameters:
-                return store_parameters(in.theta);
+                return store_parameters(in.theta, in.place);
             case Code::store_gradients:
                 return store_gradients(in.vector);
             case Code::store_outputs:

@@ -140,9 +140,9 @@ Instr parse_instruction(const py::dict& d) {
     Instr in;
     in.code = instruction(text(d, "code"));
     const std::pair<const char*, int*> operands[] = {
-        {"slot", &in.slot},     {"theta", &in.theta},     {"out", &in.out},          {"gradient", &in.gradient},
-        {"vector", &in.vector}, {"adjoint", &in.adjoint}, {"tape", &in.tape},        {"batch", &in.batch},
-        {"draws", &in.draws},   {"rates", &in.rates},     {"function", &in.function}};
+        {"slot", &in.slot},     {"theta", &in.theta},     {"out", &in.out},           {"gradient", &in.gradient},
+        {"vector", &in.vector}, {"adjoint", &in.adjoint}, {"tape", &in.tape},         {"batch", &in.batch},
+        {"draws", &in.draws},   {"rates", &in.rates},     {"function", &in.function}, {"place", &in.place}};
     for (const std::string& field : fields_of(kInstructions[int(in.code)])) {
         const std::pair<const char*, bool*> flags[] = {
             {"seed", &in.seed}, {"inputs", &in.inputs}, {"add", &in.add}, {"weighted", &in.weighted}};
@@ -287,9 +287,9 @@ class Plan {
         call.dx[1] = tensors.made(dx_q, s.dx[1]);
         const auto p = addresses(params, "parameters", s.params, read),
                    c = addresses(constants, "buffers", s.constants, read), r = addresses(rates, "lr", s.rates, read),
-                   a = addresses(adapted, "adapted", s.loads ? s.adapted : none, read),
+                   a = addresses(adapted, "adapted", s.adapted, read),
                    g = addresses(gradients, "gradients", s.reverse ? s.gradients : none, grown),
-                   o = addresses(adapted_out, "adapted", s.stores ? s.adapted_out : none, made),
+                   o = addresses(adapted_out, "adapted", s.adapted_out, made),
                    more_s = addresses(inputs_s, "x_s", s.inputs[0], read_batch),
                    more_q = addresses(inputs_q, "x_q", s.inputs[1], read_batch),
                    t_s = addresses(targets_s, "y_s", s.targets[0], read_batch),

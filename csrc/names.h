@@ -91,7 +91,7 @@
 
 // Instructions and their operands: slots, tapes and flags, as in maml_fast/algorithms/program.py.
 #define MAML_FAST_INSTRUCTIONS(X)                    \
-    X(load, slot)                                    \
+    X(load, slot, place)                             \
     X(forward, theta, batch, tape, draws)            \
     X(support_loss, tape)                            \
     X(query_loss, tape, seed, weight, add)           \
@@ -105,7 +105,7 @@
     X(subtract, out, vector)                         \
     X(rate_gradient, gradient, adjoint, rates)       \
     X(accumulate, vector, weighted)                  \
-    X(store_parameters, theta)                       \
+    X(store_parameters, theta, place)                \
     X(store_gradients, vector)                       \
     X(store_outputs, tape)
 

@@ -96,6 +96,7 @@ struct Instr {
     int slot = -1, theta = -1, out = -1, gradient = -1, vector = -1, adjoint = -1;
     int tape = -1;          // in the end also says of which inner step's samples
     int rates = 0;          // which set of learning rates
+    int place = 0;          // of what is loaded or stored: which of the caller's vectors, parameters first
     int function = -1;      // what a pointwise instruction does
     int draws = -1;         // a forward pass: the inner step whose random numbers it draws, or -1 for the query's
     bool seed = false;      // a query loss: also its slope

@@ -43,12 +43,24 @@ Signature::Signature(const Spec& s, Scalar scalar) {
     for (const ParamSpec& p : s.params) {
         std::string quoted = "'" + p.name + "'";
         params.push_back({"parameter " + quoted, p.size, scalar, true});
-        adapted.push_back({"adapted " + quoted, s.tasks * p.size, scalar, p.adapts});
         gradients.push_back({"gradient of " + quoted, p.size, scalar, false});
-        adapted_out.push_back({"adapted " + quoted, s.tasks * p.size, scalar, p.adapts && p.active});
     }
     read_inputs(s, scalar);
     read_code(s);
+    read_adapted(s, scalar);
+}
+
+// Vector by vector, of each a tensor for every parameter.
+void Signature::read_adapted(const Spec& s, Scalar scalar) {
+    for (int place = 0; place < std::max(loads, stores); ++place)
+        for (const ParamSpec& p : s.params) {
+            const std::string name = (place == 0 ? "adapted '" : "state of '") + p.name + "'";
+            const Expected e{name, s.tasks * p.size, scalar, false};
+            if (place < loads) adapted.push_back(e);
+            if (place < stores) adapted_out.push_back(e);
+            if (place < loads) adapted.back().required = place == 0 && p.adapts;
+            if (place < stores) adapted_out.back().required = place == 0 && (!own_gradients || (p.adapts && p.active));
+        }
 }
 
 // Buffer 0, and what stands beside it: only of the batches that the program works on.
@@ -95,7 +107,7 @@ void Signature::read_targets(const Spec& s, Scalar scalar) {
 void Signature::read_code(const Spec& s) {
     for (const Instr& in : s.code) switch (in.code) {
             case Code::load:
-                loads = true;
+                loads = std::max(loads, in.place + 1);
                 break;
             case Code::forward:
                 x[in.batch].required = reads_x;
@@ -128,11 +140,11 @@ void Signature::read_code(const Spec& s) {
                 weights.required = weights.required || in.weighted;
                 break;
             case Code::store_parameters:
-                stores = true;
-                for (Expected& e : adapted_out) e.required = true;
+                stores = std::max(stores, in.place + 1);
                 break;
             case Code::store_gradients:
-                stores = true;
+                stores = std::max(stores, 1);
+                own_gradients = true;
                 break;
             case Code::store_outputs:
                 outputs.required = true;

@@ -30,16 +30,20 @@ struct Signature {
     std::vector<Expected> inputs[2], dinputs[2];  // beside x
     std::vector<Expected> targets[2];             // beside y
     std::vector<Expected> params, constants, rates, adapted, gradients, adapted_out;
-    bool loads = false, stores = false, reverse = false;  // whether the last three lists are there
-    bool scores = false;                                  // whether there are losses or an objective
-    long classes = 0;                                     // labels lie in [0, classes); 0 where targets are values
+    // Of the caller's vectors: the parameters, and behind them the tensors of a rule's state, which may be absent.
+    int loads = 0, stores = 0;
+    bool reverse = false;  // whether there are gradients
+    bool scores = false;   // whether there are losses or an objective
+    long classes = 0;      // labels lie in [0, classes); 0 where targets are values
 
   private:
     void read_code(const Spec& spec);
     void read_targets(const Spec& spec, Scalar scalar);
     void read_inputs(const Spec& spec, Scalar scalar);
+    void read_adapted(const Spec& spec, Scalar scalar);
 
     bool reads_targets = true, reads_x = false;
+    bool own_gradients = false;  // what is stored is a gradient of each task's own
 };
 
 }  // namespace maml_fast

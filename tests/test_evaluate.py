@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import maml_fast as mf
+from maml_fast.backends.cpu import CpuBackend
 from maml_fast.data import Episodes, LabelledSet
+from maml_fast.lower.plan import Plan, Tensors
 
 pytestmark = pytest.mark.usefixtures("core")
 
@@ -66,11 +69,53 @@ def test_settings_are_those_of_the_learner() -> None:
     torch.testing.assert_close(found.loss[0], expected.mean())
 
 
+@pytest.mark.parametrize("inner", [mf.SGD(0.3, momentum=0.5), mf.Adam(0.02)], ids=str)
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_one_inner_loop_gives_what_one_for_each_number_of_steps_does(inner: Any, loss: str) -> None:
+    """In float64 by the plain calls; numbers that are not asked for are stepped over."""
+    model = network().double()
+    maml = mf.MAML(model, inner=inner, steps=2, loss=loss)
+    torch.manual_seed(2)
+    x_s, x_q = torch.randn(4, 6, 8).double(), torch.randn(4, 7, 8).double()
+    labels = torch.randint(5, (4, 6)), torch.randint(5, (4, 7))
+    y_s, y_q = labels if loss == "cross_entropy" else (F.one_hot(y, 5).double() for y in labels)
+    found = mf.evaluate(maml, [(x_s, y_s, x_q, y_q)], tasks=4, steps=(1, 2, 5, 9))
+    for i, k in enumerate(found.steps):
+        learner = mf.MAML(model, inner=inner, steps=k, loss=loss)
+        with torch.no_grad():
+            losses = learner.meta_loss(x_s, y_s, x_q, y_q, reduction="none")
+        torch.testing.assert_close(found.loss[i], losses.mean(), rtol=1e-12, atol=0)
+
+
+def test_fewer_steps_take_the_first_of_numbers_per_step() -> None:
+    model, batch = network(), next(episodes())
+    maml = mf.MAML(model, mf.per_step([0.1, 0.4, 0.2]), steps=3)
+    found = mf.evaluate(maml, [batch], tasks=8, steps=range(4))
+    for k in range(1, 4):
+        with torch.no_grad():
+            loss = mf.MAML(model, mf.per_step([0.1, 0.4, 0.2][:k]), steps=k).meta_loss(*batch)
+        torch.testing.assert_close(found.loss[k], loss.double(), rtol=1e-6, atol=0)
+
+
+def test_each_meta_batch_goes_through_one_inner_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Support passes are counted: eleven numbers of steps take ten of them, not 55."""
+    passes = []
+    run = CpuBackend.run
+
+    def counted(self: CpuBackend, plan: Plan, tensors: Tensors) -> Any:
+        passes.append(plan.inner.steps if plan.mode.adapts else 0)
+        return run(self, plan, tensors)
+
+    monkeypatch.setattr(CpuBackend, "run", counted)
+    mf.evaluate(mf.MAML(network(), 0.1, steps=1, check="never"), [next(episodes())], tasks=8)
+    assert sum(passes) == 10
+
+
 def test_mistakes() -> None:
     maml = mf.MAML(network(), mf.per_step([0.1, 0.2]), steps=2, loss="mse")
     x, y = torch.randn(4, 6, 8), torch.randn(4, 6, 5)
     batch: tuple[Tensor, ...] = (x, y, x, y)
-    with pytest.raises(ValueError, match="lr: expected 3 rates"):
+    with pytest.raises(ValueError, match="lr: expected at least 3 rates"):
         mf.evaluate(maml, [batch], tasks=4, steps=3)
     with pytest.raises(ValueError, match="episodes: expected 9 tasks, got 8"):
         mf.evaluate(maml, [batch, batch], tasks=9, steps=2)

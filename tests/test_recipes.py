@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from maml_fast.api.maml import MAML
+from maml_fast.api.presets import multi_step_weights
 from maml_fast.data import LabelledSet, MetaBatch, Sinusoids
 from maml_fast.recipes import (
     NETS,
@@ -30,6 +32,7 @@ from maml_fast.recipes import (
     SinusoidConfig,
     SinusoidRecipe,
     Trainer,
+    annealing,
     checkpoint,
     display,
     files,
@@ -121,18 +124,111 @@ def test_resuming_gives_the_same_bits(make: Any, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("brief_end")
 @pytest.mark.parametrize("algorithm", ALGORITHMS[1:])
 def test_every_algorithm_resumes_to_the_same_bits(algorithm: str, tmp_path: Path) -> None:
-    settings = {"algorithm": algorithm, "steps": 2, "inner_lr": 0.01}
+    settings = {"algorithm": algorithm, "steps": 2, "inner_lr": 0.01, "anneal": 16, "first_order": 13}
+    settings |= {"meta_decay": 24} if algorithm == "reptile" else {}
+    settings |= {"validate_every": 8, "validation_tasks": 8}
     straight, first, second = (
         sinusoid(tmp_path / run, until, **settings) for run, until in (("a", 20), ("b", 10), ("b", 20))
     )
     for recipe, resume in ((straight, False), (first, False), (second, True)):
         assert train(recipe, resume=resume, console=quiet()) == 0
     assert all(map(torch.equal, parameters(straight), parameters(second)))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert (tmp_path / "a" / "evaluation.json").read_text() == (tmp_path / "b" / "evaluation.json").read_text()
     plain = sinusoid(tmp_path / "c", 20, **settings | {"algorithm": "maml"})
     assert train(plain, console=quiet()) == 0
-    assert not all(map(torch.equal, parameters(straight), parameters(plain)))
+    assert not all(map(torch.equal, straight.maml.module.parameters(), plain.maml.module.parameters()))
     with pytest.raises(ValueError, match=f"algorithm: the run was started with {algorithm}, got maml"):
         train(sinusoid(tmp_path / "a", 30, **settings | {"algorithm": "maml"}), resume=True, console=quiet())
+
+
+@pytest.mark.usefixtures("brief_end")
+def test_learned_rates_are_kept_with_the_best_and_evaluated(tmp_path: Path) -> None:
+    """They move, and those of the best validation come back with its parameters."""
+    settings = {"algorithm": "metasgd", "inner_lr": 0.01, "validate_every": 4, "validation_tasks": 8, "meta_lr": 0.01}
+    recipe = sinusoid(tmp_path, 12, **settings)
+    assert train(recipe, console=quiet()) == 0
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    names = [f"lr{i}" for i in range(6)]
+    assert list(state["numbers"]) == list(state["best"]["numbers"]) == names
+    assert all((value != 0.01).any() for value in state["numbers"].values())
+    for name in names:
+        assert torch.equal(recipe.maml.get_parameter(name).detach(), state["best"]["numbers"][name])
+    (tmp_path / "other").mkdir()
+    for harm in (lambda s: s["numbers"].pop("lr0"), lambda s: s["best"]["numbers"].update(lr1=torch.zeros(2))):
+        harmed = checkpoint.load(tmp_path / "checkpoint.pt")
+        harm(harmed)
+        checkpoint.save(tmp_path / "other" / "checkpoint.pt", harmed)
+        with pytest.raises(ValueError, match="its learned numbers: it has"):
+            train(sinusoid(tmp_path / "other", 12, **settings), resume=True, console=quiet())
+
+
+def test_mamlpp_is_annealed_by_the_iteration_alone(tmp_path: Path) -> None:
+    recipe = sinusoid(tmp_path, 100, algorithm="mamlpp", steps=3, anneal=40, first_order=6)
+    found = {}
+    iteration: int | None = 0
+    while iteration is not None:
+        annealing.settle(recipe.config, recipe.maml, iteration)
+        found[iteration] = recipe.maml.step_weights, recipe.maml.first_order
+        iteration = annealing.next_change(recipe.config, iteration)
+    assert list(found) == [0, 4, 6, *range(8, 41, 4)]
+    assert [order for _, order in found.values()] == [True, True] + [False] * 10
+    for at, (weights, _) in found.items():
+        assert weights == (None if at == 40 else multi_step_weights(3, at // 4 / 10))
+    plain = sinusoid(tmp_path, 100)
+    annealing.settle(plain.config, plain.maml, 50)
+    assert annealing.next_change(plain.config, 0) is None
+    assert plain.maml.step_weights is None
+
+
+@pytest.mark.usefixtures("brief_end")
+def test_reptile_moves_towards_what_tasks_adapt_to_by_steps_that_fall(tmp_path: Path) -> None:
+    """θ ← θ + ε (mean θ_K − θ), ε from 1 on a line to 0, with Adam inside."""
+    recipe = sinusoid(tmp_path, 4, algorithm="reptile", steps=2, inner_lr=0.01)
+    model, stream = copy.deepcopy(recipe.maml.module), Sinusoids(4, 10, 10, seed=0)
+    for iteration in range(4):
+        x_s, y_s, *_ = next(stream)
+        found = []
+        for x, y in zip(x_s, y_s, strict=True):
+            own = copy.deepcopy(model)
+            optimizer = torch.optim.Adam(own.parameters(), lr=0.01, betas=(0.0, 0.999))
+            for _ in range(2):
+                optimizer.zero_grad()
+                F.mse_loss(own(x), y).backward()
+                optimizer.step()
+            found.append([p.detach() for p in own.parameters()])
+        with torch.no_grad():
+            for p, *ends in zip(model.parameters(), *found, strict=True):
+                p += (1 - iteration / 4) * (torch.stack(ends).mean(0) - p)
+    assert train(recipe, console=quiet()) == 0
+    for p, expected in zip(recipe.maml.module.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_longer_reptile_run_would_fall_otherwise(tmp_path: Path) -> None:
+    config = sinusoid(tmp_path, 10, algorithm="reptile").config
+    assert (config.optimizer, config.meta_lr, config.meta_decay) == ("sgd", 1.0, 10)
+    with pytest.raises(ValueError, match="meta_decay: the run was started with 10, got 20"):
+        check_settings(config.fixed(), sinusoid(tmp_path, 20, algorithm="reptile").config.fixed())
+    check_settings(config.fixed(), sinusoid(tmp_path, 20, algorithm="reptile", meta_decay=10).config.fixed())
+    before = {n: v for n, v in config.fixed().items() if n not in ("optimizer", "meta_decay", "anneal", "first_order")}
+    adam = {"optimizer": "adam", "meta_lr": 1e-3, "meta_decay": 0}
+    check_settings(before | {"meta_lr": 1e-3}, sinusoid(tmp_path, 10, algorithm="reptile", **adam).config.fixed())
+    with pytest.raises(ValueError, match="optimizer: the run was started with adam, got sgd"):
+        check_settings(before, config.fixed())
+
+
+def test_mamlpp_is_measured_as_far_as_it_has_rates(tmp_path: Path) -> None:
+    assert OmniglotConfig(out=tmp_path, algorithm="mamlpp").measurable(range(11)) == [*range(6)]
+    assert OmniglotConfig(out=tmp_path, algorithm="mamlpp", steps=2).test_steps == 2
+    assert [OmniglotConfig(out=tmp_path, algorithm=a).steps for a in ("maml", "reptile", "mamlpp")] == [1, 5, 5]
+    assert OmniglotConfig(out=tmp_path, algorithm="metasgd").measurable(range(11)) == [*range(11)]
+    with pytest.raises(ValueError, match="test_steps: expected at most the 2 that mamlpp has rates for, got 3"):
+        OmniglotConfig(out=tmp_path, algorithm="mamlpp", steps=2, test_steps=3)
+    with pytest.raises(ValueError, match="steps: expected 1 or more for mamlpp"):
+        SinusoidConfig(out=tmp_path, algorithm="mamlpp", steps=0)
+    with pytest.raises(ValueError, match="optimizer: expected one of adam, sgd, got 'lion'"):
+        SinusoidConfig(out=tmp_path, optimizer="lion")
 
 
 def test_a_run_of_a_version_without_algorithms_goes_on(tmp_path: Path) -> None:
@@ -263,7 +359,7 @@ def test_sinusoid_validates_and_keeps_the_best(tmp_path: Path) -> None:
 def test_sinusoid_validation_is_the_mean_over_the_curve(tmp_path: Path) -> None:
     recipe = sinusoid(tmp_path, 1, seed=3, validation_tasks=30)
     tasks = Sinusoids(30, 5, 10, seed=3 * 3 + 1)
-    results = evaluate(recipe.maml, "mse", tasks, 30, steps=[1, 5, 10])
+    results = evaluate(recipe.maml, tasks, 30, steps=[1, 5, 10])
     assert recipe.validate() == pytest.approx(sum(result.loss.mean for result in results) / 3)
 
 
@@ -446,7 +542,7 @@ def test_more_ways_than_validation_characters_is_named(tmp_path: Path) -> None:
 def test_evaluation_agrees_with_the_textbook() -> None:
     torch.manual_seed(0)
     model, rate = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)), 0.05
-    results = evaluate(MAML(model, rate, loss="mse"), "mse", Sinusoids(4, 5, 6, seed=5), 6, steps=[0, 2])
+    results = evaluate(MAML(model, rate, loss="mse"), Sinusoids(4, 5, 6, seed=5), 6, steps=[0, 2])
     tasks = Sinusoids(4, 5, 6, seed=5)
     batch = [torch.cat(parts)[:6] for parts in zip(next(tasks), next(tasks), strict=True)]
     for result, steps in zip(results, (0, 2), strict=True):

@@ -499,7 +499,7 @@ class Wrong(Signs):
         (
             lambda: mf.MAML(network(), inner=mf.SGD(0.1, momentum=mf.per_step([0.9])), steps=2).adapt(
                 batch()[0], torch.zeros(3, 5, dtype=torch.int64)),
-            ValueError, "momentum: expected 2 rates, one for each inner step, got 1",
+            ValueError, "momentum: expected at least 2 rates, one for each inner step, got 1",
         ),
         (
             lambda: mf.MAML(network(), inner=Wrong(lambda theta, state: theta), loss="mse").adapt(*batch()[:2]),

@@ -133,6 +133,25 @@ def test_weights_of_convolutions_keep_their_order() -> None:
         assert adapted[name].is_contiguous(), name
 
 
+@pytest.mark.parametrize("variant", ["wide", "resident"])
+@pytest.mark.parametrize("adapts", [None, ["2.weight"]])
+def test_going_on_and_losses_on_the_way(adapts: list[str] | None, variant: str) -> None:
+    """From parameters of each task; what does not adapt is read once for all, also where the learner has moved on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    begin = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = torch.randn(3, 5, 4), torch.randint(3, (3, 5))
+    found = []
+    for backend in ("reference", f"triton-{variant}"):
+        model.load_state_dict(begin)
+        adapted = MAML(model, 0.3, steps=2, adapts=adapts, backend=backend, check="never").adapt(x, y)
+        model.load_state_dict({name: 1.5 * value for name, value in begin.items()})
+        stepped = adapted.step(x + 1, y, steps=2)
+        found.append([*stepped.parameters.values(), *stepped.losses(x, y, outputs=True)])
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("precision", "read_as"), [("float32", "ieee"), ("tf32", "tf32")])
 def test_precision_reaches_the_products(precision: str, read_as: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter computes both alike: this only shows what the kernels are asked for."""

@@ -75,18 +75,22 @@ void rate_gradient(int grad, int adjoint, int set) {
     });
 }
 
-void load_parameters(int index) {
+void load_parameters(int index, int place) {
     each_adapted([&](int param, const Param& p, long b) {
-        const S* from = static_cast<const S*>(call_.adapted[param]) + (t0_ + b) * p.size;
+        const void* given = call_.adapted[place * plan_.n_params + param];
+        if (!given) return;  // a rule's state of this parameter has no such tensor
+        const S* from = static_cast<const S*>(given) + (t0_ + b) * p.size;
         p.taps ? conv_weights_inward(p.o, p.c, p.taps, from, slot(index, p, b)) : copy(from, slot(index, p, b), p.size);
     });
 }
 
-void store_parameters(int theta) {
+void store_parameters(int theta, int place) {
     for (int p = 0; p < plan_.n_params; ++p)
         for (long b = 0; b < B_; ++b) {
             const Param& param = plan_.params[p];
-            S* to = static_cast<S*>(call_.adapted_out[p]) + (t0_ + b) * param.size;
+            void* wanted = call_.adapted_out[place * plan_.n_params + p];
+            if (!wanted) continue;
+            S* to = static_cast<S*>(wanted) + (t0_ + b) * param.size;
             const S* from = weight(theta, p).of(b);
             param.taps ? conv_weights_outward(param.o, param.c, param.taps, from, to) : copy(from, to, param.size);
         }

@@ -23,11 +23,28 @@ class Mode(enum.Enum):
     VJP = "vjp"  # the gradient of ⟨c, query outputs⟩ for a given cotangent c
     ADAPT = "adapt"  # adapted parameters, each (T, *shape)
     APPLY = "apply"  # outputs of given per-task parameters
+    STEP = "step"  # adapted parameters, going on from given ones with the rule's state
+    SCORE = "score"  # query losses (T,) of given per-task parameters
 
     @property
     def differentiates(self) -> bool:
         """Whether a gradient is wanted."""
         return self in (Mode.META_GRADIENT, Mode.VJP)
+
+    @property
+    def applies(self) -> bool:
+        """Whether all parameters are given for each task, and none adapts."""
+        return self in (Mode.APPLY, Mode.SCORE)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapted parameters and the rule's state are what it returns."""
+        return self in (Mode.ADAPT, Mode.STEP)
+
+    @property
+    def scores(self) -> bool:
+        """Whether it computes query losses."""
+        return self in (Mode.LOSS, Mode.META_GRADIENT, Mode.SCORE)
 
     __hash__ = object.__hash__  # Enum's own is Python, and hashed in every call
 
@@ -41,6 +58,7 @@ class Inner:
         rule: how a step moves the parameters; None for the above.
         gradient: what the meta-gradient is of. clip: of every inner gradient.
         start: from θ and the task's support set to parameters that do not start from θ.
+        first: how many inner steps came before, in earlier calls.
     """
 
     loss: Loss
@@ -51,6 +69,7 @@ class Inner:
     gradient: Gradient = UNROLLED
     clip: Clip | None = None
     start: Start | None = None
+    first: int = 0
 
     @property
     def whole_rule(self) -> Rule | OwnRule | None:
@@ -138,7 +157,7 @@ class Goal(Protocol):
 
 def weights_of(goal: Goal) -> tuple[float, ...]:
     """w_k of the query loss at every θ_k that the call needs, up to its last; without losses 1 at the last alone."""
-    steps = goal.inner.steps if any(goal.adapts) else 0
+    steps = goal.inner.steps if any(goal.adapts) and not goal.mode.applies else 0
     if goal.mode not in (Mode.LOSS, Mode.META_GRADIENT):
         return (*(0.0,) * steps, 1.0)
     weights = goal.inner.weights(steps)

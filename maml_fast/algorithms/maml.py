@@ -84,10 +84,16 @@ class _Emitter:
     def program(self) -> Program:
         if self.goal.mode is Mode.APPLY:
             self._apply()
-        elif self.goal.mode is Mode.ADAPT:
+        elif self.goal.mode.adapts:
+            if self.goal.mode is Mode.STEP:
+                self._load()
+                self.mover.load(self)
             self._inner_loop()
             self.code.append(StoreParameters(self.theta[self.steps]))
+            self.mover.store(self)
         else:
+            if self.goal.mode is Mode.SCORE:
+                self._load()
             self._inner_loop()
             self._query()
         return Program(tuple(self.code), self.slots, tuple(self.tapes), self.scalars)
@@ -111,9 +117,14 @@ class _Emitter:
             self.tapes.append(batch)
         return self._places[key]
 
+    def _load(self) -> None:
+        self.theta[0] = self.slot("given")
+        self.code.append(Load(self.theta[0]))
+
     def _apply(self) -> None:
-        theta, tape = self.slot("given"), self._tape(Batch.QUERY)
-        self.code += [Load(theta), Forward(theta, Batch.QUERY, tape), StoreOutputs(tape)]
+        self._load()
+        self._forward(self.theta[0])
+        self.code.append(StoreOutputs(self.query_tape))
 
     # ---- forward ---------------------------------------------------------------------------------
 
@@ -169,7 +180,7 @@ class _Emitter:
 
     def _query(self) -> None:
         goal, last = self.goal, self.theta[self.steps]
-        if goal.mode in (Mode.LOSS, Mode.META_GRADIENT):
+        if goal.mode.scores:
             if self.weights[-1] or not self.scored:
                 self._score(self.steps)
             elif goal.needs.outputs:
@@ -285,6 +296,12 @@ class _Descent:
         e.theta[k + 1] = e.slot("θ", *key)
         e.code.append(Update(e.theta[k + 1], e.theta[k], e.gradient[k], _rates(e, k)))
 
+    def load(self, e: _Emitter) -> None:
+        """Emit what brings the state of earlier calls; here there is none."""
+
+    def store(self, e: _Emitter) -> None:
+        """Emit what keeps the state for later calls; here there is none."""
+
     def pull_back(self, e: _Emitter, k: int, adjoint: int) -> int | None:
         """Emit the step's way back; the slot of v_k, None where H_k v_k is not wanted."""
         if self.reads_gradients:
@@ -298,7 +315,7 @@ class _Descent:
 
 def _rates(e: _Emitter, step: int) -> int:
     """The step's set of rates."""
-    return step if e.goal.rate_sets > 1 else 0
+    return e.goal.inner.first + step if e.goal.rate_sets > 1 else 0
 
 
 def _key(e: _Emitter, step: int) -> tuple[Any, ...]:
@@ -336,6 +353,19 @@ class _Ruled:
         written = dict(zip(function.writes, outs, strict=True))
         e.theta[k + 1] = written.pop("t")
         self._states[k + 1] = written
+
+    def load(self, e: _Emitter) -> None:
+        """Emit what brings the state of earlier calls, as far as it is read."""
+        if not e.steps:
+            return
+        function = self._updates.forward(0, e.steps)
+        for name in (name for name in function.reads if name[0] == "s"):
+            slot = self._states[0][name] = e.slot("given", name)
+            e.code.append(Load(slot, _place(name)))
+
+    def store(self, e: _Emitter) -> None:
+        """Emit what keeps the state for later calls."""
+        e.code += [StoreParameters(slot, _place(name)) for name, slot in self._states[e.steps].items()]
 
     def curves(self, e: _Emitter, k: int) -> bool:
         """Whether the way back of step k has a product with its Hessian; a step by signs has none."""
@@ -391,6 +421,11 @@ class _Ruled:
         clipped = e.slot("v", "clipped")
         e.code.append(Pointwise(function, (clipped,), function.slots(held), (*norm, *change)))
         return clipped
+
+
+def _place(name: str) -> int:
+    """Where a tensor of the state stands among the vectors of a task, behind the parameters."""
+    return 1 + int(name[1:])
 
 
 def _adjoint_slot(e: _Emitter, name: str, k: int, adjoint: int) -> int:

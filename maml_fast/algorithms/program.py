@@ -32,9 +32,10 @@ class Batch(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Load:
-    """slot ← the task's own given parameters."""
+    """slot ← the task's own given parameters; at a later place a tensor of the inner rule's state."""
 
     slot: int
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,10 @@ class StoreGradients:
 
 @dataclass(frozen=True)
 class StoreParameters:
-    """adapted[t] ← theta."""
+    """adapted[t] ← theta; at a later place a tensor of the inner rule's state."""
 
     theta: int
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -284,8 +286,8 @@ def _sums(i: Instruction) -> list[str]:
 
 def _one_written(i: Instruction) -> tuple[int, str] | None:
     match i:
-        case Load(slot):
-            return slot, "θ"
+        case Load(slot, place):
+            return slot, "s" if place else "θ"
         case Backward(_, batch, _, out) if out is not None:
             return out, "λ" if batch is Batch.QUERY else "g"
         case Update(out):
@@ -333,8 +335,8 @@ def _text(i: Instruction, read: Callable[[int], str]) -> str:
             return f"gradient += {'w∘' if weighted else ''}{read(vector)}"
         case StoreGradients(vector):
             return f"own gradients = {read(vector)}"
-        case StoreParameters(theta):
-            return f"adapted = {read(theta)}"
+        case StoreParameters(theta, place):
+            return f"{'state' if place else 'adapted'} = {read(theta)}"
         case StoreOutputs(tape):
             return f"outputs = tape{tape}"
         case _:

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 Named = Mapping[str, Tensor]
@@ -34,7 +35,10 @@ class Rule:
 
     Attributes:
         numbers: by name: a float, a (learnable) tensor, a mapping by parameter name of these, or `mf.per_step`.
+        counts: whether `update` reads which step it is, beyond whether it is the first.
     """
+
+    counts = True
 
     def __init__(self, **numbers: Any) -> None:
         self.numbers: Mapping[str, Any] = {n: dict(v) if isinstance(v, Mapping) else v for n, v in numbers.items()}
@@ -56,6 +60,11 @@ class Rule:
         other = copy.copy(self)
         other.numbers = {**self.numbers, name: dict(value) if isinstance(value, Mapping) else value}
         return other
+
+    def states(self) -> int:
+        """How many tensors of state a parameter has behind a step."""
+        one = torch.ones((), dtype=torch.float64)
+        return len(self.update(dict.fromkeys(self.numbers, one), one, one, (), 0)[1])
 
     def has(self, name: str) -> bool:
         """Whether the rule has a number."""
@@ -83,6 +92,8 @@ class SGD(Rule):
     Raises:
         ValueError: nesterov without a momentum or with a dampening.
     """
+
+    counts = False
 
     def __init__(
         self, lr: Any = 1e-3, momentum: Any = 0, dampening: Any = 0, nesterov: bool = False, weight_decay: Any = 0
@@ -159,6 +170,8 @@ class RMSprop(Rule):
         lr: α. alpha: β. eps: ε. weight_decay: w. momentum: μ. Each as in `SGD`.
         centered: whether to divide by the deviation from the mean.
     """
+
+    counts = False
 
     def __init__(
         self,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from ..graph.elementwise import Followed, followed, stand_in
 from ..graph.expressions import Expression, variable
 from ..graph.expressions.language import in_order, substituted
 from ..graph.graph import Shape, Untraceable
+from .carried import Part, parts, tensors
 from .rules import OwnRule, Rule
 from .stepping import learned_by, moved, started
 from .updates import Moved, with_start
@@ -23,12 +23,24 @@ Parameters = Mapping[str, tuple[int, Shape]]
 """By name the index and shape of each parameter that adapts."""
 
 
+class Traced(NamedTuple):
+    """The steps, and the state behind the last of them: a tree with anything in the places of its tensors."""
+
+    steps: list[dict[int, Moved]]
+    form: Any
+
+
 def traced(
-    rule: Rule | OwnRule, parameters: Parameters, steps: int, number: Callable[[str, int, int], int], dtype: torch.dtype
-) -> list[dict[int, Moved]]:
+    rule: Rule | OwnRule,
+    parameters: Parameters,
+    steps: range,
+    number: Callable[[str, int, int], int],
+    dtype: torch.dtype,
+) -> Traced:
     """What each step of a rule makes of each parameter that adapts.
 
     Args:
+        steps: which inner steps.
         number: (name, inner step, parameter) to the index of a number of the package's own rules; the parameters of a
             module that is a rule are numbered as they stand.
 
@@ -36,8 +48,11 @@ def traced(
         Untraceable: a step is not made of expressions, element by element.
     """
     if isinstance(rule, Rule):
-        return [_of_rule(rule, parameters, k, number) for k in range(steps)]
-    return _Own(rule, parameters, dtype).steps(steps)
+        count = rule.states() if steps.stop else 0
+        form = {name: (torch.empty(0),) * count for name in parameters}
+        return Traced([_of_rule(rule, parameters, k, number) for k in steps], form)
+    moved, form = _Own(rule, parameters, dtype).steps(steps.stop)
+    return Traced(moved[steps.start :], form)
 
 
 # ---- the package's own: the same for every parameter ---------------------------------------------
@@ -45,7 +60,7 @@ def traced(
 
 def _of_rule(rule: Rule, parameters: Parameters, step: int, number: Callable[[str, int, int], int]) -> dict[int, Moved]:
     names = ("t", "g", *rule.numbers)
-    count = _states_of(rule) if step else 0
+    count = rule.states() if step else 0
     given = {name: stand_in((), torch.float64) for name in (*names, *(f"s{i}" for i in range(count)))}
 
     def update() -> Any:
@@ -65,22 +80,7 @@ def _of_rule(rule: Rule, parameters: Parameters, step: int, number: Callable[[st
     return of
 
 
-def _states_of(rule: Rule) -> int:
-    """How many tensors of state a parameter has."""
-    one = torch.ones((), dtype=torch.float64)
-    return len(rule.update(dict.fromkeys(rule.numbers, one), one, one, (), 0)[1])
-
-
 # ---- one's own -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A tensor of a state: which of the tree's leaves, the parameter that it belongs to, and its place there."""
-
-    leaf: int
-    parameter: str
-    place: int
 
 
 class _Own:
@@ -90,7 +90,7 @@ class _Own:
         self._rule, self._parameters, self._dtype = rule, parameters, dtype
         self._learned = {n: (i, tuple(p.shape), p.dtype) for i, (n, p) in enumerate(learned_by(rule).items())}
 
-    def steps(self, count: int) -> list[dict[int, Moved]]:
+    def steps(self, count: int) -> tuple[list[dict[int, Moved]], Any]:
         theta = self._stand_ins()
         learned = {f"n{i}": stand_in(shape, dtype) for i, shape, dtype in self._learned.values()}
         by_name = dict(zip(self._learned, learned.values(), strict=True))
@@ -104,7 +104,7 @@ class _Own:
             if k == 0:
                 moved_now = {n: with_start(m, starts[n]) for n, m in moved_now.items()}
             found.append({self._parameters[n][0]: m for n, m in moved_now.items()})
-        return found
+        return found, state
 
     def _step(
         self, k: int, state: Any, by_name: dict[str, Tensor], learned: dict[str, Tensor]
@@ -163,21 +163,16 @@ class _Own:
     def _stand_ins(self) -> dict[str, Tensor]:
         return {n: stand_in(shape, self._dtype) for n, (_, shape) in self._parameters.items()}
 
-    def _parts(self, state: Any) -> list[_Part]:
+    def _parts(self, state: Any) -> list[Part]:
         """The tensors of a state, each with the parameter whose name its path has."""
-        places: dict[str, int] = {}
-        found = []
-        for leaf, (path, value) in enumerate(pytree.tree_flatten_with_path(state)[0]):
-            if not isinstance(value, Tensor):
-                if value is None or isinstance(value, int | float | str):
-                    continue
+        for value in pytree.tree_leaves(state):
+            if not (isinstance(value, Tensor | int | float | str) or value is None):
                 raise Untraceable(f"its state holds a {type(value).__name__}")
-            keys = [getattr(key, "key", None) for key in path]
-            name = next((k for k in keys if k in self._parameters), None)
-            if name is None or tuple(value.shape) != self._parameters[name][1]:
+        found = []
+        for part, value in zip(parts(state, self._parameters), tensors(state), strict=True):
+            if part is None or tuple(value.shape) != self._parameters[part.parameter][1]:
                 raise Untraceable("its state has a tensor that belongs to no parameter")
-            found.append(_Part(leaf, name, places.setdefault(name, 0)))
-            places[name] += 1
+            found.append(part)
         return found
 
 

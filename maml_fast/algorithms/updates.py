@@ -76,14 +76,20 @@ class Updates:
     Args:
         steps: for each inner step what it makes of each parameter that adapts, by its index.
         clip: of every gradient. proximal: the λ of a term λ/2 ‖θ − θ_0‖² of the inner loss.
+        goes_on: whether the state behind the last step is wanted, for steps of a later call.
 
     Attributes:
         states: how many tensors of state a parameter has at most.
         clips_norms: whether the steps read ‖g_k‖² as `c0`.
+        left: for each parameter that adapts how many tensors of state are wanted behind the last step.
     """
 
     def __init__(
-        self, steps: Sequence[Mapping[int, Moved]], clip: Clip | None = None, proximal: float | None = None
+        self,
+        steps: Sequence[Mapping[int, Moved]],
+        clip: Clip | None = None,
+        proximal: float | None = None,
+        goes_on: bool = False,
     ) -> None:
         self._norm = None if clip is None else clip.norm
         self.clips_norms = self._norm is not None
@@ -101,6 +107,7 @@ class Updates:
             if "g" in slots_in((self._unclipped_of(moved).theta, *self._unclipped_of(moved).state)):
                 raise Untraceable("its gradient cannot be told apart from the clipped one")
         self.states = max((len(m.state) for step in steps for m in step.values()), default=0)
+        self.left = {p: len(m.state) * goes_on for p, m in self.steps[-1].items()} if self.steps else {}
 
     def forward(self, step: int, steps: int) -> Elementwise:
         """θ_{k+1}, and of m_{k+1} what later ones of so many steps read."""
@@ -128,7 +135,7 @@ class Updates:
 
     def _all_read_behind(self, steps: int) -> list[set[int]]:
         """The same of every step."""
-        found, read = [], set[int]()
+        found, read = [], set(range(max(self.left.values(), default=0)))
         for k in reversed(range(steps)):
             found.append(read)
             each = dict.fromkeys(self.steps[k].values())

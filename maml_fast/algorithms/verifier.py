@@ -199,8 +199,8 @@ class _Verifier:
 
     def step(self, i: Instruction) -> None:
         match i:
-            case Load(slot):
-                self.write(slot, _THETA)
+            case Load(slot, place):
+                self.write(slot, _VECTOR if place else _THETA)
             case Forward(theta, batch, index):
                 self.forward(theta, self.tape(index, batch), index)
             case SupportLoss(index):
@@ -243,9 +243,9 @@ class _Verifier:
             case StoreGradients(vector):
                 self.read(vector, _VECTOR)
                 self.once("own gradients")
-            case StoreParameters(theta):
-                self.read(theta, _THETA)
-                self.once("adapted parameters")
+            case StoreParameters(theta, place):
+                self.read(theta, _VECTOR if place else _THETA)
+                self.once(f"adapted parameters{f', state {place}' if place else ''}")
             case StoreOutputs(index):
                 self.filled(index, Batch.QUERY)
                 self.once("outputs")
@@ -323,8 +323,10 @@ _RESULTS: dict[Mode, tuple[type[Instruction], ...]] = {
     Mode.VJP: (Cotangent, Accumulate),
     Mode.ADAPT: (StoreParameters,),
     Mode.APPLY: (Load, StoreOutputs),
+    Mode.STEP: (Load, StoreParameters),
+    Mode.SCORE: (Load,),
 }
-_MAY = {Mode.META_GRADIENT: (StoreOutputs,)}
+_MAY = {Mode.META_GRADIENT: (StoreOutputs,), Mode.SCORE: (StoreOutputs,)}
 """What every mode's program computes beside losses, and what it may compute."""
 
 
@@ -332,9 +334,8 @@ def _check_goal(program: Program, goal: Goal) -> None:
     gradient, differentiates = goal.inner.gradient, goal.mode in (Mode.META_GRADIENT, Mode.VJP)
     goes_back = differentiates and not isinstance(gradient, Displacement)
     weights = weights_of(goal)
-    steps = 0 if goal.mode is Mode.APPLY else len(weights) - 1
-    scores = goal.mode in (Mode.LOSS, Mode.META_GRADIENT)
-    losses = scores * max(sum(w != 0 for w in weights), 1)
+    steps = len(weights) - 1
+    losses = goal.mode.scores * max(sum(w != 0 for w in weights), 1)
 
     def expect(what: str, wanted: int, found: int) -> None:
         if wanted != found:
@@ -347,7 +348,9 @@ def _check_goal(program: Program, goal: Goal) -> None:
         results += (Load, StoreGradients) if differentiates else (Load,)
     for kind in (Cotangent, Accumulate, StoreOutputs, StoreParameters, StoreGradients, Load):
         if kind not in _MAY.get(goal.mode, ()):
-            expect(f"{kind.__name__}", kind in results, _count(program, kind))
+            first = {"place": 0} if kind in (Load, StoreParameters) else {}
+            expect(f"{kind.__name__}", kind in results, _count(program, kind, **first))
+    _check_state(program, goal, expect)
     seeds = losses * (goal.mode is Mode.META_GRADIENT and goes_back)
     expect("QueryLoss with a seed", seeds, _count(program, QueryLoss, seed=True))
     expect("Backward with inputs", goes_back and goal.needs.x_q, _count(program, Backward, inputs=True))
@@ -368,6 +371,15 @@ def _check_descent(program: Program, goal: Goal, expect: _Expect) -> None:
             raise ProgramError("goal", f"`{i}`", f"expected a set of rates below {goal.rate_sets}, got {i.rates}")
     wanted = goal.mode.differentiates and goal.inner.unrolls and any(goal.needs.rates)
     expect("RateGradient", _pulled(goal) if wanted else 0, _count(program, RateGradient))
+
+
+def _check_state(program: Program, goal: Goal, expect: _Expect) -> None:
+    """The tensors of an inner rule's state: all that are left behind are stored, and where it goes on some loaded."""
+    left = max(goal.updates.left.values(), default=0) if goal.updates is not None else 0
+    stored = _count(program, StoreParameters) - _count(program, StoreParameters, place=0)
+    expect("StoreParameters of the rule's state", left, stored)
+    if goal.mode is not Mode.STEP:
+        expect("Load of the rule's state", 0, _count(program, Load) - _count(program, Load, place=0))
 
 
 def _check_steps(program: Program, goal: Goal, steps: int) -> None:
@@ -393,7 +405,7 @@ def _pulled(goal: Goal) -> int:
     return max((k for k, w in enumerate(weights_of(goal)) if w), default=0)
 
 
-def _count(program: Program, kind: type[Instruction], **fields: bool) -> int:
+def _count(program: Program, kind: type[Instruction], **fields: bool | int) -> int:
     return sum(
         isinstance(i, kind) and all(getattr(i, name) == value for name, value in fields.items())
         for i in program.instructions

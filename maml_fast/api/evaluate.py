@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..graph import structure
 from .maml import MAML
-
-Batch = tuple[Any, Any, Any, Any]
+from .measuring import Batch, interval, measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +38,12 @@ class Evaluation:
         return "\n".join(lines)
 
 
-@torch.no_grad()
 def evaluate(
     maml: MAML, episodes: Iterable[Batch], tasks: int = 600, steps: int | Iterable[int] = range(11)
 ) -> Evaluation:
     """Adapt to test tasks, and measure on their query sets at θ_k for every number k of inner steps.
+
+    Every meta-batch goes through one inner loop of max(steps) steps, whose θ_k are measured on the way.
 
     Args:
         maml: as it was trained; its module is in the mode that the test is to be in. It does not change.
@@ -55,48 +51,19 @@ def evaluate(
         steps: numbers of inner steps, also more than it was trained with; one, or several.
 
     Raises:
-        ValueError: no tasks or steps, numbers of the inner rule for another number of steps, or too few episodes.
+        ValueError: no tasks or steps, numbers of the inner rule (`mf.per_step`) for fewer steps, or too few episodes.
     """
+    if maml.per_step:
+        raise ValueError("evaluate: expected a learner without per_step=True: it takes one support set for all steps")
     numbers = tuple(sorted({steps} if isinstance(steps, int) else {*steps}))
     if tasks < 1 or not numbers or numbers[0] < 0:
         raise ValueError(f"evaluate: expected tasks and numbers of steps from 0, got {tasks} tasks and steps {numbers}")
-    learners = {k: maml.with_steps(k) for k in numbers}
-    losses: dict[int, list[Tensor]] = {k: [] for k in numbers}
-    hits: dict[int, list[Tensor]] = {k: [] for k in numbers}
-    for batch in _first(episodes, tasks):
-        for k, learner in learners.items():
-            losses[k].append(learner.meta_loss(*batch, reduction="none").double())
-            if (found := _hits(learner, batch)) is not None:
-                hits[k].append(found)
-    loss, interval = _estimates([torch.cat(losses[k]) for k in numbers])
-    if not hits[numbers[0]]:
-        return Evaluation(tasks, numbers, loss, interval)
-    return Evaluation(tasks, numbers, loss, interval, *_estimates([torch.cat(hits[k]) for k in numbers]))
+    found = measured(maml, episodes, tasks, numbers)
+    loss, interval = _estimates([found[k].losses for k in numbers])
+    hits = [each.hits for each in found.values() if each.hits is not None]
+    return Evaluation(tasks, numbers, loss, interval, *(_estimates(hits) if hits else ()))
 
 
-def _first(episodes: Iterable[Batch], tasks: int) -> Iterator[Batch]:
-    """Meta-batches of so many tasks in all; the last may be cut."""
-    left = tasks
-    for batch in episodes:
-        x_s, y_s, x_q, y_q = (structure.mapped(part, itemgetter(slice(left))) for part in batch)
-        yield x_s, y_s, x_q, y_q
-        left -= structure.first(x_s).shape[0]
-        if left == 0:
-            return
-    raise ValueError(f"episodes: expected {tasks} tasks, got {tasks - left}")
-
-
-def _hits(learner: MAML, batch: Batch) -> Tensor | None:
-    """The share of query samples of each task whose label has the largest output."""
-    x_s, y_s, x_q, y_q = batch
-    if not learner.loss.takes_labels or not isinstance(y_q, Tensor) or y_q.ndim != 2:
-        return None
-    outputs = structure.first(learner(x_s, y_s, x_q))
-    return (outputs.argmax(-1) == y_q).double().mean(1)
-
-
-def _estimates(values: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _estimates(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     means = torch.stack([v.mean() for v in values]).cpu()
-    spreads = [float(v.std()) if len(v) > 1 else math.nan for v in values]
-    count = math.sqrt(len(values[0]))
-    return means, torch.tensor([1.96 * s / count for s in spreads], dtype=torch.float64)
+    return means, torch.tensor([interval(v) for v in values], dtype=torch.float64)

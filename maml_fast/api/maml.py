@@ -21,7 +21,7 @@ from ..graph.starting import Start
 from ..graph.structure import Data
 from ..lower.plan import Result
 from . import autograd, checks, compiled
-from .adapted import Adapted
+from .adapted import Adapted, adapt
 from .batch import joined, weighted
 from .prepare import CHECKED, Prepared, Preparer, Settings
 from .rates import LearningRates, RateLike
@@ -380,14 +380,14 @@ class MAML(nn.Module):
         return call(self._preparer, x_s, y_s, x_q)
 
     def adapt(self, x_s: Data, y_s: Data, *, weights_s: Tensor | None = None) -> Adapted:
-        """Per-task parameters θ_K, without a graph."""
+        """Per-task parameters θ_K, without a graph, and the inner rule's state, with which `Adapted.step` goes on.
+
+        Of numbers that are per step it takes the first K.
+        """
         if torch.compiler.is_compiling():
             return compiled.outside(self.adapt, x_s, y_s, weights_s=weights_s)
         x_s, y_s, _ = self._taken(x_s, y_s, None, weights_s)
-        with torch.no_grad():
-            result = self._prepare(Mode.ADAPT, x_s, y_s).run()
-        names = self._preparer.model.names
-        return Adapted(self._preparer, dict(zip(names, result.adapted, strict=True)))
+        return adapt(self._preparer, x_s, y_s)
 
     def with_steps(self, steps: int) -> MAML:
         """The same learner of the same module with another number of inner steps, and the query loss at the last."""

@@ -136,6 +136,7 @@ class Settings:
     per_step: bool
     start: Start | None
     rule: Rule | OwnRule | None = None
+    first: int = 0
 
 
 CHECKED: dict[str, Callable[[Any], Any]] = {
@@ -209,6 +210,11 @@ class Preparer:
         """What the meta-gradient is of."""
         return self._settings.gradient
 
+    @property
+    def settings(self) -> Settings:
+        """Those that there are."""
+        return self._settings
+
     def set(self, name: str, value: Any) -> None:
         """Change one setting; plans made for other values stay for when those come back."""
         self._settings = replace(self._settings, **{name: value})
@@ -235,6 +241,11 @@ class Preparer:
         """Number the settings: a small int is hashed at every call instead of all of them. No number comes again."""
         self._now = (self._settings, self.rates.shapes, self.rates.picture)
         self.state = self._states.setdefault(self._now, self._first_state + len(self._states))
+
+    def state_with(self, other: Mapping[str, Any]) -> int:
+        """The number of the settings with others in the place of some."""
+        now = (replace(self._settings, **other), *self._now[1:])
+        return self._states.setdefault(now, self._first_state + len(self._states))
 
     def settings_of(self, state: int) -> tuple[Settings, Rates]:
         """The settings with this number, and the shapes of the rates.
@@ -308,6 +319,7 @@ class Preparer:
         outputs: bool = False,
         given: StandIns | None = None,
         seed: int | None = None,
+        other: Mapping[str, Any] | None = None,
     ) -> Prepared:
         """Check everything and find the plan.
 
@@ -317,17 +329,18 @@ class Preparer:
             outputs: whether a meta-gradient returns the query outputs too.
             given: takes the place of the parameters, rates and settings that there are.
             seed: of the random numbers; None for a new one.
+            other: settings in the place of those that there are.
         """
         if not self.rates.holds():
             self._follow(self.model, self.rates.following(self.model))
-        if given is None and (again := self._again(mode, x_s, y_s, x_q, y_q, outputs, seed)) is not None:
+        if given is None and not other and (again := self._again(mode, x_s, y_s, x_q, y_q, outputs, seed)) is not None:
             return again
         parameters = self._current_parameters()
         batch: tuple[Any, Any, Any, Any] = (x_s, y_s, x_q, y_q)
         if checks.transformed():
             given_tensors = batches.tensors(batch)
             checks.no_transform((*parameters, *self.rates.values, *self.objective.learned.parameters(), *given_tensors))
-        state, learnable = self.state, self.rates.learnable()
+        state, learnable = self.state_with(other) if other else self.state, self.rates.learnable()
         states = self.model.guards.state, self.objective.guards.state
         if given is not None:
             parameters, state = given.parameters, given.state
@@ -356,7 +369,7 @@ class Preparer:
         new = call is None
         start = perf_counter() if new else 0.0
         if call is None:
-            settings, rate_shapes = self._now[:2] if given is None else self.settings_of(state)
+            settings, rate_shapes = self._now[:2] if state == self.state else self.settings_of(state)
             self._check_batch(mode, settings, *batch)
             present = {n: v for n, v in zip(("x_s", "y_s", "x_q", "y_q"), batch, strict=True) if v is not None}
             with torch.inference_mode(False):  # what is made now is kept, and used outside
@@ -374,7 +387,7 @@ class Preparer:
             with torch.inference_mode(False):
                 call = Call(call.plan, self._selfcheck.settle(call.choice, tensors, self._settings.check))
             self._keep(key, call)
-        if given is None:
+        if given is None and not other:
             self._remember(call, parameters, batch, (state, *states, learnable), outputs)
         if new and verbose.PLANS:
             verbose.planned(call.choice, start)
@@ -507,21 +520,22 @@ class Preparer:
         parameters = self.model.parameters()
         dtype, device, loss = common_dtype(parameters), common_device(parameters), settings.loss
         (of_s, of_q), (x_s, x_q) = (x_s, x_q), map(structure.unweighted, (x_s, x_q))
-        if mode is not Mode.APPLY:
-            self.rates.check_steps(settings.steps)
+        if not mode.applies:
+            self.rates.check_steps(settings.first + settings.steps, exactly=not mode.adapts)
             checks.data_fits(settings.gradient, settings.per_step, settings.start is not None, mode)
             checks.gradient_fits(settings.gradient, settings.step_weights, mode, self.rates.learnable())
             checks.inputs("x_s", x_s, dtype, device)
             checks.weights("weights_s", "x_s", of_s, dtype)
             checks.targets("y_s", y_s, "x_s", x_s, loss, dtype)
-        if mode is not Mode.ADAPT:
-            checks.inputs("x_q" if x_s is not None else "x", x_q, dtype, device)
+        if not mode.adapts:
+            checks.inputs("x" if mode is Mode.APPLY else "x_q", x_q, dtype, device)
             checks.weights("weights_q", "x_q", of_q, dtype)
         if x_s is not None and x_q is not None:
             checks.same_tasks(x_s, x_q)
-        if mode in (Mode.LOSS, Mode.META_GRADIENT):
-            checks.one_weight_per_step(settings.step_weights, settings.steps)
+        if mode.scores:
             checks.targets("y_q", y_q, "x_q", x_q, loss, dtype)
+        if mode.scores and not mode.applies:
+            checks.one_weight_per_step(settings.step_weights, settings.steps)
             checks.same_structure("y_q", y_q, "y_s", y_s)
 
     def _check_labels(self, call: Call, y_s: Any, y_q: Any) -> None:
@@ -591,6 +605,7 @@ class Preparer:
                 settings.gradient,
                 settings.clip,
                 settings.start,
+                settings.first,
             ),
             rates=rates,
             needs=needs,
@@ -609,7 +624,7 @@ class Preparer:
 
     def _starts(self, mode: Mode, settings: Settings, batch: Mapping[str, Data], sets: int) -> tuple[bool, ...]:
         """Which parameters start from the data, as the first task's show."""
-        if settings.start is None or mode is Mode.APPLY:
+        if settings.start is None or mode.applies or mode is Mode.STEP:
             return ()
         x, y = (structure.mapped(batch[name], lambda v: v[0, : v.shape[1] // sets].detach()) for name in ("x_s", "y_s"))
         return trial(self.objective_of(settings.loss), settings.start, x, y)

@@ -122,12 +122,22 @@ class LearningRates:
                 return of, _put(number.given, path, value)
         return None
 
-    def check_steps(self, steps: int) -> None:
-        """Raise ValueError where numbers are for another number of inner steps."""
+    @property
+    def per_step(self) -> bool:
+        """Whether any number differs between inner steps."""
+        return any(number.steps is not None for number in self._numbers.values())
+
+    def check_steps(self, steps: int, exactly: bool = True) -> None:
+        """Raise ValueError where numbers are for another number of inner steps.
+
+        Args:
+            exactly: False accepts those for more steps, of which others may follow.
+        """
         for name, number in self._numbers.items():
-            if number.steps is not None and number.steps != steps:
+            if number.steps is not None and (number.steps < steps or (exactly and number.steps != steps)):
+                least = "" if exactly else " at least"
                 raise ValueError(
-                    f"{name}: expected {steps} rates, one for each inner step, got {number.steps} in mf.per_step"
+                    f"{name}: expected{least} {steps} rates, one for each inner step, got {number.steps} in mf.per_step"
                 )
 
     def learnable(self) -> tuple[bool, ...]:

@@ -128,7 +128,7 @@ def check(plan: Plan, found: Probe, allow_unused: bool | None) -> None:
             f"model: no parameter reaches the output, {names[missing[0]]!r} neither; allow_unused=True accepts that"
         )
     adapts = [i for i, a in enumerate(plan.model.adapts) if a]
-    if plan.mode is not Mode.APPLY and plan.inner.steps and adapts and not any(by_loss[i] for i in adapts):
+    if not plan.mode.applies and plan.inner.steps and adapts and not any(by_loss[i] for i in adapts):
         raise ValueError(
             f"model: no parameter that adapts reaches the support loss, {names[adapts[0]]!r} neither; "
             "allow_unused=True accepts that"

@@ -155,13 +155,19 @@ def _whole_gradient(plan: Plan, t: Tensors) -> tuple[Plan, Tensors]:
         adapted = [p.expand(plan.tasks, *p.shape) for p in parameters]
         x_q = structure.mapped(t.x_q, Tensor.detach)
         return plan, Tensors(parameters, rates, x_q=x_q, learned=learned, adapted=adapted, seed=t.seed)
+    if plan.mode is Mode.SCORE:  # its query set is the support set too
+        data = {"x_s": plan.data["x_q"], "y_s": plan.data["y_q"], **plan.data}
+        plan = replace(plan, support=plan.query, data=data)
+        t = replace(t, x_s=t.x_q, y_s=t.y_q)
     assert t.x_s is not None and t.y_s is not None
     x_q = t.x_s if t.x_q is None else t.x_q
     samples = structure.first(x_q).shape[1]
     chosen = torch.arange(samples, device=plan.device) % plan.support
     y_q = structure.mapped(t.y_s, lambda y: y[:, chosen]) if t.y_q is None else t.y_q
     if plan.mode is not Mode.META_GRADIENT or plan.inner.steps > MOST_STEPS:
-        trace, inner = plan.trace, replace(plan.inner, steps=min(plan.inner.steps, MOST_STEPS))
+        trace, inner = plan.trace, replace(plan.inner, steps=min(plan.inner.steps, MOST_STEPS), first=0)
+        if plan.mode.applies or not plan.mode.scores:  # they may be for another number of steps
+            inner = replace(inner, step_weights=None)
         plan = replace(plan, mode=Mode.META_GRADIENT, inner=inner, query=samples, state={})
         plan.__dict__["trace"] = trace
     weights = torch.zeros(plan.tasks, dtype=plan.dtype, device=plan.device)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algorithms import carried
 from ..algorithms.goal import Mode
 from ..graph import structure
 from ..graph.conditions import check_storage, constant, plain
@@ -18,6 +19,7 @@ from .attention import composed
 from .philox import Drawing
 
 _Outputs = Callable[[Drawing, Plan, Tensors], Any]
+_Losses = Callable[[Drawing, Plan, Tensors], tuple[Tensor, Any]]
 
 
 def differentiate(
@@ -25,15 +27,17 @@ def differentiate(
     plan: Plan,
     tensors: Tensors,
     query_outputs: _Outputs,
-    losses: Callable[[Drawing, Plan, Tensors], tuple[Tensor, Any]],
-    adapt: Callable[[Drawing, Plan, Tensors], list[Tensor]],
+    losses: _Losses,
+    adapt: Callable[[Drawing, Plan, Tensors], tuple[list[Tensor], Any]],
     apply: _Outputs,
+    score: _Losses,
 ) -> Result:
-    """Evaluate one of the four functions and, where the mode asks for it, its gradient.
+    """Evaluate one of the five functions and, where the mode asks for it, its gradient.
 
     Args:
         draws: gives all of them their random numbers.
-        losses: the tasks' losses, and the query outputs without a graph if the plan needs them.
+        losses, score: the tasks' losses, and the query outputs without a graph if the plan needs them.
+        adapt: the parameters, and the inner rule's state.
     """
     check_memory(plan, tensors)
     with composed(), plain(plan.device), draws.during(plan):
@@ -42,10 +46,14 @@ def differentiate(
             return Result(losses=losses(draws, plan, fresh)[0].detach())
         if plan.mode is Mode.QUERY_OUTPUTS:
             return Result(outputs=_detached(query_outputs(draws, plan, fresh)))
-        if plan.mode is Mode.ADAPT:
-            return Result(adapted=[p.detach() for p in adapt(draws, plan, fresh)])
+        if plan.mode.adapts:
+            found, state = adapt(draws, plan, fresh)
+            return Result(adapted=[p.detach() for p in found], state=state)
         if plan.mode is Mode.APPLY:
             return Result(outputs=_detached(apply(draws, plan, fresh)))
+        if plan.mode is Mode.SCORE:
+            values, outputs = score(draws, plan, fresh)
+            return Result(losses=values.detach(), outputs=_detached(outputs))
         if plan.mode is Mode.META_GRADIENT:
             values, outputs = losses(draws, plan, fresh)
             pull = partial(_pulled, plan.needs.parameters, fresh, [values])
@@ -95,6 +103,7 @@ def _fresh_leaves(plan: Plan, tensors: Tensors) -> Tensors:
         learned=copies(tensors.learned, needs.learned),
         rates=[leaf(r, n) for r, n in zip(tensors.rates, needs.rates, strict=True)],
         adapted=[constant(p) for p in tensors.adapted],
+        state=carried.mapped(tensors.state, constant),
         x_s=inputs(tensors.x_s, needs.x_s_each or [needs.x_s]),
         x_q=inputs(tensors.x_q, needs.x_q_each or [needs.x_q]),
         y_s=structure.mapped(tensors.y_s, constant),
@@ -106,7 +115,7 @@ def _fresh_leaves(plan: Plan, tensors: Tensors) -> Tensors:
 def _followed(plan: Plan) -> list[bool]:
     """The parameters that autograd follows: also those that adapt and whose gradient nobody wants."""
     pairs = zip(plan.needs.parameters, plan.adapts, strict=True)
-    return [wanted or (adapts and plan.mode is not Mode.APPLY) for wanted, adapts in pairs]
+    return [wanted or (adapts and not plan.mode.applies) for wanted, adapts in pairs]
 
 
 def _pulled(

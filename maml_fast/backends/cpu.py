@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..algorithms.goal import Mode
+from ..algorithms.program import Load
 from ..cached import cached_property
 from ..graph import structure
 from ..graph.expressions.language import PRIMITIVES
@@ -20,8 +21,10 @@ from ..graph.losses import NAMES
 from ..lower.chains import MOST_OPERANDS
 from ..lower.plan import Plan, Result, Tensors
 from . import cpu_text
+from . import cpu_vectors as vectors
 from .base import Backend, Spent
 from .cpu_spec import CLASSES, FAMILIES, INSTRUCTIONS, KINDS, Spec, constants_of, other_targets
+from .shared import shared
 from .starts import with_starts
 
 try:
@@ -223,6 +226,7 @@ class _Call:
         self.reverse = plan.mode in (Mode.META_GRADIENT, Mode.VJP)
         self.rates_wanted = self.reverse and any(plan.needs.rates)
         self.rate_sizes = [math.prod(s) for s in plan.rates.shapes]
+        self.places = 1 + max((i.place for i in self.program.instructions if isinstance(i, Load)), default=0)
 
     @cached_property
     def labels(self) -> list[tuple[str, str]]:
@@ -236,10 +240,14 @@ class _Call:
         like = t.parameters[0]
         if plan.mode is Mode.META_GRADIENT:
             result.objective = self.new_objective()
-        elif plan.mode is Mode.LOSS:
+        elif plan.mode in (Mode.LOSS, Mode.SCORE):
             result.losses = like.new_empty(plan.tasks)
-        elif plan.mode is Mode.ADAPT:
+        elif plan.mode.adapts:
             result.adapted = [like.new_empty(plan.tasks, *s) for s in plan.model.shapes]
+        given, parameters = self._given(plan, t)
+        left: Sequence[Tensor | None] = ()
+        if plan.mode.adapts:
+            left, result.state = vectors.made(plan, like)
         if plan.needs.outputs or plan.mode in (Mode.QUERY_OUTPUTS, Mode.APPLY):
             result.outputs = self.new_outputs()
         rate_gradient = None
@@ -267,12 +275,12 @@ class _Call:
             rate_gradient,
             dx_s,
             dx_q,
-            t.parameters,
+            parameters,
             self._buffers(plan) if self.constants else (),
             t.rates,
-            t.adapted,
+            given,
             t.into or result.parameters,
-            result.adapted,
+            [*result.adapted, *left],
             more_s,
             more_q,
             dmore_s,
@@ -296,6 +304,12 @@ class _Call:
         if self.sets == 1 or data is None:
             return data
         return _mapped(data, partial(_by_set, self.sets))
+
+    def _given(self, plan: Plan, t: Tensors) -> tuple[Sequence[Tensor | None], Sequence[Tensor]]:
+        """The vectors that the program loads, and the parameters that all tasks share."""
+        if plan.mode is not Mode.STEP:
+            return t.adapted, t.parameters
+        return vectors.given(plan, self.places, t), shared(plan, t)
 
     def _inputs(self, x: Any) -> tuple[Tensor | None, Sequence[Tensor | None]]:
         """The tensor of buffer 0, and those that operations `input` read."""

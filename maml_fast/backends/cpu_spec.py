@@ -141,7 +141,7 @@ class Spec:
 
     def __init__(self, plan: Plan, graph: Graph) -> None:
         self.plan, self.graph = plan, graph
-        self.loads = plan.mode is Mode.APPLY
+        self.loads = plan.mode.applies
         self.buffer = {0: 0}
         self.features = [graph.features(0)]
         self.once = [False]

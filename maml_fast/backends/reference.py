@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algorithms import carried
+from ..algorithms.goal import Mode
 from ..algorithms.gradients import Displacement, Implicit
 from ..graph import structure
 from ..graph.objective import Point
@@ -43,7 +45,7 @@ class ReferenceBackend(Backend):
     def run(self, plan: Plan, tensors: Tensors) -> Result:
         draws = Drawing(tensors.seed, batched=False)
         with _no_hooks(), Composed(batched=False, twice=plan.second_order):
-            return differentiate(draws, plan, tensors, _query_outputs, _losses, _adapt, _apply)
+            return differentiate(draws, plan, tensors, _query_outputs, _losses, _adapt, _apply, _score)
 
 
 def _no_hooks() -> AbstractContextManager[None]:
@@ -56,11 +58,17 @@ def _no_hooks() -> AbstractContextManager[None]:
     return torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS)
 
 
-def _inner_loop(draws: Drawing, plan: Plan, t: Tensors, task: int) -> Iterator[list[Tensor]]:
-    """θ_0 … θ_K of one task; with a graph back to θ_0 where the mode is a gradient's."""
+def _inner_loop(
+    draws: Drawing, plan: Plan, t: Tensors, task: int, inner: InnerSteps | None = None
+) -> Iterator[list[Tensor]]:
+    """θ_0 … θ_K of one task; with a graph back to θ_0 where the mode is a gradient's.
+
+    Args:
+        inner: the rule at work, if its state is wanted.
+    """
     theta = _first(draws, plan, t, task)
     adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
-    inner = InnerSteps(plan, t)
+    inner = inner or InnerSteps(plan, t)
     for step in range(plan.inner.steps):
         yield theta
         if not adapted:
@@ -81,8 +89,10 @@ def _inner_loop(draws: Drawing, plan: Plan, t: Tensors, task: int) -> Iterator[l
 
 def _first(draws: Drawing, plan: Plan, t: Tensors, task: int) -> list[Tensor]:
     """θ_0 of one task."""
-    theta = list(t.parameters) if plan.mode.differentiates else _leaves(t.parameters, plan.model.trainable)
-    if plan.inner.start is None:
+    # copies of what another call has left: a rule of one's own may write it
+    begin = [p[task].clone() for p in t.adapted] if plan.mode is Mode.STEP else t.parameters
+    theta = list(begin) if plan.mode.differentiates else _leaves(begin, plan.model.trainable)
+    if plan.inner.start is None or plan.mode is Mode.STEP:
         return theta
     draws.begin(start_pass(plan), task)
     x, y = (plan.of_step(_of(data, task), 0) for data in (t.x_s, t.y_s))
@@ -203,14 +213,36 @@ def _held(gradient: Implicit, draws: Drawing, plan: Plan, t: Tensors, task: int,
     return found
 
 
-def _adapt(draws: Drawing, plan: Plan, t: Tensors) -> list[Tensor]:
-    tasks = [_adapt_task(draws, plan, t, task) for task in range(plan.tasks)]
-    return [torch.stack(values) for values in zip(*tasks, strict=True)]
+def _adapt(draws: Drawing, plan: Plan, t: Tensors) -> tuple[list[Tensor], Any]:
+    tasks, states = [], []
+    for task in range(plan.tasks):
+        inner = InnerSteps(plan, t, carried.mapped(t.state, lambda s: s[task]))  # noqa: B023  # called at once
+        *_, theta = _inner_loop(draws, plan, t, task, inner)
+        tasks.append(theta)
+        states.append(inner.state)
+    return [torch.stack(values) for values in zip(*tasks, strict=True)], carried.stacked(states)
 
 
-def _apply(draws: Drawing, plan: Plan, t: Tensors) -> Any:
+def _given_points(draws: Drawing, plan: Plan, t: Tensors) -> Iterator[tuple[int, Point]]:
     def given(task: int) -> list[Tensor]:
         return _leaves([p[task] for p in t.adapted], plan.model.trainable)
 
-    points = _points(draws, plan, t, given)
+    return _points(draws, plan, t, given)
+
+
+def _apply(draws: Drawing, plan: Plan, t: Tensors) -> Any:
+    points = _given_points(draws, plan, t)
     return _tasks(plan, (plan.objective.outputs(at, _of(t.x_q, task)) for task, at in points))
+
+
+def _score(draws: Drawing, plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
+    losses, outputs = [], []
+    for task, at in _given_points(draws, plan, t):
+        x, y = _of(t.x_q, task), _of(t.y_q, task)
+        if plan.needs.outputs:
+            loss, found = plan.objective.value_and_outputs(at, x, y)
+            outputs.append(found)
+        else:
+            loss = plan.objective.value(at, x, y)
+        losses.append(loss.detach())
+    return torch.stack(losses), structure.stacked(outputs) if outputs else None

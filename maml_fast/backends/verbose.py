@@ -16,7 +16,6 @@ from time import perf_counter
 
 import torch
 
-from ..algorithms.goal import Mode
 from ..lower.plan import Plan, Result, Tensors
 from .base import Spent
 from .dispatch import Choice
@@ -91,7 +90,7 @@ def _name(choice: Choice) -> str:
 
 def _algorithm(plan: Plan) -> str:
     inner = plan.inner
-    if plan.mode is Mode.APPLY:
+    if plan.mode.applies:
         return "given parameters"
     return f"{inner.steps} steps, order {1 if inner.first_order else 2}"
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
+from ..algorithms import carried
 from ..algorithms.goal import Mode
 from ..algorithms.gradients import Displacement, Implicit
 from ..graph import structure
@@ -51,20 +52,27 @@ class VmapBackend(Backend):
 def run(draws: Drawing, plan: Plan, tensors: Tensors) -> Result:
     """Evaluate the plan's mode, with random numbers from `draws`."""
     with Composed(batched=True, twice=plan.second_order):
-        return differentiate(draws, plan, tensors, _query_outputs, _losses, _adapt, _apply)
+        return differentiate(draws, plan, tensors, _query_outputs, _losses, _adapt, _apply, _score)
 
 
 def _inner_loop(
-    draws: Drawing, plan: Plan, t: Tensors, buffers: Sequence[Tensor], x: Data, y: Data
+    draws: Drawing,
+    plan: Plan,
+    t: Tensors,
+    buffers: Sequence[Tensor],
+    x: Data,
+    y: Data,
+    inner: InnerSteps | None = None,
+    given: Sequence[Tensor] = (),
 ) -> Iterator[list[Tensor]]:
-    """θ_0 … θ_K of the task that vmap is at."""
-    theta = list(t.parameters)
-    if plan.inner.start is not None:
+    """θ_0 … θ_K of the task that vmap is at, or from given parameters on with a rule at work."""
+    theta = list(given or t.parameters)
+    if plan.inner.start is not None and not given:
         draws.begin(start_pass(plan))
         at, own = _point(theta, t, buffers), (plan.of_step(x, 0), plan.of_step(y, 0))
         theta = started(plan.objective, plan.inner.start, at, *own, keep_new=False)
     adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
-    inner = InnerSteps(plan, t)
+    inner = inner or InnerSteps(plan, t)
 
     def support_loss(fast: list[Tensor], theta: list[Tensor], x: Data, y: Data) -> Tensor:
         values = list(theta)
@@ -153,11 +161,34 @@ def _losses(draws: Drawing, plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
     return losses, outputs
 
 
-def _adapt(draws: Drawing, plan: Plan, t: Tensors) -> list[Tensor]:
-    def task(buffers: list[Tensor], x_s: Data, y_s: Data) -> list[Tensor]:
-        return _adapt_task(draws, plan, t, buffers, x_s, y_s)
+def _adapt(draws: Drawing, plan: Plan, t: Tensors) -> tuple[list[Tensor], Any]:
+    form: list[Any] = []
 
-    return _each_task(plan, task, t.x_s, t.y_s)
+    def task(buffers: list[Tensor], x: Data, y: Data, given: list[Tensor], state: list[Tensor]) -> list[Tensor]:
+        inner = InnerSteps(plan, t, carried.replaced(t.state, state))
+        # a rule of one's own may write what it is given
+        *_, theta = _inner_loop(draws, plan, t, buffers, x, y, inner, [p.clone() for p in given])
+        form[:] = [inner.state]
+        return [*theta, *carried.tensors(inner.state)]
+
+    given = list(t.adapted) if plan.mode is Mode.STEP else []
+    found = _each_task(plan, task, t.x_s, t.y_s, given, carried.tensors(t.state))
+    count = len(t.parameters)
+    why = carried.loss_of(form[0])
+    apart = [v.contiguous() for v in found]  # vmap lets all tasks share what does not depend on them
+    return apart[:count], carried.Lost(why) if why else carried.replaced(form[0], apart[count:])
+
+
+def _score(draws: Drawing, plan: Plan, t: Tensors) -> tuple[Tensor, Any]:
+    def task(buffers: list[Tensor], theta: list[Tensor], x: Data, y: Data) -> Any:
+        draws.begin(None)
+        at = _point(theta, t, buffers)
+        if plan.needs.outputs:
+            return plan.objective.value_and_outputs(at, x, y, keep_new=False)
+        return plan.objective.value(at, x, y, keep_new=False), None
+
+    losses, outputs = _outputs(plan, task, list(t.adapted), t.x_q, t.y_q)
+    return losses, outputs
 
 
 def _apply(draws: Drawing, plan: Plan, t: Tensors) -> Any:
@@ -206,7 +237,10 @@ def _failure_on(plan: Plan, device: torch.device) -> str:
 def _rehearse(plan: Plan, device: torch.device) -> None:
     """Run the plan for two tasks of zeros; the second step already has the parameters that differ between tasks."""
     inner = replace(plan.inner, steps=min(plan.inner.steps, 2), step_weights=None)
-    small = replace(plan, tasks=2, inner=inner, device=device, state={})
+    mode = plan.mode
+    if mode is Mode.STEP:  # the state of earlier calls is not at hand: from the beginning, and a step further
+        mode, inner = Mode.ADAPT, replace(inner, steps=2, first=0)
+    small = replace(plan, mode=mode, tasks=2, inner=inner, device=device, state={})
 
     tensors = stand_ins(small)
     if plan.mode is Mode.VJP:

@@ -98,7 +98,7 @@ class Plan:
         """Whether the gradient of an inner gradient is taken."""
         steps = self.inner.steps
         curved = self.inner.curved_from < steps or (isinstance(self.inner.gradient, Implicit) and steps > 0)
-        return self.mode.differentiates and self.mode is not Mode.APPLY and any(self.adapts) and curved
+        return self.mode.differentiates and any(self.adapts) and curved
 
     @property
     def notes(self) -> list[str]:
@@ -138,11 +138,14 @@ class Plan:
         return self.traced_rule[0]
 
     @cached_property
-    def traced_rule(self) -> tuple[Updates | None, str]:
-        """The steps of the inner rule, or why they are no expressions; neither for plain gradient descent."""
+    def traced_rule(self) -> tuple[Updates | None, str, Any]:
+        """The steps of the inner rule, or why they are no expressions; neither for plain gradient descent.
+
+        The third is the state that they leave, with anything in the places of its tensors.
+        """
         rule, model, inner = self.inner.whole_rule, self.model, self.inner
-        if rule is None or self.mode is Mode.APPLY or not any(self.adapts):
-            return None, ""
+        if rule is None or self.mode.applies or not any(self.adapts):
+            return None, "", None
         proximal = inner.gradient.proximal if isinstance(inner.gradient, Implicit) else None
         adapted = {n: (i, model.shapes[i]) for i, n in enumerate(model.names) if model.adapts[i]}
 
@@ -151,11 +154,12 @@ class Plan:
 
         try:
             with lock:  # equal expressions are one object
-                moved = traced(rule, adapted, inner.steps, number, self.dtype)
-                return Updates(moved, inner.clip, proximal), ""
+                steps = range(inner.first, inner.first + inner.steps)
+                moved, form = traced(rule, adapted, steps, number, self.dtype)
+                return Updates(moved, inner.clip, proximal, self.mode.adapts), "", form
         except Untraceable as error:
             kind = type(rule).__name__
-            return None, f"inner: {kind} is not computed element by element by what kernels know: {error}"
+            return None, f"inner: {kind} is not computed element by element by what kernels know: {error}", None
 
     def of_step(self, data: Any, step: int) -> Any:
         """Of one task's support samples those of an inner step."""
@@ -316,7 +320,9 @@ class Tensors:
         cotangent: dL/d(query outputs), (T, Nq, *out).
         cotangents: in its place where the model returns several: one for each, None for zeros.
         learned: the loss's own parameters, in `Objective.learned` order.
-        adapted: per-task parameters for `Mode.APPLY`, or those that start from data; each (T, *shape), or None.
+        adapted: per-task parameters for the modes that begin with such, or those that start from data; each
+            (T, *shape), or None.
+        state: likewise the inner rule's state for `Mode.STEP`; see `carried.py`.
         seed: of the call's random numbers; None where a backend is to draw one when it comes to it.
         into: contiguous gradients of all parameters, to which a backend adds that has found them by `into`,
             instead of returning new ones.
@@ -333,6 +339,7 @@ class Tensors:
     cotangents: Sequence[Tensor | None] = ()
     learned: Sequence[Tensor] = ()
     adapted: Sequence[Any] = ()
+    state: Any = None
     into: Sequence[Tensor] = ()
     seed: int | None = None
 
@@ -351,6 +358,7 @@ class Result:
     Attributes:
         losses: (T,) query losses. objective: Σ_t w_t L_t.
         outputs: (T, Nq, *out), or a structure of such tensors where the model returns one.
+        adapted, state: the parameters, each (T, *shape), and what the inner rule goes on with; see `carried.py`.
         x_s, x_q: a list of one for each tensor where inputs are several.
         pull: from the weights, or one cotangent for each output, and whether it may be asked again, to the gradients.
     """
@@ -359,6 +367,7 @@ class Result:
     objective: Tensor | None = None
     outputs: Any = None
     adapted: list[Any] = field(default_factory=list)
+    state: Any = None
     parameters: list[Tensor | None] = field(default_factory=list)
     rates: list[Tensor | None] = field(default_factory=list)
     learned: list[Tensor | None] = field(default_factory=list)

@@ -6,7 +6,7 @@ Importing this does not import PyTorch: the command line shows its help without.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -18,8 +18,13 @@ Iterations = Annotated[int, typer.Option(help="Outer steps in total, not further
 MetaBatch = Annotated[int, typer.Option(help="Tasks in an outer step.")]
 Steps = Annotated[int, typer.Option(help="Inner steps in training.")]
 InnerLr = Annotated[float, typer.Option(help="Inner learning rate, in terms of the mean loss over a task's samples.")]
-MetaLr = Annotated[float, typer.Option(help="Adam's learning rate.")]
-ALGORITHMS = ("maml", "fomaml", "reptile", "anil", "boil", "imaml")
+MetaLr = Annotated[float, typer.Option(help="The outer learning rate; Reptile's meta-step.")]
+OPTIMIZERS = ("adam", "sgd")
+Optimizer = Annotated[str, typer.Option(help=f"The outer optimizer: {', '.join(OPTIMIZERS)}.")]
+MetaDecay = Annotated[int, typer.Option(help="Iteration to which the outer rate falls on a line to 0; 0 for no fall.")]
+ALGORITHMS = ("maml", "fomaml", "reptile", "anil", "boil", "imaml", "metasgd", "mamlpp")
+Anneal = Annotated[int, typer.Option(help="Of mamlpp: iterations until the loss at the last step counts alone.")]
+FirstOrder = Annotated[int, typer.Option(help="Of mamlpp: iterations in first order, from the start.")]
 Algorithm = Annotated[str, typer.Option(help=f"{', '.join(ALGORITHMS)}.")]
 Seed = Annotated[int, typer.Option(help="Of the initialisation and of all sampling.")]
 Backend = Annotated[str, typer.Option(help="auto, or one that `maml-fast info` lists.")]
@@ -44,6 +49,21 @@ def computed(value: Callable[[Any], Any], shown: str) -> Any:
     return field(default=None, metadata={"value": value, "shown": shown})
 
 
+def _of_algorithm(reptile: Callable[[Any], Any], others: Any, shown: str) -> Any:
+    return computed(lambda config: reptile(config) if config.algorithm == "reptile" else others, shown)
+
+
+_REPTILE = {
+    "optimizer": _of_algorithm(lambda config: "sgd", "adam", "adam; reptile sgd"),
+    "meta_lr": _of_algorithm(lambda config: 1.0, 1e-3, "0.001; reptile 1.0"),
+    "meta_decay": _of_algorithm(lambda config: config.iterations, 0, "0; reptile --iterations"),
+}
+"""θ ← θ + ε (mean θ_K − θ) with ε from 1 to 0 over the run (Nichol et al., arXiv 1803.02999)."""
+
+
+_A_TENTH = computed(lambda config: config.iterations // 10, "a tenth of --iterations")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """What every recipe can be told. A resumed run may change `FREE` fields only."""
@@ -57,9 +77,13 @@ class Config:
     inner_lr: InnerLr
     validate_every: ValidateEvery
     validation_tasks: ValidationTasks
-    meta_lr: MetaLr = 1e-3
-    seed: Seed = 0
     algorithm: Algorithm = "maml"
+    optimizer: Optimizer = _REPTILE["optimizer"]
+    meta_lr: MetaLr = _REPTILE["meta_lr"]
+    meta_decay: MetaDecay = _REPTILE["meta_decay"]
+    anneal: Anneal = _A_TENTH
+    first_order: FirstOrder = 0
+    seed: Seed = 0
     backend: Backend = "auto"
     threads: Threads = 0
     log_every: LogEvery = 100
@@ -77,7 +101,7 @@ class Config:
         "validation_tasks",
         "eval_tasks",
     )
-    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("steps", "threads", "seed")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("steps", "threads", "seed", "meta_decay", "anneal", "first_order")
     FREE = ("out", "iterations", "backend", "threads", "save_every", "eval_tasks", "data", "split_folder")
 
     def __post_init__(self) -> None:
@@ -90,11 +114,19 @@ class Config:
             _at_least(0, name, getattr(self, name))
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.algorithm == "mamlpp" and self.steps < 1:
+            raise ValueError("steps: expected 1 or more for mamlpp, which has rates of each step, got 0")
         if self.seed > LARGEST_SEED:
             raise ValueError(f"seed: expected at most {LARGEST_SEED}, got {self.seed}")
         for name in ("inner_lr", "meta_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+
+    def measurable(self, steps: Iterable[int]) -> list[int]:
+        """Of numbers of inner steps those that the learner can take: mamlpp has rates of those in training alone."""
+        return [k for k in steps if self.algorithm != "mamlpp" or k <= self.steps]
 
     @property
     def cores(self) -> int:

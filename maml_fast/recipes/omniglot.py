@@ -38,7 +38,9 @@ class OmniglotRecipe(Recipe):
     def evaluate(self) -> dict[str, list[StepResult]]:
         config = self.config
         title = f"omniglot {config.net}, {config.ways}-way {config.shots}-shot, {config.eval_tasks} test tasks"
-        return {title: self._evaluate("test", config.eval_tasks, sorted({*range(11), config.test_steps}))}
+        return {
+            title: self._evaluate("test", config.eval_tasks, config.measurable(sorted({*range(11), config.test_steps})))
+        }
 
     def _load(self) -> dict[str, LabelledSet]:
         config = self.config
@@ -57,4 +59,4 @@ class OmniglotRecipe(Recipe):
         return Episodes(self._parts[part], config.meta_batch, config.ways, config.shots, config.queries, seed=seed)
 
     def _evaluate(self, part: str, tasks: int, steps: list[int]) -> list[StepResult]:
-        return evaluate(self.maml, "cross_entropy", self._tasks(part), tasks, steps)
+        return evaluate(self.maml, self._tasks(part), tasks, steps)

@@ -16,13 +16,24 @@ _MANY_WAYS = {"meta_batch": 16, "steps": 5, "test_steps": 5}
 
 def _as_the_paper(name: str) -> Any:
     """The paper's value for 5 ways, or for 20 ways where there are more than 10."""
-    shown = f"{_FEW_WAYS[name]}, or {_MANY_WAYS[name]} for more than 10 ways"
-    return computed(lambda config: (_FEW_WAYS if config.ways <= 10 else _MANY_WAYS)[name], shown)
+    other = {"steps": "; mamlpp, reptile 5", "test_steps": "; mamlpp --steps"}.get(name, "")
+    shown = f"{_FEW_WAYS[name]}, or {_MANY_WAYS[name]} for more than 10 ways{other}"
+    return computed(lambda config: _value(config, name), shown)
+
+
+def _value(config: Any, name: str) -> Any:
+    if name == "steps" and config.algorithm in ("mamlpp", "reptile"):  # Reptile's single steps are joint training
+        return 5
+    if name == "test_steps" and config.algorithm == "mamlpp":
+        return config.steps
+    return (_FEW_WAYS if config.ways <= 10 else _MANY_WAYS)[name]
 
 
 _COMPUTED = {name: _as_the_paper(name) for name in _FEW_WAYS} | {
     "queries": computed(lambda config: config.shots, "shots"),
-    "inner_lr": computed(lambda config: _inner_lr(config), "2.0, or 0.4 for conv4; reptile 0.001, imaml 0.5"),
+    "inner_lr": computed(
+        lambda config: _inner_lr(config), "2.0, or 0.4 for conv4 and mamlpp; reptile 0.001, imaml 0.5"
+    ),
 }
 
 
@@ -32,7 +43,7 @@ def _inner_lr(config: Any) -> float:
     return 0.4 if config.net == "conv4" else 2.0
 
 
-_OTHER_RATES = {"reptile": 1e-3, "imaml": 0.5}  # Reptile's is of an inner Adam
+_OTHER_RATES = {"reptile": 1e-3, "imaml": 0.5, "mamlpp": 0.4}  # Reptile's is of an inner Adam
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,5 +89,9 @@ class OmniglotConfig(Config):
         super().__post_init__()
         if self.net not in NETS:
             raise ValueError(f"net: expected one of {', '.join(NETS)}, got {self.net!r}")
+        if not self.measurable([self.test_steps]):
+            raise ValueError(
+                f"test_steps: expected at most the {self.steps} that mamlpp has rates for, got {self.test_steps}"
+            )
         if self.split not in SPLITS:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {self.split!r}")

@@ -8,6 +8,7 @@ from statistics import fmean
 import torch
 from torch import nn
 
+from ..api.measuring import trajectory
 from ..data import Sinusoids
 from .algorithms import learner
 from .evaluation import EVERY_STEP, StepResult, evaluate
@@ -61,9 +62,8 @@ class SinusoidRecipe(Recipe):
         x_s = torch.empty(2, config.shots).uniform_(-5, 5, generator=torch.Generator().manual_seed(config.seed))
         y_s = amplitude * torch.sin(x_s - phase)
         grid = x.expand(2, -1)[..., None].contiguous()
-        predictions = {}
-        for k in (0, 1, 10):
-            predictions[k] = self.maml.with_steps(k)(x_s[..., None], y_s[..., None], grid)[..., 0]
+        steps = config.measurable((0, 1, 10))
+        predictions = {k: a(grid)[..., 0] for k, a in trajectory(self.maml, x_s[..., None], y_s[..., None], steps)}
         adaptation_curves(config.out / ADAPTATION, x, amplitude * torch.sin(x - phase), x_s, y_s, predictions)
 
     def _evaluate(
@@ -71,7 +71,7 @@ class SinusoidRecipe(Recipe):
     ) -> list[StepResult]:
         seed = stream_seed(self.config.seed, part)
         sampler = Sinusoids(TASKS_AT_ONCE, shots, queries, seed=seed, ahead=1)
-        return evaluate(self.maml, "mse", sampler, tasks, steps)
+        return evaluate(self.maml, sampler, tasks, self.config.measurable(steps) or [self.config.steps])
 
 
 def sinusoid_mlp() -> nn.Module:

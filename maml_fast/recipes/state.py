@@ -23,16 +23,23 @@ def check_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         OtherSettings: one differs; the message names it.
     """
     for name, value in wanted.items():
+        if name in _OF_MAMLPP and wanted.get("algorithm") != "mamlpp":
+            continue
         before = found.get(name, _ADDED.get(name))
         if before != value:
             raise OtherSettings(f"{name}: the run was started with {before}, got {value}")
 
 
-_ADDED = {"algorithm": "maml"}
+_ADDED = {"algorithm": "maml", "optimizer": "adam", "meta_decay": 0, "first_order": 0}
 """What was the only way in runs of versions without the setting."""
 
+_OF_MAMLPP = ("anneal",)
+"""Settings that no run of another algorithm depends on."""
 
-def misfit(state: Mapping[str, Any], model: Mapping[str, Any], measure: str, log_every: int) -> str:
+
+def misfit(
+    state: Mapping[str, Any], model: Mapping[str, Any], measure: str, log_every: int, own: Mapping[str, Any]
+) -> str:
     """Why a run cannot continue from `state`, as a phrase; empty if it can, as far as optimizer and sampler can.
 
     Args:
@@ -40,6 +47,7 @@ def misfit(state: Mapping[str, Any], model: Mapping[str, Any], measure: str, log
         model: the state of the run's own module, an example of form.
         measure: the name by which the best parameters were chosen.
         log_every: the largest number of losses in the window.
+        own: the learner's own numbers, likewise an example of form.
     """
     if missing := [part for part in PARTS if part not in state]:
         return f"it has no {missing[0]}"
@@ -51,7 +59,17 @@ def misfit(state: Mapping[str, Any], model: Mapping[str, Any], measure: str, log
         return "its window holds no losses"
     if reason := _misfit_of_module(state["model"], model):
         return f"its model {reason}"
+    if reason := _misfit_of_own(state, own) or (state["best"] and _misfit_of_own(state["best"], own)):
+        return reason
     return _misfit_of_best(state["best"], model, measure) or _misfit_of_seal(state.get("metrics"))
+
+
+def _misfit_of_own(part: Any, own: Mapping[str, Any]) -> str:
+    """Of the learner's own numbers, which no version without them has."""
+    if not isinstance(part, Mapping) or (part.get("model") == {} and "numbers" not in part):
+        return ""  # of a best that there is not yet
+    reason = _misfit_of_module(part.get("numbers", {}), own)
+    return f"its learned numbers: it {reason}" if reason else ""
 
 
 def _is_count(value: Any) -> bool:

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..algorithms.goal import Mode
 from ..api.maml import MAML
 from ..data import Sampler
-from ..optim.adam import FlatAdam
 from ..optim.flat import FlatParameters
-from . import checkpoint, files
+from . import annealing, checkpoint, files, outer
+from .algorithms import own_numbers, take_numbers
 from .config import Config
 from .display import Display, results_table
 from .evaluation import StepResult
@@ -84,8 +84,8 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> None:
         self.recipe, self.config, self.console = recipe, recipe.config, console or Console()
-        self.parameters = FlatParameters(recipe.maml.module)
-        self.optimizer = FlatAdam(self.parameters, lr=self.config.meta_lr)
+        self.parameters = FlatParameters(recipe.maml)  # the model's, and rates that are learned
+        self.optimizer = outer.optimizer(self.config, self.parameters)
         self.iteration = 0
         self.window: list[Tensor] = []
         self.best: dict[str, Any] = {"model": {}}
@@ -150,8 +150,8 @@ class Trainer:
         config, total = self.config, self.config.iterations
         with Interrupt() as interrupt, Display(self.console, self.recipe.name, self.iteration, total) as display:
             while self.iteration < total and interrupt.signal is None:
-                due = self._next_event()
-                self._advance(due, interrupt, display)
+                due, change = self._next_event(), annealing.next_change(config, self.iteration)
+                self._advance(due if change is None else min(due, change), interrupt, display)
                 if self.iteration == due:
                     self._events(display)
             if self.iteration % config.save_every or not self.folder.has_checkpoint():
@@ -162,9 +162,12 @@ class Trainer:
         """Plain iterations: nothing in here waits for a number or formats one, except for the bar."""
         backward, step, sampler = self.recipe.maml.backward, self.optimizer.step, self.recipe.sampler
         parameters, window, now = self.parameters, self.window, time.perf_counter
+        annealing.settle(self.config, self.recipe.maml, self.iteration)
         while self.iteration < until and interrupt.signal is None:
             parameters.zero_grad()
             window.append(backward(*next(sampler)))
+            if self.config.meta_decay:
+                self.optimizer.lr = outer.rate(self.config, self.iteration)
             step()
             self.iteration += 1
             if now() > display.due:
@@ -190,7 +193,8 @@ class Trainer:
         self.metrics.add(iteration=self.iteration, **{measure.key: value})
         if measure.improves(value, self.best.get(measure.name)):
             model = {name: value.clone() for name, value in self.recipe.maml.module.state_dict().items()}
-            self.best = {"iteration": self.iteration, measure.name: value, "model": model}
+            numbers = {name: value.clone() for name, value in own_numbers(self.recipe.maml).items()}
+            self.best = {"iteration": self.iteration, measure.name: value, "model": model, "numbers": numbers}
 
     def _finish(self) -> None:
         """Draw the curves and evaluate the best (or else the last) parameters."""
@@ -209,6 +213,7 @@ class Trainer:
     def _take_best(self) -> None:
         best, name = self.best, self.recipe.measure.name
         self.recipe.maml.module.load_state_dict(best["model"])
+        take_numbers(self.recipe.maml, best.get("numbers", {}))
         iteration = best.get("iteration", "?")  # the checkpoints of earlier versions have none
         self._say(f"The best validation {name} is {best[name]:.4f}, of iteration {iteration}.")
 
@@ -219,6 +224,7 @@ class Trainer:
             "config": self.config.fixed(),
             "iteration": self.iteration,
             "model": self.recipe.maml.module.state_dict(),
+            "numbers": own_numbers(self.recipe.maml),
             "optimizer": self.optimizer.state_dict(),
             "sampler": self.recipe.sampler.state_dict(),
             "window": torch.stack(self.window) if self.window else torch.empty(0),
@@ -247,12 +253,15 @@ class Trainer:
         module, config = self.recipe.maml.module, self.config
         state = checkpoint.load(path, self._largest())
         try:
-            if reason := misfit(state, module.state_dict(), self.recipe.measure.name, config.log_every):
+            if isinstance(state.get("config"), Mapping):
+                check_settings(state["config"], config.fixed())
+            own = own_numbers(self.recipe.maml)
+            if reason := misfit(state, module.state_dict(), self.recipe.measure.name, config.log_every, own):
                 raise ValueError(reason)
-            check_settings(state["config"], config.fixed())
             module.load_state_dict(state["model"])
+            take_numbers(self.recipe.maml, state.get("numbers", {}))
             self.optimizer.load_state_dict(state["optimizer"])
-            if self.optimizer.lr != config.meta_lr:
+            if self.optimizer.lr != outer.rate(config, max(state["iteration"] - 1, 0)):
                 raise ValueError("its optimizer has another rate")
             self.recipe.sampler.load_state_dict(state["sampler"])
         except OtherSettings:
@@ -265,7 +274,7 @@ class Trainer:
 
     def _largest(self) -> int:
         """Bytes that no checkpoint of this run exceeds: two models, two moments, the window, and names."""
-        model = self.recipe.maml.module.state_dict().values()
+        model = [*self.recipe.maml.module.state_dict().values(), *own_numbers(self.recipe.maml).values()]
         tensors = sum(value.nbytes for value in model if isinstance(value, Tensor))
         return 8 * (tensors + self.config.log_every) + (1 << 26)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ....algorithms.goal import Mode
 from ....graph.graph import ACTIVATIONS, Graph, Op
 from ....graph.inputs import Inputs
 from ....lower.channels_last import channels_last
@@ -80,7 +79,7 @@ class Flat:
     """
 
     def __init__(self, plan: Plan, used: set[int], filters: set[int]) -> None:
-        loads = plan.mode is Mode.APPLY
+        loads = plan.mode.applies
         model = plan.model
         self.shapes, self.filters = model.shapes, filters
         self.sizes = [math.prod(s) for s in model.shapes]

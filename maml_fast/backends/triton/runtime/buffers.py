@@ -10,6 +10,7 @@ from torch import Tensor
 from ....algorithms.goal import Mode
 from ....algorithms.program import Batch
 from ....lower.plan import Plan, Result, Tensors
+from ...shared import shared
 from ..kernels.outside import UNSET
 from ..layers.network import Network
 from ..layers.table import KINDS
@@ -53,9 +54,9 @@ class Buffers:
         self.outside = torch.zeros(2, dtype=torch.int64, device=device) if refuses else None
         self.weights = numbers(t, wanted=plan.mode is Mode.META_GRADIENT)
         self.cotangent = numbers(*outputs, wanted=plan.mode is Mode.VJP)
-        self.given = numbers(t, flat.adapting, wanted=plan.mode is Mode.APPLY)
-        self.adapted = numbers(t, flat.total, wanted=plan.mode is Mode.ADAPT)
-        self.losses = numbers(t, wanted=plan.mode in (Mode.LOSS, Mode.META_GRADIENT))
+        self.given = numbers(t, flat.adapting, wanted=plan.mode.applies or plan.mode is Mode.STEP)
+        self.adapted = numbers(t, flat.total, wanted=plan.mode.adapts)
+        self.losses = numbers(t, wanted=plan.mode.scores)
         self.outputs = numbers(*outputs, wanted=plan.needs.outputs or plan.mode in (Mode.QUERY_OUTPUTS, Mode.APPLY))
         self.gradient = numbers(flat.trainable, wanted=reverse)
         wanted = reverse and any(plan.needs.rates)
@@ -79,8 +80,9 @@ class Buffers:
     def fill(self, t: Tensors) -> None:
         """Copy the call's tensors in."""
         flat, objective = self.network.flat, self.plan.objective
+        parameters = shared(self.plan, t) if self.plan.mode is Mode.STEP else t.parameters
         pairs = [
-            *((flat.view(self.theta, i), p) for i, p in enumerate(t.parameters)),
+            *((flat.view(self.theta, i), p) for i, p in enumerate(parameters)),
             *zip(self.numbers.views, t.rates, strict=False),
             *((buffer, objective.tensor(name)) for name, buffer in self.constants.items()),
             *self.batches[Batch.SUPPORT].pairs(t.x_s, t.y_s),
