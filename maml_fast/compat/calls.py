@@ -13,7 +13,7 @@ from .number import Number
 from .outer import SCALAR, Outer, leaves
 from .recorded import Recorded, TaskNode, wrapped
 from .recorder import RECORDER
-from .structure import Unrecordable
+from .structure import HIDDEN, Unrecordable
 from .task import Task, tensors_in
 
 _ANSWERED = {
@@ -43,8 +43,14 @@ _READS = {
 _IN_PLACE: dict[Any, Any] = {
     getattr(Tensor, name): getattr(Tensor, other)
     for name, other in {
-        **{"__iadd__": "add", "add_": "add", "__isub__": "sub", "sub_": "sub", "__imul__": "mul", "mul_": "mul"},
-        **{"__itruediv__": "div", "div_": "div"},
+        "__iadd__": "add",
+        "add_": "add",
+        "__isub__": "sub",
+        "sub_": "sub",
+        "__imul__": "mul",
+        "mul_": "mul",
+        "__itruediv__": "div",
+        "div_": "div",
     }.items()
 }
 
@@ -78,6 +84,8 @@ def called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _recorded(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Note the function with its task, or with the functions of several tasks."""
     handles = [t for t in tensors_in(args, kwargs) if isinstance(t, Recorded)]
+    for handle in handles:
+        _refuse_hidden(handle)
     nodes = [t.node for t in handles]
     task = nodes[0].task if isinstance(nodes[0], TaskNode) else None
     alone = task is not None and all(isinstance(n, TaskNode) and n.task is task for n in nodes)
@@ -109,6 +117,8 @@ def _is_scalar(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
     """Run a function at once, on plain tensors; the tasks are recorded no further."""
     handles = [t for t in tensors_in(args, kwargs) if isinstance(t, Recorded)]
+    for handle in handles:
+        _refuse_hidden(handle)
     for number in list(_numbers.values()) if _writes(function, kwargs) else ():
         number.value()
     for handle in handles:
@@ -123,6 +133,14 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: s
         if result is plain(handle):
             return handle
     return result
+
+
+def _refuse_hidden(handle: Recorded) -> None:
+    """Raise if autograd knows of something that made this tensor and we do not."""
+    with torch._C.DisableTorchFunctionSubclass():
+        known = handle.requires_grad
+    if known != handle.node.meta.requires_grad and not isinstance(handle.node, Real):
+        raise RuntimeError(HIDDEN)
 
 
 def plain(value: Any) -> Any:
@@ -222,6 +240,7 @@ def _in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 def _backward(
     tensor: Recorded, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
 ) -> None:
+    _refuse_hidden(tensor)
     node, meta = tensor.node, tensor.node.meta
     usual = gradient is None and not create_graph and inputs is None and not RECORDER.unusual()
     if not usual or not meta.requires_grad or meta.sample.numel() != 1 or isinstance(node, Real):
@@ -274,6 +293,19 @@ def _writes(function: Any, kwargs: dict[str, Any]) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name in _AUGMENTED)
 
 
-_AUGMENTED = frozenset(
-    f"__i{n}__" for n in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()
+_OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+    "matmul",
 )
+_AUGMENTED = frozenset([f"__i{n}__" for n in _OPERATORS])

@@ -63,7 +63,8 @@ class Epoch:
         self.parameters = [*self.own, *learned]
         self.buffers = list(dict.fromkeys(self.module.buffers()))
         self.closed = False
-        self._state = home.guards.state
+        self.state = home.guards.state
+        self._is_same = home.guards.hold  # of this state, also once there is another
         self._tables = [(vars(m), dict(vars(m))) for m in self.module.modules()]
         self._tables += [(t, dict(t)) for m in self.module.modules() for t in (m._parameters, m._buffers, m._modules)]
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
@@ -81,7 +82,7 @@ class Epoch:
 
     def holds(self) -> bool:
         """Whether the module is still the same, as far as can be told at a glance: a clone made now is of this epoch."""
-        return not self.closed and self.home.guards.hold() and self._current_versions() == self._versions
+        return not self.closed and self._is_same() and self._current_versions() == self._versions
 
     def numbers_hold(self) -> bool:
         """Whether every number is still the same."""
@@ -95,7 +96,7 @@ class Epoch:
         Raises:
             RuntimeError: that cannot be brought about.
         """
-        same_state = self.home.guards.state == self._state and self.home.guards.hold()
+        same_state = self._is_same()
         same_numbers = self.numbers_hold()
         if same_state and same_numbers:
             yield
@@ -107,8 +108,7 @@ class Epoch:
                 "itself, or wrap the loop in maml_fast.compat.plain()"
             )
         with self._tables_as_before(), self._numbers_as_before():
-            self.home.refresh()
-            if self.home.guards.state != self._state:
+            if not self._is_same():
                 raise RuntimeError(
                     "maml_fast.compat: something that the module holds was changed in place after tasks were recorded "
                     "and before their results were read; read them before, or wrap the loop in maml_fast.compat.plain()"

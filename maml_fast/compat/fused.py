@@ -194,14 +194,19 @@ def values(tasks: Sequence[Task], asked: Task | None = None) -> None:
     groups: dict[Any, list[Task]] = {}
     for task in sorted(tasks, key=lambda t: t.serial):
         if task.structure is not None and (missing := _missing(task)):
-            groups.setdefault((id(task.epoch), task.structure, tuple(missing)), []).append(task)
-    for (_, _, missing), group in groups.items():
+            there = tuple(sorted(task.results))
+            groups.setdefault((id(task.epoch), task.structure, there, tuple(missing)), []).append(task)
+    for (_, _, _, missing), group in groups.items():
         if asked is not None and len(group) == 1 and group[0] is asked:
             asked.reads += 1
             if asked.reads > 2:
                 asked.go_plain("its results are read while it is adapting", where())
                 continue
-        _values(group, missing)
+        try:
+            _values(group, missing)
+        except Exception:
+            if asked in group:
+                raise  # whoever reads another of them will be told then
 
 
 def _missing(task: Task) -> list[int]:

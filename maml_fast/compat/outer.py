@@ -127,6 +127,9 @@ class Outer:
         return weights if weights is not None else _derived(self, order)
 
 
+Node = Outer | TaskNode
+
+
 def leaves(node: Any) -> list[TaskNode]:
     """The results of tasks that a node is of, each once."""
     if isinstance(node, TaskNode):
@@ -157,7 +160,7 @@ def _linear(order: list[Outer]) -> list[tuple[TaskNode, Any]] | None:
         if node.kwargs or node.meta.sample.dim() or node.function not in SCALAR or not node.grad:
             return None
         for position, arg in enumerate(args):
-            if isinstance(arg, Outer | TaskNode):
+            if isinstance(arg, Node):
                 factor = _factor(node.function, args, position)
                 if factor is None:
                     return None
@@ -189,10 +192,16 @@ def _factor(function: Any, args: Any, position: int) -> float | None:
     return 1.0 / other if function in _DIV and position == 0 and other else None
 
 
+def _is_linear(node: Outer) -> bool:
+    """Whether the derivative does not depend on the numbers."""
+    product = node.function in _MUL or node.function in _DIV
+    return node.function in _LINEAR and not (product and (len(node.nodes()) > 1 or not isinstance(node.args[0], Node)))
+
+
 def _derived(last: Outer, order: list[Outer]) -> list[tuple[TaskNode, Any]]:
     """Any other derivative: by autograd, of the functions alone."""
     nodes = list({(id(n.task), n.index): n for n in leaves(last) if n.meta.requires_grad}.values())
-    linear = all(node.function in _LINEAR for node in order)
+    linear = all(_is_linear(node) for node in order)
     inputs = {}
     for node in nodes:
         sample = node.meta.sample
@@ -241,7 +250,7 @@ def _with_nodes(value: Any) -> Any:
 
 def _nodes_in(*values: Any) -> Iterator[Any]:
     for value in values:
-        if isinstance(value, Outer | TaskNode):
+        if isinstance(value, Node):
             yield value
         elif type(value) is list or type(value) is tuple:
             yield from _nodes_in(*value)
@@ -262,7 +271,7 @@ def _tensor_of(arg: Any) -> Any:
 
 
 def _handle_of(arg: Any) -> Any:
-    return wrapped(arg.meta, arg) if isinstance(arg, Outer | TaskNode) else arg
+    return wrapped(arg.meta, arg) if isinstance(arg, Node) else arg
 
 
 __all__ = ["Outer", "SCALAR", "leaves", "tensors_in"]

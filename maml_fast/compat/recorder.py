@@ -36,7 +36,7 @@ class Recorder:
         self.tasks: weakref.WeakSet[Task] = weakref.WeakSet()
         self.asked: list[Task] = []
         self.off = 0
-        self._working = 0
+        self._here = threading.local()
         self._watched: dict[int, nn.Parameter] = {}
         self._epochs: list[Epoch] = []
         self._hooked = False
@@ -45,17 +45,17 @@ class Recorder:
 
     @property
     def is_working(self) -> bool:
-        """Whether what runs now is our own."""
-        return self._working > 0
+        """Whether what runs now, in this thread, is our own."""
+        return getattr(self._here, "working", 0) > 0
 
     @contextmanager
     def working(self) -> Iterator[None]:
         """Inside, parameters are read and written without anything being run for it."""
-        self._working += 1
+        self._here.working = getattr(self._here, "working", 0) + 1
         try:
             yield
         finally:
-            self._working -= 1
+            self._here.working -= 1
 
     def unusual(self) -> str:
         """Why nothing may be recorded now; empty where it may."""
@@ -98,7 +98,7 @@ class Recorder:
 
     def settle(self) -> None:
         """Something is about to be changed: run what people may still see, and let all parameters go."""
-        if self._working:
+        if self.is_working:
             return
         with self.lock:
             try:
@@ -125,12 +125,17 @@ class Recorder:
 
     def run_backwards(self) -> None:
         """Add to all gradients what is still to be added."""
-        if self.asked and not self._working:
-            from .fused import backwards
+        if self.is_working:
+            return
+        with self.lock:  # who comes while another thread runs them waits
+            if self.asked:
+                from .fused import backwards
 
-            with self.lock:
                 tasks, self.asked = self.asked, []
-                backwards(tasks)
+                try:
+                    backwards(tasks)
+                finally:  # an interrupt loses nothing
+                    self.asked = [t for t in tasks if t.asked] + self.asked
 
     def run_wanted(self) -> None:
         """Compute every result of a kind that people have looked at before."""

@@ -198,6 +198,12 @@ def described(value: Any, tensor: Callable[[Tensor], Node | Slot]) -> Any:
     raise Unrecordable(f"an argument of type {kind.__name__}")
 
 
+HIDDEN = (
+    "maml_fast.compat: a recorded tensor went through an operation that PyTorch hides from __torch_function__, such as an "
+    "autograd.Function or torch.autograd.backward; wrap the loop in maml_fast.compat.plain()"
+)
+
+
 class _Barred(torch.autograd.Function):
     """Stands before every recorded result: what derives it behind our back raises instead of losing a gradient."""
 
@@ -207,10 +213,7 @@ class _Barred(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
-        raise RuntimeError(
-            "maml_fast.compat: a recorded tensor went through an operation that PyTorch hides from __torch_function__; "
-            "use .clone() of the plain learner's output (maml_fast.compat.plain()) there"
-        )
+        raise RuntimeError(HIDDEN)
 
 
 def meta_of(value: Tensor, sources: Sequence[Tensor] = ()) -> Meta:

@@ -296,7 +296,7 @@ class Task:
         if self.plain is not None:
             return
         assert self.structure is not None
-        with RECORDER.working(), self.epoch.entered():
+        with RECORDER.working(), torch.inference_mode(False), torch.enable_grad(), self.epoch.entered():
             plain, values = self.algorithm.start(), list[Tensor]()
             path = self.structure.path()
             for position, place in enumerate(path):

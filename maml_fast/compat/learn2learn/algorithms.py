@@ -74,7 +74,7 @@ class BaseLearner(nn.Module):
         """An ordinary module, with what the task has done so far."""
         with RECORDER.lock:
             task = self.__dict__["_task"]
-            task.end(f"{name!r} of a learner is used")
+            task.end(f"{name.strip('_')!r} of a learner is used")
             del self.__dict__["_task"]
             own = task.plain
             nn.Module.__init__(self)
@@ -232,7 +232,7 @@ def _note(learner: BaseLearner, epoch: Epoch | None) -> None:
 
 
 def _recording_clone(of: BaseLearner, kind: Any, options: dict[str, Any], epoch: Epoch, algorithm: Any) -> Any:
-    key = kind, epoch.trainable, epoch._state, tuple(map(id, epoch.parameters))
+    key = kind, epoch.trainable, epoch.state, tuple(map(id, epoch.parameters))
     root = epoch.home.roots.get(key)
     if root is None:
         if len(epoch.home.roots) >= 64:

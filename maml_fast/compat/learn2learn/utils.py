@@ -123,6 +123,7 @@ def _detach(tensor: Tensor, keep: bool) -> None:
 
 def _flattened(module: Any) -> Any:
     """Recurrent layers keep a list of their weights."""
-    if isinstance(module, nn.Module) and hasattr(module, "flatten_parameters"):
-        return module._apply(lambda t: t)
+    names = getattr(module, "_flat_weights_names", None) if isinstance(module, nn.RNNBase) else None
+    if names is not None:
+        module._flat_weights = [getattr(module, name) for name in names]
     return module
