@@ -395,7 +395,8 @@ def test_printing() -> None:
         for x, y in data(4, tasks=3):
             loss, outputs = losses(maml, x, y)
             item = loss.item()
-            texts += [f"{item:.3f} {loss:.4f}", "%.3f" % item, str(round(item, 2)), repr(loss), str(outputs.detach())]
+            texts += [f"{item:.3f} {loss:.4f}", "%.3f" % item, str(round(item, 2))]  # noqa: UP031
+            texts += [repr(loss), str(outputs.detach())]
             texts.append(f"{item}"[:12])
         return texts
 
@@ -407,7 +408,7 @@ def test_a_number_is_like_a_float() -> None:
     maml, tasks = MAML(built(mlp), lr=0.1), data(4)
     losses(maml, *tasks[0])
     loss, _ = losses(maml, *tasks[1])
-    number, value = loss.item(), float(losses(Learner(built(mlp), lr=0.1), *tasks[1])[0])
+    number, value = loss.item(), losses(Learner(built(mlp), lr=0.1), *tasks[1])[0].item()
     assert isinstance(number, float) and type(number) is not float
     assert number + 1 - 0.5 * number / 2 == pytest.approx(value + 1 - 0.25 * value, rel=1e-12)
     loss, _ = losses(maml, *tasks[1])
@@ -419,7 +420,7 @@ def test_a_number_is_like_a_float() -> None:
     assert json.dumps(float(number))
     assert sorted([number, 0.0, 9.0]) == [0.0, number, 9.0] and max(number, 0) is number
     total = sum(losses(maml, x, y)[0].item() for x, y in tasks)
-    assert total == pytest.approx(sum(float(losses(maml, x, y)[0]) for x, y in tasks))
+    assert total == pytest.approx(sum(losses(maml, x, y)[0].tolist() for x, y in tasks))
 
 
 def test_a_number_keeps_what_it_was() -> None:
@@ -462,7 +463,7 @@ def test_parameters_changed_between_tasks() -> None:
                     changes[i - 2](model)
             if isinstance(maml, Learner):
                 maml.theta = dict(model.named_parameters())
-        return [float(v) for v in found]
+        return [v.tolist() for v in found]
 
     compared(script)
 
@@ -474,7 +475,7 @@ def test_a_loss_is_derived_after_its_parameters_changed() -> None:
             model[0].weight.add_(1.0)
         for loss in kept[1:]:
             loss.backward()
-        return [float(v) for v in kept]
+        return [v.tolist() for v in kept]
 
     compared(script)
 
@@ -601,7 +602,7 @@ def test_unused_and_frozen_parameters() -> None:
         frozen.append(gradients(model))
     same(*frozen)
     assert frozen[0][0] is None
-    with pytest.raises(RuntimeError, match="unused|not have been used"):
+    with pytest.raises(RuntimeError, match=r"unused|not have been used"):
         losses(MAML(built(Half), lr=0.1), *data(4)[0])
     model = built(mlp)
     model[0].weight.requires_grad_(False)
@@ -670,7 +671,7 @@ def test_errors_are_raised_where_they_are_made() -> None:
         losses(maml, x, y)[0].backward()
     learner = maml.clone()
     x, y = data(4)[0]
-    with pytest.raises(RuntimeError, match="shape|size"):
+    with pytest.raises(RuntimeError, match=r"shape|size"):
         learner(x[:, :3])
     outputs = maml.clone()(x)
     with pytest.raises(RuntimeError, match="size"):
@@ -709,11 +710,14 @@ def test_labels_out_of_range_are_an_error() -> None:
 
 def test_an_exception_in_the_middle_of_a_loop() -> None:
     def script(maml: Any, model: nn.Module) -> Any:
-        with pytest.raises(KeyError):
+        def loop() -> None:
             for i, (x, y) in enumerate(data(4)):
                 losses(maml, x, y)[0].backward()
                 if i == 3:
                     raise KeyError(i)
+
+        with pytest.raises(KeyError):
+            loop()
         for x, y in data(4, seed=1):
             losses(maml, x, y)[0].backward()
 
@@ -727,9 +731,10 @@ def test_an_interrupt_loses_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None
         for i, (x, y) in enumerate(data(4)):
             losses(maml, x, y)[0].backward()
             if i == 3 and isinstance(maml, MAML):
-                with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-                    patched.setattr(running, "_gradients", _interrupted)
+                monkeypatch.setattr(running, "_gradients", _interrupted)
+                with pytest.raises(KeyboardInterrupt):
                     model[0].weight.grad  # noqa: B018
+                monkeypatch.undo()
 
     compared(script)
 

@@ -81,7 +81,7 @@ class Epoch:
             return [t._version for t in self._tensors()]
 
     def holds(self) -> bool:
-        """Whether the module is still the same, as far as can be told at a glance: a clone made now is of this epoch."""
+        """Whether a clone made now is of this epoch: the module is the same, as far as can be told at a glance."""
         return not self.closed and self._is_same() and self._current_versions() == self._versions
 
     def numbers_hold(self) -> bool:

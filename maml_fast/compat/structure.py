@@ -199,8 +199,8 @@ def described(value: Any, tensor: Callable[[Tensor], Node | Slot]) -> Any:
 
 
 HIDDEN = (
-    "maml_fast.compat: a recorded tensor went through an operation that PyTorch hides from __torch_function__, such as an "
-    "autograd.Function or torch.autograd.backward; wrap the loop in maml_fast.compat.plain()"
+    "maml_fast.compat: a recorded tensor went through an operation that PyTorch hides from __torch_function__, such as "
+    "an autograd.Function or torch.autograd.backward; wrap the loop in maml_fast.compat.plain()"
 )
 
 
