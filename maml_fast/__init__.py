@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .lazy import names_of
 
 if TYPE_CHECKING:
-    from . import nn
+    from . import compat, nn
     from .algorithms.gradients import Clip, Displacement, Implicit, Unrolled
     from .algorithms.rules import SGD, Adam, AdamW, RMSprop
     from .api.adapted import Adapted
@@ -47,6 +47,7 @@ __all__ = [
     "Reptile",
     "Unrolled",
     "__version__",
+    "compat",
     "evaluate",
     "multi_step_weights",
     "nn",
@@ -91,7 +92,7 @@ _look_up = names_of(
 
 
 def __getattr__(name: str) -> Any:
-    return import_module(f"{__name__}.nn") if name == "nn" else _look_up(name)
+    return import_module(f"{__name__}.{name}") if name in ("compat", "nn") else _look_up(name)
 
 
 def __dir__() -> list[str]:

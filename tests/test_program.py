@@ -63,10 +63,10 @@ class Wanted:
     needs: Needs = NOTHING_MORE
     adapts: tuple[bool, ...] = (True,)
     step_weights: tuple[float, ...] | None = None
-    starts: tuple[bool, ...] = ()
     rate_sets: int = 1
     updates: Updates | None = None
     active: tuple[bool, ...] = (True,)
+    starts: tuple[bool, ...] = ()
 
     @property
     def inner(self) -> Inner:

@@ -498,3 +498,13 @@ def test_what_cannot_be_compared_is_told() -> None:
     with pytest.warns(UserWarning, match="not compared with the textbook, which raised: nobody wrote this"):
         maml.backward(*batch())
     maml.backward(*batch(tasks=2))
+
+
+def test_outputs_with_a_loss_that_is_a_sum(recwarn: pytest.WarningsRecorder) -> None:
+    """The comparison takes the query loss, which the call itself does not compute, with its own number of samples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(3, 6, 4, dtype=torch.float64), torch.randint(3, (3, 6))
+    maml = MAML(model, lr=0.1, loss=lambda z, t: 0.5 * nn.functional.cross_entropy(z, t, reduction="sum"))
+    maml(x, y, x[:, :4])
+    assert not recwarn.list and maml.explain(x, y, x[:, :4]).startswith("backend: cpu")

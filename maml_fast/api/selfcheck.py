@@ -17,6 +17,7 @@ from ..backends.dispatch import Choice
 from ..backends.textbook import Textbook, classes
 from ..graph import structure
 from ..graph.errors import warn
+from ..lower.inputs import stand_in
 from ..lower.plan import Plan, Tensors
 
 MOST_STEPS = 20
@@ -168,8 +169,11 @@ def _whole_gradient(plan: Plan, t: Tensors) -> tuple[Plan, Tensors]:
         trace, inner = plan.trace, replace(plan.inner, steps=min(plan.inner.steps, MOST_STEPS), first=0)
         if plan.mode.applies or not plan.mode.scores:  # they may be for another number of steps
             inner = replace(inner, step_weights=None)
-        plan = replace(plan, mode=Mode.META_GRADIENT, inner=inner, query=samples, state={})
-        plan.__dict__["trace"] = trace
+        data = {**plan.data, "y_q": structure.mapped(y_q, stand_in)}
+        plan = replace(plan, mode=Mode.META_GRADIENT, inner=inner, query=samples, data=data, state={})
+        graph = trace[0]  # its loss's factors are of the support set; sums have others for the query set
+        if graph is None or graph.loss is None or {*graph.loss.factors} == {1.0}:
+            plan.__dict__["trace"] = trace
     weights = torch.zeros(plan.tasks, dtype=plan.dtype, device=plan.device)
     weights[0] = 1
     x_s, x_q = map(_all_varied, (t.x_s, x_q))
