@@ -26,7 +26,7 @@ _ANSWERED = {
 """Questions that the shape and type alone answer."""
 
 _PLACE: dict[Any, Any] = {
-    Tensor.device.__get__: torch.device("cpu"),  # type: ignore[attr-defined]
+    Tensor.device.__get__: torch.device("cpu"),
     Tensor.is_cpu.__get__: True,  # type: ignore[attr-defined]
     Tensor.is_cuda.__get__: False,  # type: ignore[attr-defined]
     Tensor.is_meta.__get__: False,  # type: ignore[attr-defined]

@@ -145,10 +145,11 @@ class Inner:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Without the warning of slower backends: `explain` says so."""
-        if self.__dict__.setdefault("_calls", 0) > 8:
+        calls = self.__dict__.get("_calls", 0)
+        if calls > 8:
             yield
             return
-        self._calls += 1
+        self.__dict__["_calls"] = calls + 1
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="maml_fast falls back")
             yield

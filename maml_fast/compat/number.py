@@ -34,8 +34,8 @@ class Number:
             self._make = None
         return self._value
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return self._type
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -119,4 +119,4 @@ for _name, _function in {
     "ceil": math.ceil,
     "divmod": divmod,
 }.items():
-    setattr(Number, f"__{_name}__", _now(_function))
+    setattr(Number, f"__{_name}__", _now(_function))  # type: ignore[arg-type]

@@ -93,7 +93,7 @@ class Recorder:
         self._epochs.append(epoch)
         for p in epoch.parameters:
             if type(p) is nn.Parameter:
-                p.__class__ = Watched  # type: ignore[assignment]
+                p.__class__ = Watched
                 self._watched[id(p)] = p
 
     def settle(self) -> None:
@@ -110,7 +110,7 @@ class Recorder:
                     epoch.home.current = None
                 self._epochs.clear()
                 for p in self._watched.values():
-                    p.__class__ = nn.Parameter  # type: ignore[assignment]
+                    p.__class__ = nn.Parameter
                 self._watched.clear()
 
     def ask(self, task: Task, index: int, cotangent: Any, retain: bool) -> None:

@@ -23,13 +23,13 @@ class Unrecordable(Exception):
 class Node(NamedTuple):
     """In a description: the result with this number."""
 
-    index: int
+    index: int  # type: ignore[assignment]
 
 
 class Slot(NamedTuple):
     """In a description: the task's own tensor with this number."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     shape: torch.Size
     dtype: torch.dtype
 
@@ -96,10 +96,11 @@ class Structure:
     def __init__(self, parent: Structure | None = None, event: Event | None = None) -> None:
         self.parent, self.event = parent, event
         self.children: dict[Event, Structure] = {}
-        self.first = 0 if parent is None else parent.first + len(parent.metas)
+        self.first: int = 0 if parent is None else parent.first + len(parent.metas)
         self.metas: tuple[Meta, ...] = ()
         self.form: Callable[[Any], Any] | None = None
-        self.stage = 0 if parent is None else parent.stage + (parent.event is not None and parent.event.kind == "adapt")
+        adapted = parent is not None and parent.event is not None and parent.event.kind == "adapt"
+        self.stage: int = 0 if parent is None else parent.stage + adapted
         self.plain = ""
         self.wanted: set[int] = set()
         self.absent: dict[int, tuple[bool, ...]] = {}
