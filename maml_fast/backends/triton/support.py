@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from ...algorithms.goal import Mode
 from ...algorithms.program import Pointwise
 from ...graph.expressions.language import TRANSPARENT, in_order
 from ...graph.graph import ACTIVATIONS, Graph, Op
@@ -54,6 +55,8 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
     from .layers.table import KINDS
 
     reasons = [] if graph.used_parameters() else ["the output depends on no parameter"]
+    if plan.mode is Mode.STEP and plan.inner.rule is not None:
+        reasons.append("steps that go on with the state of an inner rule have no kernel")
     if any(plan.starts):
         reasons.append("parameters that start from the task's data have no kernel")
     if plan.sets > 1:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ....algorithms.carried import Lost
 from ....algorithms.goal import Mode
 from ....algorithms.program import Batch
 from ....lower.plan import Plan, Result, Tensors
@@ -125,6 +126,8 @@ class Buffers:
             result.objective = torch.dot(self.losses, self.weights)
         if self.adapted is not None:
             result.adapted = [_copy(flat.view(self.adapted, i)) for i in range(len(shapes))]
+            if self.plan.updates is not None and self.plan.updates.states:
+                result.state = Lost("Triton keeps no state of an inner rule")
         if self.gradient is not None:
             gradient = self.gradient.clone()
             result.parameters = [

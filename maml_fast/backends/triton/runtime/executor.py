@@ -327,6 +327,8 @@ class Executor:
             copy_rows(self.launch, self._adapting(i.slot), self._mine(self.buffers.given))
 
     def store_parameters(self, i: StoreParameters) -> None:
+        if i.place:
+            return  # the rule's state is lost, as the result says
         adapted, edge = self._mine(self.buffers.adapted), self.flat.adapting
         if edge:
             copy_rows(self.launch, adapted[:, :edge], self._adapting(i.theta))
