@@ -122,7 +122,7 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: s
     for number in list(_numbers.values()) if _writes(function, kwargs) else ():
         number.value()
     for handle in handles:
-        for leaf in leaves(handle.node) if not isinstance(handle.node, Real) else ():
+        for leaf in _leaves(handle.node):
             leaf.task.end(reason)
     real_args, real_kwargs = plain(args), plain(kwargs)
     if _writes(function, kwargs):
@@ -243,6 +243,7 @@ def _backward(
     _refuse_hidden(tensor)
     node, meta = tensor.node, tensor.node.meta
     usual = gradient is None and not create_graph and inputs is None and not RECORDER.unusual()
+    usual = usual and all(getattr(leaf.task.algorithm, "derives", True) for leaf in _leaves(node))
     if not usual or not meta.requires_grad or meta.sample.numel() != 1 or isinstance(node, Real):
         args = (tensor, gradient, retain_graph, create_graph, inputs)
         _run(Tensor.backward, args, {}, "backward is called in a way that is not recorded")
@@ -262,6 +263,10 @@ def _backward(
             RECORDER.ask(leaf.task, leaf.index, cotangent, retain)
     if now:
         plainly([(leaf.task, leaf.index, c) for leaf, c in now], retain)
+
+
+def _leaves(node: Any) -> list[TaskNode]:
+    return [] if isinstance(node, Real) else leaves(node)
 
 
 def _is_gone(task: Task) -> bool:

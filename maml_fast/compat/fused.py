@@ -211,8 +211,13 @@ def values(tasks: Sequence[Task], asked: Task | None = None) -> None:
 
 def _missing(task: Task) -> list[int]:
     """Results that are looked at in tasks of this structure and are not there yet."""
-    assert task.structure is not None
-    return [i for place in task.structure.path() for i in sorted(place.wanted) if i not in task.results]
+    structure = task.structure
+    assert structure is not None
+    known = structure.found.get("wanted")
+    if known is None or known[0] != RECORDER.wants:
+        found = [i for place in structure.path() for i in sorted(place.wanted)]
+        known = structure.found["wanted"] = RECORDER.wants, found
+    return [i for i in known[1] if i not in task.results]
 
 
 def _values(group: Sequence[Task], indices: Sequence[int]) -> None:

@@ -28,7 +28,7 @@ class Recorder:
     Attributes:
         lock: held by whoever records or runs.
         tasks: those that somebody may still ask for something. asked: those whose gradient is wanted.
-        off: how deep in `plain()`.
+        off: how deep in `plain()`. wants: how many kinds of results were looked at.
     """
 
     def __init__(self) -> None:
@@ -36,6 +36,7 @@ class Recorder:
         self.tasks: weakref.WeakSet[Task] = weakref.WeakSet()
         self.asked: list[Task] = []
         self.off = 0
+        self.wants = 0
         self._here = threading.local()
         self._watched: dict[int, nn.Parameter] = {}
         self._epochs: list[Epoch] = []
@@ -163,8 +164,9 @@ class Recorder:
         at = task.structure
         while at is not None and at.first > index:
             at = at.parent
-        if at is not None:
+        if at is not None and index not in at.wanted:
             at.wanted.add(index)
+            self.wants += 1
 
 
 RECORDER = Recorder()

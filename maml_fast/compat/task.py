@@ -159,6 +159,7 @@ class Task:
             return self._results(child)
         self.go_plain(child.plain if child else "the first of its kind", where())
         result = run()
+        self._noticed = self._noticed or getattr(self.plain, "notice", "")
         if self.structure is None:  # the run itself ended the recording
             return result
         if child is None:
