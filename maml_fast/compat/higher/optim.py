@@ -127,9 +127,7 @@ class _Weights(Sequence[Tensor]):
             if fmodel.track_higher_grads:
                 return list(fmodel.parameters(time=self._steps))
             if fmodel.updates != self._steps:
-                raise RuntimeError(
-                    "maml_fast.compat: weights of an earlier step are not kept; use them before the next"
-                )
+                raise RuntimeError("maml_fast.compat: weights of an earlier step are not kept; use them at once")
             return list(fmodel.fast_params)
 
     def __getitem__(self, index: Any) -> Any:

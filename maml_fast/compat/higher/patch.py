@@ -59,6 +59,9 @@ class FunctionalModule(Recording):
             raise NotImplementedError(f"assigning {name!r} of a functional module: use update_params or params=")
         super().__setattr__(name, value)
 
+    def __getitem__(self, index: Any) -> Any:
+        return self.net[index]  # type: ignore[index]
+
     def forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
         if params is not None:
             self.update_params(list(params))
