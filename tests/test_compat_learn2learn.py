@@ -922,3 +922,20 @@ def test_import_costs_nothing() -> None:
     assert mf.compat.learn2learn is l2l
     with pytest.raises(AttributeError, match="keep that import from learn2learn"):
         l2l.vision  # noqa: B018
+
+
+def test_numbers_as_arguments() -> None:
+    """A number that waits, one of NumPy's, and a tensor that is not recorded."""
+
+    def script(maml: Any, model: nn.Module) -> Any:
+        found = []
+        for x, y in data(4):
+            loss, _ = losses(maml, x, y)
+            total = torch.zeros((), dtype=torch.float64)
+            total += loss
+            scaled = loss * loss.item() + np.float64(0.5) * loss + loss * np.float64(2)
+            (scaled + total).backward()
+            found.append(scaled.tolist())
+        return found
+
+    compared(script)

@@ -15,6 +15,9 @@ from .program import Program, loss_of, program
 from .structure import Slot, Structure, parts_of
 from .task import Task
 
+_FIRST_CALLS = 8
+"""Among which those are that plan, and may warn."""
+
 
 class NotFused(Exception):
     """Tasks of this structure run as plain autograd; the text says why."""
@@ -31,6 +34,7 @@ class Inner:
     def __init__(self, path: Sequence[Structure]) -> None:
         adapts = [p for p in path if p.event is not None and p.event.kind == "adapt"]
         self._path = path
+        self._calls, self._accepted = 0, dict[int, bool]()
         self.steps = len(adapts)
         self.same: set[tuple[int, int]] = set()
         if not adapts:
@@ -133,10 +137,6 @@ class Inner:
                 self._accepted[id(learner)] = True
             return learner(x_s, y_s, x_q)
 
-    @property
-    def _accepted(self) -> dict[int, bool]:
-        return self.__dict__.setdefault("_looked", {})
-
     def accept(self, choice: Any) -> None:
         """Raise NotFused where the textbook loop would run: the person's own is as good."""
         if choice.backend.name == "reference":
@@ -145,7 +145,7 @@ class Inner:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Without the warning of slower backends: `explain` says so."""
-        if self.__dict__.setdefault("_calls", 0) > 8:
+        if self._calls > _FIRST_CALLS:
             yield
             return
         self._calls += 1

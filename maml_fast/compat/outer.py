@@ -185,7 +185,7 @@ def _factor(function: Any, args: Any, position: int) -> float | None:
         return 1.0 if position == 0 else -1.0
     if function is Tensor.__rsub__:
         return -1.0 if position == 0 else 1.0
-    if type(other) not in (int, float):
+    if not isinstance(other, int | float):
         return None
     if function in _MUL:
         return float(other)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .epoch import Epoch
     from .task import Task
 
+_function_modes = torch._C._len_torch_function_stack
+_inference, _autocast = torch.is_inference_mode_enabled, torch.is_autocast_enabled
+_compiling, _anomaly = torch.compiler.is_compiling, torch.is_anomaly_enabled
+
 MOST_TASKS = 256
 """Tasks whose backward pass may wait at once."""
 
@@ -62,13 +66,11 @@ class Recorder:
         """Why nothing may be recorded now; empty where it may."""
         if self.off:
             return "plain() is in force"
-        if transformed() or torch._C._len_torch_function_stack() > 0:
+        if transformed() or _function_modes() > 0:
             return "a transform or mode of PyTorch is at work"
-        if torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        if _inference() or _autocast("cpu") or _compiling():
             return "inference mode, autocast or a compiler is at work"
-        if torch.is_anomaly_enabled():
-            return "anomaly detection is at work"
-        return ""
+        return "anomaly detection is at work" if _anomaly() else ""
 
     # ---- tasks ----------------------------------------------------------------------------------
 
@@ -94,7 +96,7 @@ class Recorder:
         self._epochs.append(epoch)
         for p in epoch.parameters:
             if type(p) is nn.Parameter:
-                p.__class__ = Watched  # type: ignore[assignment]
+                p.__class__ = Watched
                 self._watched[id(p)] = p
 
     def settle(self) -> None:
@@ -111,7 +113,7 @@ class Recorder:
                     epoch.home.current = None
                 self._epochs.clear()
                 for p in self._watched.values():
-                    p.__class__ = nn.Parameter  # type: ignore[assignment]
+                    p.__class__ = nn.Parameter
                 self._watched.clear()
 
     def ask(self, task: Task, index: int, cotangent: Any, retain: bool) -> None:

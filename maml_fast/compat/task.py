@@ -39,7 +39,7 @@ class Done(NamedTuple):
     """A backward pass that has run: how many events came before, from where, and whether it kept the graph."""
 
     events: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides a method of tuples that nobody needs
     cotangent: Any
     retain: bool
 

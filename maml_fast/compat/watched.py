@@ -16,7 +16,8 @@ def _getters(*names: str) -> set[Any]:
     return {getattr(Tensor, name).__get__ for name in names}
 
 
-_GRADIENT = {Tensor.grad.__get__, Tensor.grad.__set__, Tensor.grad.__delete__}  # type: ignore[attr-defined]
+_grad: Any = Tensor.grad
+_GRADIENT = {_grad.__get__, _grad.__set__, _grad.__delete__}
 
 _HARMLESS = {
     *_getters("shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_leaf", "grad_fn", "is_cuda"),

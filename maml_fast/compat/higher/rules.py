@@ -18,7 +18,7 @@ _READ = {
 }
 """The settings of each optimiser that count."""
 
-_State = dict[str, Any]
+_State = dict[Any, Any]
 
 
 class Group(NamedTuple):

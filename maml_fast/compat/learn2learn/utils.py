@@ -104,7 +104,7 @@ def _derives(tensor: Tensor | None) -> bool:
 
 def _updated(tensor: Tensor, memo: dict[Any, Tensor]) -> Tensor:
     if id(tensor) in memo:
-        return memo[id(tensor)][1]  # type: ignore[no-any-return]
+        return memo[id(tensor)][1]
     update = getattr(tensor, "update", None)
     if update is None:
         return tensor
