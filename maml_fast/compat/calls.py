@@ -66,7 +66,7 @@ def called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return function(meta.sample, *args[1:], **kwargs)
         if function in _PLACE:
             return _PLACE[function]
-    if any([type(a) is Number for a in args]):
+    if Number in map(type, args):
         args = tuple([a.value() if type(a) is Number else a for a in args])
     with RECORDER.lock:
         how = _ways.get(function) or _way(function)
@@ -85,6 +85,8 @@ def _recorded(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     handles = _handles(args, kwargs)
     nodes = []
     for handle in handles:
+        if isinstance(handle.node, Real):
+            raise Unrecordable("a tensor that was changed in place")
         nodes.append(handle.node)
         if not handle.node.meta.requires_grad:
             _refuse_hidden(handle)
@@ -102,7 +104,7 @@ def _recorded(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             raise Unrecordable("a task that runs plainly")
         result = task.call(function, args, kwargs)
     made = [result] if type(result) is Recorded else [t for t in tensors_in(result) if isinstance(t, Recorded)]
-    if any([t.node.meta.alias for t in made]):
+    if any(t.node.meta.alias for t in made):
         for t in (*made, *handles):
             t.aliased = True  # type: ignore[attr-defined]
     return result
@@ -111,7 +113,7 @@ def _recorded(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 def _handles(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Recorded]:
     """All recorded tensors among arguments."""
     found = [a for a in args if type(a) is Recorded]
-    if kwargs or not found or any([type(a) in (list, tuple) for a in args]):
+    if kwargs or not found or any(type(a) in (list, tuple) for a in args):
         found = [t for t in tensors_in(args, kwargs) if isinstance(t, Recorded)]
     return found
 
@@ -135,8 +137,9 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: s
             leaf.task.end(reason)
     real_args, real_kwargs = plain(args), plain(kwargs)
     if _writes(function, kwargs):
-        for handle in handles:
-            handle.node = Real(plain(handle))
+        for target in (*args[:1], kwargs.get("out")):
+            if isinstance(target, Recorded):
+                target.node = Real(plain(target))
     result = function(*real_args, **real_kwargs)
     for handle in handles:
         if result is plain(handle):
@@ -178,9 +181,6 @@ class Real:
 
     def value(self) -> Tensor:
         return self._tensor.detach()
-
-    def nodes(self) -> list[Any]:
-        raise Unrecordable("a tensor that was changed in place")
 
     def within(self, task: Task) -> int:
         raise Unrecordable("a tensor that was changed in place")

@@ -100,9 +100,7 @@ class Structure:
         self.first: int = 0 if parent is None else parent.first + len(parent.metas)
         self.metas: tuple[Meta, ...] = ()
         self.form: Callable[[Any], Any] | None = None
-        self.stage: int = (
-            0 if parent is None else parent.stage + (parent.event is not None and parent.event.kind == "adapt")
-        )
+        self.stage: int = 0 if parent is None else parent.steps
         self.plain = ""
         self.wanted: set[int] = set()
         self.absent: dict[int, tuple[bool, ...]] = {}
