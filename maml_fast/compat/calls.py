@@ -259,7 +259,7 @@ def _backward(
         return
     retain = bool(retain_graph)
     parts = [(node, 1.0)] if isinstance(node, TaskNode) else node.cotangents()
-    again = any(_is_gone(leaf.task) for leaf, _ in parts)
+    again = any(leaf.task.is_gone for leaf, _ in parts)
     if again:
         RECORDER.run_backwards()
         _run(Tensor.backward, (tensor, None, retain_graph), {}, "a second backward pass through a task")
@@ -276,11 +276,6 @@ def _backward(
 
 def _leaves(node: Any) -> list[TaskNode]:
     return [] if isinstance(node, Real) else leaves(node)
-
-
-def _is_gone(task: Task) -> bool:
-    """Whether a backward pass was asked for and did not retain the graph."""
-    return bool(task.asked and not task.retain) or any(not d.retain for d in task.done)
 
 
 def _iter(tensor: Recorded) -> Iterator[Any]:

@@ -20,7 +20,15 @@ _FIRST_CALLS = 8
 
 
 class NotFused(Exception):
-    """Tasks of this structure run as plain autograd; the text says why."""
+    """Tasks of this structure run as plain autograd; the text says why.
+
+    Attributes:
+        of_model: whether that is so for the model, whatever is done with it.
+    """
+
+    def __init__(self, why: str, of_model: bool = False) -> None:
+        super().__init__(why)
+        self.of_model = of_model
 
 
 class Inner:
@@ -140,7 +148,8 @@ class Inner:
     def accept(self, choice: Any) -> None:
         """Raise NotFused where the textbook loop would run: the person's own is as good."""
         if choice.backend.name == "reference":
-            raise NotFused("no fused backend runs the model: " + "; ".join(str(choice).splitlines()[1:4]))
+            reasons = "; ".join(line.strip() for line in str(choice).splitlines()[1:3])
+            raise NotFused(f"no fused backend runs the model: {reasons}", of_model=True)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
