@@ -7,6 +7,7 @@ import io
 import json
 import math
 import pickle
+import random
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -866,7 +867,7 @@ def test_a_write_through_memory_that_is_shared_is_refused() -> None:
     losses(maml, *tasks[1])[0].backward()
     alias += 1
     losses(maml, *tasks[2])[0].backward()
-    for _ in range(2):
+    for _ in range(5):
         with pytest.raises(RuntimeError, match="shares its memory"):
             model[0].weight.grad  # noqa: B018
     RECORDER.asked.clear()
@@ -922,3 +923,136 @@ def test_import_costs_nothing() -> None:
     assert mf.compat.learn2learn is l2l
     with pytest.raises(AttributeError, match="keep that import from learn2learn"):
         l2l.vision  # noqa: B018
+
+
+def test_numbers_as_arguments() -> None:
+    """A number that waits, one of NumPy's, and a tensor that is not recorded."""
+
+    def script(maml: Any, model: nn.Module) -> Any:
+        found = []
+        for x, y in data(4):
+            loss, _ = losses(maml, x, y)
+            total = torch.zeros((), dtype=torch.float64)
+            total += loss
+            scaled = loss * loss.item() + np.float64(0.5) * loss + loss * np.float64(2)
+            (scaled + total).backward()
+            found.append(scaled.tolist())
+        return found
+
+    compared(script)
+
+
+def test_results_made_without_gradients_are_constants_of_a_loss() -> None:
+    def script(maml: Any, model: nn.Module) -> Any:
+        for x, y in data(4):
+            loss, outputs = losses(maml, x, y)
+            with torch.no_grad():
+                weights = outputs.softmax(-1)
+            (outputs * weights + outputs.exp() * outputs.detach()).sum().add(loss).backward()
+
+    compared(script, at_least=5)
+
+
+_scale = [1.0]
+
+
+def test_state_that_changes_for_every_task() -> None:
+    """An attribute, what an attribute holds, and what the code finds outside of the module."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.scale, self.table = mlp(), 1.0, {"scale": 1.0}
+
+        def forward(self, x: Tensor) -> Any:
+            return self.net(x) * self.scale
+
+    def script(maml: Any, model: nn.Module) -> Any:
+        found = []
+        for i, (x, y) in enumerate(data(4)):
+            model.scale = 1.0 + i
+            loss, _ = losses(maml, x, y)
+            loss.backward()
+            found.append(loss.item())
+        return list(map(float, found))
+
+    compared(script, Scaled)
+
+    class Held(Scaled):
+        def forward(self, x: Tensor) -> Any:
+            return self.net(x) * self.table["scale"] * _scale[0]
+
+    for change in (lambda m: m.table.update(scale=3.0), lambda _: _scale.__setitem__(0, _scale[0] + 1)):
+        maml = MAML(built(Held), lr=0.1)
+        found = [losses(maml, x, y)[0] for x, y in data(4)]
+        first = found[1].tolist()
+        change(maml.module)
+        found[3].backward()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="changed in place after tasks were recorded"):
+                maml.module.net[0].weight.grad  # noqa: B018
+        assert found[1].tolist() == first
+        RECORDER.asked.clear()
+
+
+def test_a_learner_that_is_older_than_its_parameters() -> None:
+    def script(maml: Any, model: nn.Module) -> Any:
+        found = []
+        for x, y in data(4):
+            older = maml.clone()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(0.9)
+            older.adapt(F.cross_entropy(older(x[:6]), y[:6]))
+            loss = F.cross_entropy(older(x[6:]), y[6:])
+            loss.backward()
+            found.append(loss.tolist())
+        return found
+
+    compared(script)
+
+
+def test_running_statistics_that_change_under_a_learner() -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+
+    def script(maml: Any, model: nn.Module) -> Any:
+        found = []
+        model.eval()
+        for x, y in data(4):
+            learner = maml.clone()
+            learner.adapt(F.cross_entropy(learner(x[:6]), y[:6]))
+            with torch.no_grad():
+                model[1].running_mean.add_(0.5)
+            found.append(F.cross_entropy(learner(x[6:]), y[6:]).tolist())
+        return found
+
+    compared(script, network)
+
+
+def test_a_step_after_a_backward_pass_raises_as_it_does() -> None:
+    maml = MAML(built(mlp), lr=0.1)
+    for x, y in data(4):
+        learner = maml.clone()
+        learner.adapt(F.cross_entropy(learner(x[:6]), y[:6]))
+        loss = F.cross_entropy(learner(x[6:]), y[6:])
+        loss.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            learner.adapt(loss)
+
+
+def test_pythons_random_numbers() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.net(x) * (1 + random.random())
+
+    def script(maml: Any, model: nn.Module) -> Any:
+        random.seed(0)
+        found = [losses(maml, x, y)[0] for x, y in data(4)]
+        return [v.tolist() for v in found]
+
+    compared(script, Noisy)

@@ -1,4 +1,4 @@
-"""The examples in the README, in CONTRIBUTING.md and in docs/recipes.md run as they stand."""
+"""The examples in the README, in CONTRIBUTING.md, docs/recipes.md and docs/compat.md run as they stand."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ def test_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     whole.backward(*(names[n] for n in ("x_s", "y_s", "x_q", "y_q")))
     for part, p in zip(parts, names["model"].parameters(), strict=True):
         torch.testing.assert_close(part, p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_compat() -> None:
+    found, names = blocks(ROOT / "docs" / "compat.md"), dict[str, Any]()
+    assert len(found) >= 2
+    for number, block in enumerate(found):
+        exec(compile(block, f"compat.md, block {number}", "exec"), names)
+    assert "meta-gradients, 2 inner steps: 23 tasks in 3 fused calls" in names["maml"].explain()
+    assert "7 tasks in 1 fused call" in names["explain"](names["model"])
 
 
 def test_readme() -> None:

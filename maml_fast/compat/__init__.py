@@ -1,7 +1,7 @@
 """Other libraries' meta-learning, by one changed import: their loops over tasks, run as fused calls.
 
-`maml_fast.compat.learn2learn` has the names of that library's algorithms. What a person reads is what their loop would
-have given; what cannot be batched runs as the plain autograd that it is.
+`maml_fast.compat.learn2learn` and `maml_fast.compat.higher` have the names of these libraries' algorithms. What a
+person reads is what their loop would have given; what cannot be batched runs as the plain autograd that it is.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-_MODULES = ("learn2learn",)
-__all__ = ["explain", "learn2learn", "plain"]
+_MODULES = ("learn2learn", "higher")
+__all__ = ["explain", "higher", "learn2learn", "plain"]
 
 
 def __getattr__(name: str) -> Any:
@@ -38,7 +38,8 @@ def explain(learner: Any) -> str:
     """How many tasks of a learner ran in how many fused calls, and which lines kept the others from it.
 
     Args:
-        learner: a `MAML` or `MetaSGD` of `maml_fast.compat.learn2learn`.
+        learner: a `MAML` or `MetaSGD` of `maml_fast.compat.learn2learn`, or the module given to
+            `maml_fast.compat.higher.innerloop_ctx`.
     """
     from .homes import report_of
 

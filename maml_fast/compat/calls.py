@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -66,15 +66,14 @@ def called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return function(meta.sample, *args[1:], **kwargs)
         if function in _PLACE:
             return _PLACE[function]
+    if Number in map(type, args):
+        args = tuple([a.value() if type(a) is Number else a for a in args])
     with RECORDER.lock:
-        if (special := _SPECIAL.get(function)) is not None:
-            return special(*args, **kwargs)
-        if function in _READS:
-            return _read(function, args, kwargs)
-        if function in _IN_PLACE:
-            return _in_place(function, args, kwargs)
-        if _writes(function, kwargs):
-            return _run(function, args, kwargs, f"{_name(function)} writes into a recorded tensor")
+        how = _ways.get(function) or _way(function)
+        if how is not _recorded:
+            return how(function, args, kwargs)
+        if "out" in kwargs or ("inplace" in kwargs and _writes(function, kwargs)):
+            return _written(function, args, kwargs)
         try:
             return _recorded(function, args, kwargs)
         except Unrecordable as why:
@@ -83,10 +82,14 @@ def called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _recorded(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Note the function with its task, or with the functions of several tasks."""
-    handles = [t for t in tensors_in(args, kwargs) if isinstance(t, Recorded)]
+    handles = _handles(args, kwargs)
+    nodes = []
     for handle in handles:
-        _refuse_hidden(handle)
-    nodes = [t.node for t in handles]
+        if isinstance(handle.node, Real):
+            raise Unrecordable("a tensor that was changed in place")
+        nodes.append(handle.node)
+        if not handle.node.meta.requires_grad:
+            _refuse_hidden(handle)
     task = nodes[0].task if isinstance(nodes[0], TaskNode) else None
     alone = task is not None and all(isinstance(n, TaskNode) and n.task is task for n in nodes)
     result: Any
@@ -100,11 +103,19 @@ def _recorded(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         if task.structure is None:
             raise Unrecordable("a task that runs plainly")
         result = task.call(function, args, kwargs)
-    made = [t for t in tensors_in(result) if isinstance(t, Recorded)]
+    made = [result] if type(result) is Recorded else [t for t in tensors_in(result) if isinstance(t, Recorded)]
     if any(t.node.meta.alias for t in made):
         for t in (*made, *handles):
             t.aliased = True  # type: ignore[attr-defined]
     return result
+
+
+def _handles(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Recorded]:
+    """All recorded tensors among arguments."""
+    found = [a for a in args if type(a) is Recorded]
+    if kwargs or not found or any(type(a) in (list, tuple) for a in args):
+        found = [t for t in tensors_in(args, kwargs) if isinstance(t, Recorded)]
+    return found
 
 
 def _is_scalar(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -122,12 +133,13 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: s
     for number in list(_numbers.values()) if _writes(function, kwargs) else ():
         number.value()
     for handle in handles:
-        for leaf in leaves(handle.node) if not isinstance(handle.node, Real) else ():
+        for leaf in _leaves(handle.node):
             leaf.task.end(reason)
     real_args, real_kwargs = plain(args), plain(kwargs)
     if _writes(function, kwargs):
-        for handle in handles:
-            handle.node = Real(plain(handle))
+        for target in (*args[:1], kwargs.get("out")):
+            if isinstance(target, Recorded):
+                target.node = Real(plain(target))
     result = function(*real_args, **real_kwargs)
     for handle in handles:
         if result is plain(handle):
@@ -169,9 +181,6 @@ class Real:
 
     def value(self) -> Tensor:
         return self._tensor.detach()
-
-    def nodes(self) -> list[Any]:
-        raise Unrecordable("a tensor that was changed in place")
 
     def within(self, task: Task) -> int:
         raise Unrecordable("a tensor that was changed in place")
@@ -234,7 +243,7 @@ def _in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             if same and before.requires_grad == after.requires_grad:
                 target.node = other.node
                 return target
-    return _run(function, args, kwargs, f"{_name(function)} writes into a recorded tensor")
+    return _written(function, args, kwargs)
 
 
 def _backward(
@@ -243,13 +252,14 @@ def _backward(
     _refuse_hidden(tensor)
     node, meta = tensor.node, tensor.node.meta
     usual = gradient is None and not create_graph and inputs is None and not RECORDER.unusual()
+    usual = usual and all(getattr(leaf.task.algorithm, "derives", True) for leaf in _leaves(node))
     if not usual or not meta.requires_grad or meta.sample.numel() != 1 or isinstance(node, Real):
         args = (tensor, gradient, retain_graph, create_graph, inputs)
         _run(Tensor.backward, args, {}, "backward is called in a way that is not recorded")
         return
     retain = bool(retain_graph)
     parts = [(node, 1.0)] if isinstance(node, TaskNode) else node.cotangents()
-    again = any(_is_gone(leaf.task) for leaf, _ in parts)
+    again = any(leaf.task.is_gone for leaf, _ in parts)
     if again:
         RECORDER.run_backwards()
         _run(Tensor.backward, (tensor, None, retain_graph), {}, "a second backward pass through a task")
@@ -264,9 +274,8 @@ def _backward(
         plainly([(leaf.task, leaf.index, c) for leaf, c in now], retain)
 
 
-def _is_gone(task: Task) -> bool:
-    """Whether a backward pass was asked for and did not retain the graph."""
-    return bool(task.asked and not task.retain) or any(not d.retain for d in task.done)
+def _leaves(node: Any) -> list[TaskNode]:
+    return [] if isinstance(node, Real) else leaves(node)
 
 
 def _iter(tensor: Recorded) -> Iterator[Any]:
@@ -279,6 +288,33 @@ _SPECIAL: dict[Any, Any] = {
     Tensor.__repr__: _repr,
     Tensor.__iter__: _iter,
 }
+
+_MOST_WAYS = 4096
+_ways: dict[Any, Callable[..., Any]] = {}
+
+
+def _way(function: Any) -> Callable[..., Any]:
+    """What is done with calls of a function."""
+    if function in _SPECIAL:
+        way: Callable[..., Any] = _special
+    elif function in _READS:
+        way = _read
+    elif function in _IN_PLACE:
+        way = _in_place
+    else:
+        way = _written if _writes(function, {}) else _recorded
+    if len(_ways) >= _MOST_WAYS:
+        _ways.clear()
+    _ways[function] = way
+    return way
+
+
+def _special(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _SPECIAL[function](*args, **kwargs)
+
+
+def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _run(function, args, kwargs, f"{_name(function)} writes into a recorded tensor")
 
 
 def _name(function: Any) -> str:

@@ -18,6 +18,10 @@ from .report import Report
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+class Refused(RuntimeError):
+    """What was recorded can no longer be computed, neither together nor plainly."""
+
+
 class Home:
     """What is known of one module, for as long as its learner lives.
 
@@ -84,6 +88,12 @@ class Epoch:
         """Whether a clone made now is of this epoch: the module is the same, as far as can be told at a glance."""
         return not self.closed and self._is_same() and self._current_versions() == self._versions
 
+    def why_not_forward(self) -> str:
+        """Buffers are shared: a forward pass reads them as they are now, not as they were when the task began."""
+        if not self.buffers or [b._version for b in self.buffers] == self._versions[len(self.parameters) :]:
+            return ""
+        return "buffers have changed since the learner was made"
+
     def numbers_hold(self) -> bool:
         """Whether every number is still the same."""
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
@@ -94,7 +104,7 @@ class Epoch:
         """Inside, the module is as it was, and its tensors have the numbers that they had.
 
         Raises:
-            RuntimeError: that cannot be brought about.
+            Refused: that cannot be brought about.
         """
         same_state = self._is_same()
         same_numbers = self.numbers_hold()
@@ -102,14 +112,14 @@ class Epoch:
             yield
             return
         if same_state and not self.closed and self._current_versions() == self._versions:
-            raise RuntimeError(
+            raise Refused(
                 "maml_fast.compat: a parameter or buffer was written through another tensor or array that shares its "
                 "memory while tasks were recorded, and it cannot be told which tasks came before; write the parameter "
                 "itself, or wrap the loop in maml_fast.compat.plain()"
             )
         with self._tables_as_before(), self._numbers_as_before():
             if not self._is_same():
-                raise RuntimeError(
+                raise Refused(
                     "maml_fast.compat: something that the module holds was changed in place after tasks were recorded "
                     "and before their results were read; read them before, or wrap the loop in maml_fast.compat.plain()"
                 )

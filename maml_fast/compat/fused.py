@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..algorithms.goal import Mode
 from ..graph.errors import first_line
+from .epoch import Refused
 from .inner import Inner, NotFused, inner_of
 from .program import needed, program
 from .recorder import RECORDER
@@ -49,6 +50,7 @@ def _backward(group: list[Task]) -> None:
         for task in group:
             _note_done(task)
     except NotFused as why:
+        _remember(first, why)
         _give_up(group, str(why))
     except Exception as error:  # plain autograd says whether the person's code is wrong
         _give_up(group, f"the fused call failed: {first_line(error)}")
@@ -73,7 +75,11 @@ def _give_up(group: Sequence[Task], reason: str) -> None:
     line = where()
     for task in group:
         asked, task.asked = task.asked, {}
-        task.go_plain(reason, line)
+        try:
+            task.go_plain(reason, line)
+        except Refused:
+            task.asked = asked  # a gradient that is missing is told of whenever somebody looks
+            raise
         plainly([(task, index, cotangent) for index, cotangent in asked.items()], task.retain)
 
 
@@ -173,6 +179,7 @@ def _through_outputs(
         raise NotFused("a loss that is derived depends on outputs from before the adaptation")
     with torch.enable_grad():
         outputs = {p.first: inner.outputs(group, p) for p in forwards}
+        outputs |= {p.first: outputs[p.first].detach() for p in forwards if p.event is not None and not p.event.grad}
         found = _tail(group, places, outputs, indices)
         total = torch.zeros((), dtype=task.epoch.own[0].dtype)
         for index in indices:
@@ -211,8 +218,13 @@ def values(tasks: Sequence[Task], asked: Task | None = None) -> None:
 
 def _missing(task: Task) -> list[int]:
     """Results that are looked at in tasks of this structure and are not there yet."""
-    assert task.structure is not None
-    return [i for place in task.structure.path() for i in sorted(place.wanted) if i not in task.results]
+    structure = task.structure
+    assert structure is not None
+    known = structure.found.get("wanted")
+    if known is None or known[0] != RECORDER.wants:
+        found = [i for place in structure.path() for i in sorted(place.wanted)]
+        known = structure.found["wanted"] = RECORDER.wants, found
+    return [i for i in known[1] if i not in task.results]
 
 
 def _values(group: Sequence[Task], indices: Sequence[int]) -> None:
@@ -235,9 +247,16 @@ def _values(group: Sequence[Task], indices: Sequence[int]) -> None:
                 for t, own in zip(group, found.unbind(0), strict=True):
                     t.results[index] = own
     except NotFused as why:
+        _remember(task, why)
         _plain_values(group, str(why))
     except Exception as error:
         _plain_values(group, f"the fused call failed: {first_line(error)}")
+
+
+def _remember(task: Task, why: NotFused) -> None:
+    """A model that no backend runs is not recorded again."""
+    if why.of_model and task.structure is not None:
+        task.structure.path()[0].plain = str(why)
 
 
 def _plain_values(group: Sequence[Task], reason: str) -> None:
@@ -288,7 +307,8 @@ def _tail(
             assert event is not None
             args = rebuilt(event.args, made.__getitem__, held.__getitem__)
             kwargs = {k: rebuilt(v, made.__getitem__, held.__getitem__) for k, v in event.kwargs}
-            result = event.what(*args, **kwargs)
+            with torch.set_grad_enabled(event.grad and torch.is_grad_enabled()):
+                result = event.what(*args, **kwargs)
             made.update(enumerate([result] if isinstance(result, Tensor) else result, place.first))
         return tuple(made[i] for i in indices)
 

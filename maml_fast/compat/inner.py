@@ -15,9 +15,20 @@ from .program import Program, loss_of, program
 from .structure import Slot, Structure, parts_of
 from .task import Task
 
+_FIRST_CALLS = 8
+"""Among which those are that plan, and may warn."""
+
 
 class NotFused(Exception):
-    """Tasks of this structure run as plain autograd; the text says why."""
+    """Tasks of this structure run as plain autograd; the text says why.
+
+    Attributes:
+        of_model: whether that is so for the model, whatever is done with it.
+    """
+
+    def __init__(self, why: str, of_model: bool = False) -> None:
+        super().__init__(why)
+        self.of_model = of_model
 
 
 class Inner:
@@ -31,6 +42,7 @@ class Inner:
     def __init__(self, path: Sequence[Structure]) -> None:
         adapts = [p for p in path if p.event is not None and p.event.kind == "adapt"]
         self._path = path
+        self._calls, self._accepted = 0, dict[int, bool]()
         self.steps = len(adapts)
         self.same: set[tuple[int, int]] = set()
         if not adapts:
@@ -133,23 +145,19 @@ class Inner:
                 self._accepted[id(learner)] = True
             return learner(x_s, y_s, x_q)
 
-    @property
-    def _accepted(self) -> dict[int, bool]:
-        return self.__dict__.setdefault("_looked", {})
-
     def accept(self, choice: Any) -> None:
         """Raise NotFused where the textbook loop would run: the person's own is as good."""
         if choice.backend.name == "reference":
-            raise NotFused("no fused backend runs the model: " + "; ".join(str(choice).splitlines()[1:4]))
+            reasons = "; ".join(line.strip() for line in str(choice).splitlines()[1:3])
+            raise NotFused(f"no fused backend runs the model: {reasons}", of_model=True)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Without the warning of slower backends: `explain` says so."""
-        calls = self.__dict__.get("_calls", 0)
-        if calls > 8:
+        if self._calls > _FIRST_CALLS:
             yield
             return
-        self.__dict__["_calls"] = calls + 1
+        self._calls += 1
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="maml_fast falls back")
             yield

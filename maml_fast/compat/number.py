@@ -103,7 +103,7 @@ for _name in ("add", "sub", "mul", "truediv"):
     setattr(Number, f"__r{_name}__", _later(getattr(operator, _name), swapped=True))
 for _name in ("floordiv", "mod", "pow", "lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "abs", "index"):
     setattr(Number, f"__{_name}__", _now(getattr(operator, _name)))
-for _name, _function in {
+_LOOKS: dict[str, Callable[..., Any]] = {
     "rfloordiv": lambda mine, other: other // mine,
     "rmod": lambda mine, other: other % mine,
     "rpow": lambda mine, other: other**mine,
@@ -118,5 +118,6 @@ for _name, _function in {
     "floor": math.floor,
     "ceil": math.ceil,
     "divmod": divmod,
-}.items():
-    setattr(Number, f"__{_name}__", _now(_function))  # type: ignore[arg-type]
+}
+for _name, _function in _LOOKS.items():
+    setattr(Number, f"__{_name}__", _now(_function))

@@ -185,9 +185,8 @@ def _factor(function: Any, args: Any, position: int) -> float | None:
         return 1.0 if position == 0 else -1.0
     if function is Tensor.__rsub__:
         return -1.0 if position == 0 else 1.0
-    if type(other) not in (int, float):
+    if not isinstance(other, int | float):
         return None
-    assert isinstance(other, int | float)
     if function in _MUL:
         return float(other)
     return 1.0 / other if function in _DIV and position == 0 and other else None

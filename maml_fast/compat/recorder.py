@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .epoch import Epoch
     from .task import Task
 
+_function_modes = torch._C._len_torch_function_stack
+_inference, _autocast = torch.is_inference_mode_enabled, torch.is_autocast_enabled
+_compiling, _anomaly = torch.compiler.is_compiling, torch.is_anomaly_enabled
+
 MOST_TASKS = 256
 """Tasks whose backward pass may wait at once."""
 
@@ -28,7 +32,7 @@ class Recorder:
     Attributes:
         lock: held by whoever records or runs.
         tasks: those that somebody may still ask for something. asked: those whose gradient is wanted.
-        off: how deep in `plain()`.
+        off: how deep in `plain()`. wants: how many kinds of results were looked at.
     """
 
     def __init__(self) -> None:
@@ -36,6 +40,7 @@ class Recorder:
         self.tasks: weakref.WeakSet[Task] = weakref.WeakSet()
         self.asked: list[Task] = []
         self.off = 0
+        self.wants = 0
         self._here = threading.local()
         self._watched: dict[int, nn.Parameter] = {}
         self._epochs: list[Epoch] = []
@@ -61,13 +66,11 @@ class Recorder:
         """Why nothing may be recorded now; empty where it may."""
         if self.off:
             return "plain() is in force"
-        if transformed() or torch._C._len_torch_function_stack() > 0:
+        if transformed() or _function_modes() > 0:
             return "a transform or mode of PyTorch is at work"
-        if torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        if _inference() or _autocast("cpu") or _compiling():
             return "inference mode, autocast or a compiler is at work"
-        if torch.is_anomaly_enabled():
-            return "anomaly detection is at work"
-        return ""
+        return "anomaly detection is at work" if _anomaly() else ""
 
     # ---- tasks ----------------------------------------------------------------------------------
 
@@ -163,8 +166,9 @@ class Recorder:
         at = task.structure
         while at is not None and at.first > index:
             at = at.parent
-        if at is not None:
+        if at is not None and index not in at.wanted:
             at.wanted.add(index)
+            self.wants += 1
 
 
 RECORDER = Recorder()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,13 +24,13 @@ class Unrecordable(Exception):
 class Node(NamedTuple):
     """In a description: the result with this number."""
 
-    index: int  # type: ignore[assignment]
+    index: int  # type: ignore[assignment]  # hides a method of tuples that nobody needs
 
 
 class Slot(NamedTuple):
     """In a description: the task's own tensor with this number."""
 
-    index: int  # type: ignore[assignment]
+    index: int  # type: ignore[assignment]  # hides a method of tuples that nobody needs
     shape: torch.Size
     dtype: torch.dtype
 
@@ -99,8 +100,7 @@ class Structure:
         self.first: int = 0 if parent is None else parent.first + len(parent.metas)
         self.metas: tuple[Meta, ...] = ()
         self.form: Callable[[Any], Any] | None = None
-        adapted = parent is not None and parent.event is not None and parent.event.kind == "adapt"
-        self.stage: int = 0 if parent is None else parent.stage + adapted
+        self.stage: int = 0 if parent is None else parent.steps
         self.plain = ""
         self.wanted: set[int] = set()
         self.absent: dict[int, tuple[bool, ...]] = {}
@@ -190,7 +190,7 @@ def described(value: Any, tensor: Callable[[Tensor], Node | Slot]) -> Any:
     if isinstance(value, Tensor):
         return tensor(value)
     kind = type(value)
-    if kind in _CONSTANTS:
+    if kind in _CONSTANTS or isinstance(value, np.generic):
         return Value(kind, value)
     if kind is list or kind is tuple:
         return Several(kind, tuple([described(v, tensor) for v in value]))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ class Done(NamedTuple):
     """A backward pass that has run: how many events came before, from where, and whether it kept the graph."""
 
     events: int
-    index: int  # type: ignore[assignment]
+    index: int  # type: ignore[assignment]  # hides a method of tuples that nobody needs
     cotangent: Any
     retain: bool
 
@@ -81,7 +83,7 @@ class Task:
         """The learner's output."""
         with RECORDER.lock:
             if self.structure is not None:
-                if reason := self.why_not_now():
+                if reason := self.why_not_now() or self.epoch.why_not_forward():
                     self.end(reason)
                 elif kwargs or not args or not all(type(a) is Tensor for a in args):
                     self.end("a learner is called with something other than plain tensors")
@@ -105,6 +107,8 @@ class Task:
         with RECORDER.lock:
             if self.structure is not None and (reason := self.why_not_now()):
                 self.end(reason)
+            if self.structure is not None and self.is_gone:
+                self.end("a step after a backward pass through the task")
             if self.structure is not None:
                 try:
                     node = Node(self.inside(loss))
@@ -142,6 +146,11 @@ class Task:
 
         return self._does(event, run, given)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether a backward pass was asked for that does not retain the graph."""
+        return bool(self.asked and not self.retain) or any(not d.retain for d in self.done)
+
     def why_not_now(self) -> str:
         """Why what happens now cannot be recorded; empty where it can."""
         if self.epoch.closed and self.plain is None:
@@ -159,6 +168,7 @@ class Task:
             return self._results(child)
         self.go_plain(child.plain if child else "the first of its kind", where())
         result = run()
+        self._noticed = self._noticed or getattr(self.plain, "notice", "")
         if self.structure is None:  # the run itself ended the recording
             return result
         if child is None:
@@ -206,9 +216,9 @@ class Task:
         return result
 
     def _drawless(self, run: Callable[[], Any]) -> Any:
-        before = torch.get_rng_state()
+        before = _generators()
         result = run()
-        if not torch.equal(before, torch.get_rng_state()):
+        if before != _generators():
             self._noticed = "random numbers are drawn (dropout), in the order of the loop"
         return result
 
@@ -329,6 +339,12 @@ class Task:
                 loss = values[done.index]
                 weight = torch.ones_like(loss) * done.cotangent
                 torch.autograd.grad(loss, leaves, weight, retain_graph=done.retain, allow_unused=True)
+
+
+def _generators() -> Any:
+    """The states of all random numbers that a forward pass may draw."""
+    numpys: Any = np.random.get_state()  # noqa: NPY002  # which forward may use
+    return random.getstate(), numpys[1].tobytes(), numpys[2:], torch.get_rng_state().numpy().tobytes()
 
 
 def tensors_in(*values: Any) -> Iterator[Tensor]:

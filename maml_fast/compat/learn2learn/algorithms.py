@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from ...api.maml import MAML as Fused
 from ..epoch import Epoch, Home
+from ..learner import Recording, recording
 from ..recorder import RECORDER
-from ..structure import Structure
-from ..task import Task
 from .utils import clone_module, clone_parameters, update_module
 
 
-class BaseLearner(nn.Module):
+class BaseLearner(Recording):
     """A module around another, whose attributes it has too."""
 
     def __init__(self, module: Any = None) -> None:
@@ -24,9 +23,6 @@ class BaseLearner(nn.Module):
         self.module = module
 
     def __getattr__(self, name: str) -> Any:
-        if "_modules" not in self.__dict__ and self.__dict__.get("_task") is not None:
-            self._become_plain(name)
-            return getattr(self, name)
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -37,22 +33,6 @@ class BaseLearner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
-
-    # ---- recording ------------------------------------------------------------------------------
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        task = self.__dict__.get("_task")
-        return super().__call__(*args, **kwargs) if task is None else task.forward(args, kwargs)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if self.__dict__.get("_task") is not None and isinstance(value, nn.Module | Tensor):
-            self._become_plain(name)
-        super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.__dict__.get("_task") is not None:
-            self._become_plain("copy or pickle")
-        return {k: v for k, v in self.__dict__.items() if k not in ("_home", "_task")}
 
     def explain(self) -> str:
         """How many tasks ran in how many fused calls, and which lines kept the others from it."""
@@ -70,16 +50,13 @@ class BaseLearner(nn.Module):
             home = self.__dict__["_home"] = Home(self.module)
         return RECORDER.epoch_of(home, learned)
 
-    def _become_plain(self, name: str) -> None:
-        """An ordinary module, with what the task has done so far."""
-        with RECORDER.lock:
-            task = self.__dict__["_task"]
-            task.end(f"{name.strip('_')!r} of a learner is used")
-            del self.__dict__["_task"]
-            own = task.plain
-            nn.Module.__init__(self)
-            for key, value in own.attributes().items():
-                setattr(self, key, value)
+    def _take(self, plain: Any) -> None:
+        options = dict(self.__dict__)
+        nn.Module.__init__(self)
+        self.__dict__.update(options)
+        self.module = plain.module
+        if plain.rates is not None:
+            self.lrs = plain.rates
 
 
 class _Steps:
@@ -99,10 +76,6 @@ class _Steps:
         rate, first_order, allow_unused, allow_nograd = settings
         rates = self.rates if rate is None else rate
         _step(self.module, loss, rates, first_order, allow_unused, allow_nograd)
-
-    def attributes(self) -> dict[str, Any]:
-        """What a learner is made of."""
-        return {"module": self.module} if self.rates is None else {"module": self.module, "lrs": self.rates}
 
 
 def _step(
@@ -167,7 +140,9 @@ class MAML(BaseLearner):
             if epoch is None or epoch.plain:
                 _note(self, epoch)
                 return MAML(clone_module(self.module), **options)
-            return _recording_clone(self, MAML, options, epoch, _Algorithm(self.module, None))
+            learner: MAML = recording(MAML, None, epoch, _Algorithm(self.module, None))
+            learner.__dict__.update(options)
+            return learner
 
     def adapt(
         self,
@@ -205,8 +180,9 @@ class MetaSGD(BaseLearner):
             if epoch is None or epoch.plain:
                 _note(self, epoch)
                 return MetaSGD(clone_module(self.module), lrs=clone_parameters(self.lrs), first_order=self.first_order)
-            options = {"first_order": self.first_order}
-            return _recording_clone(self, MetaSGD, options, epoch, _Algorithm(self.module, list(self.lrs)))
+            learner: MetaSGD = recording(MetaSGD, None, epoch, _Algorithm(self.module, list(self.lrs)))
+            learner.__dict__["first_order"] = self.first_order
+            return learner
 
     def adapt(self, loss: Tensor, first_order: bool | None = None) -> None:
         """One inner step on a loss of this learner's outputs."""
@@ -229,20 +205,6 @@ def _note(learner: BaseLearner, epoch: Epoch | None) -> None:
         from ..report import where
 
         epoch.home.report.ran_plainly(epoch.plain, where())
-
-
-def _recording_clone(of: BaseLearner, kind: Any, options: dict[str, Any], epoch: Epoch, algorithm: Any) -> Any:
-    key = kind, epoch.trainable, epoch.state, tuple(map(id, epoch.parameters))
-    root = epoch.home.roots.get(key)
-    if root is None:
-        if len(epoch.home.roots) >= 64:
-            epoch.home.roots.clear()
-        root = epoch.home.roots[key] = Structure()
-    task = Task(epoch, algorithm, root)
-    RECORDER.tasks.add(task)
-    learner = kind.__new__(kind)
-    learner.__dict__.update(options, _task=task)
-    return learner
 
 
 class _Algorithm:
