@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -109,6 +110,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def nothing_waits() -> Iterator[None]:
+    """Afterwards no task that `maml_fast.compat` has recorded waits to be run."""
+    from maml_fast.compat.recorder import RECORDER
+
+    yield
+    RECORDER.settle()
 
 
 @pytest.fixture(scope="session")

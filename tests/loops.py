@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
 class Learner:
     """MAML as a dictionary of tensors that every step replaces: the calls of learn2learn's `MAML` and `MetaSGD`.
 

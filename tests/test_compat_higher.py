@@ -9,26 +9,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import built, gradients, same
+from loops import built, gradients, mlp, same
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import maml_fast as mf
 import maml_fast.compat.higher as higher
 from maml_fast.compat import explain
-from maml_fast.compat.recorder import RECORDER
 
 TASKS = 6
 
 
-@pytest.fixture(autouse=True)
-def _nothing_waits() -> Iterator[None]:
-    yield
-    RECORDER.settle()
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+pytestmark = pytest.mark.usefixtures("nothing_waits")
 
 
 def conv() -> nn.Module:

@@ -10,14 +10,14 @@ import pickle
 import random
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import Learner, built, gradients, meta_sgd, same
+from loops import Learner, built, gradients, meta_sgd, mlp, same
 from torch import Tensor, nn
 
 import maml_fast as mf
@@ -29,14 +29,7 @@ MAML = l2l.algorithms.MAML
 TASKS = 6
 
 
-@pytest.fixture(autouse=True)
-def _nothing_waits() -> Iterator[None]:
-    yield
-    RECORDER.settle()
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+pytestmark = pytest.mark.usefixtures("nothing_waits")
 
 
 def sine() -> nn.Module:

@@ -198,6 +198,19 @@ def test_backward_adds_gradients_of_inputs_and_runs_fused() -> None:
     close([outputs], [maml(*data[:3]).detach()])
 
 
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adapted_parameters_go_on_with_one_set(backend: str) -> None:
+    model, data = network(), batch()
+    maml = mf.MAML(model, inner=mf.SGD(0.1, momentum=0.9), steps=STEPS, per_step=True, loss="mse", backend=backend)
+    found = maml.adapt(*data[:2])
+    maml.steps = STEPS - 1
+    gone_on = maml.adapt(data[0][:, :-1], data[1][:, :-1]).step(data[0][:, -1], data[1][:, -1])
+    close(list(gone_on.parameters.values()), list(found.parameters.values()))
+    with pytest.raises(ValueError, match="evaluate: expected a learner without per_step=True"):
+        mf.evaluate(maml, [tuple(data)], tasks=TASKS)  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

@@ -166,6 +166,27 @@ def test_inputs_of_several_tensors(backend: str, form: str) -> None:
 
 
 @pytest.mark.usefixtures("core")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_inputs_by_position_keep_their_order(backend: str) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(3, OUT)
+
+        def forward(self, *x: Tensor) -> Tensor:
+            out: Tensor = self.out(sum((number + 1) * v for number, v in enumerate(x)))  # type: ignore[arg-type]
+            return out
+
+    torch.manual_seed(0)
+    model, data = Sum().double(), batch()
+    x_s, x_q = (tuple(torch.randn(TASKS, n, 3).double() for _ in range(12)) for n in (SUPPORT, QUERY))
+    equal = torch.full((TASKS, SUPPORT), 1 / SUPPORT, dtype=torch.float64)
+    maml = mf.MAML(model, 0.01, loss="mse", backend=backend)
+    found = [maml.meta_loss(x_s, data[1], x_q, data[3], **w).detach() for w in ({}, {"weights_s": equal})]
+    close(found[:1], found[1:])
+
+
+@pytest.mark.usefixtures("core")
 def test_of_several_inputs_one_alone_may_have_a_gradient() -> None:
     class Product(nn.Module):
         def __init__(self) -> None:

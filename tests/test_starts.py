@@ -142,6 +142,33 @@ def test_a_start_of_ones_own(backend: str, through: str) -> None:
     close(loss_and_gradients(maml, data), textbook(model, data, shifted))
 
 
+@pytest.mark.usefixtures("core")
+def test_a_start_that_cannot_be_batched_runs_task_by_task() -> None:
+    model, data = network(), batch()
+    ran: list[float] = []
+
+    def start(theta: Theta, x: Tensor, y: Tensor) -> Theta:
+        ran.append(float(x.detach().sum()))  # a number: torch.func.vmap has none
+        return shifted(model, theta, x, y)
+
+    maml = mf.MAML(model, 0.1, steps=2, start=start, backend="cpu")
+    expected = textbook(model, data, shifted)
+    close(loss_and_gradients(maml, data), expected)
+    ran.clear()
+    close(loss_and_gradients(maml, data), expected)
+    assert ran == [float(x.sum()) for x in data[0]]  # it is not tried again
+
+
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_evaluation_begins_at_the_start(backend: str) -> None:
+    model, data = network(), batch()
+    maml = mf.ProtoMAML(model, 0.1, steps=2, backend=backend)
+    found = mf.evaluate(maml, [tuple(data)], tasks=TASKS, steps=(0, 2))  # type: ignore[list-item]
+    expected = [textbook(model, data, prototypes, steps=k)[0] for k in (0, 2)]
+    close([found.loss], [torch.stack(expected)])
+
+
 OTHERS: dict[str, dict[str, Any]] = {
     "Adam": {"lr": None, "inner": mf.Adam(0.05)},
     "momentum": {"lr": None, "inner": mf.SGD(0.05, momentum=0.9)},

@@ -57,7 +57,7 @@ class Inner:
         step_weights: w_k of the query loss at θ_k, for k = 0 … steps; None for that at the last alone.
         rule: how a step moves the parameters; None for the above.
         gradient: what the meta-gradient is of. clip: of every inner gradient.
-        start: from θ and the task's support set to parameters that do not start from θ.
+        start: from θ and the task's support set to parameters that do not start from θ; None where there are none.
         first: how many inner steps came before, in earlier calls.
     """
 
@@ -133,7 +133,7 @@ class Goal(Protocol):
         adapts: which parameters the inner loop updates, in `Model.names` order.
         active: which of them have a gradient.
         rate_sets: how many sets of rates there are: one for all steps, or one for each.
-        starts: which parameters start from the task's data.
+        starts: which parameters start from the task's data; empty for none, as in modes that are given them.
         updates: the steps of an inner rule; None for those of plain gradient descent.
     """
 

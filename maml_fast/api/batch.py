@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,11 +60,8 @@ def joined(steps: int, x_s: Any, y_s: Any, weights_s: Any) -> tuple[Any, Any, An
     def flat(v: Tensor) -> Tensor:
         return v.flatten(1, 2)
 
-    return _mapped(x_s, flat), _mapped(y_s, flat), None if weights_s is None else flat(weights_s)
-
-
-def _mapped(data: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    return function(data) if isinstance(data, Tensor) else structure.mapped(data, function)
+    x_s, y_s, weights_s = (structure.mapped(data, flat) for data in (x_s, y_s, weights_s))
+    return x_s, y_s, weights_s
 
 
 def weighted(

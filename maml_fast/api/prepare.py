@@ -592,6 +592,7 @@ class Preparer:
         x_s, x_q = (structure.tensors(batch.get(name)) for name in ("x_s", "x_q"))
         x = (x_s or x_q)[0]
         sets = settings.steps if settings.per_step and x_s else 1
+        starts = self._starts(mode, settings, batch, sets)
         return Plan(
             mode=mode,
             model=self.model,
@@ -604,7 +605,7 @@ class Preparer:
                 settings.rule,
                 settings.gradient,
                 settings.clip,
-                settings.start,
+                settings.start if any(starts) else None,
                 settings.first,
             ),
             rates=rates,
@@ -619,7 +620,7 @@ class Preparer:
             threads=settings.threads,
             precision=settings.precision,
             sets=sets,
-            starts=self._starts(mode, settings, batch, sets),
+            starts=starts,
         )
 
     def _starts(self, mode: Mode, settings: Settings, batch: Mapping[str, Data], sets: int) -> tuple[bool, ...]:

@@ -292,8 +292,8 @@ class _Call:
             _threads(plan),
             spent,
         )
-        if self.sets > 1 and result.x_s is not None:
-            result.x_s = _mapped(result.x_s, partial(_by_task, self.sets))
+        if self.sets > 1:
+            result.x_s = structure.mapped(result.x_s, partial(_by_task, self.sets))
         if rate_gradient is not None:
             pieces = zip(rate_gradient.split(self.rate_sizes), plan.rates.shapes, plan.needs.rates, strict=True)
             result.rates = [g.view(s) if need else None for g, s, need in pieces]
@@ -301,9 +301,7 @@ class _Call:
 
     def _by_set(self, data: Any) -> Any:
         """(T, sets · N, …) as the core takes it: those of all tasks, then the next set."""
-        if self.sets == 1 or data is None:
-            return data
-        return _mapped(data, partial(_by_set, self.sets))
+        return data if self.sets == 1 else structure.mapped(data, partial(_by_set, self.sets))
 
     def _given(self, plan: Plan, t: Tensors) -> tuple[Sequence[Tensor | None], Sequence[Tensor]]:
         """The vectors that the program loads, and the parameters that all tasks share."""
@@ -382,13 +380,6 @@ class _Call:
         result.rates = [None] * len(needs.rates)
         result.x_s = _input_gradients(t.x_s, needs.x_s, needs.x_s_each)
         result.x_q = _input_gradients(t.x_q, needs.x_q, needs.x_q_each)
-
-
-def _mapped(data: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Of one tensor, or of several that may be absent."""
-    if isinstance(data, list):
-        return [None if v is None else function(v) for v in data]
-    return structure.mapped(data, function)
 
 
 def _by_set(sets: int, x: Tensor) -> Tensor:

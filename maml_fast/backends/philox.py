@@ -70,11 +70,6 @@ class Drawing(TorchDispatchMode):
         return drawn.reshape(like.shape)
 
 
-def start_pass(plan: Plan) -> int:
-    """The number of the pass that starts the parameters from data; those of the inner steps come first."""
-    return plan.inner.steps + 1
-
-
 def _drawn(seed: int, number: int, step: int, first: int, tasks: int, elements: int, like: Tensor) -> Tensor:
     """Elements of a draw of tasks first, first + 1, … in `precise` of a tensor's type, (tasks, elements)."""
     dtype = precise(like.dtype)

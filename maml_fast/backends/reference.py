@@ -17,14 +17,14 @@ from ..algorithms.goal import Mode
 from ..algorithms.gradients import Displacement, Implicit
 from ..graph import structure
 from ..graph.objective import Point
-from ..graph.starting import started
 from ..lower.plan import Plan, Result, Tensors
 from .autograd import differentiate
 from .base import Backend
+from .begin import begun
 from .composed import Composed
 from .fixed_point import adapted_of, displaced, held
 from .inner_step import InnerSteps
-from .philox import Drawing, start_pass
+from .philox import Drawing
 
 _HOOKS = (
     "model: expected a forward without saved_tensors_hooks, which torch.utils.checkpoint is made of: it would compute "
@@ -92,11 +92,9 @@ def _first(draws: Drawing, plan: Plan, t: Tensors, task: int) -> list[Tensor]:
     # copies of what another call has left: a rule of one's own may write it
     begin = [p[task].clone() for p in t.adapted] if plan.mode is Mode.STEP else t.parameters
     theta = list(begin) if plan.mode.differentiates else _leaves(begin, plan.model.trainable)
-    if plan.inner.start is None or plan.mode is Mode.STEP:
+    if plan.inner.start is None:
         return theta
-    draws.begin(start_pass(plan), task)
-    x, y = (plan.of_step(_of(data, task), 0) for data in (t.x_s, t.y_s))
-    theta = started(plan.objective, plan.inner.start, _point(plan, theta, t.learned), x, y)
+    theta = begun(draws, plan, _point(plan, theta, t.learned), _of(t.x_s, task), _of(t.y_s, task), task)
     if not plan.mode.differentiates:
         return _leaves(theta, plan.model.trainable)
     return [p.view_as(p) for p in theta]  # an inner gradient does not go back through the start to other parameters

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from ..graph import structure
 from ..graph.conditions import constant, plain
 from ..graph.objective import Point
-from ..graph.starting import started
 from ..lower.plan import Plan, Result, Tensors
 from .attention import composed
+from .begin import begun
 from .composed import Composed
-from .philox import Drawing, start_pass
+from .philox import Drawing
+from .vmap import each_task
 
 Kernels = Callable[[Plan, Tensors], Result]
 
@@ -52,47 +53,35 @@ def _leaves(plan: Plan, parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def _all_started(plan: Plan, t: Tensors) -> list[Tensor | None]:
     """Of all tasks (T, *shape), None for what starts from θ: at once, or one after another where that cannot be."""
-    try:
-        with Composed(batched=True, twice=False):
-            return _at_once(plan, t)
-    except RuntimeError:
-        with Composed(batched=False, twice=False):
-            return _one_by_one(plan, t)
+    if not plan.state.get("starts one by one"):
+        try:
+            with Composed(batched=True, twice=False), Drawing(t.seed, batched=True) as draws:
+                return _at_once(draws, plan, t)
+        except RuntimeError:
+            plan.state["starts one by one"] = True
+    with Composed(batched=False, twice=False), Drawing(t.seed, batched=False) as draws:
+        return _one_by_one(draws, plan, t)
 
 
-def _at_once(plan: Plan, t: Tensors) -> list[Tensor | None]:
-    draws = Drawing(t.seed, batched=True)
-    buffers = [b.expand(plan.tasks, *b.shape) for b in plan.objective.buffers()]
+def _at_once(draws: Drawing, plan: Plan, t: Tensors) -> list[Tensor | None]:
+    def task(buffers: list[Tensor], x: Any, y: Any) -> list[Tensor]:
+        at = Point(t.parameters, t.learned, [b.clone() for b in buffers])
+        return _chosen(plan, at, begun(draws, plan, at, x, y, keep_new=False))
 
-    def task(buffers: list[Tensor], x: list[Tensor], y: list[Tensor]) -> list[Tensor]:
-        draws.begin(start_pass(plan))
-        point = Point(t.parameters, t.learned, [b.clone() for b in buffers])
-        return _chosen(plan, point, structure.replaced(t.x_s, x), structure.replaced(t.y_s, y), keep_new=False)
-
-    with draws:
-        found = vmap(task, randomness="different")(buffers, structure.tensors(t.x_s), structure.tensors(t.y_s))
-    return _placed(plan, found)
+    return _placed(plan, each_task(plan, task, t.x_s, t.y_s))
 
 
-def _one_by_one(plan: Plan, t: Tensors) -> list[Tensor | None]:
-    draws, rows = Drawing(t.seed, batched=False), []
-    with draws:
-        for number in range(plan.tasks):
-            draws.begin(start_pass(plan), number)
-            point = Point(t.parameters, t.learned, [b.clone() for b in plan.objective.buffers()])
-            rows.append(_chosen(plan, point, _of(t.x_s, number), _of(t.y_s, number)))
+def _one_by_one(draws: Drawing, plan: Plan, t: Tensors) -> list[Tensor | None]:
+    rows = []
+    for number in range(plan.tasks):
+        at = Point(t.parameters, t.learned, [b.clone() for b in plan.objective.buffers()])
+        x, y = (structure.mapped(data, itemgetter(number)) for data in (t.x_s, t.y_s))
+        rows.append(_chosen(plan, at, begun(draws, plan, at, x, y, number)))
     return _placed(plan, [torch.stack(column) for column in zip(*rows, strict=True)])
 
 
-def _of(data: Any, task: int) -> Any:
-    return structure.mapped(data, lambda v: v[task])
-
-
-def _chosen(plan: Plan, at: Point, x: Any, y: Any, keep_new: bool = True) -> list[Tensor]:
-    """Those parameters of one task that start from its data, in the model's order."""
-    assert plan.inner.start is not None
-    own = plan.of_step(x, 0), plan.of_step(y, 0)
-    theta = started(plan.objective, plan.inner.start, at, *own, keep_new=keep_new)
+def _chosen(plan: Plan, at: Point, theta: Sequence[Tensor]) -> list[Tensor]:
+    """Those of θ_0 that start from data, in the model's order."""
     for name, p, before, starts in zip(plan.model.names, theta, at.theta, plan.starts, strict=True):
         if (p is not before) != starts:
             raise ValueError(f"start: expected the same names for every task, and for {name!r} they differ")

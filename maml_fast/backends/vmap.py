@@ -21,15 +21,15 @@ from ..graph.leftovers import untouched
 from ..graph.losses import Loss
 from ..graph.objective import Objective, Point
 from ..graph.stand_ins import lock
-from ..graph.starting import started
 from ..graph.structure import Data
 from ..lower.plan import Plan, Result, Tensors
 from .autograd import differentiate
 from .base import Backend
+from .begin import begun
 from .composed import Composed
 from .fixed_point import displaced
 from .inner_step import InnerSteps
-from .philox import Drawing, start_pass
+from .philox import Drawing
 
 
 class VmapBackend(Backend):
@@ -67,10 +67,8 @@ def _inner_loop(
 ) -> Iterator[list[Tensor]]:
     """θ_0 … θ_K of the task that vmap is at, or from given parameters on with a rule at work."""
     theta = list(given or t.parameters)
-    if plan.inner.start is not None and not given:
-        draws.begin(start_pass(plan))
-        at, own = _point(theta, t, buffers), (plan.of_step(x, 0), plan.of_step(y, 0))
-        theta = started(plan.objective, plan.inner.start, at, *own, keep_new=False)
+    if plan.inner.start is not None:
+        theta = begun(draws, plan, _point(theta, t, buffers), x, y, keep_new=False)
     adapted = [i for i, adapts in enumerate(plan.model.adapts) if adapts]
     inner = inner or InnerSteps(plan, t)
 
@@ -103,7 +101,7 @@ def _point(theta: Sequence[Tensor], t: Tensors, buffers: Sequence[Tensor]) -> Po
     return Point(theta, t.learned, [b.clone() for b in buffers])
 
 
-def _each_task(plan: Plan, task: Callable[..., Any], *arguments: Any) -> Any:
+def each_task(plan: Plan, task: Callable[..., Any], *arguments: Any) -> Any:
     """`task(buffers, *its own slice of every argument)`, for all tasks."""
     buffers = [b.expand(plan.tasks, *b.shape) for b in plan.objective.buffers()]
 
@@ -121,7 +119,7 @@ def _outputs(plan: Plan, task: Callable[..., Any], *arguments: Any) -> Any:
         form[:] = [task(*arguments)]
         return structure.tensors(form[0])
 
-    values = _each_task(plan, flat, *arguments)
+    values = each_task(plan, flat, *arguments)
     return structure.replaced(form[0], values)
 
 
@@ -172,7 +170,7 @@ def _adapt(draws: Drawing, plan: Plan, t: Tensors) -> tuple[list[Tensor], Any]:
         return [*theta, *carried.tensors(inner.state)]
 
     given = list(t.adapted) if plan.mode is Mode.STEP else []
-    found = _each_task(plan, task, t.x_s, t.y_s, given, carried.tensors(t.state))
+    found = each_task(plan, task, t.x_s, t.y_s, given, carried.tensors(t.state))
     count = len(t.parameters)
     why = carried.loss_of(form[0])
     apart = [v.contiguous() for v in found]  # vmap lets all tasks share what does not depend on them

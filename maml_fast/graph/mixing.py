@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 
 import torch
@@ -10,11 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import structure
-from .conditions import constant, plain
-from .generators import unused
-from .leftovers import untouched
-from .objective import Objective, Point
-from .stand_ins import lock
+from .conditions import constant
+from .objective import Objective
+from .probe import trying
 from .structure import Data
 
 
@@ -24,24 +21,20 @@ def mixes_samples(objective: Objective, x: Data) -> str:
     Of inputs with a derivative an output's is asked for, which is exactly zero where there is no way from one to the
     other. Of whole numbers all samples but the first are replaced by copies of it.
     """
-    first = structure.first(x)
-    if first.shape[0] < 2:
+    if structure.first(x).shape[0] < 2 or not (_reaches(objective, x) or _changes(objective, x)):
         return ""
-    with lock, plain(first.device), untouched(objective.modules), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if _reaches(objective, x) or _changes(objective, x):
-            return _layer(objective.model.module)
-    return ""
+    return _layer(objective.model.module)
 
 
 def _reaches(objective: Objective, x: Data) -> bool:
     """Whether the first sample's outputs depend on the numbers of the others."""
-    given = structure.mapped(x, lambda v: constant(v).requires_grad_(v.is_floating_point()))
-    leaves = [v for v in structure.tensors(given) if v.requires_grad]
-    ends = [v[0].sum() for v in _outputs(objective, given) if v.requires_grad]
-    if not leaves or not ends:
-        return False
-    gradients = torch.autograd.grad(sum(ends, torch.zeros(())), leaves, allow_unused=True)
+    with torch.inference_mode(False), torch.enable_grad():
+        given = structure.mapped(x, lambda v: constant(v).requires_grad_(v.is_floating_point()))
+        leaves = [v for v in structure.tensors(given) if v.requires_grad]
+        ends = [v[0].sum() for v in _outputs(objective, given) if v.requires_grad]
+        if not leaves or not ends:
+            return False
+        gradients = torch.autograd.grad(ends, leaves, allow_unused=True)
     return any(bool((g[1:] != 0).any()) for g in gradients if g is not None)
 
 
@@ -56,20 +49,11 @@ def _changes(objective: Objective, x: Data) -> bool:
 
 def _outputs(objective: Objective, x: Data) -> list[Tensor]:
     """The outputs of N samples, with the same random numbers every time."""
-    first = structure.first(x)
-
-    def copies(values: list[Tensor]) -> list[Tensor]:
-        return [constant(v).clone().requires_grad_(v.requires_grad) for v in values]
-
-    at = Point(
-        copies(list(objective.model.parameters())),
-        copies(list(objective.learned.parameters())),
-        copies(objective.buffers()),
-    )
-    with unused(first.device):
+    with trying(objective, x) as at:
         torch.manual_seed(0)
         found = structure.tensors(objective.outputs(at, x))
-    return [v for v in found if v.is_floating_point() and v.dim() and v.shape[0] == first.shape[0]]
+    samples = structure.first(x).shape[0]
+    return [v for v in found if v.is_floating_point() and v.dim() and v.shape[0] == samples]
 
 
 def _layer(model: nn.Module) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,17 +52,10 @@ def probe(objective: Objective, x: Data, y: Data | None = None) -> Probe:
         TypeError, ValueError: the loss is not a scalar tensor.
     """
     objective.check_storages()
-    device = structure.first(x).device
-    with lock, plain(device), untouched(objective.modules), unused(device):
-        at = Point(
-            leaves(objective.model.parameters()),
-            leaves(objective.learned.parameters()),
-            leaves(objective.buffers()),
-        )
+    with trying(objective, x) as at:
         names, versions = objective.buffer_names(), [b._version for b in at.buffers]
         own = [*objective.model.parameters(), *objective.learned.parameters()]
-        with objective.standing_in(at), warnings.catch_warnings(), Sightings(own) as seen:
-            warnings.simplefilter("ignore")  # left to the real run
+        with objective.standing_in(at), Sightings(own) as seen:
             x = structure.mapped(x, constant)
             outputs = structure.called(objective.model.module, x)
             weights = structure.weights_of(x)
@@ -85,6 +79,22 @@ def probe(objective: Objective, x: Data, y: Data | None = None) -> Probe:
         )
 
 
+@contextmanager
+def trying(objective: Objective, x: Data) -> Iterator[Point]:
+    """Inside, model and loss may run on such inputs: modules and generators stay as they were, and nobody is warned.
+
+    Gives copies of all that they depend on, at which a graph may begin.
+    """
+    device = structure.first(x).device
+    with lock, plain(device), untouched(objective.modules), unused(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # left to the real run
+        yield Point(
+            _leaves(objective.model.parameters()),
+            _leaves(objective.learned.parameters()),
+            _leaves(objective.buffers()),
+        )
+
+
 def _tensors(outputs: Any, opaque: bool) -> list[Tensor]:
     """The tensors in what the model returned; none of objects of another kind, if a loss may take these."""
     try:
@@ -99,8 +109,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return constant(tensor).clone()
 
 
-def leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Copies that a graph may begin at."""
+def _leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [_copy(t).requires_grad_(t.requires_grad) for t in tensors]
 
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from . import structure
-from .conditions import plain
-from .generators import unused
-from .leftovers import untouched
 from .objective import Objective, Point
-from .probe import leaves, refuse_hidden
-from .stand_ins import lock
+from .probe import refuse_hidden, trying
 from .structure import Data
 
 Start = Callable[[dict[str, Tensor], Any, Any], Mapping[str, Tensor]]
@@ -38,14 +33,10 @@ def trial(objective: Objective, start: Start, x: Data, y: Data) -> tuple[bool, .
         TypeError, ValueError: see `started`.
         RuntimeError: they depend on a tensor that requires grad and is no parameter of the model.
     """
-    device = structure.first(x).device
-    with lock, plain(device), untouched(objective.modules), unused(device), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # left to the real run
-        model, learned = objective.model, objective.learned
-        at = Point(leaves(model.parameters()), leaves(learned.parameters()), leaves(objective.buffers()))
+    with trying(objective, x) as at:
         found = _found(objective, start, at, x, y, keep_new=True)
         refuse_hidden(objective, at, list(found.values()), "start")
-    return tuple(name in found for name in model.names)
+    return tuple(name in found for name in objective.model.names)
 
 
 def _found(objective: Objective, start: Start, at: Point, x: Data, y: Data, keep_new: bool) -> Mapping[str, Tensor]:

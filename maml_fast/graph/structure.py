@@ -54,7 +54,7 @@ class Weighted(dict[Any, Tensor]):
         given = {key: value for key, value in self.items() if key != WEIGHTS}
         if self.form is dict:
             return given
-        return tuple(given.values()) if self.form is tuple else given[0]
+        return tuple(given[place] for place in range(len(given))) if self.form is tuple else given[0]
 
     @property
     def weights(self) -> Tensor:
