@@ -76,7 +76,7 @@ class _Emitter:
         self.every = every if every is not None and every < self.steps else max(self.steps, 1)
         self.theta, self.gradient, self.tape = {0: 0}, dict[int, int](), dict[int, int]()
         self._places: dict[Any, int] = {}
-        if any(goal.starts):
+        if goal.starts:
             self.theta[0] = self.slot("θ", "started")
             self.code.append(Load(self.theta[0]))
         self.mover = _Descent(self) if goal.updates is None else _Ruled(self, goal.updates)
@@ -241,7 +241,7 @@ class _Emitter:
                 self._add_curvature(k, vector, adjoint)
             if k in self.pulled:
                 self.code.append(Add(adjoint, self.pulled[k]))
-        if any(self.goal.starts):
+        if self.goal.starts:
             self.code.append(StoreGradients(adjoint))
         self.code.append(Accumulate(adjoint))
 

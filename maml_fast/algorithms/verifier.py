@@ -344,7 +344,7 @@ def _check_goal(program: Program, goal: Goal) -> None:
     expect("QueryLoss", losses, _count(program, QueryLoss))
     expect("QueryLoss that adds", max(losses - 1, 0), _count(program, QueryLoss, add=True))
     results = _RESULTS[goal.mode]
-    if any(goal.starts):
+    if goal.starts:
         results += (Load, StoreGradients) if differentiates else (Load,)
     for kind in (Cotangent, Accumulate, StoreOutputs, StoreParameters, StoreGradients, Load):
         if kind not in _MAY.get(goal.mode, ()):

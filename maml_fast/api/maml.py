@@ -273,7 +273,8 @@ class MAML(nn.Module):
             The loss, differentiable once w.r.t. parameters, learnable rates, weights, and the tensors of `x_s` and
             `x_q`.
         """
-        x_s, y_s, x_q = self._taken(x_s, y_s, x_q, weights_s, weights_q)
+        if self.per_step or weights_s is not None or weights_q is not None:
+            x_s, y_s, x_q = self._given(x_s, y_s, x_q, weights_s, weights_q)
         call: Callable[..., Tensor] = autograd.meta_loss
         if compiled.traced():
             call = compiled.within(compiled.meta_loss, call, x_s, y_s, x_q, y_q)
@@ -338,7 +339,8 @@ class MAML(nn.Module):
             return compiled.outside(self.backward, x_s, y_s, x_q, y_q, reduction, outputs=outputs, **weights)
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-        x_s, y_s, x_q = self._taken(x_s, y_s, x_q, weights_s, weights_q)
+        if self.per_step or weights_s is not None or weights_q is not None:
+            x_s, y_s, x_q = self._given(x_s, y_s, x_q, weights_s, weights_q)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):  # gradients outlive the mode
                 return self._backward(x_s, y_s, x_q, y_q, reduction, outputs)
@@ -355,7 +357,7 @@ class MAML(nn.Module):
                 loss, result = autograd.loss_and_result(prepared)
                 loss.backward()
             return _loss_of(result, outputs)
-        tensors.into = () if any(plan.starts) else prepared.call.choice.backend.into(tensors.parameters)
+        tensors.into = () if plan.starts else prepared.call.choice.backend.into(tensors.parameters)
         if tensors.into:
             increment_version(tensors.into)  # what autograd saved of them is no more
         result = prepared.run()
@@ -373,7 +375,7 @@ class MAML(nn.Module):
         A model that returns several tensors (in a tuple, list, mapping or dataclass) gives such a structure of theirs.
         With `mf.Displacement` outputs have no graph: it is no derivative of theirs.
         """
-        x_s, y_s, x_q = self._taken(x_s, y_s, x_q, weights_s)
+        x_s, y_s, x_q = self._given(x_s, y_s, x_q, weights_s)
         call: Callable[..., Any] = autograd.query_outputs
         if compiled.traced():
             call = compiled.within(compiled.query_outputs, call, x_s, y_s, x_q)
@@ -386,7 +388,7 @@ class MAML(nn.Module):
         """
         if torch.compiler.is_compiling():
             return compiled.outside(self.adapt, x_s, y_s, weights_s=weights_s)
-        x_s, y_s, _ = self._taken(x_s, y_s, None, weights_s)
+        x_s, y_s, _ = self._given(x_s, y_s, None, weights_s)
         return adapt(self._preparer, x_s, y_s)
 
     def with_steps(self, steps: int) -> MAML:
@@ -415,14 +417,14 @@ class MAML(nn.Module):
         if torch.compiler.is_compiling():
             weights = {"weights_s": weights_s, "weights_q": weights_q}
             return compiled.outside(self.explain, x_s, y_s, x_q, y_q, level, **weights)
-        x_s, y_s, x_q = self._taken(x_s, y_s, x_q, weights_s, weights_q)
+        x_s, y_s, x_q = self._given(x_s, y_s, x_q, weights_s, weights_q)
         if level not in ("backend", "program"):
             raise ValueError(f"level: expected 'backend' or 'program', got {level!r}")
         mode = Mode.META_GRADIENT if y_q is not None else Mode.QUERY_OUTPUTS
         choice = self._prepare(mode, x_s, y_s, x_q, y_q).call.choice
         return choice.program() if level == "program" else str(choice)
 
-    def _taken(
+    def _given(
         self, x_s: Any, y_s: Any, x_q: Any, weights_s: Tensor | None, weights_q: Tensor | None = None
     ) -> tuple[Any, Any, Any]:
         """Inputs with their weights; the sets of all inner steps one behind the other."""

@@ -605,7 +605,7 @@ class Preparer:
                 settings.rule,
                 settings.gradient,
                 settings.clip,
-                settings.start if any(starts) else None,
+                settings.start if starts else None,
                 settings.first,
             ),
             rates=rates,
@@ -624,8 +624,9 @@ class Preparer:
         )
 
     def _starts(self, mode: Mode, settings: Settings, batch: Mapping[str, Data], sets: int) -> tuple[bool, ...]:
-        """Which parameters start from the data, as the first task's show."""
+        """Which parameters start from the data, as the first task's show; empty for none."""
         if settings.start is None or mode.applies or mode is Mode.STEP:
             return ()
         x, y = (structure.mapped(batch[name], lambda v: v[0, : v.shape[1] // sets].detach()) for name in ("x_s", "y_s"))
-        return trial(self.objective_of(settings.loss), settings.start, x, y)
+        found = trial(self.objective_of(settings.loss), settings.start, x, y)
+        return found if any(found) else ()

@@ -108,7 +108,7 @@ class CpuBackend(Backend):
         return reasons or _refused(plan)
 
     def run(self, plan: Plan, tensors: Tensors) -> Result:
-        if any(plan.starts):
+        if plan.starts:
             return with_starts(plan, tensors, _call_of(plan))
         return _call_of(plan)(plan, tensors)
 
@@ -124,10 +124,8 @@ class CpuBackend(Backend):
 
     def profile(self, plan: Plan, tensors: Tensors) -> tuple[Result, list[Spent]]:
         call, spent = _call_of(plan), dict[str, Any]()
-        if any(plan.starts):
-            result = with_starts(plan, tensors, partial(call, spent=spent))
-        else:
-            result = call(plan, tensors, spent)
+        timed = partial(call, spent=spent)
+        result = with_starts(plan, tensors, timed) if plan.starts else timed(plan, tensors)
         instructions = zip(call.labels, spent.pop("instructions"), strict=True)
         rest = [Spent(name, name, 1e-9 * ns) for name, ns in spent.items()]
         return result, [*(Spent(*label, 1e-9 * ns) for label, ns in instructions), *rest]
@@ -219,11 +217,11 @@ class _Call:
         self.new_objective = _new((), plan.dtype)
         self.new_outputs = _new((plan.tasks, plan.query, *(graph.returned or ())), plan.dtype)
         self.new_gradients = self._gradient_makers(plan, graph.used_parameters())
-        self.new_own_gradients = self._own_gradient_makers(plan, graph.used_parameters()) if any(plan.starts) else []
+        self.new_own_gradients = self._own_gradient_makers(plan, graph.used_parameters()) if plan.starts else []
         self.program = plan.program
         spec = Spec(plan, graph).as_dict()
         self.core = _core.Plan(spec, plan.dtype == torch.float64, _core.choose())
-        self.reverse = plan.mode in (Mode.META_GRADIENT, Mode.VJP)
+        self.reverse, self.adapts = plan.mode.differentiates, plan.mode.adapts
         self.rates_wanted = self.reverse and any(plan.needs.rates)
         self.rate_sizes = [math.prod(s) for s in plan.rates.shapes]
         self.places = 1 + max((i.place for i in self.program.instructions if isinstance(i, Load)), default=0)
@@ -242,23 +240,24 @@ class _Call:
             result.objective = self.new_objective()
         elif plan.mode in (Mode.LOSS, Mode.SCORE):
             result.losses = like.new_empty(plan.tasks)
-        elif plan.mode.adapts:
-            result.adapted = [like.new_empty(plan.tasks, *s) for s in plan.model.shapes]
-        given, parameters = self._given(plan, t)
         left: Sequence[Tensor | None] = ()
-        if plan.mode.adapts:
+        if self.adapts:
+            result.adapted = [like.new_empty(plan.tasks, *s) for s in plan.model.shapes]
             left, result.state = vectors.made(plan, like)
+        given, parameters = (t.adapted, t.parameters) if plan.mode is not Mode.STEP else self._left_before(plan, t)
         if plan.needs.outputs or plan.mode in (Mode.QUERY_OUTPUTS, Mode.APPLY):
             result.outputs = self.new_outputs()
         rate_gradient = None
         if self.reverse:
             self._allocate_gradients(plan, result, t)
-            result.adapted = [make() for make in self.new_own_gradients]
+            if self.new_own_gradients:
+                result.adapted = [make() for make in self.new_own_gradients]
             if self.rates_wanted:
                 rate_gradient = like.new_zeros(sum(self.rate_sizes))
-        x_s, more_s = self._inputs(self._by_set(t.x_s))
+        of_s = (t.x_s, t.y_s) if self.sets == 1 else self._by_set(t.x_s, t.y_s)
+        x_s, more_s = self._inputs(of_s[0])
         x_q, more_q = self._inputs(t.x_q)
-        y_s, others_s = self._targets(self._by_set(t.y_s))
+        y_s, others_s = self._targets(of_s[1])
         y_q, others_q = self._targets(t.y_q)
         dx_s, dmore_s = self._gradients_of_inputs(result.x_s, t.x_s)
         dx_q, dmore_q = self._gradients_of_inputs(result.x_q, t.x_q)
@@ -280,7 +279,7 @@ class _Call:
             t.rates,
             given,
             t.into or result.parameters,
-            [*result.adapted, *left],
+            [*result.adapted, *left] if left else result.adapted,
             more_s,
             more_q,
             dmore_s,
@@ -299,14 +298,12 @@ class _Call:
             result.rates = [g.view(s) if need else None for g, s, need in pieces]
         return result
 
-    def _by_set(self, data: Any) -> Any:
+    def _by_set(self, *data: Any) -> tuple[Any, ...]:
         """(T, sets · N, …) as the core takes it: those of all tasks, then the next set."""
-        return data if self.sets == 1 else structure.mapped(data, partial(_by_set, self.sets))
+        return tuple(structure.mapped(part, partial(_by_set, self.sets)) for part in data)
 
-    def _given(self, plan: Plan, t: Tensors) -> tuple[Sequence[Tensor | None], Sequence[Tensor]]:
-        """The vectors that the program loads, and the parameters that all tasks share."""
-        if plan.mode is not Mode.STEP:
-            return t.adapted, t.parameters
+    def _left_before(self, plan: Plan, t: Tensors) -> tuple[Sequence[Tensor | None], Sequence[Tensor]]:
+        """What a program that goes on loads, and the parameters that all tasks share."""
         return vectors.given(plan, self.places, t), shared(plan, t)
 
     def _inputs(self, x: Any) -> tuple[Tensor | None, Sequence[Tensor | None]]:

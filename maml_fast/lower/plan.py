@@ -180,7 +180,7 @@ class Plan:
     def draws(self) -> bool | None:
         """Whether the model or the loss draws random numbers; None where no capture came to its end."""
         _ = self.trace
-        return True if any(self.starts) else self.model.draws  # what starts them may draw
+        return True if self.starts else self.model.draws  # what starts them may draw
 
     @property
     def captures_loss(self) -> bool:

@@ -57,7 +57,7 @@ def why_not_network(plan: Plan, graph: Graph) -> list[str]:
     reasons = [] if graph.used_parameters() else ["the output depends on no parameter"]
     if plan.mode is Mode.STEP and plan.inner.rule is not None:
         reasons.append("steps that go on with the state of an inner rule have no kernel")
-    if any(plan.starts):
+    if plan.starts:
         reasons.append("parameters that start from the task's data have no kernel")
     if plan.sets > 1:
         reasons.append("samples of each inner step's own (per_step=True) have no kernel")
